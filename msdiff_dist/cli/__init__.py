@@ -1,0 +1,1 @@
+"""The msdiff command: one small file a verb, no logic."""

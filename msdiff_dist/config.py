@@ -1,0 +1,122 @@
+"""Strict dataclass <-> mapping machinery. Each dataclass lives beside the code it configures; this file knows none."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from msdiff_dist.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+
+
+def from_mapping(cls: type[T], mapping: Mapping[str, Any], path: str = "") -> T:
+    """Build dataclass `cls` from plain YAML data.
+
+    Unknown keys, missing keys and wrong types raise `ConfigError` with the dotted path of the field; a dataclass's own
+    `__post_init__` may raise `ConfigError` with a field relative to itself, and the path is put before it.
+    """
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(path or "recipe", mapping, f"must be a mapping of {cls.__name__} fields", "Indent its fields.")
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in mapping.items():
+        field = _join(path, str(key))
+        if key not in fields:
+            raise ConfigError(field, value, "is not a known field", did_you_mean(str(key), fields))
+        values[key] = _convert(hints[key], value, field)
+    for name, f in fields.items():
+        if (
+            name not in values
+            and f.default is dataclasses.MISSING
+            and f.default_factory is dataclasses.MISSING
+        ):
+            raise ConfigError(_join(path, name), None, "is required and missing", f"Add `{name}:` to the recipe.")
+    try:
+        return cls(**values)
+    except ConfigError as e:
+        raise ConfigError(_join(path, e.field), e.value, e.problem, e.remedy) from None
+
+
+def to_mapping(value: Any) -> Any:
+    """The inverse of `from_mapping`: dataclasses to plain dicts, tuples to lists."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_mapping(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+    if isinstance(value, (list, tuple)):
+        return [to_mapping(v) for v in value]
+    if isinstance(value, Mapping):
+        return {k: to_mapping(v) for k, v in value.items()}
+    return value
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any], path: str = "") -> list[tuple[str, Any, Any]]:
+    """Dotted fields where two mappings differ, as (field, value in a, value in b)."""
+    found: list[tuple[str, Any, Any]] = []
+    for key in [*a, *(k for k in b if k not in a)]:
+        x, y, field = a.get(key), b.get(key), _join(path, key)
+        if isinstance(x, Mapping) and isinstance(y, Mapping):
+            found += differences(x, y, field)
+        elif x != y:
+            found.append((field, x, y))
+    return found
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _convert(hint: Any, value: Any, field: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_union(args, value, field)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(field, value, "is not one of the choices", did_you_mean(str(value), map(str, args)))
+        return value
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else from_mapping(hint, value, field)  # type: ignore[arg-type]
+    if origin in (list, tuple):
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            raise ConfigError(field, value, "must be a list", "Write it as [a, b, c].")
+        if origin is tuple and not (len(args) == 2 and args[1] is Ellipsis):
+            if len(value) != len(args):
+                raise ConfigError(field, value, f"must have {len(args)} entries", f"Give {len(args)}.")
+            return tuple(_convert(a, v, f"{field}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+        return origin(_convert(args[0], v, f"{field}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(field, value, "must be a mapping", "Indent its entries.")
+        return {_convert(args[0], k, field): _convert(args[1], v, _join(field, str(k))) for k, v in value.items()}
+    return _convert_scalar(hint, value, field)
+
+
+def _convert_union(args: tuple[Any, ...], value: Any, field: str) -> Any:
+    if value is None and type(None) in args:
+        return None
+    choices = [a for a in args if a is not type(None)]
+    errors = []
+    for arg in choices:
+        try:
+            return _convert(arg, value, field)
+        except ConfigError as e:
+            errors.append(e)
+    if len(errors) == 1 or any(e.field != field for e in errors):
+        raise next((e for e in errors if e.field != field), errors[0])
+    raise ConfigError(field, value, "; ".join(dict.fromkeys(e.problem for e in errors)), errors[0].remedy)
+
+
+def _convert_scalar(hint: Any, value: Any, field: str) -> Any:
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is type(None) and value is None:
+        return None
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        kind = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}.get(hint, str(hint))
+        raise ConfigError(field, value, f"must be {kind}, not {type(value).__name__}", "Correct its type.")
+    return value

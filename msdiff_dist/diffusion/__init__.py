@@ -1,0 +1,1 @@
+"""Pure maths: processes, stages, timesteps, losses, solvers."""

@@ -1,0 +1,1 @@
+"""Placement, routing and engines over process groups."""

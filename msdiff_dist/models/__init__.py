@@ -1,0 +1,1 @@
+"""Single-device networks; they know no ranks."""
