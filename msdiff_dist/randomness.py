@@ -1,4 +1,4 @@
-"""Counter-based random numbers: a value depends on (seed, purpose, counters), never on a rank, a worker or a call order."""
+"""Counter-based random numbers: a value depends on (seed, purpose, counters), not on rank, worker or order of calls."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _WORD = 2**64
 def generator(seed: int, purpose: str, *counters: int) -> np.random.Generator:
     """A fresh generator for one purpose at one counter position.
 
-    The Philox key is (`seed`, hash of `purpose`); up to three non-negative `counters` fill the upper words of its 256-bit
-    counter, and the lowest word is left to the stream itself, so streams of different counters never overlap.
+    The Philox key is (`seed`, hash of `purpose`); up to three non-negative `counters` fill the upper words of its
+    256-bit counter. The lowest word is left to the stream itself, so streams of different counters never overlap.
     """
     assert len(counters) <= 3, "Philox has room for three counters"
     words = np.array([0, *counters, *[0] * (3 - len(counters))], dtype=np.uint64)
