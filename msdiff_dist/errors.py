@@ -25,6 +25,9 @@ class UserError(MsdiffError):
         self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
         super().__init__(f"{field} = {value!r}: {problem}. {remedy}")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.field, self.value, self.problem, self.remedy), self.__dict__  # crosses processes
+
 
 class ConfigError(UserError):
     """A recipe or a part of one does not make sense."""
