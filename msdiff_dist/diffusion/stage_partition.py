@@ -1,0 +1,67 @@
+"""The division of time into stages: the only place that knows the boundaries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from msdiff_dist.diffusion.config import StagesConfig, Unit
+from msdiff_dist.diffusion.process import Process
+from msdiff_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class StagePartition:
+    """Stages 0 .. K - 1 as half-open intervals [b_k, b_{k+1}) of the process's time; stage 0 is nearest the data."""
+
+    boundaries: tuple[float, ...]
+    unit: Unit
+    lo: float
+    hi: float
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.boundaries) + 1
+
+    def interval(self, stage: int) -> tuple[float, float]:
+        """[lo, hi) of a stage."""
+        edges = (self.lo, *self.boundaries, self.hi)
+        return edges[stage], edges[stage + 1]
+
+    @overload
+    def stage_of(self, t: Tensor) -> Tensor: ...
+    @overload
+    def stage_of(self, t: np.ndarray) -> np.ndarray: ...
+    def stage_of(self, t: Tensor | np.ndarray) -> Tensor | np.ndarray:
+        """Stage of each time, int64 of t's shape. A time outside [lo, hi) belongs to the nearest stage."""
+        if isinstance(t, Tensor):
+            edges = torch.tensor(self.boundaries, dtype=torch.float64, device=t.device)
+            return torch.bucketize(t.double(), edges, right=True)
+        return np.searchsorted(np.array(self.boundaries), np.asarray(t, np.float64), side="right").astype(np.int64)
+
+
+def build_partition(config: StagesConfig, process: Process) -> StagePartition:
+    """The recipe's stages in `process`.
+
+    Raises:
+        ConfigError: a boundary outside the process, or between two timesteps of a discrete one.
+    """
+    for i, b in enumerate(config.boundaries):
+        field = f"stages.boundaries[{i}]"
+        if process.unit == "timestep" and b != int(b):
+            hint = f"Write {round(b * process.hi)}." if 0 < b < 1 else f"Write {round(b)}."
+            raise ConfigError(field, b, "boundaries of a discrete process are whole timesteps", hint)
+        if not process.lo < b < process.hi:
+            problem = f"lies outside the process, whose {process.unit} runs from {process.lo} to {process.hi}"
+            raise ConfigError(field, b, problem, "Move it inside.")
+    partition = StagePartition(config.boundaries, process.unit, process.lo, process.hi)
+    for k in range(partition.num_stages):
+        lo, hi = partition.interval(k)
+        if not process.mass(lo, hi) > 0:
+            problem = f"training never draws a {process.unit} in stage {k}, [{lo}, {hi})"
+            raise ConfigError("stages.boundaries", list(config.boundaries), problem, "Move the boundary.")
+    return partition

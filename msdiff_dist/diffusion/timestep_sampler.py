@@ -1,0 +1,131 @@
+"""Which stage, time, noise and dropped condition each sample of a global batch gets.
+
+Everything is a function of (seed, step, index in the global batch), so it does not depend on ranks, workers, placement
+or accumulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from msdiff_dist.diffusion.config import StageSampling
+from msdiff_dist.diffusion.process import Process
+from msdiff_dist.diffusion.stage_partition import StagePartition
+from msdiff_dist.errors import ConfigError
+from msdiff_dist.randomness import generator
+
+
+@dataclass(frozen=True)
+class StepDraw:
+    """What one optimizer step trains, by index in the global batch.
+
+    Args:
+        stage_B: stage of each sample, int64.
+        t_B: its time in the process's unit, int64 for a discrete process and float64 otherwise.
+        micro_B: the micro batch it is accumulated in, int64; the only field that depends on the accumulation.
+    """
+
+    stage_B: np.ndarray
+    t_B: np.ndarray
+    micro_B: np.ndarray
+
+
+class StageQuotas:
+    """Draws stratified times: every global batch holds the same number of samples of each stage.
+
+    Attributes:
+        probability_K: the chosen objective's probability of each stage.
+        quotas_K: samples of each stage in a global batch, int64, summing to its size, each at least one.
+        importance_K: probability_k / (quota_k / B), the constant loss weight of a stage that keeps the mean over the
+            global batch an unbiased estimate of the objective although quotas are whole numbers.
+
+    Raises:
+        ConfigError: the global batch is smaller than the number of stages.
+    """
+
+    def __init__(
+        self, process: Process, partition: StagePartition, sampling: StageSampling, global_batch_size: int
+    ) -> None:
+        self._process, self._partition = process, partition
+        self.probability_K = stage_probabilities(process, partition, sampling)
+        self.quotas_K = stage_quotas(self.probability_K, global_batch_size)
+        self.importance_K = self.probability_K * global_batch_size / self.quotas_K
+
+    def micro_quotas(self, accumulation_steps: int) -> np.ndarray:
+        """Samples of each stage in each micro batch, int64 [A, K], none below one.
+
+        Raises:
+            ConfigError: a stage has fewer samples than there are micro batches.
+        """
+        fewest = self.quotas_K.argmin()
+        if self.quotas_K[fewest] < accumulation_steps:
+            problem = f"stage {fewest} has only {self.quotas_K[fewest]} samples in a global batch"
+            remedy = f"Use at most {self.quotas_K[fewest]}, or a larger train.global_batch_size."
+            raise ConfigError("train.gradient_accumulation_steps", accumulation_steps, problem, remedy)
+        return np.diff(self._micro_bounds(accumulation_steps), axis=0)
+
+    def draw(self, seed: int, step: int, accumulation_steps: int = 1) -> StepDraw:
+        """The stages, times and micro batches of step `step`."""
+        quotas, B = self.quotas_K, int(self.quotas_K.sum())
+        stage_B = np.repeat(np.arange(len(quotas)), quotas)[generator(seed, "stage", step).permutation(B)]
+        u_B = generator(seed, "time", step).random(B)
+        t_B = np.empty(B, np.int64 if self._process.unit == "timestep" else np.float64)
+        micro_B = np.empty(B, np.int64)
+        first, by_stage = 0, np.argsort(stage_B, kind="stable")
+        for k, bounds in enumerate(self._micro_bounds(accumulation_steps).T):
+            members = by_stage[first : first + quotas[k]]
+            t_B[members] = self._process.quantile(u_B[members], *self._partition.interval(k))
+            micro_B[members] = np.searchsorted(bounds[1:], np.arange(quotas[k]), side="right")
+            first += quotas[k]
+        return StepDraw(stage_B, t_B, micro_B)
+
+    def _micro_bounds(self, accumulation_steps: int) -> np.ndarray:
+        """Sample j of stage k, in index order, belongs to micro batch m when bounds[m, k] <= j < bounds[m + 1, k]."""
+        return self.quotas_K * np.arange(accumulation_steps + 1)[:, None] // accumulation_steps
+
+
+def stage_probabilities(process: Process, partition: StagePartition, sampling: StageSampling) -> np.ndarray:
+    """Probability [K] of each stage under `stages.sampling`."""
+    K = partition.num_stages
+    if sampling == "equal":
+        return np.full(K, 1 / K)
+    if sampling == "uniform":
+        weights = np.array([process.mass(*partition.interval(k)) for k in range(K)])
+    else:
+        weights = np.array(sampling)
+    return weights / weights.sum()
+
+
+def stage_quotas(probability_K: Sequence[float] | np.ndarray, global_batch_size: int) -> np.ndarray:
+    """Whole numbers [K] nearest probability x batch that sum to the batch (largest remainder), none below one."""
+    if global_batch_size < len(probability_K):
+        problem = f"is smaller than the number of stages, {len(probability_K)}"
+        raise ConfigError("train.global_batch_size", global_batch_size, problem, "Use a larger batch.")
+    exact = np.asarray(probability_K) * global_batch_size
+    quotas = np.floor(exact).astype(np.int64)
+    most_remaining = np.argsort(quotas - exact, kind="stable")
+    quotas[most_remaining[: global_batch_size - quotas.sum()]] += 1
+    for k in np.flatnonzero(quotas == 0):
+        quotas[k] += 1
+        quotas[np.argmax(quotas)] -= 1
+    return quotas
+
+
+def noise(seed: int, step: int, index_n: np.ndarray, shape: Sequence[int]) -> Tensor:
+    """Standard normal noise [n, *shape] in float32 of the samples with these indices in the global batch."""
+    out = np.empty((len(index_n), *shape), np.float32)
+    for row, index in zip(out, index_n.tolist(), strict=True):
+        generator(seed, "noise", step, index).standard_normal(out=row, dtype=np.float32)
+    return torch.from_numpy(out)
+
+
+def dropout_mask(seed: int, step: int, index_n: np.ndarray, probability: float) -> Tensor:
+    """Whether the condition of each sample is dropped, bool [n]."""
+    if len(index_n) == 0:
+        return torch.zeros(0, dtype=torch.bool)
+    return torch.from_numpy(generator(seed, "condition dropout", step).random(index_n.max() + 1)[index_n] < probability)
