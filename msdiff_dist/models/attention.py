@@ -1,0 +1,181 @@
+"""Attention: one function with interchangeable backends, and the two blocks that use it."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from msdiff_dist.errors import ConfigError
+from msdiff_dist.models.config import AttentionBackend
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, backend: AttentionBackend = "auto") -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, head by head; returns [B, H, T, D].
+
+    `auto` takes the backend that measured fastest for the inputs' device, dtype and shape. `xformers` raises
+    `ConfigError` where the installed xformers has no operator for the inputs.
+    """
+    if backend == "auto":
+        backend = _fastest(q_BHTD, k_BHSD)
+    if backend == "sdpa":
+        # SDPA leaves its fused path for strided inputs.
+        return F.scaled_dot_product_attention(q_BHTD.contiguous(), k_BHSD.contiguous(), v_BHSD.contiguous())
+    if backend == "xformers":
+        return _xformers_attention(q_BHTD, k_BHSD, v_BHSD)
+    weights_BHTS = (q_BHTD * q_BHTD.shape[-1] ** -0.5) @ k_BHSD.transpose(-2, -1)
+    return weights_BHTS.softmax(dim=-1, dtype=torch.float32).to(v_BHSD.dtype) @ v_BHSD
+
+
+def _fastest(q_BHTD: Tensor, k_BHSD: Tensor) -> AttentionBackend:
+    if q_BHTD.device.type == "cpu" and (q_BHTD.dtype == torch.bfloat16 or k_BHSD.shape[-2] <= 64):
+        return "math"
+    return "sdpa"
+
+
+def _xformers_attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tensor:
+    problem = f"finds no operator for {q_BHTD.dtype} on {q_BHTD.device.type} with {q_BHTD.shape[-1]} channels per head"
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (q_BHTD, k_BHSD, v_BHSD))
+        return memory_efficient_attention(q, k, v).transpose(1, 2)
+    except (ImportError, NotImplementedError) as e:
+        raise ConfigError(
+            "model.attention_backend", "xformers", problem, "Use auto or sdpa, or install an xformers built for it."
+        ) from e
+
+
+class SelfAttentionBlock(nn.Module):
+    """x + projection of multi-head self-attention over the pixels of a normalised x."""
+
+    def __init__(
+        self, channels: int, num_heads: int, norm_groups: int, backend: AttentionBackend, legacy_order: bool
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.backend, self.legacy_order = num_heads, backend, legacy_order
+        self.norm = nn.GroupNorm(norm_groups, channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj_out = zero_init(nn.Linear(channels, channels))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        B, C, H, W = x_BCHW.shape
+        qkv_BTC = self.qkv(_to_tokens(self.norm(x_BCHW)))
+        if self.legacy_order:
+            q, k, v = qkv_BTC.view(B, H * W, self.num_heads, 3, -1).transpose(1, 2).unbind(3)
+        else:
+            q, k, v = qkv_BTC.view(B, H * W, 3, self.num_heads, -1).transpose(1, 3).unbind(2)
+        out_BTC = attention(q, k, v, self.backend).transpose(1, 2).reshape(B, H * W, C)
+        return x_BCHW + _to_image(self.proj_out(out_BTC), H, W)
+
+
+class SpatialTransformer(nn.Module):
+    """x + projection of `depth` transformer layers over the pixels, each attending to the context."""
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        norm_groups: int,
+        backend: AttentionBackend,
+        context_dim: int,
+        depth: int,
+        linear_projections: bool,
+    ) -> None:
+        super().__init__()
+        self.linear_projections = linear_projections
+        self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels) if linear_projections else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerLayer(channels, num_heads, context_dim, backend) for _ in range(depth)
+        )
+        self.proj_out = zero_init(
+            nn.Linear(channels, channels) if linear_projections else nn.Conv2d(channels, channels, 1)
+        )
+
+    def forward(self, x_BCHW: Tensor, context_BSE: Tensor) -> Tensor:
+        H, W = x_BCHW.shape[-2:]
+        h = self.norm(x_BCHW)
+        h_BTC = self.proj_in(_to_tokens(h)) if self.linear_projections else _to_tokens(self.proj_in(h))
+        for layer in self.transformer_blocks:
+            h_BTC = layer(h_BTC, context_BSE)
+        if self.linear_projections:
+            return x_BCHW + _to_image(self.proj_out(h_BTC), H, W)
+        return x_BCHW + self.proj_out(_to_image(h_BTC, H, W))
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention, attention to the context and a gated feed-forward, each on a normalised residual."""
+
+    def __init__(self, channels: int, num_heads: int, context_dim: int, backend: AttentionBackend) -> None:
+        super().__init__()
+        self.attn1 = MultiHeadAttention(channels, channels, num_heads, backend)
+        self.ff = FeedForward(channels)
+        self.attn2 = MultiHeadAttention(channels, context_dim, num_heads, backend)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
+
+    def forward(self, x_BTC: Tensor, context_BSE: Tensor) -> Tensor:
+        h_BTC = self.norm1(x_BTC)
+        x_BTC = x_BTC + self.attn1(h_BTC, h_BTC)
+        x_BTC = x_BTC + self.attn2(self.norm2(x_BTC), context_BSE)
+        return x_BTC + self.ff(self.norm3(x_BTC))
+
+
+class MultiHeadAttention(nn.Module):
+    """Queries from x, keys and values from the context, an output projection with bias."""
+
+    def __init__(self, channels: int, context_dim: int, num_heads: int, backend: AttentionBackend) -> None:
+        super().__init__()
+        self.num_heads, self.backend = num_heads, backend
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_dim, channels, bias=False)
+        self.to_v = nn.Linear(context_dim, channels, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+
+    def forward(self, x_BTC: Tensor, context_BSE: Tensor) -> Tensor:
+        q, k, v = (
+            y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for y in (self.to_q(x_BTC), self.to_k(context_BSE), self.to_v(context_BSE))
+        )
+        return self.to_out(attention(q, k, v, self.backend).transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Linear to four times the width, gated by GELU, and back."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        # The unused place 1 keeps the published checkpoints' names (`net.0.proj`, `net.2`).
+        self.net = nn.Sequential(GatedGELU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        return self.net(x_BTC)
+
+
+class GatedGELU(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(in_channels, 2 * out_channels)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        x_BTC, gate_BTC = self.proj(x_BTC).chunk(2, dim=-1)
+        return x_BTC * F.gelu(gate_BTC)
+
+
+def zero_init(module: Module) -> Module:
+    """Set all of a layer's parameters to zero, so that its residual branch starts silent; returns the layer."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+def _to_tokens(x_BCHW: Tensor) -> Tensor:
+    return x_BCHW.flatten(2).transpose(1, 2)
+
+
+def _to_image(x_BTC: Tensor, H: int, W: int) -> Tensor:
+    return x_BTC.transpose(1, 2).unflatten(2, (H, W))

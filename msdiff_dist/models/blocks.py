@@ -1,0 +1,128 @@
+"""What encoders and decoders of the LDM family are made of (Dhariwal and Nichol 2021; Rombach et al. 2022)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from msdiff_dist.models.attention import SelfAttentionBlock, SpatialTransformer, zero_init
+from msdiff_dist.models.config import ModelConfig
+
+
+def timestep_embedding(t_B: Tensor, channels: int) -> Tensor:
+    """Cosines then sines of t at `channels / 2` frequencies from 1 down towards 1/10000; fp32 [B, channels]."""
+    half = channels // 2
+    frequencies = torch.exp(-math.log(10_000) / half * torch.arange(half, dtype=torch.float32, device=t_B.device))
+    angles = t_B.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.conv(_double(x_BCHW))
+
+
+class Downsample(nn.Module):
+    """A 3x3 convolution of stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.op(x_BCHW)
+
+
+class ResBlock(nn.Module):
+    """Two convolutions around the time embedding, on a residual path; may double or halve the picture in between."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        in_channels: int,
+        emb_channels: int,
+        out_channels: int,
+        resample: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.scale_shift = config.use_scale_shift_norm
+        self.resample = {None: nn.Identity(), "up": _Double(), "down": nn.AvgPool2d(2)}[resample]
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(config.norm_groups, in_channels),
+            nn.SiLU(),
+            nn.Conv2d(in_channels, out_channels, 3, padding=1),
+        )
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if self.scale_shift else out_channels)
+        )
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(config.norm_groups, out_channels),
+            nn.SiLU(),
+            nn.Dropout(config.dropout),
+            zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        self.skip_connection = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x_BCHW: Tensor, emb_BE: Tensor) -> Tensor:
+        norm, activation, conv = self.in_layers
+        h = conv(self.resample(activation(norm(x_BCHW))))
+        emb_BC11 = self.emb_layers(emb_BE)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = emb_BC11.chunk(2, dim=1)
+            norm, *rest = self.out_layers
+            h = norm(h) * (1 + scale) + shift
+            for layer in rest:
+                h = layer(h)
+        else:
+            h = self.out_layers(h + emb_BC11)
+        return self.skip_connection(self.resample(x_BCHW)) + h
+
+
+class UNetBlock(nn.Sequential):
+    """Layers in a row, each given what it needs of the time embedding and the context."""
+
+    def forward(self, x_BCHW: Tensor, emb_BE: Tensor, context_BSE: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x_BCHW = layer(x_BCHW, emb_BE)
+            elif isinstance(layer, SpatialTransformer):
+                x_BCHW = layer(x_BCHW, context_BSE)
+            else:
+                x_BCHW = layer(x_BCHW)
+        return x_BCHW
+
+
+def attention_block(config: ModelConfig, channels: int) -> SelfAttentionBlock | SpatialTransformer:
+    """The kind of attention that the model has, at `channels`."""
+    heads = config.heads(channels)
+    if config.context_dim is None:
+        return SelfAttentionBlock(
+            channels, heads, config.norm_groups, config.attention_backend, config.legacy_attention_order
+        )
+    return SpatialTransformer(
+        channels,
+        heads,
+        config.norm_groups,
+        config.attention_backend,
+        config.context_dim,
+        config.transformer_depth,
+        config.use_linear_in_transformer,
+    )
+
+
+class _Double(nn.Module):
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return _double(x_BCHW)
+
+
+def _double(x_BCHW: Tensor) -> Tensor:
+    return F.interpolate(x_BCHW, scale_factor=2, mode="nearest")

@@ -1,0 +1,97 @@
+"""The whole model: one shared part, one part per stage."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from msdiff_dist.models.config import ModelConfig
+from msdiff_dist.models.decoder import Decoder
+from msdiff_dist.models.encoder import Encoder
+
+
+class MultistageUNet(nn.Module):
+    """`shared` turns the inputs into a flat tuple of batch-first features, `stages[k]` turns those into outputs.
+
+    With a shared encoder these are an `Encoder` and one `Decoder` per stage; without, a parameter-free `PassThrough`
+    and one `SeparateStage` per stage. One stage is the unified model.
+    """
+
+    def __init__(self, shared: nn.Module, stages: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.shared = shared
+        self.stages = nn.ModuleList(stages)
+
+    def forward(
+        self,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        stage_B: Tensor,
+        context: Tensor | None = None,
+        label: Tensor | None = None,
+    ) -> Tensor:
+        """Output [B, out_channels, H, W], each sample through the decoder of its own stage.
+
+        Args:
+            x_BCHW, t_B, context, label: as for `Encoder.forward`.
+            stage_B: int64 stage of each sample; any mix.
+        """
+        features = self.shared(x_BCHW, t_B, context, label)
+        stages = stage_B.unique().tolist()
+        if len(stages) == 1:
+            return self.stages[stages[0]](*features)
+        rows = [(stage_B == k).nonzero()[:, 0] for k in stages]
+        outputs = [self.stages[k](*(f[r] for f in features)) for k, r in zip(stages, rows, strict=True)]
+        return torch.cat(outputs)[torch.cat(rows).argsort()]
+
+
+class PassThrough(nn.Module):
+    """The shared part of a model that shares nothing: the inputs themselves, without those that are None."""
+
+    def forward(
+        self, x_BCHW: Tensor, t_B: Tensor, context: Tensor | None = None, label: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        return tuple(f for f in (x_BCHW, t_B, context, label) if f is not None)
+
+
+class SeparateStage(nn.Module):
+    """A stage with an encoder of its own; takes what `PassThrough` gives."""
+
+    def __init__(self, config: ModelConfig, stage: int) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config, stage)
+        self.decoder = Decoder(config, stage)
+
+    def forward(self, *features: Tensor) -> Tensor:
+        x_BCHW, t_B, *conditions = features
+        names = [name for name in ("context", "label") if getattr(self.config, f"takes_{name}")]
+        return self.decoder(*self.encoder(x_BCHW, t_B, **dict(zip(names, conditions, strict=True))))
+
+
+def build_model(config: ModelConfig, seed: int = 0) -> MultistageUNet:
+    """The whole model, initialised as `build_parts` initialises it."""
+    shared, stages = build_parts(config, range(config.num_stages), seed)
+    return MultistageUNet(shared, stages.values())
+
+
+def build_parts(config: ModelConfig, stages: Iterable[int], seed: int = 0) -> tuple[nn.Module, dict[int, nn.Module]]:
+    """The shared part and the asked stages' parts.
+
+    Each part's first weights depend on (`seed`, the part) alone, so a stage is the same on every rank that builds it.
+    Torch's own generator is left as it was.
+    """
+    shared = _seeded(seed, "shared", Encoder, config) if config.share_encoder else PassThrough()
+    part = Decoder if config.share_encoder else SeparateStage
+    return shared, {k: _seeded(seed, f"stage {k}", part, config, k) for k in stages}
+
+
+def _seeded(seed: int, name: str, part: Callable[..., nn.Module], *args: Any) -> nn.Module:
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big"))
+        return part(*args)
