@@ -1,0 +1,105 @@
+"""What a recipe says about its data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from msdiff_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The stream of training samples.
+
+    Attributes:
+        shards: WebDataset shards: a folder, a path with braces (`{00000..00007}`) or globs, or a list of such.
+        lanes: disjoint parts of the stream; a multiple of the world size. Part of the sample order, so fixed for a run.
+        workers: loader processes per rank; 0 reads in the training process. Does not change what is read.
+        shuffle: samples in a lane's shuffle window; 0 or 1 keeps the order inside the shards.
+        kind: `image` (encoded pictures), `latent` (.npy arrays), or `synthetic` (random numbers, no files).
+        image_size: height and width of the pictures.
+        channels: 1 (grey) or 3 (RGB).
+        flip: mirror half of the pictures left to right.
+        num_classes: samples carry a class label (`.cls`) in [0, num_classes); None: labels are not read.
+        captions: samples carry a caption (`.txt`).
+        latent_shape: (C, H, W) of a latent.
+        latent_dtype: floating type in which latents and contexts are handed on.
+        latent_moments: shards hold [mean, log variance], (2C, H, W), and each visit draws a new posterior sample.
+        latent_field: file extension of latents.
+        context_shape: (T, C) of a context embedding; None: contexts are not read.
+        context_field: file extension of contexts.
+    """
+
+    shards: str | tuple[str, ...] = ()
+    lanes: int = 8
+    workers: int = 0
+    shuffle: int = 2048
+    kind: Literal["image", "latent", "synthetic"] = "image"
+    image_size: int | None = None
+    channels: int = 3
+    flip: bool = False
+    num_classes: int | None = None
+    captions: bool = False
+    latent_shape: tuple[int, int, int] | None = None
+    latent_dtype: Literal["float16", "float32"] = "float16"
+    latent_moments: bool = False
+    latent_field: str = "latent.npy"
+    context_shape: tuple[int, int] | None = None
+    context_field: str = "context.npy"
+
+    def __post_init__(self) -> None:
+        _at_least("lanes", self.lanes, 1)
+        _at_least("workers", self.workers, 0)
+        _at_least("shuffle", self.shuffle, 0)
+        if self.num_classes is not None:
+            _at_least("num_classes", self.num_classes, 1)
+        if self.channels not in (1, 3):
+            raise ConfigError("channels", self.channels, "must be 1 (grey) or 3 (RGB)", "Set it to 1 or 3.")
+        if self.kind != "synthetic" and not self.shards:
+            raise ConfigError("shards", self.shards, f"is required for kind {self.kind!r}", "Name a folder of shards.")
+        if self.kind == "synthetic" and (self.shards or self.captions):
+            field, value = ("shards", self.shards) if self.shards else ("captions", self.captions)
+            raise ConfigError(field, value, "has no meaning for kind 'synthetic'", "Remove it.")
+        if self.kind == "image":
+            if self.image_size is None:
+                raise ConfigError("image_size", None, "is required for kind 'image'", "Give the pictures' size.")
+            _at_least("image_size", self.image_size, 1)
+            for field in ("latent_shape", "latent_moments"):
+                if getattr(self, field):
+                    raise ConfigError(field, getattr(self, field), "has no meaning for kind 'image'", "Remove it.")
+        else:
+            if self.latent_shape is None:
+                raise ConfigError("latent_shape", None, f"is required for kind {self.kind!r}", "Give it as [C, H, W].")
+            if self.image_size is not None:
+                raise ConfigError(
+                    "image_size", self.image_size, f"has no meaning for kind {self.kind!r}", "Use data.latent_shape."
+                )
+            if self.flip:
+                raise ConfigError(
+                    "flip", True, "only works on pictures: a mirrored latent is not the latent of a mirrored picture",
+                    "Remove it.",
+                )  # fmt: skip
+        for field in ("latent_shape", "context_shape"):
+            shape = getattr(self, field)
+            if shape is not None and min(shape) < 1:
+                raise ConfigError(field, list(shape), "must have positive sizes", "Correct it.")
+
+    @property
+    def x_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every sample as the loader delivers it."""
+        if self.kind == "image":
+            assert self.image_size is not None
+            return (self.channels, self.image_size, self.image_size)
+        assert self.latent_shape is not None
+        return self.latent_shape
+
+    @property
+    def x_dtype(self) -> str:
+        """Name of the numpy and torch type of every sample as the loader delivers it."""
+        return "uint8" if self.kind == "image" else self.latent_dtype
+
+
+def _at_least(field: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(field, value, f"must be at least {least}", f"Set it to {least} or more.")

@@ -1,0 +1,242 @@
+"""One rank's part of every global batch, step by step."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from msdiff_dist.data.config import DataConfig
+from msdiff_dist.data.index import Shard, read_index, resolve_shards
+from msdiff_dist.data.order import Ints, StreamOrder
+from msdiff_dist.data.samples import Sample, decode, synthesize
+from msdiff_dist.data.stream import RawSample, lane_stream
+from msdiff_dist.errors import ConfigError, UserError
+
+
+@dataclass(frozen=True)
+class StepSamples:
+    """The samples of one global batch that one rank reads, in ascending order of their index in the batch.
+
+    Attributes:
+        step: which global batch.
+        index_n: int64, in [0, global_batch_size).
+        x_nCHW: uint8 pictures or floating latents; always the same shape but for n, which may be 0.
+        label_n: int64 class labels, if the data has `num_classes`.
+        context_nTC: context embeddings, if the data has `context_shape`.
+        captions: if the data has `captions`.
+        keys: the samples' names in their shards.
+    """
+
+    step: int
+    index_n: Ints
+    x_nCHW: Tensor
+    label_n: Tensor | None
+    context_nTC: Tensor | None
+    captions: list[str] | None
+    keys: list[str]
+
+
+def load_index(config: DataConfig) -> list[Shard]:
+    """The shards of a configuration and their sample counts; empty for kind `synthetic`."""
+    return [] if config.kind == "synthetic" else read_index(resolve_shards(config.shards))
+
+
+class StepLoader:
+    """Endless iterator over `StepSamples` from `start_step` on.
+
+    Which samples a global batch holds depends on the shards, `config.lanes`, `config.shuffle`, the seed and the batch
+    size alone: never on ranks, workers or the step at which reading starts. The position is the step number.
+
+    Args:
+        shards: the result of `load_index`, if it is at hand.
+
+    Raises:
+        ConfigError: the lanes cannot be dealt evenly to the ranks.
+        DataError: shards or samples are missing, damaged or of the wrong kind.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        seed: int,
+        global_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+        shards: Sequence[Shard] | None = None,
+    ) -> None:
+        if config.lanes % world_size:
+            raise ConfigError(
+                "data.lanes", config.lanes, f"is not a multiple of the {world_size} ranks",
+                f"Set data.lanes to a multiple of {world_size}, or run on a number of ranks that divides it.",
+            )  # fmt: skip
+        self._schedule = _Schedule(config, load_index(config) if shards is None else shards, seed, global_batch_size)
+        self._world_size = world_size
+        lanes = range(rank, config.lanes, world_size)
+        self._dataset = _RankDataset(self._schedule, list(lanes), start_step)
+        self._workers = min(config.workers, len(lanes))
+        self._iterator: Iterator[StepSamples | UserError] | None = None
+
+    @property
+    def samples_per_epoch(self) -> int | None:
+        """Samples in the data set; None for kind `synthetic`, which never repeats."""
+        return self._schedule.order.num_samples if self._schedule.order else None
+
+    def source_rank(self, step: int) -> Ints:
+        """The rank that reads each sample of a global batch, [global_batch_size]; every rank can compute it."""
+        return self._schedule.lanes_of(step) % self._world_size
+
+    def __iter__(self) -> StepLoader:
+        return self
+
+    def __next__(self) -> StepSamples:
+        if self._iterator is None:
+            self._iterator = _start(self._dataset, self._workers)
+        parts = []
+        for _ in range(max(self._workers, 1)):
+            part = next(self._iterator)
+            if isinstance(part, UserError):
+                self.close()
+                raise part
+            parts.append(part)
+        return _merge(parts)
+
+    def close(self) -> None:
+        """End the workers. Idempotent."""
+        self._iterator = None
+
+    def __enter__(self) -> StepLoader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+class _Schedule:
+    """Which lane gives each sample of each global batch."""
+
+    def __init__(self, config: DataConfig, shards: Sequence[Shard], seed: int, global_batch_size: int) -> None:
+        self.config, self.shards, self.seed, self.global_batch_size = config, list(shards), seed, global_batch_size
+        counts = [shard.num_samples for shard in shards]
+        self.order = StreamOrder(counts, config.lanes, config.shuffle, seed) if shards else None
+
+    def numbers(self, step: int) -> Ints:
+        return np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size, dtype=np.int64)
+
+    def lanes_of(self, step: int) -> Ints:
+        g_B = self.numbers(step)
+        return self.order.lanes_of(g_B) if self.order else g_B % self.config.lanes
+
+
+class _RankDataset(IterableDataset):
+    """Runs in each worker; yields its part of every step, or a `UserError` as its last item."""
+
+    def __init__(self, schedule: _Schedule, lanes: list[int], start_step: int) -> None:
+        self.schedule, self.lanes, self.start_step = schedule, lanes, start_step
+
+    def __iter__(self) -> Iterator[StepSamples | UserError]:
+        worker = get_worker_info()
+        lanes = self.lanes[worker.id :: worker.num_workers] if worker else self.lanes
+        try:
+            yield from self._parts(set(lanes))
+        except UserError as e:  # raised here, DataLoader would bury it under its traceback
+            e.__traceback__ = e.__cause__ = e.__context__ = None
+            yield e
+
+    def _parts(self, lanes: set[int]) -> Iterator[StepSamples]:
+        schedule = self.schedule
+        streams: dict[int, Iterator[RawSample]] = {}
+        for step in itertools.count(self.start_step):
+            g_B, lane_B = schedule.numbers(step), schedule.lanes_of(step).tolist()
+            index_n = [i for i, lane in enumerate(lane_B) if lane in lanes]
+            samples = []
+            for i in index_n:
+                lane, g = lane_B[i], int(g_B[i])
+                if schedule.order is None:
+                    samples.append(synthesize(schedule.config, schedule.seed, g))
+                    continue
+                if lane not in streams:
+                    start = self.start_step * schedule.global_batch_size
+                    streams[lane] = lane_stream(schedule.shards, schedule.order, lane, start)
+                samples.append(decode(next(streams[lane]), schedule.config, schedule.seed, g))
+            yield _collate(step, np.array(index_n, dtype=np.int64), samples, schedule.config)
+
+
+def _start(dataset: _RankDataset, workers: int) -> Iterator[StepSamples | UserError]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # its guess at a good number of workers
+        return iter(
+            DataLoader(
+                dataset,
+                batch_size=None,
+                num_workers=workers,
+                prefetch_factor=2 if workers else None,
+                multiprocessing_context="spawn" if workers else None,
+                worker_init_fn=_ignore_signals,
+                generator=torch.Generator(),  # its own: must not draw from torch's global one
+            )
+        )
+
+
+def _collate(step: int, index_n: Ints, samples: list[Sample], config: DataConfig) -> StepSamples:
+    def stack(arrays: list[np.ndarray], shape: tuple[int, ...], dtype: str) -> Tensor:
+        out = np.empty((len(arrays), *shape), dtype=dtype)
+        for row, array in zip(out, arrays, strict=True):
+            row[...] = array
+        return torch.from_numpy(out)
+
+    context_nTC = None
+    if config.context_shape is not None:
+        contexts = [s.context_TC for s in samples if s.context_TC is not None]
+        context_nTC = stack(contexts, config.context_shape, config.latent_dtype)
+    return StepSamples(
+        step,
+        index_n,
+        stack([s.x_CHW for s in samples], config.x_shape, config.x_dtype),
+        None if config.num_classes is None else torch.tensor([s.label for s in samples], dtype=torch.int64),
+        context_nTC,
+        [s.caption or "" for s in samples] if config.captions else None,
+        [s.key for s in samples],
+    )
+
+
+def _merge(parts: list[StepSamples]) -> StepSamples:
+    """Put the workers' parts of one step in order of index."""
+    if len(parts) == 1:
+        return parts[0]
+    assert len({part.step for part in parts}) == 1, "workers run in step"
+    index_n = np.concatenate([part.index_n for part in parts])
+    order_n = np.argsort(index_n)
+
+    def tensors(values: list[Any]) -> Any:
+        return None if values[0] is None else torch.cat(values)[torch.from_numpy(order_n)]
+
+    def lists(values: list[Any]) -> Any:
+        every = None if values[0] is None else list(itertools.chain(*values))
+        return None if every is None else [every[i] for i in order_n]
+
+    return StepSamples(
+        step=parts[0].step,
+        index_n=index_n[order_n],
+        x_nCHW=tensors([part.x_nCHW for part in parts]),
+        label_n=tensors([part.label_n for part in parts]),
+        context_nTC=tensors([part.context_nTC for part in parts]),
+        captions=lists([part.captions for part in parts]),
+        keys=lists([part.keys for part in parts]),
+    )
+
+
+def _ignore_signals(worker: int) -> None:
+    """A cluster's warning signals go to every process of a job; only the rank itself acts on them."""
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(name, signal.SIG_IGN)
