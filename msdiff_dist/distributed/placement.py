@@ -1,0 +1,321 @@
+"""Which rank holds which stages, and how many samples of each it computes: decided once, by arithmetic alone.
+
+The work of a stage is its samples times their cost. Ranks stand on a line along which the stages' work is laid out, and
+each rank takes a stretch of it, so a rank holds one stage or a few consecutive ones. The planner looks for the
+stretches whose heaviest is lightest. Numbers of samples are whole and static: every rank that holds a stage computes at
+least one sample of it in every micro batch, so no rank is idle in a collective.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from msdiff_dist.errors import ConfigError, PlacementError
+
+# Disjoint groups (no rank holds two decoders) are taken where they balance this well, or nearly as well as shared.
+GOOD_BALANCE, SMALL_LOSS = 0.95, 0.02
+
+StageSets = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model is spread over the ranks.
+
+    placement: `auto`, or the stages of every rank: [[0], [0], [0, 1], [2]].
+    zero_shared: ZeRO stage of the shared encoder, over all ranks (1-3).
+    zero_stage: ZeRO stage of the stage decoders, over the ranks of their group (1-2).
+    """
+
+    placement: Literal["auto"] | StageSets = "auto"
+    zero_shared: int = 1
+    zero_stage: int = 1
+
+    def __post_init__(self) -> None:
+        why_not = (
+            "without ZeRO every rank would keep the whole optimizer state and gradients would not be summed exactly"
+        )
+        if self.zero_shared not in (1, 2, 3):
+            raise ConfigError("zero_shared", self.zero_shared, f"must be 1, 2 or 3: {why_not}", "Choose 1, 2 or 3.")
+        if self.zero_stage == 3:
+            why_not = "ZeRO 3 compares all ranks of the job with each other, and ranks of different stages differ"
+        if self.zero_stage not in (1, 2):
+            raise ConfigError("zero_stage", self.zero_stage, f"must be 1 or 2: {why_not}", "Choose 1 or 2.")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The stages of every rank and its samples in every micro batch.
+
+    stages_of_rank: W ascending tuples. samples_AWK: integers; 0 exactly where rank w does not hold stage k.
+    """
+
+    stages_of_rank: StageSets
+    samples_AWK: np.ndarray
+
+    @property
+    def world_size(self) -> int:
+        return len(self.stages_of_rank)
+
+    @property
+    def num_stages(self) -> int:
+        return int(self.samples_AWK.shape[2])
+
+    @property
+    def samples_WK(self) -> np.ndarray:
+        """Samples per global batch."""
+        return self.samples_AWK.sum(axis=0)
+
+    def group(self, stage: int) -> tuple[int, ...]:
+        """The ranks that hold `stage`, ascending."""
+        return tuple(np.flatnonzero(self.samples_AWK[0, :, stage]).tolist())
+
+    def balance(self, cost_K: Sequence[float]) -> float:
+        """Mean over maximum of the ranks' work in a step, in (0, 1]."""
+        return _balance(self.samples_WK, np.asarray(cost_K, dtype=float))
+
+
+def plan(
+    micro_quotas_AK: np.ndarray, cost_K: Sequence[float], world_size: int, explicit: StageSets | None = None
+) -> Placement:
+    """Place K stages on `world_size` ranks.
+
+    Args:
+        micro_quotas_AK: samples of each stage in each micro batch; of one stage they differ by one at most.
+        cost_K: cost of one sample of each stage (encoder and its decoder), in any unit.
+        explicit: the stages of every rank, to be obeyed; None to choose them.
+
+    Raises:
+        PlacementError: the batch is too small for the ranks, or `explicit` does not make sense.
+    """
+    quotas_AK, cost = np.asarray(micro_quotas_AK), np.asarray(cost_K, dtype=float)
+    assert np.ptp(quotas_AK, axis=0).max() <= 1
+    assert (cost > 0).all()
+    if explicit is None:
+        samples_WK = _choose(quotas_AK, cost, world_size)
+    else:
+        samples_WK = _balance_explicit(quotas_AK, cost, _checked(explicit, quotas_AK, world_size))
+    stages_of_rank = tuple(tuple(np.flatnonzero(n_K).tolist()) for n_K in samples_WK)
+    return Placement(stages_of_rank, _micro_samples(samples_WK, quotas_AK))
+
+
+def _balance(samples_WK: np.ndarray, cost_K: np.ndarray) -> float:
+    work_W = samples_WK @ cost_K
+    return float(work_W.mean() / work_W.max())
+
+
+def _choose(quotas_AK: np.ndarray, cost_K: np.ndarray, world_size: int) -> np.ndarray:
+    """Samples per rank and stage: disjoint groups where they balance well enough, else shared ranks."""
+    least, quotas, costs = len(quotas_AK), quotas_AK.sum(axis=0).tolist(), cost_K.tolist()
+    capacity = sum(q // least for q in quotas)
+    if min(quotas) < least:
+        k = quotas.index(min(quotas))
+        raise PlacementError(
+            "train.global_batch_size",
+            sum(quotas),
+            f"gives stage {k} {quotas[k]} samples for {least} micro batches",
+            f"Make it at least {-(-sum(quotas) * least // max(quotas[k], 1))}, or accumulate less.",
+        )
+    if world_size > capacity:
+        raise PlacementError(
+            "train.global_batch_size",
+            sum(quotas),
+            f"is too small: {world_size} ranks need at least one sample each in each of {least} micro batches",
+            f"Make it at least {world_size * least + len(quotas) * (least - 1)}, or use at most {capacity} ranks.",
+        )
+    line = _line(quotas, costs, least, world_size)
+    if world_size < len(quotas):
+        assert line is not None
+        return line
+    disjoint = _disjoint(quotas, costs, least, world_size)
+    if line is None or _balance(disjoint, cost_K) >= min(GOOD_BALANCE, _balance(line, cost_K) - SMALL_LOSS):
+        return disjoint
+    return line
+
+
+def _disjoint(quotas: list[int], costs: list[float], least: int, world_size: int) -> np.ndarray:
+    """One stage per rank: ranks go one by one to the stage whose ranks have most to do."""
+    sizes = [1] * len(quotas)
+    heaviest = [(-q * c, k) for k, (q, c) in enumerate(zip(quotas, costs, strict=True))]
+    heapq.heapify(heaviest)
+    for _ in range(world_size - len(quotas)):
+        while quotas[heaviest[0][1]] // least == sizes[heaviest[0][1]]:
+            heapq.heappop(heaviest)  # another rank would not get its least samples
+        k = heaviest[0][1]
+        sizes[k] += 1
+        heapq.heapreplace(heaviest, (-quotas[k] // sizes[k] * costs[k], k))  # minus the ceiling
+    rows = [np.zeros((size, len(quotas)), dtype=np.int64) for size in sizes]
+    for k, (rows_k, quota) in enumerate(zip(rows, quotas, strict=True)):
+        rows_k[:, k] = _even(quota, len(rows_k))
+    return np.concatenate(rows)
+
+
+def _even(total: int, parts: int) -> np.ndarray:
+    return total // parts + (np.arange(parts) < total % parts)
+
+
+Share = dict[int, int]  # samples of each stage a rank holds
+
+
+def _line(quotas: list[int], costs: list[float], least: int, world_size: int) -> np.ndarray | None:
+    """Samples per rank of the line whose maximal load is least, by bisection; None where it cannot feed every rank."""
+    work = sum(q * c for q, c in zip(quotas, costs, strict=True))
+    low, high = max(work / world_size, least * max(costs)), work
+    best = _filled(quotas, costs, least, high)
+    assert best is not None
+    while high - low > 1e-6 * high:
+        middle = (low + high) / 2
+        runs = _filled(quotas, costs, least, middle)
+        if runs is not None and sum(count for count, _ in runs) <= world_size:
+            best, high = runs, middle
+        else:
+            low = middle
+    shares = _spread([share for count, share in best for _ in range(count)], costs, least, world_size)
+    if shares is None:
+        return None
+    samples_WK = np.zeros((world_size, len(quotas)), dtype=np.int64)
+    for n_K, share in zip(samples_WK, shares, strict=True):
+        n_K[list(share)] = list(share.values())
+    return samples_WK
+
+
+def _filled(quotas: list[int], costs: list[float], least: int, load: float) -> list[tuple[int, Share]] | None:
+    """Fill rank after rank up to `load`, stage after stage; None where a holding would fall below `least` samples.
+
+    Returns runs: so many neighbouring ranks with equal shares.
+    """
+    runs: list[tuple[int, Share]] = []
+    load *= 1 + 1e-12
+    held: Share = {}  # of the last rank
+    room = load
+    for k, (left, cost) in enumerate(zip(quotas, costs, strict=True)):
+        if held:
+            take = min(left, int(room / cost))
+            if 0 < left - take < least:
+                take = left - least
+            if take >= least:
+                held[k] = take
+                left -= take
+                room -= take * cost
+            if not left:
+                continue
+            runs.append((1, held))
+        ranks = -(-left // int(load / cost))
+        last = max(least, left - (ranks - 1) * int(load / cost))
+        if left - last < least * (ranks - 1):
+            return None
+        if ranks > 1:
+            n, more = divmod(left - last, ranks - 1)
+            runs += [(count, {k: m}) for count, m in ((more, n + 1), (ranks - 1 - more, n)) if count]
+        held, room = {k: last}, load - last * cost
+    return [*runs, (1, held)]
+
+
+def _spread(shares: list[Share], costs: list[float], least: int, world_size: int) -> list[Share] | None:
+    """Split the heaviest shares until there is one for every rank; None where no share can be split any more."""
+
+    def entry(share: Share) -> tuple[float, list[tuple[int, int]]]:
+        return -sum(n * costs[k] for k, n in share.items()), list(share.items())
+
+    if len(shares) == world_size:
+        return shares
+    heap, whole = [entry(share) for share in shares], list[Share]()
+    heapq.heapify(heap)
+    while len(heap) + len(whole) < world_size:
+        if not heap:
+            return None
+        _, ((k, n), *others) = heapq.heappop(heap)
+        if others:
+            halves = [{k: n}, dict(others)]
+        elif n >= 2 * least:
+            halves = [{k: n // 2}, {k: n - n // 2}]
+        else:
+            whole.append({k: n})
+            continue
+        for half in halves:
+            heapq.heappush(heap, entry(half))
+    return sorted([*whole, *(dict(items) for _, items in heap)], key=lambda share: (min(share), max(share)))
+
+
+def _checked(explicit: StageSets, quotas_AK: np.ndarray, world_size: int) -> np.ndarray:
+    """The stages of every rank as a mask [W, K]."""
+    field, num_stages = "parallel.placement", quotas_AK.shape[1]
+    if len(explicit) != world_size:
+        raise PlacementError(
+            field,
+            [list(held) for held in explicit],
+            f"lists the stages of {len(explicit)} ranks and there are {world_size}",
+            f"List {world_size} ranks, start {len(explicit)}, or write `auto`.",
+        )
+    holds_WK = np.zeros((world_size, num_stages), dtype=bool)
+    for rank, held in enumerate(explicit):
+        if not held:
+            raise PlacementError(f"{field}[{rank}]", [], f"leaves rank {rank} without a stage", "Give it at least one.")
+        if len(set(held)) < len(held) or not all(0 <= k < num_stages for k in held):
+            raise PlacementError(
+                f"{field}[{rank}]",
+                list(held),
+                "names an unknown stage or one twice",
+                f"The stages are 0 to {num_stages - 1}.",
+            )
+        holds_WK[rank, list(held)] = True
+    for k, (size, quota) in enumerate(zip(holds_WK.sum(axis=0), quotas_AK.min(axis=0), strict=True)):
+        if size == 0:
+            raise PlacementError(
+                field,
+                [list(held) for held in explicit],
+                f"leaves stage {k} to no rank",
+                f"Add {k} to some rank's stages.",
+            )
+        if size > quota:
+            raise PlacementError(
+                "train.global_batch_size",
+                int(quotas_AK.sum()),
+                f"gives stage {k} {quota} samples in a micro batch and {size} ranks of parallel.placement hold it",
+                f"Raise it, accumulate less, or let at most {quota} ranks hold stage {k}.",
+            )
+    return holds_WK
+
+
+def _balance_explicit(quotas_AK: np.ndarray, cost_K: np.ndarray, holds_WK: np.ndarray) -> np.ndarray:
+    """Deal each stage evenly over its ranks, then move samples from busier to idler ranks until no move helps."""
+    least = len(quotas_AK)
+    samples_WK = np.zeros(holds_WK.shape, dtype=np.int64)
+    for k, quota in enumerate(quotas_AK.sum(axis=0)):
+        samples_WK[holds_WK[:, k], k] = _even(quota, holds_WK[:, k].sum())
+    stages = np.arange(len(cost_K))
+    while True:
+        load_W = samples_WK @ cost_K
+        giver_K = np.where(samples_WK > least, load_W[:, None], -np.inf).argmax(axis=0)
+        taker_K = np.where(holds_WK, load_W[:, None], np.inf).argmin(axis=0)
+        gap_K = np.where(samples_WK[giver_K, stages] > least, load_W[giver_K] - load_W[taker_K], 0)
+        k = int((gap_K - cost_K).argmax())
+        if gap_K[k] <= cost_K[k] * (1 + 1e-9):
+            return samples_WK
+        spare = samples_WK[giver_K[k], k] - least
+        moved = min(spare, max(1, int(gap_K[k] / (2 * cost_K[k]))))
+        samples_WK[giver_K[k], k] -= moved
+        samples_WK[taker_K[k], k] += moved
+
+
+def _micro_samples(samples_WK: np.ndarray, quotas_AK: np.ndarray) -> np.ndarray:
+    """Split every rank's samples over the micro batches, [A, W, K]: evenly, and keeping each micro batch's quotas.
+
+    The samples of a stage stand in a row, rank after rank, and are dealt to the micro batches in turn. The row starts
+    inside a turn, so that the micro batches with one sample more are those dealt to first; then any A neighbours in the
+    row, hence any rank's samples, reach every micro batch.
+    """
+    accumulation = len(quotas_AK)
+    ends_WK = samples_WK.cumsum(axis=0)
+    turn_AK = quotas_AK.argsort(axis=0, kind="stable").argsort(axis=0)  # place of each micro batch in a turn
+    offset_AK = turn_AK + quotas_AK.sum(axis=0) % accumulation + 1
+
+    def dealt(row_WK: np.ndarray) -> np.ndarray:
+        return (row_WK[None] - offset_AK[:, None]) // accumulation
+
+    return dealt(ends_WK) - dealt(ends_WK - samples_WK)
