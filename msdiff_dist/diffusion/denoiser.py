@@ -34,7 +34,7 @@ class Denoiser(ABC):
 
 
 class MinSNRDenoiser(Denoiser):
-    """Base of the three predictions. The optional weight, min(SNR, gamma) on the error of x_0, is Min-SNR (2303.09556)."""
+    """Base of the three predictions. The optional weight on the error of x_0, min(SNR, gamma), is 2303.09556's."""
 
     def __init__(self, min_snr_gamma: float | None = None) -> None:
         self.gamma = min_snr_gamma

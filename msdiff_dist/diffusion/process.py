@@ -12,6 +12,7 @@ from torch import Tensor
 from msdiff_dist.diffusion.config import DiffusionConfig, DiscreteConfig, Unit
 from msdiff_dist.diffusion.denoiser import Denoiser, build_denoiser
 from msdiff_dist.diffusion.noise_schedule import alphas_cumprod, betas
+from msdiff_dist.errors import ConfigError
 
 Spacing = Literal["leading", "trailing", "log_snr"]
 
@@ -130,6 +131,10 @@ class DiscreteProcess(Process):
 
         `log_snr` is even in log-SNR, but consecutive near the data where the timesteps are too coarse for that.
         """
+        if steps > self.hi:
+            raise ConfigError(
+                "steps", steps, f"is more than the process's {self.hi} timesteps", f"Use at most {self.hi}."
+            )
         i = np.arange(steps)
         if spacing == "leading":
             times = i * self.hi // steps + (self.hi >= 2 * steps)
@@ -137,7 +142,7 @@ class DiscreteProcess(Process):
             times = (i + 1) * self.hi // steps - 1
         else:
             log_sigmas = np.log(self.sigma_of(np.arange(self.hi)))
-            even = np.interp(np.linspace(log_sigmas[0], log_sigmas[-1], steps), log_sigmas, np.arange(self.hi))
+            even = np.interp(np.linspace(log_sigmas[-1], log_sigmas[0], steps)[::-1], log_sigmas, np.arange(self.hi))
             times = np.maximum.accumulate(np.rint(even).astype(np.int64) - i) + i
             times = np.minimum(times, self.hi - steps + i)
         return times[::-1]
