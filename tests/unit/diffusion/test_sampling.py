@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
+from msdiff_dist.diffusion.process import build_process
+from msdiff_dist.diffusion.sampling import (
+    Condition,
+    SamplerConfig,
+    image_generators,
+    sample,
+    sampler_times,
+    solve,
+)
+from msdiff_dist.diffusion.stage_partition import build_partition
+from msdiff_dist.errors import ConfigError
+
+PROCESS = build_process(DiffusionConfig())
+PARTITION = build_partition(StagesConfig((442, 631)), PROCESS)
+SHAPE = (2, 4, 4)
+SAMPLERS = [
+    SamplerConfig("ddim"),
+    SamplerConfig("ddim", eta=1.0, clip=True),
+    SamplerConfig("dpmpp_2m"),
+    SamplerConfig("ddpm"),
+]
+
+
+def network(x, t, stage, label, context):
+    """Some smooth function of every input."""
+    out = torch.sin(x + 0.001 * t.view(-1, 1, 1, 1)) + 0.1 * stage
+    if label is not None:
+        out = out + 0.1 * label.view(-1, 1, 1, 1)
+    return out if context is None else out * context.mean((1, 2)).view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("config", SAMPLERS)
+def test_pictures_do_not_depend_on_the_split_into_batches(config: SamplerConfig) -> None:
+    whole = sample(network, PROCESS, PARTITION, config, seed=3, index_n=range(6), shape=SHAPE)
+    parts = [sample(network, PROCESS, PARTITION, config, seed=3, index_n=i, shape=SHAPE) for i in ([4, 5], [0])]
+    torch.testing.assert_close(torch.cat(parts), whole[[4, 5, 0]])
+    assert not torch.equal(whole, sample(network, PROCESS, PARTITION, config, seed=4, index_n=range(6), shape=SHAPE))
+
+
+@pytest.mark.parametrize("config", SAMPLERS)
+def test_each_call_gets_the_stage_of_its_time(config: SamplerConfig) -> None:
+    calls = []
+
+    def spy(x, t, stage, label, context):
+        assert x.shape == (3, *SHAPE)
+        calls.append((t.unique().item(), stage))
+        return torch.zeros_like(x)
+
+    sample(spy, PROCESS, PARTITION, config, seed=0, index_n=[0, 1, 2], shape=SHAPE)
+    assert calls == sampler_times(PROCESS, PARTITION, config)
+    assert [stage for _, stage in calls] == PARTITION.stage_of(np.array([t for t, _ in calls])).tolist()
+    assert {stage for _, stage in calls} == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "reference", "options"),
+    [
+        (SamplerConfig("ddim", 50, spacing="trailing"), diffusers.DDIMScheduler, {}),
+        (SamplerConfig("dpmpp_2m", 20, spacing="trailing"), diffusers.DPMSolverMultistepScheduler, {}),
+        (SamplerConfig("ddpm", 50, spacing="trailing"), diffusers.DDPMScheduler, {}),
+        (SamplerConfig("ddim", 50, eta=1.0, clip=True, spacing="trailing"), diffusers.DDIMScheduler, {"eta": 1.0}),
+    ],
+)
+def test_same_pictures_as_diffusers_on_the_full_schedule(config: SamplerConfig, reference: type, options: dict) -> None:
+    clip = {} if config.name == "dpmpp_2m" else {"clip_sample": config.clip}
+    scheduler = reference(
+        1000, 0.0015, 0.0195, "scaled_linear", prediction_type="epsilon", timestep_spacing="trailing", **clip
+    )
+    scheduler.set_timesteps(config.steps)
+    generators = image_generators(0, [0, 1])
+    x = torch.stack([torch.randn(SHAPE, generator=g) for g in generators])
+    for t in scheduler.timesteps:
+        stage = int(PARTITION.stage_of(np.array(int(t))))
+        output = network(x, torch.full((2,), float(t)), stage, None, None)
+        x = scheduler.step(output, t, x, generator=generators, **options).prev_sample
+    ours = sample(network, PROCESS, PARTITION, config, seed=0, index_n=[0, 1], shape=SHAPE)
+    torch.testing.assert_close(ours, x, atol=2e-4, rtol=2e-4)
+
+
+def gaussian_variances(config: SamplerConfig, variance: float = 0.25, mean: float = 0.3) -> tuple[float, float]:
+    """Mean and variance of samples made with the optimal denoiser of N(mean, variance), linear in x."""
+
+    def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
+        s, n = (float(v) for v in PROCESS.scales(torch.tensor([t])))
+        return mean + variance * s / (s * s * variance + n * n) * (x - s * mean)
+
+    x = solve(denoise, PROCESS, config, image_generators(0, range(2000)), (16,), "cpu")
+    return x.mean().item(), x.var().item()
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmpp_2m"])
+@pytest.mark.parametrize("spacing", ["leading", "log_snr"])
+def test_samples_of_gaussian_data_have_its_mean_and_variance(name: str, spacing: str) -> None:
+    mean, variance = gaussian_variances(SamplerConfig(name, 500, spacing=spacing))
+    assert mean == pytest.approx(0.3, abs=0.01)
+    assert variance == pytest.approx(0.25, abs=0.02 if name == "ddpm" else 0.01)
+
+
+def test_clip_keeps_pixels_in_range() -> None:
+    for config in (SamplerConfig(name, 10, clip=True) for name in ("ddim", "ddpm", "dpmpp_2m")):
+        x = solve(lambda x, t: 3 * torch.ones_like(x), PROCESS, config, image_generators(0, [0]), SHAPE, "cpu")
+        torch.testing.assert_close(x, torch.ones(1, *SHAPE))
+
+
+def test_guidance_extrapolates_from_the_unconditional_output() -> None:
+    """The network's output is its label, so guidance acts like the label u + g (c - u)."""
+
+    def constant(x, t, stage, label, context):
+        return label.view(-1, 1, 1, 1).expand_as(x).float()
+
+    arguments = {"seed": 0, "index_n": [0, 1], "shape": SHAPE}
+    null = Condition(torch.tensor([10, 10]))
+    config = SamplerConfig("ddim", 5, guidance_scale=3.0)
+    guided = sample(
+        constant, PROCESS, PARTITION, config, condition=Condition(torch.tensor([1, 2])), unconditional=null, **arguments
+    )
+    plain = sample(
+        constant,
+        PROCESS,
+        PARTITION,
+        SamplerConfig("ddim", 5),
+        condition=Condition(torch.tensor([-17, -14])),
+        **arguments,
+    )
+    torch.testing.assert_close(guided, plain)
+    with pytest.raises(ConfigError, match="guidance_scale"):
+        sample(constant, PROCESS, PARTITION, config, condition=null, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [({"steps": 0}, "steps"), ({"eta": 2.0}, "eta"), ({"name": "ddpm", "eta": 0.5}, "eta"), ({"steps": 1001}, "steps")],
+)
+def test_bad_samplers_are_refused(fields: dict, field: str) -> None:
+    with pytest.raises(ConfigError) as e:
+        sampler_times(PROCESS, PARTITION, SamplerConfig(**fields))
+    assert e.value.field == field
