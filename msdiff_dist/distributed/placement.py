@@ -100,7 +100,7 @@ def plan(
         samples_WK = _choose(quotas_AK, cost, world_size)
     else:
         samples_WK = _balance_explicit(quotas_AK, cost, _checked(explicit, quotas_AK, world_size))
-    stages_of_rank = tuple(tuple(np.flatnonzero(n_K).tolist()) for n_K in samples_WK)
+    stages_of_rank = tuple(tuple(k for k, n in enumerate(n_K) if n) for n_K in samples_WK.tolist())
     return Placement(stages_of_rank, _micro_samples(samples_WK, quotas_AK))
 
 
@@ -160,6 +160,7 @@ def _even(total: int, parts: int) -> np.ndarray:
 
 
 Share = dict[int, int]  # samples of each stage a rank holds
+Run = tuple[int, Share]  # so many neighbouring ranks with equal shares
 
 
 def _line(quotas: list[int], costs: list[float], least: int, world_size: int) -> np.ndarray | None:
@@ -175,21 +176,18 @@ def _line(quotas: list[int], costs: list[float], least: int, world_size: int) ->
             best, high = runs, middle
         else:
             low = middle
-    shares = _spread([share for count, share in best for _ in range(count)], costs, least, world_size)
-    if shares is None:
+    runs = _spread(best, costs, least, world_size)
+    if runs is None:
         return None
-    samples_WK = np.zeros((world_size, len(quotas)), dtype=np.int64)
-    for n_K, share in zip(samples_WK, shares, strict=True):
+    samples_RK = np.zeros((len(runs), len(quotas)), dtype=np.int64)
+    for n_K, (_, share) in zip(samples_RK, runs, strict=True):
         n_K[list(share)] = list(share.values())
-    return samples_WK
+    return samples_RK.repeat([count for count, _ in runs], axis=0)
 
 
-def _filled(quotas: list[int], costs: list[float], least: int, load: float) -> list[tuple[int, Share]] | None:
-    """Fill rank after rank up to `load`, stage after stage; None where a holding would fall below `least` samples.
-
-    Returns runs: so many neighbouring ranks with equal shares.
-    """
-    runs: list[tuple[int, Share]] = []
+def _filled(quotas: list[int], costs: list[float], least: int, load: float) -> list[Run] | None:
+    """Fill rank after rank up to `load`, stage after stage; None where a holding would fall below `least` samples."""
+    runs: list[Run] = []
     load *= 1 + 1e-12
     held: Share = {}  # of the last rank
     room = load
@@ -216,30 +214,33 @@ def _filled(quotas: list[int], costs: list[float], least: int, load: float) -> l
     return [*runs, (1, held)]
 
 
-def _spread(shares: list[Share], costs: list[float], least: int, world_size: int) -> list[Share] | None:
+def _spread(runs: list[Run], costs: list[float], least: int, world_size: int) -> list[Run] | None:
     """Split the heaviest shares until there is one for every rank; None where no share can be split any more."""
 
-    def entry(share: Share) -> tuple[float, list[tuple[int, int]]]:
-        return -sum(n * costs[k] for k, n in share.items()), list(share.items())
+    def entry(count: int, share: Share) -> tuple[float, list[tuple[int, int]], int]:
+        return -sum(n * costs[k] for k, n in share.items()), list(share.items()), count
 
-    if len(shares) == world_size:
-        return shares
-    heap, whole = [entry(share) for share in shares], list[Share]()
+    missing = world_size - sum(count for count, _ in runs)
+    heap, whole = [entry(*run) for run in runs], list[Run]()
     heapq.heapify(heap)
-    while len(heap) + len(whole) < world_size:
+    while missing:
         if not heap:
             return None
-        _, ((k, n), *others) = heapq.heappop(heap)
+        _, ((k, n), *others), count = heapq.heappop(heap)
         if others:
             halves = [{k: n}, dict(others)]
         elif n >= 2 * least:
             halves = [{k: n // 2}, {k: n - n // 2}]
         else:
-            whole.append({k: n})
+            whole.append((count, {k: n}))
             continue
-        for half in halves:
-            heapq.heappush(heap, entry(half))
-    return sorted([*whole, *(dict(items) for _, items in heap)], key=lambda share: (min(share), max(share)))
+        split = min(count, missing)
+        missing -= split
+        for size, share in [(split, halves[0]), (split, halves[1]), (count - split, {k: n, **dict(others)})]:
+            if size:
+                heapq.heappush(heap, entry(size, share))
+    runs = whole + [(count, dict(items)) for _, items, count in heap]
+    return sorted(runs, key=lambda run: (min(run[1]), max(run[1])))
 
 
 def _checked(explicit: StageSets, quotas_AK: np.ndarray, world_size: int) -> np.ndarray:

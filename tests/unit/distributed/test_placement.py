@@ -116,12 +116,12 @@ def test_explicit_plans_are_obeyed_and_balanced(
 
 
 def test_paper_model_balances_on_every_world_in_seconds() -> None:
-    start = time.monotonic()
+    start = time.process_time()
     for world_size in range(2, 1025):
         placement = plan(micro_quotas(thirds(48 * world_size), 1), PAPER_COSTS, world_size)
         assert placement.balance(PAPER_COSTS) >= 0.95, world_size
         assert (placement.samples_WK.sum(axis=0) == 16 * world_size).all()
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_disjoint_groups_where_they_balance_well() -> None:
