@@ -15,8 +15,9 @@ from msdiff_dist.models.config import ModelConfig
 def timestep_embedding(t_B: Tensor, channels: int) -> Tensor:
     """Cosines then sines of t at `channels / 2` frequencies from 1 down towards 1/10000; fp32 [B, channels]."""
     half = channels // 2
-    frequencies = torch.exp(-math.log(10_000) / half * torch.arange(half, dtype=torch.float32, device=t_B.device))
-    angles = t_B.float()[:, None] * frequencies
+    # t near 1000 magnifies a frequency's rounding a thousandfold: this order of operations is the published models'.
+    exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t_B.device) / half
+    angles = t_B.float()[:, None] * exponents.exp()
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 

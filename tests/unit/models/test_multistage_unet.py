@@ -175,4 +175,4 @@ def test_channels_last_gives_the_same(config: ModelConfig) -> None:
     model, batch = busy(build_model(config)), inputs(config)
     assert isinstance(model, MultistageUNet)
     expected = model(**batch)
-    torch.testing.assert_close(model.to(memory_format=torch.channels_last)(**batch), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.to(memory_format=torch.channels_last)(**batch), expected, rtol=1e-4, atol=1e-4)
