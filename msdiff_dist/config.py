@@ -20,7 +20,9 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], path: str = "") -> T:
     `__post_init__` may raise `ConfigError` with a field relative to itself, and the path is put before it.
     """
     if not isinstance(mapping, Mapping):
-        raise ConfigError(path or "recipe", mapping, f"must be a mapping of {cls.__name__} fields", "Indent its fields.")
+        raise ConfigError(
+            path or "recipe", mapping, f"must be a mapping of {cls.__name__} fields", "Indent its fields."
+        )
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     values = {}
@@ -30,11 +32,7 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], path: str = "") -> T:
             raise ConfigError(field, value, "is not a known field", did_you_mean(str(key), fields))
         values[key] = _convert(hints[key], value, field)
     for name, f in fields.items():
-        if (
-            name not in values
-            and f.default is dataclasses.MISSING
-            and f.default_factory is dataclasses.MISSING
-        ):
+        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ConfigError(_join(path, name), None, "is required and missing", f"Add `{name}:` to the recipe.")
     try:
         return cls(**values)

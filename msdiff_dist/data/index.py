@@ -11,10 +11,10 @@ from typing import Any
 
 import braceexpand
 
+from msdiff_dist.data.shard_writer import INDEX_NAME
 from msdiff_dist.data.tar_members import TarError, count_samples
 from msdiff_dist.errors import DataError
 
-INDEX_NAME = "index.json"
 FIELD = "data.shards"
 
 
@@ -91,15 +91,6 @@ def scan(path: str) -> int:
         return count_samples(path)
     except (TarError, OSError) as e:
         raise DataError(FIELD, path, f"is not a readable tar file ({e})", "Copy or make the shard again.") from e
-
-
-def write_index(folder: Path, name: str, counts: Mapping[str, int]) -> None:
-    """Write `index.json` for shards (file name -> samples) that lie in `folder`."""
-    shardlist = [
-        {"url": shard, "nsamples": n, "filesize": (folder / shard).stat().st_size} for shard, n in counts.items()
-    ]
-    index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": name, "shardlist": shardlist}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n")
 
 
 def _load_index(path: Path) -> dict[str, Mapping[str, Any]]:

@@ -7,8 +7,9 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from msdiff_dist.data.index import FIELD, INDEX_NAME, Shard
+from msdiff_dist.data.index import FIELD, Shard
 from msdiff_dist.data.order import StreamOrder
+from msdiff_dist.data.shard_writer import INDEX_NAME
 from msdiff_dist.data.tar_members import TarError, samples
 from msdiff_dist.errors import DataError
 

@@ -118,9 +118,7 @@ class SlurmCluster:
 
     def start_node(self, name: str) -> None:
         """Switch a node on."""
-        boot = (
-            'hostname "$1" && mount --bind "$2/hosts" /etc/hosts && exec slurmd -D -f "$2/slurm.conf" -N "$1"'
-        )
+        boot = 'hostname "$1" && mount --bind "$2/hosts" /etc/hosts && exec slurmd -D -f "$2/slurm.conf" -N "$1"'
         isolation = ("unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc", "--uts", "--mount")
         self._daemon(name, *isolation, "bash", "-c", boot, "node", name, str(self.folder))
 
@@ -207,7 +205,7 @@ class SlurmCluster:
             "SlurmdParameters": "config_overrides",
             "GresTypes": "gpu",
             "DefMemPerCPU": 100,
-            "SchedulerParameters": "sched_interval=2,bf_interval=2,sched_min_interval=0,batch_sched_delay=0,requeue_delay=1",
+            "SchedulerParameters": "sched_interval=2,bf_interval=2,sched_min_interval=0,requeue_delay=1",
             "PreemptType": "preempt/partition_prio",
             "PreemptMode": "REQUEUE",
             "SlurmctldParameters": "preempt_send_user_signal",
@@ -229,7 +227,9 @@ class SlurmCluster:
         for gpu in range(self.gpus):
             (folder / "dev" / f"gpu{gpu}").symlink_to("/dev/null")  # must be a character device
         common = "Nodes=ALL State=UP MaxTime=INFINITE"
-        lines.append(f"PartitionName=main {common} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={self.grace_s}")
+        lines.append(
+            f"PartitionName=main {common} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={self.grace_s}"
+        )
         lines.append(f"PartitionName=high {common} PriorityTier=10 PreemptMode=OFF")
         self._write("slurm.conf", lines)
         self._write("gres.conf", gpu_files)

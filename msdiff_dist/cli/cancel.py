@@ -1,0 +1,21 @@
+"""`msdiff cancel`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def cancel(
+    run: Annotated[str, typer.Argument(help="Run folder, or the name of a launched run.")],
+    now: Annotated[bool, typer.Option("--now", help="Kill it: do not save first.")] = False,
+) -> None:
+    """End a run's job. It saves first; `msdiff launch` on the same folder goes on from there.
+
+    Example: msdiff cancel runs/cin
+    """
+    from msdiff_dist.launch import watch
+
+    folder = watch.find_run(run)
+    typer.echo(f"{folder}: {watch.cancel(folder, now)}")

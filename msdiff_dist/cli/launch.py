@@ -1,0 +1,48 @@
+"""`msdiff launch`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def launch(
+    recipe: Annotated[Path, typer.Argument(help="Recipe YAML, or a sweep YAML.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as key=value.")] = None,
+    cluster: Annotated[str, typer.Option(help="Cluster file, or `local` or `debug`.")] = "local",
+    nodes: Annotated[str | None, typer.Option(help="Nodes, or a range 2-4 to start on as many as there are.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs (and ranks) on each node.")] = None,
+    time: Annotated[str | None, typer.Option(help="Limit of one start, [days-]hours:minutes[:seconds].")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME of the recipe.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check, show plan and sbatch text; submit nothing.")
+    ] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Return when the job has ended; exit status 1 if it failed.")
+    ] = False,
+) -> None:
+    """Train a recipe as a cluster job that goes on by itself after time limits, pre-emption and node failures.
+
+    Example: msdiff launch recipes/cin.yaml --cluster slurm/gpu.yaml --nodes 4 --run-dir /shared/runs/cin
+    """
+    from msdiff_dist.launch import launcher, watch
+    from msdiff_dist.launch.cluster import load_cluster
+
+    given = {"nodes": nodes, "gpus_per_node": gpus_per_node, "time": time}
+    asked = load_cluster(cluster, given)
+    folder, runs, parallel = launcher.runs_of(recipe, overrides or [], run_dir)
+    asked = dataclasses.replace(asked, max_parallel=parallel or asked.max_parallel)
+    if dry_run:
+        text = launcher.dry_run(runs, asked, folder, folder.name)
+        typer.echo(launcher.plan_text(runs[0].recipe, asked))
+        typer.echo(text if text is not None else f"the {asked.executor} executor has no sbatch text")
+        return
+    records = launcher.launch(runs, asked, folder, folder.name)
+    for record in records:
+        typer.echo(f"job {', '.join(record.job_ids)}: {record.run}")
+    if wait:
+        failed = watch.wait_for([Path(record.run) for record in records])
+        raise typer.Exit(1 if failed else 0)

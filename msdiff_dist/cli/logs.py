@@ -1,0 +1,26 @@
+"""`msdiff logs`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def logs(
+    run: Annotated[str, typer.Argument(help="Run folder, or the name of a launched run.")],
+    rank: Annotated[int | None, typer.Option(min=0, help="Only this rank.")] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on as the log grows (rank 0 unless --rank).")
+    ] = False,
+    lines: Annotated[int | None, typer.Option("--lines", "-n", min=1, help="Only the last lines of each log.")] = None,
+) -> None:
+    """Print the logs of a run's ranks, rank 0's first.
+
+    Example: msdiff logs runs/cin --rank 3 -f
+    """
+    from msdiff_dist.launch import watch
+
+    folder = watch.find_run(run)
+    for text in watch.log_texts(folder, rank, lines, follow):
+        typer.echo(text, nl=False)

@@ -1,0 +1,50 @@
+"""The `msdiff` command: its verbs, and how its errors end."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from msdiff_dist import __version__
+from msdiff_dist.cli import sample, train
+from msdiff_dist.errors import MsdiffError, UserError
+
+app = typer.Typer(
+    help="Train multi-stage latent-diffusion models: one shared encoder, one decoder per timestep stage.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command("train")(train.train)
+app.command("sample")(sample.sample)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(version: bool = typer.Option(False, "--version", callback=_version, help="Print the version.")) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command. Exit status: 0 done, 2 the user's error, 1 any other failure."""
+    try:
+        app()
+    except MsdiffError as e:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/] {_escaped(str(e))}", highlight=False)
+        sys.exit(2 if isinstance(e, UserError) else 1)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""`msdiff train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="Recipe YAML.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, as key=value.")] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine.")] = 1,
+    run_dir: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME of the recipe.")] = None,
+) -> None:
+    """Train a recipe. The same command on the same run folder goes on where it stopped.
+
+    Under torchrun or srun (RANK and WORLD_SIZE set) this process is one rank; --nproc starts ranks by itself.
+
+    Example: msdiff train recipes/quickstart.yaml train.steps=300 --nproc 4 --run-dir runs/digits
+    """
+    from msdiff_dist.distributed.environment import is_rank_process
+    from msdiff_dist.launch.run_plan import check_run
+    from msdiff_dist.recipe import load_recipe, recipe_mapping
+    from msdiff_dist.training.run_folder import RunFolder
+
+    parsed = load_recipe(recipe, overrides or [])
+    folder = run_dir or Path("runs") / parsed.name
+    if is_rank_process():
+        from msdiff_dist.launch.rank import run_rank
+
+        outcome = run_rank(parsed, folder)
+    else:
+        check_run(parsed, nproc)
+        RunFolder(folder).check(recipe_mapping(parsed))
+        from msdiff_dist.launch.local import run_local
+
+        outcome = run_local(recipe_mapping(parsed), folder, nproc)
+    if outcome == "preempted":
+        typer.echo(f"stopped by a signal, saved in {folder}; the same command goes on from there", err=True)

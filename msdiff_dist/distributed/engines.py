@@ -1,0 +1,242 @@
+"""Two kinds of DeepSpeed engine in one process: `shared` over the world, one `stage` engine over each held stage's group.
+
+The graph is cut between them. A micro batch runs the shared encoder once, then every held stage on detached features
+(forward, loss, backward, reduction inside the stage's group, stages ascending), then the gradients of the features go
+back through the encoder in one backward over the world. Every rank thus issues its collectives in one explicit order,
+and groups may overlap freely. Reductions are sums of gradients of a loss normalised by the GLOBAL batch, so they are
+the exact global mean whatever the sizes of the groups. This is the only file that imports deepspeed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import groups as deepspeed_groups
+from torch import Tensor, nn
+
+from msdiff_dist.distributed.environment import Groups
+from msdiff_dist.distributed.zero_state import ShardedState
+
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+# DeepSpeed's shared-memory collective is compiled on first use (half a minute); gloo serves CPU ranks well.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+Precision = Literal["fp32", "bf16"]
+OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+StageLoss = Callable[[int, Tensor, slice], Tensor]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the engines run. grad_clip: the greatest global gradient norm, 0 for none."""
+
+    precision: Precision
+    zero_shared: int
+    zero_stage: int
+    gradient_accumulation_steps: int
+    grad_clip: float
+
+
+class _StageUnit:
+    """What DeepSpeed asks of an `mpu`: data-parallel over one stage's group, model-parallel over this rank alone."""
+
+    def __init__(self, group: dist.ProcessGroup, alone: dist.ProcessGroup) -> None:
+        self.group, self.alone = group, alone
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self.group)
+
+    def get_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(self.group)
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self.group)
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.alone
+
+    def get_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
+
+
+@contextmanager
+def _deepspeed_unit(unit: _StageUnit | None) -> Iterator[None]:
+    """DeepSpeed keeps its `mpu` in one module global: set it around every call of an engine."""
+    previous, deepspeed_groups.mpu = deepspeed_groups.mpu, unit
+    try:
+        yield
+    finally:
+        deepspeed_groups.mpu = previous
+
+
+class _GradientsAt(torch.autograd.Function):
+    """A scalar 0 whose backward hands the given gradients to the given tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors_then_gradients: Tensor) -> Tensor:
+        ctx.count = count
+        ctx.save_for_backward(*tensors_then_gradients[count:])
+        return torch.zeros((), device=tensors_then_gradients[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # DeepSpeed may scale the loss, hence the product
+        return (None, *(g * grad_outputs[0].to(g.dtype) for g in ctx.saved_tensors), *[None] * ctx.count)
+
+
+class _Engine:
+    """One DeepSpeed engine whose reduction is a sum over its group."""
+
+    def __init__(
+        self, module: nn.Module, optimizer: OptimizerFactory, zero: int, config: EngineConfig, unit: _StageUnit | None
+    ) -> None:
+        self.unit = unit
+        size = unit.get_data_parallel_world_size() if unit else dist.get_world_size()
+        # ZeRO 3 knows only the mean over the group: multiplying the loss by the group's size makes it the sum.
+        self.loss_scale = float(size) if zero == 3 else 1.0
+        settings: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": config.gradient_accumulation_steps,
+            "train_batch_size": config.gradient_accumulation_steps * size,
+            "gradient_clipping": config.grad_clip,
+            "gradient_allreduce_op": "mean" if zero == 3 else "sum",
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": zero, "stage3_param_persistence_threshold": 0},
+            "bf16": {"enabled": config.precision == "bf16"},
+            "steps_per_print": 10**9,
+        }
+        with _deepspeed_unit(unit):
+            self.engine, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer(list(module.parameters())), config=settings, mpu=unit
+            )
+
+    @property
+    def optimizer(self) -> Any:
+        return self.engine.optimizer
+
+    def __call__(self, *inputs: Any) -> Any:
+        with _deepspeed_unit(self.unit):
+            return self.engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        with _deepspeed_unit(self.unit):
+            self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> None:
+        with _deepspeed_unit(self.unit):
+            self.engine.step()
+
+    def clip_by(self, norm: Callable[[], Tensor]) -> None:
+        """Clip with `norm()` instead of the norm of this engine's own gradients."""
+        if hasattr(self.optimizer, "_get_norm_groups"):  # ZeRO 3
+            self.optimizer._get_norm_groups = lambda: [norm()]
+        else:
+            self.optimizer.scaled_global_norm = lambda norm_type=2: norm()
+
+    def gradient_square_sum(self) -> Tensor:
+        """Sum of squares of the reduced gradient elements that live on this rank."""
+        squares = torch.zeros((), device=self.engine.device)
+        for gradients in self.optimizer.averaged_gradients.values():
+            for g in gradients or ():
+                squares += g.detach().float().square().sum()
+        return squares
+
+
+class StageParallelEngines:
+    """The shared engine and the engines of the stages this rank holds, stepping as one model.
+
+    Args:
+        shared: maps the network's inputs to a tuple of features, batch first. It may have no parameters.
+        stages: for each held stage, the module that maps (a row range of) those features to the output.
+        optimizer: makes a torch optimizer for a list of parameters; called once per engine.
+    """
+
+    def __init__(
+        self,
+        shared: nn.Module,
+        stages: Mapping[int, nn.Module],
+        optimizer: OptimizerFactory,
+        config: EngineConfig,
+        groups: Groups,
+    ) -> None:
+        self.config = config
+        self.grad_norm = torch.zeros(())
+        self._shared_module = shared
+        has_parameters = any(True for _ in shared.parameters())
+        self.shared = _Engine(shared, optimizer, config.zero_shared, config, None) if has_parameters else None
+        self.stages: dict[int, _Engine] = {}
+        for k in sorted(stages):
+            unit = _StageUnit(groups.stage[k], groups.alone)
+            self.stages[k] = _Engine(stages[k], optimizer, config.zero_stage, config, unit)
+        if config.grad_clip:
+            for engine in self._engines():
+                engine.clip_by(lambda: self.grad_norm)
+
+    def _engines(self) -> list[_Engine]:
+        """In the order of their collectives: held stages ascending, then the shared one."""
+        return [*self.stages.values(), *([self.shared] if self.shared else [])]
+
+    def state(self) -> dict[str, ShardedState]:
+        """This rank's fp32 shards, by the prefix of their parameter names in the whole model."""
+        named = {f"stages.{k}.": e for k, e in self.stages.items()} | ({"shared.": self.shared} if self.shared else {})
+        return {prefix: ShardedState(e.engine.module, e.optimizer) for prefix, e in named.items()}
+
+    def forward_backward(self, inputs: Sequence[Tensor | None], rows: Mapping[int, slice], loss: StageLoss) -> None:
+        """One micro batch.
+
+        Args:
+            inputs: of the shared module, all samples of this rank in one batch, sorted by stage.
+            rows: for every held stage its rows of that batch, at least one each.
+            loss: (stage, output, rows) -> this rank's part of the loss, already divided by the global batch size.
+        """
+        features = (self.shared or self._shared_module)(*inputs)
+        differentiable = [i for i, f in enumerate(features) if f.requires_grad]
+        gradients = [torch.empty_like(features[i]) for i in differentiable]
+        shared_scale = self.shared.loss_scale if self.shared else 1.0
+        for k, engine in self.stages.items():
+            leaves = [f.detach()[rows[k]].requires_grad_(i in differentiable) for i, f in enumerate(features)]
+            engine.backward(loss(k, engine(*leaves), rows[k]) * engine.loss_scale)
+            for gradient, i in zip(gradients, differentiable, strict=True):
+                leaf_grad = leaves[i].grad
+                if leaf_grad is None:  # a stage without cross-attention ignores the context
+                    gradient[rows[k]].zero_()
+                else:
+                    torch.mul(leaf_grad, shared_scale / engine.loss_scale, out=gradient[rows[k]])
+        if self.shared:
+            self.shared.backward(
+                _GradientsAt.apply(len(differentiable), *(features[i] for i in differentiable), *gradients)
+            )
+
+    def at_boundary(self) -> bool:
+        """Whether the micro batch just run completes the global batch."""
+        return bool(self._engines()[0].engine.is_gradient_accumulation_boundary())
+
+    def reduce_norm(self, extra: Tensor) -> Tensor:
+        """Set `grad_norm`, the norm over the encoder and every decoder once each; sum `extra` over the ranks with it.
+
+        One world all_reduce. Every gradient element lives on exactly one rank.
+        """
+        squares = sum((e.gradient_square_sum() for e in self._engines()), torch.zeros((), device=extra.device))
+        both = torch.cat([squares.double().reshape(1), extra.double()])
+        dist.all_reduce(both)
+        self.grad_norm = both[0].sqrt().float()
+        return both[1:]
+
+    def step(self, lr: float) -> None:
+        """After every micro batch; at the boundary the optimizers step with learning rate `lr`."""
+        for engine in self._engines():
+            for group in engine.optimizer.param_groups:
+                group["lr"] = lr
+            engine.step()

@@ -1,0 +1,90 @@
+"""This process among its peers: rank, device and process groups."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from msdiff_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Who this process is.
+
+    rank, world_size: in the whole job. local_rank: on this node; on GPUs also the device's index.
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The process groups of a run, made once, by every rank in the same order.
+
+    stage: one group per stage, of the ranks holding it. alone: this rank by itself. routing: the world again, so that
+    a prefetched exchange never waits behind a gradient reduction.
+    """
+
+    stage: tuple[dist.ProcessGroup, ...]
+    alone: dist.ProcessGroup
+    routing: dist.ProcessGroup
+
+
+def is_rank_process() -> bool:
+    """Whether a launcher (torchrun, srun, `msdiff train --nproc`) started this process as one rank of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+@contextmanager
+def process_group(timeout_s: float) -> Iterator[Environment]:
+    """Join the job described by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT: NCCL on GPUs, gloo on CPUs.
+
+    Raises:
+        UserError: fewer GPUs on this node than ranks.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    os.environ.setdefault("LOCAL_RANK", str(local))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500" if world > 1 else "0")
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                "LOCAL_RANK", local, f"this node has {torch.cuda.device_count()} GPUs", "Start one rank per GPU."
+            )
+        torch.cuda.set_device(local)
+    device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
+    store = None
+    if world == 1:
+        store = dist.HashStore()
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        rank=rank,
+        world_size=world,
+        store=store,
+        timeout=datetime.timedelta(seconds=timeout_s),
+    )
+    try:
+        yield Environment(rank, local, world, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def make_groups(stages_of_rank: Sequence[Sequence[int]], rank: int) -> Groups:
+    """Every group of the run, given each rank's stages. Collective: all ranks call it with the same argument."""
+    num_stages = 1 + max(k for held in stages_of_rank for k in held)
+    holders = [[r for r, held in enumerate(stages_of_rank) if k in held] for k in range(num_stages)]
+    stage = tuple(dist.new_group(ranks) for ranks in holders)
+    alone = [dist.new_group([r]) for r in range(len(stages_of_rank))][rank]
+    return Groups(stage, alone, dist.new_group(list(range(len(stages_of_rank)))))

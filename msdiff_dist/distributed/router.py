@@ -1,0 +1,180 @@
+"""Takes every sample from the rank that read it to a rank that holds its stage's decoder, before the shared encoder.
+
+Stage, micro batch and reader of every sample of a global batch are known to every rank, so each computes all journeys
+by itself and no counts are exchanged: one `all_to_all_single` of packed rows per micro batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from msdiff_dist.distributed.placement import Placement
+
+if TYPE_CHECKING:
+    from msdiff_dist.data.loader import StepSamples
+
+
+Format = tuple[torch.dtype, torch.Size]  # of one sample of x, label or context
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The journeys of one global batch; the same on every rank.
+
+    stage_B, micro_B: stage and micro batch of each sample. source_B: the rank that read it.
+    """
+
+    stage_B: np.ndarray
+    micro_B: np.ndarray
+    source_B: np.ndarray
+    placement: Placement
+
+    @cached_property
+    def dest_B(self) -> np.ndarray:
+        """The rank that computes each sample: as planned for its micro batch and stage, its reader where possible.
+
+        Of the samples of one micro batch and stage, a rank keeps the first ones it read, as many as it is to compute.
+        The others, ordered by reader and index, go to the ranks with places left, in rank order.
+        """
+        planned_AWK = self.placement.samples_AWK
+        accumulation, world_size, num_stages = planned_AWK.shape
+        planned = planned_AWK.transpose(0, 2, 1).ravel()  # by cell: micro batch, stage, rank
+        cell_B = (self.micro_B * num_stages + self.stage_B) * world_size + self.source_B
+        order = cell_B.argsort(kind="stable")
+        read = np.bincount(cell_B, minlength=len(planned))
+        nth_in_cell = np.arange(len(order)) - (read.cumsum() - read).repeat(read)
+        assert np.array_equal(*(n.reshape(-1, world_size).sum(axis=1) for n in (read, planned))), (
+            "not the plan's quotas"
+        )
+        kept = nth_in_cell < planned.repeat(read)
+        places = planned - np.minimum(planned, read)
+        dest_B = self.source_B.copy()
+        dest_B[order[~kept]] = np.tile(np.arange(world_size), accumulation * num_stages).repeat(places)
+        return dest_B
+
+    def sent(self, rank: int, micro: int) -> np.ndarray:
+        """Indices of the samples that `rank` read for a micro batch, in order of sending: by destination, index."""
+        index_n = np.flatnonzero((self.source_B == rank) & (self.micro_B == micro))
+        return index_n[self.dest_B[index_n].argsort(kind="stable")]
+
+    def received(self, rank: int, micro: int) -> np.ndarray:
+        """Indices of the samples that arrive at `rank` for a micro batch, in order of arrival: by source, index."""
+        index_n = np.flatnonzero((self.dest_B == rank) & (self.micro_B == micro))
+        return index_n[self.source_B[index_n].argsort(kind="stable")]
+
+
+@dataclass(frozen=True)
+class RoutedBatch:
+    """The samples of one micro batch on one rank, sorted by stage, then index; counts are the placement's.
+
+    index_n: int64, index in the global batch. stage_n: int64. x: [n, ...], label: [n] or None, context: [n, T, C] or
+    None, as they were read.
+    """
+
+    index_n: np.ndarray
+    stage_n: np.ndarray
+    x: Tensor
+    label: Tensor | None
+    context: Tensor | None
+
+
+class Router:
+    """Exchanges the samples of one micro batch after another.
+
+    Args:
+        group: a process group of the whole world that nothing else uses, so that an exchange under way does not wait
+            for, nor delay, the collectives of training.
+        device: where the exchange takes place and the samples arrive: the CPU with gloo, the rank's GPU with NCCL.
+
+    Attributes:
+        bytes_sent: payload bytes this rank has sent to other ranks so far.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, placement: Placement, rank: int, device: torch.device) -> None:
+        self.placement = placement
+        self.bytes_sent = 0
+        self._group, self._rank, self._device = group, rank, device
+
+    def start(self, assignment: Assignment, micro: int, samples: StepSamples) -> PendingBatch:
+        """Begin the exchange of one micro batch; every rank does so in the same order, from its main thread.
+
+        Args:
+            samples: all that this rank read of the global batch, in ascending order of their index; there may be none.
+        """
+        world_size = self.placement.world_size
+        out_n, in_n = assignment.sent(self._rank, micro), assignment.received(self._rank, micro)
+        dest_n, source_n = assignment.dest_B[out_n], assignment.source_B[in_n]
+        row_n = np.searchsorted(samples.index_n, out_n)
+        assert np.array_equal(samples.index_n[row_n], out_n)
+        parts = [samples.x_nCHW, samples.label_n, samples.context_nTC]
+        packed = _packed([part for part in parts if part is not None], torch.from_numpy(row_n))
+        if self._device.type == "cuda":
+            packed = packed.pin_memory()
+        outgoing = packed.to(self._device, non_blocking=True)
+        incoming = outgoing.new_empty(len(in_n), outgoing.shape[1])
+        work = dist.all_to_all_single(
+            incoming,
+            outgoing,
+            np.bincount(source_n, minlength=world_size).tolist(),
+            np.bincount(dest_n, minlength=world_size).tolist(),
+            group=self._group,
+            async_op=True,
+        )
+        assert work is not None
+        self.bytes_sent += int((dest_n != self._rank).sum()) * outgoing.shape[1]
+        formats: list[Format | None] = [None if part is None else (part.dtype, part.shape[1:]) for part in parts]
+        return PendingBatch(work, (packed, outgoing), incoming, formats, in_n, assignment.stage_B[in_n])
+
+
+class PendingBatch:
+    """An exchange under way. It holds the buffers being sent until `wait` returns."""
+
+    def __init__(
+        self,
+        work: dist.Work,
+        buffers: tuple[Tensor, ...],
+        incoming: Tensor,
+        formats: list[Format | None],
+        index_n: np.ndarray,
+        stage_n: np.ndarray,
+    ) -> None:
+        self._work, self._buffers, self._incoming, self._formats = work, buffers, incoming, formats
+        self._index_n, self._stage_n = index_n, stage_n
+
+    def wait(self) -> RoutedBatch:
+        """The samples, once they have all arrived. To be called once."""
+        self._work.wait()
+        self._buffers = ()
+        order = np.lexsort((self._index_n, self._stage_n))
+        rows = self._incoming[torch.from_numpy(order).to(self._incoming.device)]
+        x, label, context = _unpacked(rows, self._formats)
+        assert x is not None
+        return RoutedBatch(self._index_n[order], self._stage_n[order], x, label, context)
+
+
+def _packed(parts: list[Tensor], row_n: Tensor) -> Tensor:
+    """The bytes of the given rows of all parts side by side, uint8 [n, bytes]."""
+    chosen = [part[row_n].reshape(len(row_n), part.shape[1:].numel()).view(torch.uint8) for part in parts]
+    return torch.cat(chosen, dim=1)
+
+
+def _unpacked(rows: Tensor, formats: list[Format | None]) -> list[Tensor | None]:
+    """The inverse of `_packed`; None for parts that are None."""
+    parts: list[Tensor | None] = []
+    first = 0
+    for layout in formats:
+        if layout is None:
+            parts.append(None)
+            continue
+        dtype, shape = layout
+        end = first + shape.numel() * dtype.itemsize
+        parts.append(rows[:, first:end].contiguous().view(dtype).reshape(len(rows), *shape))
+        first = end
+    return parts

@@ -1,0 +1,76 @@
+"""Pictures from a checkpoint, on one process: the encoder once, each decoder when its stage is first reached."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from msdiff_dist.checkpoint.load import CheckpointReader
+from msdiff_dist.diffusion.process import Process
+from msdiff_dist.diffusion.sampling import Condition, SamplerConfig, sample
+from msdiff_dist.diffusion.stage_partition import StagePartition
+from msdiff_dist.models.autoencoder import LatentCodec
+from msdiff_dist.models.config import ModelConfig
+from msdiff_dist.models.multistage_unet import build_parts
+
+
+class Generator:
+    """Samples with the EMA (or raw) weights of a checkpoint.
+
+    Args:
+        latent_shape: [C, H, W] of what the diffusion sees.
+    """
+
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        model: ModelConfig,
+        process: Process,
+        partition: StagePartition,
+        codec: LatentCodec,
+        latent_shape: Sequence[int],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        ema: bool = True,
+    ) -> None:
+        self._reader, self._model, self._process, self._partition = reader, model, process, partition
+        self._codec, self._latent_shape, self._device, self._dtype = codec, tuple(latent_shape), device, dtype
+        self._kind = "ema" if ema else "param"
+        self._shared = self._load(build_parts(model, [])[0], "shared.")
+        self._stages: dict[int, nn.Module] = {}
+
+    def __call__(
+        self, index_n: Sequence[int], sampler: SamplerConfig, seed: int, label_n: Tensor | None = None
+    ) -> Tensor:
+        """uint8 pictures [n, C, H, W] numbered `index_n`; each depends on (weights, seed, its number) alone."""
+        null = None if label_n is None else torch.full_like(label_n, self._model.num_classes or 0)
+        x0 = sample(
+            self._network,
+            self._process,
+            self._partition,
+            sampler,
+            seed=seed,
+            index_n=index_n,
+            shape=self._latent_shape,
+            device=self._device,
+            condition=Condition(label_n=None if label_n is None else label_n.to(self._device)),
+            unconditional=Condition(label_n=null.to(self._device)) if null is not None else None,
+        )
+        return self._codec.to_images(x0)
+
+    @property
+    def loaded_stages(self) -> list[int]:
+        """Stages whose decoders were needed so far."""
+        return sorted(self._stages)
+
+    def _network(self, x_in: Tensor, t_in: Tensor, stage: int, label: Tensor | None, context: Tensor | None) -> Tensor:
+        if stage not in self._stages:
+            self._stages[stage] = self._load(build_parts(self._model, [stage])[1][stage], f"stages.{stage}.")
+        features = self._shared(x_in.to(self._dtype), t_in, context, label)
+        return self._stages[stage](*features)  # type: ignore[no-any-return]
+
+    def _load(self, module: nn.Module, prefix: str) -> nn.Module:
+        module.load_state_dict(self._reader.module_state(self._kind, prefix))
+        return module.to(self._device, self._dtype).eval()

@@ -1,0 +1,59 @@
+"""Looking at what a run makes: how many pictures, by which sampler, laid out as one grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from msdiff_dist.diffusion.sampling import SamplerConfig
+from msdiff_dist.errors import ConfigError
+
+_GRID_SIDE = 512
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """every: steps between sample grids, 0 for none (else one at the end too). num: pictures in a grid."""
+
+    every: int = 0
+    num: int = 64
+    seed: int = 0
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ConfigError("every", self.every, "must not be negative", "Use 0 for no grids.")
+        if self.num < 1:
+            raise ConfigError("num", self.num, "must be at least 1", "A grid of 64 shows enough.")
+
+
+def class_labels(index_n: list[int], num_classes: int | None, only: int | None = None) -> Tensor | None:
+    """Labels int64 [n] of pictures by number: class after class in turn, or `only` that one.
+
+    Raises:
+        ConfigError: there is no such class.
+    """
+    if only is not None and not 0 <= only < (num_classes or 0):
+        known = f"the model's classes are 0 to {num_classes - 1}" if num_classes else "the model has no classes"
+        raise ConfigError("--class", only, known, "Choose one of them." if num_classes else "Leave --class out.")
+    if num_classes is None:
+        return None
+    return torch.tensor([i % num_classes if only is None else only for i in index_n])
+
+
+def write_grid(images_NCHW: Tensor, path: Path, columns: int | None = None) -> None:
+    """Write uint8 pictures as one PNG: cells apart, small pictures enlarged without smoothing."""
+    from torchvision.utils import make_grid
+
+    columns = columns or max(1, round(len(images_NCHW) ** 0.5))
+    grid_CHW = make_grid(images_NCHW, nrow=columns, padding=2, pad_value=128)
+    image = Image.fromarray(grid_CHW.permute(1, 2, 0).numpy())
+    scale = max(1, _GRID_SIDE // max(image.size))
+    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    aside = path.with_name(f".{path.name}")
+    image.save(aside, format="PNG")
+    aside.rename(path)

@@ -1,0 +1,159 @@
+"""Cluster files: how jobs are asked for on one cluster. Nothing in them depends on the recipe."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+
+from msdiff_dist.config import from_mapping
+from msdiff_dist.errors import ConfigError
+
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>[0-5]?\d)(?::(?P<seconds>[0-5]?\d))?")
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """One cluster file. Every field has a default except those a SLURM cluster cannot do without.
+
+    executor: `slurm`, or without it `local` (processes on this machine, in the background) or `debug` (this process).
+    shared: a folder every node sees under the same path; run folders must lie under it. Required for `slurm`.
+    partition, account, qos, constraint: passed to sbatch as they are.
+    nodes: how many, or a range "2-4": the job starts on any number in it, and may come back on another.
+    gpus_per_node: GPUs asked for on each node; one task runs on each.
+    tasks_per_node: tasks on each node where there are no GPUs.
+    gres: how to ask for GPUs where --gpus-per-node is not accepted, e.g. "gpu:a100:8".
+    cpus_per_task, memory_gb: CPUs of each task (also its OMP_NUM_THREADS), memory of each node (None: the default).
+    time: limit of one start of the job, "[days-]hours:minutes[:seconds]"; the job goes on by itself after it.
+    signal_delay_s: how long before the limit the job is told to save and stop.
+    exclusive: ask for whole nodes.
+    sbatch: any further sbatch options, e.g. {reservation: night, mail-type: FAIL}.
+    srun: any further srun arguments, e.g. ["--cpu-bind=none", "--container-image=..."].
+    setup: shell lines run on the first node before the tasks start, e.g. "module load cuda", "conda activate msdiff".
+    python: the interpreter on the nodes. Default: the one that launches.
+    container: a command put before it, e.g. "apptainer exec --nv /shared/msdiff.sif".
+    environment: variables exported to every task.
+    interface: network interface for NCCL and gloo, e.g. "ib0" (None: they choose).
+    max_parallel: runs of a sweep, or parts of a data job, at the same time.
+    max_restarts: starts in a row that reach no new checkpoint before the job gives up.
+    """
+
+    executor: Literal["slurm", "local", "debug"] = "slurm"
+    shared: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    nodes: int | str = 1
+    gpus_per_node: int = 0
+    tasks_per_node: int = 1
+    gres: str | None = None
+    cpus_per_task: int = 1
+    memory_gb: float | None = None
+    time: str | int = "24:00:00"
+    signal_delay_s: int = 120
+    exclusive: bool = False
+    sbatch: dict[str, str | int | bool] = field(default_factory=dict)
+    srun: tuple[str, ...] = ()
+    setup: tuple[str, ...] = ()
+    python: str = sys.executable
+    container: str | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    interface: str | None = None
+    max_parallel: int = 8
+    max_restarts: int = 3
+
+    def __post_init__(self) -> None:
+        smallest = {"gpus_per_node": 0, "tasks_per_node": 1, "cpus_per_task": 1, "max_parallel": 1, "max_restarts": 1}
+        for name, least in {**smallest, "signal_delay_s": 1}.items():
+            if getattr(self, name) < least:
+                raise ConfigError(name, getattr(self, name), f"must be at least {least}", "Raise it.")
+        if self.memory_gb is not None and self.memory_gb <= 0:
+            raise ConfigError(
+                "memory_gb", self.memory_gb, "must be above 0", "Give gigabytes per node, or leave it out."
+            )
+        if self.gpus_per_node and self.tasks_per_node not in (1, self.gpus_per_node):
+            raise ConfigError(
+                "tasks_per_node", self.tasks_per_node, f"one task runs on each of the {self.gpus_per_node} GPUs",
+                "Leave tasks_per_node out.",
+            )  # fmt: skip
+        if self.gres and not self.gpus_per_node:
+            raise ConfigError("gres", self.gres, "needs the number of GPUs too", "Set gpus_per_node.")
+        most = self.node_range[1]
+        if self.executor == "slurm" and self.shared is None:
+            raise ConfigError("shared", None, "is required for SLURM", "Name a folder that every node sees.")
+        if self.executor != "slurm" and most > 1:
+            raise ConfigError("nodes", self.nodes, f"the {self.executor} executor has one node", "Set nodes to 1.")
+        if self.executor == "debug" and self.ranks_per_node > 1:
+            raise ConfigError(
+                "gpus_per_node", self.ranks_per_node, "the debug executor runs one process", "Use `--cluster local`."
+            )
+        if self.time_s <= self.signal_delay_s:
+            raise ConfigError(
+                "time", self.time, f"is not longer than signal_delay_s = {self.signal_delay_s} s: no time to train",
+                "Ask for more time or lower signal_delay_s.",
+            )  # fmt: skip
+
+    @property
+    def node_range(self) -> tuple[int, int]:
+        """Fewest and most nodes."""
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(self.nodes))
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= low <= high:
+            raise ConfigError("nodes", self.nodes, "is neither a number nor a range", 'Write it as 4 or "2-4".')
+        return low, high
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.gpus_per_node or self.tasks_per_node
+
+    @property
+    def world_sizes(self) -> tuple[int, ...]:
+        """Every number of ranks the job may start with."""
+        low, high = self.node_range
+        return tuple(n * self.ranks_per_node for n in range(low, high + 1))
+
+    @property
+    def time_s(self) -> int:
+        """The time limit in seconds."""
+        match = _TIME.fullmatch(self.time) if isinstance(self.time, str) else None
+        if match is None:
+            unquoted = " (YAML reads 24:00:00 without quotes as a number)" if isinstance(self.time, int) else ""
+            raise ConfigError(
+                "time", self.time, f"is not a time limit{unquoted}", 'Write "[days-]hours:minutes[:seconds]" in quotes.'
+            )
+        days, hours, minutes, seconds = (int(match[name] or 0) for name in ("days", "hours", "minutes", "seconds"))
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def load_cluster(name: str, overrides: dict[str, Any] | None = None) -> ClusterConfig:
+    """The cluster file `name`, or `local` / `debug`, with command-line options put over its fields.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown field, a value that makes no sense.
+    """
+    if name in ("local", "debug"):
+        mapping: dict[str, Any] = {"executor": name}
+    else:
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError("--cluster", name, "no such file", "Name a cluster file, or `local` or `debug`.")
+        try:
+            loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        except (yaml.YAMLError, OSError) as e:
+            raise ConfigError("--cluster", name, f"cannot be read: {e}", "Correct the file.") from None
+        if not isinstance(loaded, dict):
+            raise ConfigError("--cluster", name, "is not a mapping of fields", "Write `field: value` lines.")
+        mapping = {str(key): value for key, value in loaded.items()}
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    try:
+        return from_mapping(ClusterConfig, {**mapping, **given})
+    except ConfigError as e:
+        where = {"nodes": "--nodes", "gpus_per_node": "--gpus-per-node", "time": "--time"}
+        option = where[e.field] if e.field in given else f"{name}: {e.field}"
+        raise ConfigError(option, e.value, e.problem, e.remedy) from None

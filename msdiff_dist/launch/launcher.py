@@ -1,0 +1,120 @@
+"""`msdiff launch`: check everything, keep a snapshot, submit, leave a record in the run folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+from omegaconf import OmegaConf
+
+from msdiff_dist.errors import ConfigError, RunFolderError
+from msdiff_dist.launch.cluster import ClusterConfig
+from msdiff_dist.launch.job import STOPPED, CommandJob, TrainJob
+from msdiff_dist.launch.run_plan import check_run
+from msdiff_dist.launch.snapshot import next_snapshot, take_snapshot
+from msdiff_dist.launch.submit import SlurmExecutor, check, make_executor, sbatch_text, submit
+from msdiff_dist.launch.watch import JobRecord, register_run, states
+from msdiff_dist.recipe import Recipe, recipe_mapping
+from msdiff_dist.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe and the folder it is to run in."""
+
+    recipe: Recipe
+    folder: Path
+
+
+def check_runs(runs: Sequence[Run], cluster: ClusterConfig) -> None:
+    """Everything that can be known to go wrong with these runs on this cluster; writes nothing.
+
+    Raises:
+        UserError: naming the field and the remedy.
+    """
+    for run in runs:
+        for world_size in cluster.world_sizes:
+            check_run(run.recipe, world_size)
+        _check_elastic(run.recipe, cluster)
+        RunFolder(run.folder).check(recipe_mapping(run.recipe))
+    records = [record for run in runs if (record := JobRecord.load(run.folder))]
+    for record in (record for record, state in zip(records, states(records), strict=True) if state.active):
+        raise RunFolderError(
+            "--run-dir", record.run, f"job {record.job_ids[0]} is already at work on it",
+            "Wait for it, `msdiff cancel` it, or name another folder.",
+        )  # fmt: skip
+
+
+def _check_elastic(recipe: Recipe, cluster: ClusterConfig) -> None:
+    sizes = {recipe.train.batch_size(w) for w in cluster.world_sizes}
+    if len(sizes) > 1:
+        raise ConfigError(
+            "train.micro_batch_size", recipe.train.micro_batch_size,
+            f"makes the global batch depend on how many of {cluster.nodes} nodes the job gets",
+            "Give train.global_batch_size instead.",
+        )  # fmt: skip
+
+
+def dry_run(runs: Sequence[Run], cluster: ClusterConfig, folder: Path, name: str) -> str | None:
+    """The exact sbatch text `launch` would submit, after the same checks; None without SLURM. Writes nothing."""
+    check_runs(runs, cluster)
+    executor = make_executor(cluster, name, folder, next_snapshot(folder) / "code")
+    check(cluster, folder, executor, len(runs))
+    return sbatch_text(executor, len(runs)) if isinstance(executor, SlurmExecutor) else None
+
+
+def launch(runs: Sequence[Run], cluster: ClusterConfig, folder: Path, name: str) -> list[JobRecord]:
+    """Submit `runs`: one as a job, several as a job array. Nothing is written or submitted if a check fails.
+
+    Args:
+        folder: where the logs and the snapshot of the job go: the run folder, or the sweep's.
+
+    Raises:
+        UserError: naming the field and the remedy.
+    """
+    dry_run(runs, cluster, folder, name)
+    snapshot = next_snapshot(folder)
+    names = ["recipe.yaml"] if len(runs) == 1 else [f"recipe_{i:03d}.yaml" for i in range(len(runs))]
+    texts = [OmegaConf.to_yaml(OmegaConf.create(recipe_mapping(run.recipe))) for run in runs]
+    take_snapshot(snapshot, dict(zip(names, texts, strict=True)))
+    tasks = []
+    for run, recipe in zip(runs, names, strict=True):
+        (run.folder / "launch").mkdir(parents=True, exist_ok=True)
+        (run.folder / "launch" / STOPPED).unlink(missing_ok=True)
+        run_dir = str(run.folder.resolve())
+        tasks.append(TrainJob(run_dir, str(snapshot / recipe), cluster.signal_delay_s, cluster.max_restarts))
+    jobs = submit(make_executor(cluster, name, folder, snapshot / "code"), tasks)
+    return [_record(cluster, run.folder, [job]) for run, job in zip(runs, jobs, strict=True)]
+
+
+def launch_commands(
+    commands: Sequence[Sequence[str]], cluster: ClusterConfig, folder: Path, name: str
+) -> JobRecord | None:
+    """Submit `msdiff` commands, the parts of one data job, as a job array; None if all parts are done already."""
+    snapshot = next_snapshot(folder)
+    done = [(folder / "parts" / f"{i:05d}.done").resolve() for i in range(len(commands))]
+    tasks = [CommandJob(tuple(c), str(d)) for c, d in zip(commands, done, strict=True) if not d.exists()]
+    if not tasks:
+        return None
+    executor = make_executor(cluster, name, folder, snapshot / "code")
+    check(cluster, folder, executor, len(tasks))
+    take_snapshot(snapshot, {"commands.json": json.dumps([list(c) for c in commands], indent=1)})
+    return _record(cluster, folder, submit(executor, tasks))
+
+
+def _record(cluster: ClusterConfig, folder: Path, jobs: Sequence[submitit.Job[Any]]) -> JobRecord:
+    record = JobRecord(
+        run=str(folder.resolve()),
+        job_ids=[job.job_id for job in jobs],
+        executor=cluster.executor,
+        logs=str(jobs[0].paths.folder),
+        submitted=time.time(),
+    )
+    record.save()
+    register_run(folder)
+    return record

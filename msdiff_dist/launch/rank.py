@@ -1,0 +1,192 @@
+"""One rank of a run: the recipe's parts put together, from the shards to the last checkpoint."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from msdiff_dist.checkpoint.layout import CheckpointIndex, complete_checkpoints, step_folder
+from msdiff_dist.checkpoint.load import CheckpointReader, newest, restore
+from msdiff_dist.checkpoint.save import gather_shapes, moment_kinds, remove_old, snapshot, write_checkpoint
+from msdiff_dist.data.loader import StepLoader
+from msdiff_dist.distributed.engines import EngineConfig, StageParallelEngines
+from msdiff_dist.distributed.environment import Environment, make_groups, process_group
+from msdiff_dist.distributed.router import Router
+from msdiff_dist.errors import UserError
+from msdiff_dist.launch.preview import write_preview
+from msdiff_dist.launch.run_plan import plan_run
+from msdiff_dist.models.autoencoder import LatentCodec
+from msdiff_dist.models.multistage_unet import build_parts
+from msdiff_dist.recipe import Recipe, recipe_mapping
+from msdiff_dist.training.ema import ShardedEma
+from msdiff_dist.training.feed import Feed
+from msdiff_dist.training.loop import Occasions, Outcome, train
+from msdiff_dist.training.metrics import MetricsWriter
+from msdiff_dist.training.optimizer import optimizer_factory
+from msdiff_dist.training.preemption import StopRequest
+from msdiff_dist.training.run_folder import RunFolder
+from msdiff_dist.training.step import TrainStep
+
+T = TypeVar("T")
+
+
+def run_rank(recipe: Recipe, run_dir: Path, terminal: IO[str] | None = None) -> Outcome:
+    """Train `recipe` in `run_dir` as the rank that the environment names, from its newest checkpoint if it has one.
+
+    Rank 0 shows its progress on `terminal`, or on standard error. Returns "preempted" when a signal ended it early: everything is saved, and the same call goes on from there.
+    """
+    folder = RunFolder(run_dir)
+    torch.set_num_threads(recipe.train.threads or _threads_per_rank())
+    with ExitStack() as stack:
+        env = stack.enter_context(process_group(recipe.train.timeout_s))
+        stop = stack.enter_context(StopRequest())
+        everywhere(env, lambda: folder.open(recipe_mapping(recipe)) if env.rank == 0 else None)
+        stack.callback(folder.close)
+        run = Run(recipe, folder, env)
+        stack.callback(run.feed.close)
+        writer = (
+            stack.enter_context(MetricsWriter(folder, run.first_step, recipe.train.steps, terminal or sys.stderr))
+            if env.rank == 0
+            else None
+        )
+        if writer:
+            writer.say(run.describe())
+        return train(
+            recipe.train,
+            run.train_step,
+            run.feed,
+            run.ema,
+            recipe.optimizer.lr,
+            recipe.lr_schedule,
+            Occasions(run.save, recipe.checkpoint.every, run.preview, recipe.preview.every),
+            writer,
+            stop,
+            run.batch_size,
+            run.first_step,
+        )
+
+
+class Run:
+    """Everything that trains on this rank. Collective: every rank builds it alike."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, env: Environment) -> None:
+        self.recipe, self.folder, self.env = recipe, folder, env
+        plan = everywhere(env, lambda: plan_run(recipe, env.world_size))
+        self.batch_size, self.placement, quotas = plan.batch_size, plan.placement, plan.quotas
+        groups = make_groups(self.placement.stages_of_rank, env.rank)
+        shared, stages = build_parts(recipe.model, self.placement.stages_of_rank[env.rank], recipe.train.seed)
+        for part in (shared, *stages.values()):
+            part.to(env.device)
+        self.engines = StageParallelEngines(
+            shared,
+            stages,
+            optimizer_factory(recipe.optimizer, fused=env.device.type == "cuda"),
+            EngineConfig(
+                recipe.train.precision,
+                recipe.parallel.zero_shared,
+                recipe.parallel.zero_stage,
+                recipe.train.gradient_accumulation_steps,
+                recipe.optimizer.grad_clip,
+            ),
+            groups,
+        )
+        self.state = self.engines.state()
+        self.shapes = gather_shapes(self.state)
+        self.ema = ShardedEma(recipe.ema, self.state)
+        self.first_step = self._resume()
+        loader = everywhere(env, lambda: self._loader())
+        self.feed = Feed(
+            loader,
+            quotas,
+            Router(groups.routing, self.placement, env.rank, env.device),
+            recipe.train.seed,
+            recipe.train.gradient_accumulation_steps,
+            self.first_step,
+        )
+        self.train_step = TrainStep(
+            self.feed,
+            self.engines,
+            recipe.process(),
+            quotas,
+            LatentCodec(recipe.autoencoder, recipe.data.kind != "image", env.device),
+            env,
+            seed=recipe.train.seed,
+            dtype=torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32,
+            loss_kind=recipe.train.loss,
+            channels_last=recipe.train.channels_last,
+            condition_dropout=recipe.train.condition_dropout,
+            null_label=recipe.model.num_classes,
+        )
+
+    def describe(self) -> str:
+        """One line on what is about to run."""
+        params = sum(int(torch.Size(s).numel()) for s in self.shapes.values())
+        start = f"from step {self.first_step}" if self.first_step else "from scratch"
+        return (
+            f"{self.recipe.name}: {params / 1e6:.1f} M parameters, {self.placement.num_stages} stages on "
+            f"{self.env.world_size} ranks {list(map(list, self.placement.stages_of_rank))[:8]}, {start}, "
+            f"run folder {self.folder.path}"
+        )
+
+    def save(self, step: int) -> None:
+        """Make the checkpoint of `step` steps done. Collective."""
+        target = step_folder(self.folder.checkpoints, step)
+        write_checkpoint(target, snapshot(self.state, self.ema.shards), self._index(step))
+        if self.env.rank == 0:
+            remove_old(complete_checkpoints(self.folder.checkpoints), self.recipe.checkpoint.keep_last)
+
+    def preview(self, step: int) -> None:
+        """Sample a grid with the EMA weights of this moment, every rank its share. Collective."""
+        weights = self.folder.samples / f".weights_{step:08d}"
+        write_checkpoint(weights, snapshot(self.state, self.ema.shards, ema_only=True), self._index(step))
+        write_preview(self.recipe, weights, self.folder.samples / f"step_{step:08d}.png", self.env)
+
+    def _index(self, step: int) -> CheckpointIndex:
+        return CheckpointIndex(step, recipe_mapping(self.recipe), self.shapes, moment_kinds(self.state), 0)
+
+    def _resume(self) -> int:
+        checkpoint, step = newest(self.folder.checkpoints), 0
+        if checkpoint:
+            reader = everywhere(self.env, lambda: CheckpointReader(checkpoint))
+            restore(reader, self.state, self.ema.shards)
+            step = reader.index.step
+        if self.env.rank == 0:
+            self.folder.cut_metrics(step)
+        return step
+
+    def _loader(self) -> StepLoader:
+        return StepLoader(
+            self.recipe.data,
+            self.recipe.train.seed,
+            self.batch_size,
+            self.env.rank,
+            self.env.world_size,
+            self.first_step,
+        )
+
+
+def everywhere(env: Environment, action: Callable[[], T]) -> T:
+    """Run `action` on every rank; if it is refused on one, every rank raises that error. Collective."""
+    result, error = None, None
+    try:
+        result = action()
+    except UserError as e:
+        error = e
+    errors: list[UserError | None] = [None] * env.world_size
+    dist.all_gather_object(errors, error)
+    first = next((e for e in errors if e), None)
+    if first:
+        raise first
+    return result  # type: ignore[return-value]
+
+
+def _threads_per_rank() -> int:
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    return max(1, len(os.sched_getaffinity(0)) // local_world)

@@ -1,0 +1,56 @@
+"""What a recipe means on a given number of ranks: batch, quotas, costs and placement. Needs no device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from msdiff_dist.data.loader import StepLoader
+from msdiff_dist.diffusion.timestep_sampler import StageQuotas
+from msdiff_dist.distributed.placement import Placement, plan
+from msdiff_dist.models.flops import ModelCosts, costs
+from msdiff_dist.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """cost_K: multiply-adds of one sample of each stage, encoder and decoder."""
+
+    batch_size: int
+    quotas: StageQuotas
+    costs: ModelCosts
+    cost_K: list[int]
+    placement: Placement
+
+
+def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
+    """Plan `recipe` on `world_size` ranks.
+
+    Raises:
+        ConfigError: batch sizes contradict each other or are too small for the stages.
+        PlacementError: the stages cannot be placed on so many ranks, or the recipe's placement does not fit.
+    """
+    batch_size = recipe.train.batch_size(world_size)
+    quotas = StageQuotas(recipe.process(), recipe.partition(), recipe.stages.sampling, batch_size)
+    model_costs = recipe_costs(recipe)
+    cost_K = [model_costs.encoder.macs + d.macs for d in model_costs.decoders]
+    explicit = None if recipe.parallel.placement == "auto" else recipe.parallel.placement
+    micro_quotas = quotas.micro_quotas(recipe.train.gradient_accumulation_steps)
+    return RunPlan(batch_size, quotas, model_costs, cost_K, plan(micro_quotas, cost_K, world_size, explicit))
+
+
+def recipe_costs(recipe: Recipe) -> ModelCosts:
+    """Parameters and multiply-adds of the recipe's model on its latents and context."""
+    _, height, width = recipe.latent_shape
+    tokens = recipe.data.context_shape[0] if recipe.data.context_shape else 1
+    return costs(recipe.model, (height, width), tokens)
+
+
+def check_run(recipe: Recipe, world_size: int) -> RunPlan:
+    """Everything that can be refused before a process starts: placement, lanes and shards.
+
+    Raises:
+        UserError: of the part that refuses.
+    """
+    run_plan = plan_run(recipe, world_size)
+    StepLoader(recipe.data, recipe.train.seed, run_plan.batch_size, 0, world_size)
+    return run_plan

@@ -1,0 +1,60 @@
+"""Pictures from a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from rich.progress import track
+
+from msdiff_dist.checkpoint.layout import CheckpointIndex, complete_checkpoints
+from msdiff_dist.diffusion.sampling import SamplerConfig
+from msdiff_dist.errors import CheckpointError, RunFolderError
+from msdiff_dist.evaluation.preview import class_labels, write_grid
+from msdiff_dist.launch.preview import generator_for
+from msdiff_dist.recipe import recipe_from
+
+
+def sample_run(
+    run: Path, out: Path, num: int, sampler: SamplerConfig, class_: int | None, seed: int, batch_size: int, ema: bool
+) -> None:
+    """Write `num` PNG files and grid.png into the new folder `out`.
+
+    Args:
+        run: a run folder, whose newest checkpoint is taken, or one checkpoint.
+
+    Raises:
+        CheckpointError: no complete checkpoint there. RunFolderError: `out` holds files already.
+    """
+    checkpoint = find_checkpoint(run)
+    recipe = recipe_from(CheckpointIndex.load(checkpoint).recipe)
+    if out.exists() and any(out.iterdir()):
+        raise RunFolderError("--out", str(out), "is not empty", "Name a new folder.")
+    class_labels([0], recipe.model.num_classes, class_)
+    generator = generator_for(recipe, checkpoint, torch.device("cuda" if torch.cuda.is_available() else "cpu"), ema)
+    out.mkdir(parents=True, exist_ok=True)
+    grid = []
+    batches = [list(range(i, min(i + batch_size, num))) for i in range(0, num, batch_size)]
+    for index_n in track(batches, description="sampling", transient=True):
+        images = generator(index_n, sampler, seed, class_labels(index_n, recipe.model.num_classes, class_))
+        for i, image in zip(index_n, images, strict=True):
+            pixels = image.permute(1, 2, 0).squeeze(-1).numpy()
+            Image.fromarray(pixels).save(out / f"{i:05d}.png")
+        grid += [image for image in images if len(grid) < 100]
+    classes = recipe.model.num_classes if class_ is None else None
+    write_grid(torch.stack(grid[:100]), out / "grid.png", classes if (classes or 99) <= 20 else None)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The newest complete checkpoint of a run folder, or `path` itself if it is one.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / "checkpoint.json").exists():
+        return path
+    found = complete_checkpoints(path / "checkpoints")
+    if not found:
+        raise CheckpointError("RUN", str(path), "holds no complete checkpoint", "Name a run folder that has trained.")
+    return found[-1]

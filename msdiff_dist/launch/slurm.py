@@ -1,0 +1,162 @@
+"""What the SLURM client commands say: does the cluster have what is asked for, and how do jobs stand."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from msdiff_dist.errors import ConfigError, UserError, did_you_mean
+from msdiff_dist.launch.cluster import ClusterConfig
+
+# States in which a job may still do something.
+ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "STOPPED")
+
+
+@dataclass(frozen=True)
+class JobInfo:
+    """One job, or one task of a job array ("12_3"). restarts: times it was requeued, None when no longer known."""
+
+    job_id: str
+    state: str
+    nodes: str
+    restarts: int | None
+    reason: str = ""
+
+    @property
+    def active(self) -> bool:
+        return self.state in ACTIVE
+
+
+@dataclass(frozen=True)
+class _Node:
+    name: str
+    gpus: int
+    cpus: int
+    memory_mb: int
+
+
+def check_cluster(cluster: ClusterConfig) -> None:
+    """Compare what a cluster file asks for with what the cluster has.
+
+    Raises:
+        ConfigError: no client, unknown partition, too few nodes with enough GPUs, CPUs or memory, time over its limit.
+    """
+    if shutil.which("sbatch") is None or shutil.which("sinfo") is None:
+        raise ConfigError(
+            "--cluster", cluster.executor, "there is no SLURM client (sbatch) on this machine",
+            "Run on the cluster's login node, load its SLURM module, or use `--cluster local`.",
+        )  # fmt: skip
+    partitions = {line.rstrip("*"): line.endswith("*") for line in _query("sinfo", "-h", "-o", "%P").split()}
+    default = next((name for name, is_default in partitions.items() if is_default), None)
+    partition = cluster.partition or default
+    for name in (partition or "").split(","):
+        if name not in partitions:
+            raise ConfigError(
+                "partition", partition, "the cluster has no such partition", did_you_mean(name, partitions)
+            )
+    _check_nodes(cluster, str(partition))
+    _check_time(cluster, str(partition))
+
+
+def _check_nodes(cluster: ClusterConfig, partition: str) -> None:
+    rows = _query("sinfo", "-h", "-N", "-p", partition, "-o", "%N|%G|%c|%m").splitlines()
+    nodes = {}
+    for row in rows:
+        name, gres, cpus, memory = row.split("|")
+        nodes[name] = _Node(name, _gpus(gres), int(cpus.rstrip("+")), int(memory.rstrip("+")))
+    if cluster.node_range[1] > len(nodes):
+        raise ConfigError(
+            "nodes", cluster.nodes, f"partition {partition!r} has {len(nodes)} nodes",
+            "Ask for fewer, or name another partition.",
+        )  # fmt: skip
+    fitting, need = list(nodes.values()), cluster.node_range[0]
+    cpus, memory = cluster.cpus_per_task * cluster.ranks_per_node, (cluster.memory_gb or 0) * 1024
+    wanted = [
+        ("gpus_per_node", cluster.gpus_per_node, "GPUs", [n.gpus for n in fitting], cluster.gpus_per_node),
+        ("cpus_per_task", cluster.cpus_per_task, "CPUs", [n.cpus for n in fitting], cpus),
+        ("memory_gb", cluster.memory_gb, "MB of memory", [n.memory_mb for n in fitting], memory),
+    ]
+    for field, value, what, have, asked in wanted:
+        enough = sum(has >= asked for has in have)
+        if enough < need:
+            most = max(have, default=0)
+            raise ConfigError(
+                field, value,
+                f"{need} nodes with {asked:.0f} {what} each are asked for, but in partition {partition!r} {enough} of "
+                f"{len(have)} nodes have as many (the largest has {most})",
+                "Ask for less, or name another partition.",
+            )  # fmt: skip
+
+
+def _gpus(gres: str) -> int:
+    """`gpu:a100:8(S:0-1),lustre:1` -> 8."""
+    return sum(int(n) for n in re.findall(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)", gres))
+
+
+def _check_time(cluster: ClusterConfig, partition: str) -> None:
+    limits = []
+    for text in _query("sinfo", "-h", "-p", partition, "-o", "%l").split():
+        match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+        if match is None:  # infinite
+            return
+        days, hours, minutes, seconds = (int(g or 0) for g in match.groups())
+        limits.append(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+    if limits and cluster.time_s > max(limits):
+        raise ConfigError(
+            "time", cluster.time, f"partition {partition!r} allows {max(limits) // 60} minutes at most",
+            "Ask for less: the job goes on by itself after each time limit.",
+        )  # fmt: skip
+
+
+def check_submission(script: Path) -> None:
+    """Let the controller itself judge an sbatch file, without submitting it.
+
+    Raises:
+        UserError: with the controller's own words.
+    """
+    done = subprocess.run(["sbatch", "--test-only", str(script)], capture_output=True, text=True)
+    if done.returncode:
+        problem = done.stderr.strip().replace("allocation failure: ", "").removeprefix("sbatch: error: ")
+        raise UserError("--cluster", "sbatch", f"the cluster refuses the job: {problem}", "Correct the cluster file.")
+
+
+def job_infos(job_ids: Sequence[str]) -> dict[str, JobInfo]:
+    """How jobs stand: from the controller while it remembers them, else from accounting where there is one.
+
+    An id the cluster does not know is left out; tasks of a job array are listed each under its own id.
+    """
+    wanted = sorted({job_id.split("_")[0] for job_id in job_ids})
+    if not wanted or shutil.which("squeue") is None:
+        return {}
+    found = {}
+    fields = "JobArrayID:40|,State:40|,NumNodes:20|,RestartCnt:20|,Reason:60"
+    rows = _query("squeue", "-h", "-r", "-t", "all", "-j", ",".join(wanted), "-O", fields, check=False).splitlines()
+    for row in rows:
+        job_id, state, nodes, restarts, reason = (cell.strip() for cell in row.split("|"))
+        found[job_id] = JobInfo(job_id, state, nodes, int(restarts), "" if reason == "None" else reason)
+    unknown = [job_id for job_id in wanted if not any(known.split("_")[0] == job_id for known in found)]
+    if unknown:
+        accounting = ("sacct", "-n", "-P", "-X", "-j", ",".join(unknown), "-o", "JobID,State,NNodes")
+        for row in _query(*accounting, check=False).splitlines():
+            job_id, state, nodes = row.split("|")
+            found[job_id] = JobInfo(job_id, state.split()[0], nodes, None)
+    return found
+
+
+def _query(*command: str, check: bool = True) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except FileNotFoundError:
+        return ""
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            "--cluster", command[0], "SLURM does not answer", "Try again later; see `scontrol ping`."
+        ) from None
+    if check and done.returncode:
+        problem = f"SLURM does not answer ({done.stderr.strip()})"
+        raise UserError("--cluster", command[0], problem, "Try again later; see `scontrol ping`.")
+    return done.stdout

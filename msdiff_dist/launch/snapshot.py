@@ -1,0 +1,86 @@
+"""What is kept of the moment of a launch, so that a queued or requeued job runs what was submitted.
+
+run/launch/
+  001/                one folder for each launch
+    code/             the package as it was; the job imports it from here
+    recipe.yaml       the resolved recipe the job reads (one file for each run of a sweep)
+    environment.json  interpreter, installed packages, host, command line, variables that matter
+    git.json          commit and branch; git.diff beside it: what was not committed
+  job.json            the newest job (see watch)
+  starts.jsonl        every start and end of the job (see restarts)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import msdiff_dist
+
+_VARIABLES = ("CUDA", "NCCL", "GLOO", "OMP", "TORCH", "PYTORCH", "SLURM", "CONDA", "VIRTUAL_ENV", "LOADEDMODULES")
+
+
+def next_snapshot(folder: Path) -> Path:
+    """Where the next snapshot of the run (or sweep) `folder` goes: `folder/launch/001`, then 002."""
+    launches = (folder / "launch").resolve()
+    numbers = [int(p.name) for p in launches.iterdir() if p.name.isdigit()] if launches.is_dir() else []
+    return launches / f"{1 + max(numbers, default=0):03d}"
+
+
+def take_snapshot(snapshot: Path, files: Mapping[str, str]) -> None:
+    """Keep the code, the environment and these files (name -> text) in the new folder `snapshot`."""
+    package = Path(msdiff_dist.__file__).parent
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+    shutil.copytree(package, snapshot / "code" / package.name, ignore=ignore)
+    _write_json(snapshot / "environment.json", _environment())
+    state, difference = _git(package)
+    _write_json(snapshot / "git.json", state)
+    for name, text in {"git.diff": difference, **files}.items():
+        (snapshot / name).write_text(text)
+
+
+def _environment() -> dict[str, Any]:
+    packages = {d.metadata["Name"]: d.version for d in metadata.distributions()}
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "folder": os.getcwd(),
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": sys.version,
+        "executable": sys.executable,
+        "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
+        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
+    }
+
+
+def _git(package: Path) -> tuple[dict[str, str | None], str]:
+    """Commit and branch of the repository that holds the package, and the difference to what is on disk."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(package), *arguments], capture_output=True, text=True)
+        except FileNotFoundError:
+            return None
+        return done.stdout if done.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return {"commit": None, "note": "the package is not under version control"}, ""
+    state = {"commit": git("rev-parse", "HEAD"), "branch": git("rev-parse", "--abbrev-ref", "HEAD")}
+    untracked = git("ls-files", "--others", "--exclude-standard") or ""
+    state["untracked"] = untracked
+    stripped = {key: value.strip() if value else value for key, value in state.items()}
+    return stripped, git("diff", "HEAD", "--binary") or ""
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,146 @@
+"""From a cluster file to a submitted job, by submitit: the only file that builds its executors."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.helpers import clean_env
+
+from msdiff_dist.errors import ConfigError
+from msdiff_dist.launch import slurm
+from msdiff_dist.launch.cluster import ClusterConfig
+
+# submitit's own limit counts every signal of a short job as a time-out; restarts are limited by `max_restarts` instead.
+_NO_LIMIT = 100_000
+
+Task = Callable[[], Any]
+
+
+class SlurmExecutor(submitit.SlurmExecutor):
+    """submitit's, also usable where there is no SLURM client: to render the sbatch text."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 1
+
+
+def make_executor(cluster: ClusterConfig, name: str, folder: Path, code: Path) -> submitit.Executor:
+    """The submitit executor for a cluster file.
+
+    Args:
+        name: of the job.
+        folder: of the run or sweep; its `logs/` get the ranks' logs, the sbatch file and submitit's pickles.
+        code: the folder the job imports this package from.
+    """
+    logs = folder.resolve() / "logs"
+    setup = [*cluster.setup, *_exports(cluster, code)]
+    if cluster.executor == "debug":
+        return submitit.DebugExecutor(logs)
+    if cluster.executor == "local":
+        local = submitit.LocalExecutor(logs, max_num_timeout=_NO_LIMIT, python=_python(cluster))
+        local.update_parameters(
+            timeout_min=cluster.time_s / 60,
+            signal_delay_s=cluster.signal_delay_s,
+            gpus_per_node=cluster.gpus_per_node,
+            tasks_per_node=cluster.ranks_per_node,
+            stderr_to_stdout=True,
+            setup=setup,
+        )
+        return local
+    executor = SlurmExecutor(logs, max_num_timeout=_NO_LIMIT, python=_python(cluster))
+    executor.update_parameters(**_slurm_parameters(cluster, name), setup=setup)
+    return executor
+
+
+def _python(cluster: ClusterConfig) -> str:
+    python = shlex.quote(cluster.python)
+    return f"{cluster.container} {python}" if cluster.container else python
+
+
+def _exports(cluster: ClusterConfig, code: Path) -> list[str]:
+    """Shell lines that set the tasks' environment. The launch folder must not come before the snapshot in sys.path."""
+    variables = {"OMP_NUM_THREADS": str(cluster.cpus_per_task), "PYTHONSAFEPATH": "1"}
+    if cluster.interface:
+        variables |= {"NCCL_SOCKET_IFNAME": cluster.interface, "GLOO_SOCKET_IFNAME": cluster.interface}
+    lines = [f"export {key}={shlex.quote(value)}" for key, value in {**variables, **cluster.environment}.items()]
+    return [*lines, f'export PYTHONPATH={shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"']
+
+
+def _slurm_parameters(cluster: ClusterConfig, name: str) -> dict[str, Any]:
+    low, high = cluster.node_range
+    further: dict[str, Any] = {"requeue": True}
+    if low < high:
+        further["nodes"] = f"{low}-{high}"
+    # Since Slurm 22.05 srun no longer takes the CPUs per task over from sbatch.
+    srun = [f"--cpus-per-task={cluster.cpus_per_task}", "--kill-on-bad-exit=1", "--open-mode=append", *cluster.srun]
+    return {
+        "job_name": name,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "time": math.ceil(cluster.time_s / 60),
+        "signal_delay_s": cluster.signal_delay_s,
+        "nodes": high,
+        "ntasks_per_node": cluster.ranks_per_node,
+        "cpus_per_task": cluster.cpus_per_task,
+        "gpus_per_node": None if cluster.gres or not cluster.gpus_per_node else cluster.gpus_per_node,
+        "gres": cluster.gres,
+        "mem": f"{math.ceil(cluster.memory_gb * 1024)}MB" if cluster.memory_gb else None,
+        "exclusive": cluster.exclusive or None,
+        "array_parallelism": cluster.max_parallel,
+        "wckey": None,
+        "stderr_to_stdout": True,
+        "srun_args": srun,
+        "additional_parameters": {**further, **cluster.sbatch},
+    }
+
+
+def sbatch_text(executor: SlurmExecutor, tasks: int) -> str:
+    """Exactly what would be given to sbatch, for one job or for an array of `tasks`."""
+    if tasks > 1:
+        executor = _copy(executor)
+        executor.parameters["map_count"] = tasks
+    return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+
+def _copy(executor: SlurmExecutor) -> SlurmExecutor:
+    copied = SlurmExecutor(executor.folder, max_num_timeout=executor.max_num_timeout, python=executor.python)
+    copied.update_parameters(**executor.parameters)
+    return copied
+
+
+def check(cluster: ClusterConfig, folder: Path, executor: submitit.Executor, tasks: int) -> None:
+    """Everything that can be known to go wrong before submission; writes nothing.
+
+    Raises:
+        ConfigError, UserError: naming the field and the remedy.
+    """
+    if cluster.executor != "slurm":
+        return
+    slurm.check_cluster(cluster)
+    shared = Path(str(cluster.shared)).resolve()
+    if not shared.is_dir():
+        raise ConfigError("shared", cluster.shared, "no such folder", "Name a folder that every node sees.")
+    if not folder.resolve().is_relative_to(shared):
+        raise ConfigError(
+            "--run-dir", str(folder), f"does not lie under the cluster's shared folder {cluster.shared}",
+            "Name a run folder there: every node must see it.",
+        )  # fmt: skip
+    if isinstance(executor, SlurmExecutor):
+        with tempfile.NamedTemporaryFile("w", suffix=".sh") as script:
+            script.write(sbatch_text(executor, tasks))
+            script.flush()
+            slurm.check_submission(Path(script.name))
+
+
+def submit(executor: submitit.Executor, tasks: Sequence[Task]) -> list[submitit.Job[Any]]:
+    """Submit one job, or several as a job array where the executor has them; job environment variables are hidden."""
+    with clean_env():
+        return executor.submit_array(list(tasks))

@@ -1,0 +1,74 @@
+"""Sweeps: one recipe, many changes to it, a run for each."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+
+from msdiff_dist.config import from_mapping
+from msdiff_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """A sweep file. It is told from a recipe by its field `recipe`.
+
+    recipe: path of the recipe, relative to the sweep file.
+    grid: dotted recipe fields and the values each takes; every combination is a run.
+    runs: further runs, each a mapping of dotted recipe fields to values.
+    max_parallel: runs at the same time (None: the cluster file's).
+    """
+
+    recipe: str
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    max_parallel: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.grid and not self.runs:
+            raise ConfigError("grid", {}, "the sweep has no runs", "Give `grid` or `runs`.")
+        for name, values in self.grid.items():
+            if not values:
+                raise ConfigError(f"grid.{name}", values, "has no values", "List at least one.")
+        if self.max_parallel is not None and self.max_parallel < 1:
+            raise ConfigError("max_parallel", self.max_parallel, "must be at least 1", "Raise it.")
+
+    @property
+    def changes(self) -> list[dict[str, Any]]:
+        """The recipe fields each run changes."""
+        combinations = itertools.product(*self.grid.values()) if self.grid else ()
+        return [*(dict(zip(self.grid, values, strict=True)) for values in combinations), *self.runs]
+
+
+def load_sweep(path: Path) -> SweepConfig | None:
+    """The sweep in a YAML file, None if the file is something else (a recipe, or no readable YAML)."""
+    if not path.is_file():
+        return None
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OSError):
+        return None
+    if not isinstance(loaded, dict) or not isinstance(loaded.get("recipe"), str):
+        return None
+    return from_mapping(SweepConfig, {str(key): value for key, value in loaded.items()})
+
+
+def overrides_of(change: dict[str, Any]) -> list[str]:
+    """A run's changes as `key=value` arguments."""
+    return [f"{key}={OmegaConf.to_yaml([value], resolve=False)[2:].strip()}" for key, value in change.items()]
+
+
+def run_names(changes: Sequence[dict[str, Any]]) -> list[str]:
+    """A folder name for each run: its number and what it changes, e.g. `002_lr=0.0003_seed=1`."""
+    names = []
+    for i, change in enumerate(changes):
+        words = [f"{key.rsplit('.', 1)[-1]}={value}" for key, value in change.items()]
+        safe = "".join(c if c.isalnum() or c in "=.-_" else "-" for c in "_".join(words))
+        names.append(f"{i:03d}_{safe}"[:80])
+    return names

@@ -1,0 +1,216 @@
+"""Launched runs from outside: where their jobs stand, how far they are, what they print, ending them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from msdiff_dist.errors import RunFolderError
+from msdiff_dist.launch.job import STOPPED
+from msdiff_dist.launch.restarts import Diary
+from msdiff_dist.launch.slurm import ACTIVE, job_infos
+
+_TAIL_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """`launch/job.json` of a run folder: the newest job of this run. Several ids: the parts of a data job."""
+
+    run: str
+    job_ids: list[str]
+    executor: str
+    logs: str
+    submitted: float
+
+    @staticmethod
+    def load(folder: Path) -> JobRecord | None:
+        """The record in `folder`, None if nothing was launched there."""
+        path = folder / "launch/job.json"
+        return JobRecord(**json.loads(path.read_text())) if path.is_file() else None
+
+    def save(self) -> None:
+        (Path(self.run) / "launch/job.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class JobState:
+    """state: SLURM's word, or RUNNING / ENDED; of several jobs "3 RUNNING, 5 COMPLETED". nodes: "" if unknown."""
+
+    state: str
+    active: bool
+    nodes: str = ""
+    reason: str = ""
+
+
+def states(records: Sequence[JobRecord]) -> list[JobState]:
+    """Where each record's job stands, with one question to SLURM for all of them."""
+    infos = job_infos([i for record in records if record.executor == "slurm" for i in record.job_ids])
+    found = []
+    for record in records:
+        if record.executor != "slurm":
+            running = any(_local_controller(i) for i in record.job_ids)
+            found.append(JobState("RUNNING" if running else "ENDED", running, "1"))
+            continue
+        jobs = [infos[i] for i in record.job_ids if i in infos]
+        names = [job.state for job in jobs] or ["UNKNOWN"]
+        counts = {name: names.count(name) for name in dict.fromkeys(names)}
+        text = names[0] if len(names) == 1 else ", ".join(f"{n} {name}" for name, n in counts.items())
+        reason = jobs[0].reason if len(jobs) == 1 else ""
+        found.append(JobState(text, any(job.active for job in jobs), jobs[0].nodes if jobs else "", reason))
+    return found
+
+
+def _local_controller(job_id: str) -> bool:
+    """Whether process `job_id` is the controller of one of submitit's local jobs."""
+    try:
+        return b"submitit" in Path(f"/proc/{job_id}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One line of `msdiff jobs`. Numbers are None where nothing is known yet. eta_s: seconds until the last step."""
+
+    run: str
+    job_id: str
+    state: JobState
+    step: int | None = None
+    total_steps: int | None = None
+    images_per_second: float | None = None
+    eta_s: float | None = None
+    restarts: int | None = None
+    loss: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Every step is trained."""
+        return self.step is not None and self.step == self.total_steps
+
+
+def run_statuses(folders: Sequence[Path]) -> list[RunStatus]:
+    """How the runs in these folders stand; folders where nothing was launched are left out."""
+    records = [record for folder in folders if (record := JobRecord.load(folder))]
+    return [_status(record, state) for record, state in zip(records, states(records), strict=True)]
+
+
+def _status(record: JobRecord, state: JobState) -> RunStatus:
+    run = Path(record.run)
+    starts = [s for s in Diary(run / "launch/starts.jsonl").starts() if s.job in record.job_ids]
+    restarts = len(starts) - 1 if starts else None
+    job_id = record.job_ids[0] if len(record.job_ids) == 1 else record.job_ids[0].split("_")[0]
+    if (run / "launch" / STOPPED).exists() and not state.active:
+        state = JobState("CANCELLED", False, state.nodes)
+    total = total_steps(run)
+    tail = last_metrics(run)
+    if not tail:
+        return RunStatus(record.run, job_id, state, None, total, restarts=restarts)
+    rate = statistics.median(m["images_per_second"] for m in tail[-20:])
+    last = tail[-1]
+    per_step = last["images_seen"] / last["step"]
+    eta = (total - last["step"]) * per_step / rate if total is not None and rate > 0 and state.active else None
+    return RunStatus(record.run, job_id, state, last["step"], total, rate, eta, restarts, last["loss"])
+
+
+def total_steps(run: Path) -> int | None:
+    """`train.steps` of the run's recipe."""
+    path = run / "recipe.yaml"
+    return OmegaConf.load(path).train.steps if path.is_file() else None
+
+
+def last_metrics(run: Path) -> list[dict[str, Any]]:
+    """The last complete lines of metrics.jsonl, oldest first."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    with path.open("rb") as f:
+        size = f.seek(0, os.SEEK_END)
+        start = max(0, size - _TAIL_BYTES)
+        f.seek(start)
+        lines = f.read().split(b"\n")
+    whole = lines[1 if start else 0 : -1]  # the first may be cut, the last is empty or being written
+    return [json.loads(line) for line in whole]
+
+
+def rank_logs(run: Path) -> dict[int, Path]:
+    """The newest job's log of each rank; without a launched job those which `msdiff train` left."""
+    record = JobRecord.load(run)
+    folder = Path(record.logs) if record else run / "logs"
+    jobs = "|".join(map(re.escape, record.job_ids)) if record else ""
+    pattern = re.compile(rf"(?:{jobs})_(\d+)_log\.out" if jobs else r"rank_(\d+)\.log")
+    names = os.listdir(folder) if folder.is_dir() else []
+    found = {int(match[1]): folder / name for name in names if (match := pattern.fullmatch(name))}
+    return dict(sorted(found.items()))
+
+
+def cancel(run: Path, now: bool) -> str:
+    """End the run's job: saved first and not requeued, or `now` without saving. Returns what was done, as a sentence.
+
+    Raises:
+        RunFolderError: nothing was launched in `run`, or it is not at work.
+    """
+    record = JobRecord.load(run)
+    if record is None:
+        raise RunFolderError("RUN", str(run), "nothing was launched there", "See `msdiff jobs`.")
+    state = states([record])[0]
+    if not state.active:
+        raise RunFolderError("RUN", str(run), f"its job is not at work ({state.state})", "See `msdiff jobs`.")
+    (run / "launch" / STOPPED).touch()
+    if record.executor != "slurm":
+        for job_id in record.job_ids:
+            os.kill(int(job_id), signal.SIGKILL if now else signal.SIGTERM)
+        return "told to save and stop" if not now else "killed"
+    infos = job_infos(record.job_ids)
+    running = [i for i in record.job_ids if i in infos and infos[i].state == "RUNNING"]
+    waiting = [i for i in record.job_ids if i in infos and infos[i].state in ACTIVE and i not in running]
+    if waiting or now:
+        subprocess.run(["scancel", *waiting, *(running if now else [])], check=True)
+    if running and not now:
+        subprocess.run(["scancel", "--signal=USR2", *running], check=True)
+        return "told to save and stop; it will not be requeued"
+    return "cancelled"
+
+
+def known_runs() -> list[Path]:
+    """Every run folder launched by this user that still exists, newest last."""
+    path = _registry()
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [folder for line in dict.fromkeys(lines) if (folder := Path(line)).is_dir()]
+
+
+def find_run(name: str) -> Path:
+    """A run folder by its path, or by its name among the known runs.
+
+    Raises:
+        RunFolderError: there is none.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    matches = [folder for folder in known_runs() if folder.name == name]
+    if not matches:
+        raise RunFolderError("RUN", name, "no such run", "Name its run folder; see `msdiff jobs`.")
+    return matches[-1]
+
+
+def register_run(folder: Path) -> None:
+    """Remember a run folder for `msdiff jobs`."""
+    path = _registry()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if str(folder.resolve()) not in map(str, known_runs()):
+        with path.open("a") as f:
+            f.write(f"{folder.resolve()}\n")
+
+
+def _registry() -> Path:
+    return Path(os.environ.get("XDG_STATE_HOME", "~/.local/state")).expanduser() / "msdiff" / "runs"

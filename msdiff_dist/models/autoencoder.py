@@ -1,0 +1,92 @@
+"""Between pictures and the latents that the diffusion sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from msdiff_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """The first stage of latent diffusion.
+
+    kind: `pixel` trains on pictures; `space_to_depth` folds factor x factor pixels into channels, without loss; `kl` and
+    `vq` are diffusers' AutoencoderKL and VQModel from `path`, a local folder or a hub id.
+    scale_factor: multiplies latents before diffusion (LDM's), so that they have about unit variance.
+    """
+
+    kind: Literal["pixel", "space_to_depth", "kl", "vq"] = "pixel"
+    path: str | None = None
+    factor: int = 1
+    scale_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind == "pixel" and self.factor != 1:
+            raise ConfigError(
+                "factor", self.factor, "pixel keeps the size of pictures", "Use factor 1 or another kind."
+            )
+        if self.factor < 1:
+            raise ConfigError("factor", self.factor, "must be at least 1", "space_to_depth usually takes 2 or 4.")
+        if not self.scale_factor > 0:
+            raise ConfigError("scale_factor", self.scale_factor, "must be above 0", "Use 1, or the autoencoder's own.")
+
+    def latent_shape(self, channels: int, size: int) -> tuple[int, int, int]:
+        """[C, H, W] of the latents of pictures [channels, size, size], for the kinds that fix it by themselves."""
+        if size % self.factor:
+            raise ConfigError("factor", self.factor, f"does not divide the image size {size}", "Choose a divisor.")
+        if self.kind in ("kl", "vq"):
+            raise ConfigError(
+                "kind", self.kind, "latents of this kind are computed beforehand, not while training",
+                "Use data.kind: latent with data.latent_shape.",
+            )  # fmt: skip
+        return channels * self.factor**2, size // self.factor, size // self.factor
+
+
+class LatentCodec:
+    """Stored samples -> latents x0, and x0 -> pictures.
+
+    Args:
+        stored_latents: the shards hold latents, not pictures.
+    """
+
+    def __init__(self, config: AutoencoderConfig, stored_latents: bool, device: torch.device) -> None:
+        self._config, self._stored_latents, self._device = config, stored_latents, device
+        self._model: Any = None
+
+    def to_latents(self, x_BCHW: Tensor) -> Tensor:
+        """uint8 pictures or stored latents -> float32 x0 [B, C, H, W], scaled for diffusion."""
+        if self._stored_latents:
+            return x_BCHW.float() * self._config.scale_factor
+        images = x_BCHW.float() / 127.5 - 1
+        if self._config.kind == "space_to_depth":
+            images = F.pixel_unshuffle(images, self._config.factor)
+        return images * self._config.scale_factor
+
+    @torch.no_grad()
+    def to_images(self, x0_BCHW: Tensor) -> Tensor:
+        """x0 -> uint8 pictures [B, C, H, W] on the CPU."""
+        x = x0_BCHW / self._config.scale_factor
+        if self._config.kind == "space_to_depth":
+            x = F.pixel_shuffle(x, self._config.factor)
+        elif self._config.kind in ("kl", "vq"):
+            x = self._autoencoder().decode(x.to(self._device)).sample
+        return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
+
+    def _autoencoder(self) -> Any:
+        if self._model is None:
+            from diffusers import AutoencoderKL, VQModel
+
+            if not self._config.path:
+                raise ConfigError(
+                    "autoencoder.path", None, f"a {self._config.kind} autoencoder decodes these latents",
+                    "Name its folder or hub id.",
+                )  # fmt: skip
+            model = AutoencoderKL if self._config.kind == "kl" else VQModel
+            self._model = model.from_pretrained(self._config.path).to(self._device).eval()
+        return self._model

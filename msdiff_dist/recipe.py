@@ -1,0 +1,148 @@
+"""The recipe: every part's own dataclass in one YAML file, checked as a whole before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from msdiff_dist.checkpoint.policy import CheckpointConfig
+from msdiff_dist.config import from_mapping, to_mapping
+from msdiff_dist.data.config import DataConfig
+from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
+from msdiff_dist.diffusion.process import Process, build_process
+from msdiff_dist.diffusion.stage_partition import StagePartition, build_partition
+from msdiff_dist.distributed.placement import ParallelConfig
+from msdiff_dist.errors import ConfigError
+from msdiff_dist.evaluation.preview import PreviewConfig
+from msdiff_dist.models.autoencoder import AutoencoderConfig
+from msdiff_dist.models.config import ModelConfig
+from msdiff_dist.training.config import TrainConfig
+from msdiff_dist.training.ema import EmaConfig
+from msdiff_dist.training.optimizer import LrScheduleConfig, OptimizerConfig
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run in full. Only `launch` and `cli` see it whole."""
+
+    name: str
+    data: DataConfig
+    stages: StagesConfig
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    lr_schedule: LrScheduleConfig = field(default_factory=LrScheduleConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+
+    def __post_init__(self) -> None:
+        _check_stages(self)
+        _check_shapes(self)
+        _check_conditions(self)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of what the diffusion sees."""
+        shape = self.data.x_shape
+        return self.autoencoder.latent_shape(shape[0], shape[1]) if self.data.kind == "image" else shape
+
+    def process(self) -> Process:
+        """The diffusion process."""
+        return build_process(self.diffusion)
+
+    def partition(self) -> StagePartition:
+        """The stages in the process's own time."""
+        return build_partition(self.stages, self.process())
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, apply dotted overrides (`train.steps=100`, `stages.boundaries=[442,631]`) and check it.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or a field is unknown, missing, of the wrong type or contradictory.
+    """
+    path = Path(path)
+    if not path.is_file():
+        known = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        remedy = f"Choose from: {', '.join(known)}." if known else "Name a YAML file, as in recipes/quickstart.yaml."
+        raise ConfigError("RECIPE", str(path), "no such file", remedy)
+    try:
+        loaded = OmegaConf.load(path)
+    except yaml.YAMLError as e:
+        raise ConfigError(
+            "RECIPE", str(path), f"is not YAML ({' '.join(str(e).split())})", "Correct the file."
+        ) from None
+    for override in overrides:
+        name, equals, _ = override.partition("=")
+        if not equals or not name or name.startswith("-"):
+            raise ConfigError("override", override, "is not of the form key=value", "Write train.steps=100, say.")
+    try:
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        mapping = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError) as e:
+        raise ConfigError("RECIPE", str(path), " ".join(str(e).split()), "Correct the file or the overrides.") from None
+    return recipe_from(mapping)
+
+
+def recipe_from(mapping: Any) -> Recipe:
+    """A recipe from plain YAML data."""
+    return from_mapping(Recipe, mapping)
+
+
+def recipe_mapping(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe as plain YAML data, every default written out."""
+    return to_mapping(recipe)  # type: ignore[no-any-return]
+
+
+def _check_stages(recipe: Recipe) -> None:
+    recipe.partition()
+    stages, decoders = recipe.stages.num_stages, recipe.model.num_stages
+    if stages != decoders:
+        raise ConfigError(
+            "model.decoder_channels", list(recipe.model.decoder_channels),
+            f"has {decoders} decoders for the {stages} stages of stages.boundaries = {list(recipe.stages.boundaries)}",
+            f"Give {stages} widths, or {decoders - 1} boundaries.",
+        )  # fmt: skip
+
+
+def _check_shapes(recipe: Recipe) -> None:
+    channels, height, width = recipe.latent_shape
+    if recipe.model.in_channels != channels or recipe.model.out_channels != channels:
+        name = "in_channels" if recipe.model.in_channels != channels else "out_channels"
+        raise ConfigError(
+            f"model.{name}", getattr(recipe.model, name), f"the data has {channels} channels", f"Set it to {channels}."
+        )
+    try:
+        recipe.model.check_latent_size(height, width)
+    except ConfigError as e:
+        raise ConfigError(f"model.{e.field}", e.value, e.problem, e.remedy) from None
+
+
+def _check_conditions(recipe: Recipe) -> None:
+    data, model = recipe.data, recipe.model
+    if data.num_classes != model.num_classes:
+        raise ConfigError(
+            "model.num_classes", model.num_classes, f"differs from data.num_classes = {data.num_classes}",
+            "Give both the same number of classes, or neither.",
+        )  # fmt: skip
+    context_dim = data.context_shape[1] if data.context_shape else None
+    if model.takes_context != (context_dim is not None) or (context_dim and context_dim != model.context_dim):
+        raise ConfigError(
+            "model.context_dim", model.context_dim, f"does not fit data.context_shape = {data.context_shape}",
+            "Make context_dim the width of the stored context tokens, or leave both out.",
+        )  # fmt: skip
+    if recipe.train.condition_dropout and not (model.takes_context or model.takes_label):
+        raise ConfigError(
+            "train.condition_dropout", recipe.train.condition_dropout, "the model has no condition to drop",
+            "Remove it, or give the model classes or context.",
+        )  # fmt: skip

@@ -1,0 +1,80 @@
+"""The training loop: step, average, record, preview, save, until done or asked to stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from msdiff_dist.training.config import TrainConfig
+from msdiff_dist.training.ema import ShardedEma
+from msdiff_dist.training.feed import Feed
+from msdiff_dist.training.metrics import MetricsWriter, StepMetrics
+from msdiff_dist.training.optimizer import LrScheduleConfig
+from msdiff_dist.training.preemption import StopRequest
+from msdiff_dist.training.step import TrainStep
+
+Outcome = Literal["finished", "preempted"]
+
+
+@dataclass(frozen=True)
+class Occasions:
+    """What happens every so many steps; 0 is never. Both are collective."""
+
+    save: Callable[[int], None]
+    save_every: int
+    preview: Callable[[int], None]
+    preview_every: int
+
+
+def train(
+    config: TrainConfig,
+    train_step: TrainStep,
+    feed: Feed,
+    ema: ShardedEma,
+    optimizer_lr: float,
+    lr_schedule: LrScheduleConfig,
+    occasions: Occasions,
+    writer: MetricsWriter | None,
+    stop: StopRequest,
+    batch_size: int,
+    first_step: int,
+) -> Outcome:
+    """Train from `first_step` steps done to `config.steps`; every rank calls it alike. `writer` on rank 0 only."""
+    saved = first_step
+    for done in range(first_step + 1, config.steps + 1):
+        start = time.perf_counter()
+        lr = optimizer_lr * lr_schedule.factor(done - 1, config.steps)
+        outcome = train_step(lr, stop.requested_at is not None)
+        ema.update(done)
+        waited = feed.take_seconds()
+        if writer:
+            elapsed = time.perf_counter() - start
+            writer.write(
+                StepMetrics(
+                    step=done,
+                    loss=outcome.loss,
+                    loss_per_stage=outcome.loss_per_stage,
+                    grad_norm=outcome.grad_norm,
+                    lr=lr,
+                    images_seen=done * batch_size,
+                    images_per_second=batch_size / elapsed,
+                    seconds={"data": waited.data, "routing": waited.routing, **outcome.seconds},
+                    balance=outcome.balance,
+                )
+            )
+        last = done == config.steps or outcome.stop_requested
+        if last or _due(done, occasions.save_every):
+            occasions.save(done)
+            saved = done
+        if outcome.stop_requested and done < config.steps:
+            return "preempted"
+        if occasions.preview_every and (done == config.steps or _due(done, occasions.preview_every)):
+            occasions.preview(done)
+    assert saved == config.steps or first_step >= config.steps
+    return "finished"
+
+
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0

@@ -1,0 +1,76 @@
+"""The optimizer of every engine and its learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from msdiff_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """lr: the learning rate as it is used, never scaled by the number of GPUs. grad_clip: greatest global norm, 0 for none."""
+
+    lr: float
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    momentum: float = 0.0
+    grad_clip: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field, value in (("lr", self.lr), ("eps", self.eps)):
+            if not value > 0:
+                raise ConfigError(field, value, "must be above 0", "Adam usually takes lr 1e-4, eps 1e-8.")
+        for field, value in (("weight_decay", self.weight_decay), ("grad_clip", self.grad_clip)):
+            if value < 0:
+                raise ConfigError(field, value, "must not be negative", "Use 0 to switch it off.")
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ConfigError("betas", self.betas, "must lie in [0, 1)", "Use [0.9, 0.999].")
+
+
+@dataclass(frozen=True)
+class LrScheduleConfig:
+    """Linear warm-up over `warmup_steps`, then constant, or a cosine from 1 to `final_fraction` at the last step."""
+
+    kind: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0
+    final_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise ConfigError("warmup_steps", self.warmup_steps, "must not be negative", "Use 0 for no warm-up.")
+        if not 0 <= self.final_fraction <= 1:
+            raise ConfigError("final_fraction", self.final_fraction, "must lie in [0, 1]", "Use 0 to decay fully.")
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """Factor on the learning rate for 0-based `step` of `total_steps`."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.kind == "constant":
+            return 1.0
+        progress = min(1.0, (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps))
+        return self.final_fraction + (1 - self.final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def optimizer_factory(config: OptimizerConfig, fused: bool) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+    """A function from parameters to the configured torch optimizer; `fused` kernels on GPUs."""
+
+    def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        if config.name == "sgd":
+            return torch.optim.SGD(
+                parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused
+            )
+        kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+        return kind(
+            parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=fused
+        )
+
+    return make

@@ -1,0 +1,139 @@
+"""The folder of one run: what lies where, whose it is, and how it is taken up again.
+
+run/
+  recipe.yaml         the resolved recipe
+  metrics.jsonl       one line a step
+  tensorboard/        the same for TensorBoard
+  checkpoints/        step_XXXXXXXX/, complete or absent
+  samples/            step_XXXXXXXX.png, one grid each
+  logs/               rank_N.log of the last start, and older ones
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from omegaconf import OmegaConf
+
+from msdiff_dist.config import differences
+from msdiff_dist.errors import RunFolderError
+
+# Fields that may change between a run and its continuation: where and how it runs, never what it computes.
+FREE_FIELDS = (
+    "train.steps",
+    "train.gradient_accumulation_steps",
+    "train.threads",
+    "train.timeout_s",
+    "data.workers",
+    "parallel.",
+    "checkpoint.",
+    "preview.",
+    "model.attention_backend",
+    "model.activation_checkpointing",
+)
+
+
+class RunFolder:
+    """Paths inside one run folder. Nothing is created before `open`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe_file = path / "recipe.yaml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+        self.logs = path / "logs"
+        self._lock: IO[str] | None = None
+
+    def check(self, recipe: Mapping[str, Any]) -> None:
+        """Refuse a folder that holds something else, or the run of a recipe that computes something else.
+
+        Raises:
+            RunFolderError: naming every field that differs.
+        """
+        if not self.path.exists():
+            return
+        if not self.recipe_file.exists():
+            stray = [p.name for p in self.path.iterdir() if p.name not in ("logs", "launch", ".lock")]
+            if stray:
+                raise RunFolderError(
+                    "--run-dir", str(self.path), f"is not a run folder: it holds {', '.join(sorted(stray)[:5])}",
+                    "Name a new or empty folder.",
+                )  # fmt: skip
+            return
+        before = OmegaConf.to_container(OmegaConf.load(self.recipe_file))
+        changed = [
+            (f, a, b)
+            for f, a, b in differences(before, dict(recipe))
+            if not f.startswith(FREE_FIELDS)  # type: ignore[arg-type]
+        ]
+        if changed:
+            lines = "; ".join(f"{f} was {a!r}, now {b!r}" for f, a, b in changed)
+            raise RunFolderError(
+                "--run-dir", str(self.path), f"belongs to a run of another recipe ({lines})",
+                "Name another --run-dir, or restore these fields to go on with this run.",
+            )  # fmt: skip
+
+    def open(self, recipe: Mapping[str, Any]) -> None:
+        """Take the folder for this process, create its parts and write the resolved recipe.
+
+        Raises:
+            RunFolderError: it is another recipe's, in use by another process, or cannot be written.
+        """
+        self.check(recipe)
+        try:
+            for folder in (self.path, self.checkpoints, self.samples, self.logs):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            replace_text(self.recipe_file, OmegaConf.to_yaml(OmegaConf.create(dict(recipe))))
+        except BlockingIOError:
+            raise RunFolderError(
+                "--run-dir",
+                str(self.path),
+                "is in use by another running process",
+                "Wait for it, or name another folder.",
+            ) from None
+        except OSError as e:
+            raise RunFolderError(
+                "--run-dir", str(self.path), f"cannot be written ({e.strerror})", "Free space or name another folder."
+            ) from None
+
+    def close(self) -> None:
+        """Let another process take the folder."""
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+
+    def cut_metrics(self, after_step: int) -> None:
+        """Drop metrics lines of steps past `after_step`: they are about to be trained again."""
+        if not self.metrics_file.exists():
+            return
+        kept = []
+        for line in self.metrics_file.read_text().splitlines():
+            try:
+                step = json.loads(line)["step"]
+            except (json.JSONDecodeError, KeyError):  # the torn last line of a killed run
+                break
+            if step <= after_step:
+                kept.append(line + "\n")
+        replace_text(self.metrics_file, "".join(kept))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write `path` so that it is either the old text or the new one, whatever happens."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("w") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        aside.rename(path)
+    finally:
+        aside.unlink(missing_ok=True)

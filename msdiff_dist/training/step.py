@@ -1,0 +1,168 @@
+"""One optimizer step: micro batches through the engines, one reduction of everything the ranks must agree on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from msdiff_dist.diffusion.loss import LossKind, sample_losses
+from msdiff_dist.diffusion.process import Process
+from msdiff_dist.diffusion.timestep_sampler import StageQuotas, dropout_mask, noise
+from msdiff_dist.distributed.engines import StageParallelEngines
+from msdiff_dist.distributed.environment import Environment
+from msdiff_dist.errors import TrainingError
+from msdiff_dist.models.autoencoder import LatentCodec
+from msdiff_dist.training.feed import Feed, MicroBatch
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What every rank knows after a step.
+
+    loss: over the global batch. loss_per_stage: mean of each stage. stop_requested: some rank was asked to stop.
+    busy_W: each rank's seconds of own work. seconds: wall time of compute and of the optimizer here.
+    """
+
+    loss: float
+    loss_per_stage: list[float]
+    grad_norm: float
+    stop_requested: bool
+    busy_W: list[float]
+    seconds: dict[str, float]
+
+    @property
+    def balance(self) -> float:
+        """Mean over max of the ranks' busy time."""
+        return sum(self.busy_W) / len(self.busy_W) / max(self.busy_W)
+
+
+class TrainStep:
+    """Takes micro batches from a feed and moves the engines by one optimizer step.
+
+    Args:
+        loss_kind: per-sample distance, as `diffusion.loss.sample_losses` names it.
+        condition_dropout: probability of training a sample without its condition (for classifier-free guidance).
+        null_label: the label that stands for "no class", None without classes.
+    """
+
+    def __init__(
+        self,
+        feed: Feed,
+        engines: StageParallelEngines,
+        process: Process,
+        quotas: StageQuotas,
+        codec: LatentCodec,
+        environment: Environment,
+        *,
+        seed: int,
+        dtype: torch.dtype,
+        loss_kind: LossKind,
+        channels_last: bool,
+        condition_dropout: float,
+        null_label: int | None,
+    ) -> None:
+        self._batches: Iterator[MicroBatch] = iter(feed)
+        self._engines, self._process, self._quotas, self._codec = engines, process, quotas, codec
+        self._env, self._seed, self._dtype = environment, seed, dtype
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._loss_kind, self._condition_dropout, self._null_label = loss_kind, condition_dropout, null_label
+        self._batch_size = int(quotas.quotas_K.sum())
+
+    def __call__(self, lr: float, stop_requested: bool) -> StepOutcome:
+        """Run one global batch and step the optimizers with learning rate `lr`.
+
+        Raises:
+            TrainingError: on every rank alike, when the loss or the gradient norm is not finite.
+        """
+        num_stages = len(self._quotas.quotas_K)
+        loss_sum_K = torch.zeros(num_stages, dtype=torch.float64, device=self._env.device)
+        compute = optimizer = busy = 0.0
+        at_boundary = False
+        while not at_boundary:
+            batch = next(self._batches)
+            start, busy_start = time.perf_counter(), _busy_clock()
+            self._forward_backward(batch, loss_sum_K)
+            _synchronize(self._env.device)
+            compute += time.perf_counter() - start
+            busy += _busy_clock() - busy_start
+            start = time.perf_counter()
+            at_boundary = self._engines.at_boundary()
+            if at_boundary:
+                outcome = self._agree(batch.step, loss_sum_K, stop_requested, busy)
+            self._engines.step(lr)
+            _synchronize(self._env.device)
+            optimizer += time.perf_counter() - start
+        loss_per_stage, stop, busy_W = outcome
+        importance_K = self._quotas.importance_K
+        loss = sum(w * s * q for w, s, q in zip(importance_K, loss_per_stage, self._quotas.quotas_K, strict=True))
+        return StepOutcome(
+            float(loss) / self._batch_size,
+            loss_per_stage,
+            float(self._engines.grad_norm),
+            stop,
+            busy_W,
+            {"compute": compute, "optimizer": optimizer},
+        )
+
+    def _forward_backward(self, batch: MicroBatch, loss_sum_K: Tensor) -> None:
+        routed, device = batch.samples, self._env.device
+        x0 = self._codec.to_latents(routed.x.to(device))
+        eps = noise(self._seed, batch.step, routed.index_n, tuple(x0.shape[1:])).to(device)
+        t_n = batch.t_n.to(device)
+        x_t = self._process.perturb(x0, eps, t_n)
+        x_in, time_in = self._process.network_input(x_t, t_n)
+        target, weight_n = self._process.target(x0, eps, t_n), self._process.weight(t_n)
+        context, label = self._conditions(batch)
+
+        def loss(k: int, output: Tensor, rows: slice) -> Tensor:
+            losses = weight_n[rows] * sample_losses(output, target[rows], self._loss_kind)
+            loss_sum_K[k] += losses.detach().sum()
+            return losses.sum() * (float(self._quotas.importance_K[k]) / self._batch_size)
+
+        x_in = x_in.to(self._dtype, memory_format=self._memory_format)
+        self._engines.forward_backward((x_in, time_in, context, label), batch.rows, loss)
+
+    def _conditions(self, batch: MicroBatch) -> tuple[Tensor | None, Tensor | None]:
+        routed, device = batch.samples, self._env.device
+        context = None if routed.context is None else routed.context.to(device, self._dtype)
+        label = None if routed.label is None else routed.label.to(device)
+        if self._condition_dropout and (context is not None or label is not None):
+            dropped_n = dropout_mask(self._seed, batch.step, routed.index_n, self._condition_dropout).to(device)
+            if label is not None and self._null_label is not None:
+                label = label.masked_fill(dropped_n, self._null_label)
+            if context is not None:
+                context = context.masked_fill(dropped_n[:, None, None], 0.0)
+        return context, label
+
+    def _agree(
+        self, step: int, loss_sum_K: Tensor, stop_requested: bool, busy: float
+    ) -> tuple[list[float], bool, list[float]]:
+        """Sum over the ranks: gradient norm, losses, the wish to stop and everyone's busy time, in one all_reduce."""
+        own = torch.zeros(self._env.world_size + 1, dtype=torch.float64, device=self._env.device)
+        own[self._env.rank] = busy
+        own[-1] = float(stop_requested)
+        summed = self._engines.reduce_norm(torch.cat([loss_sum_K, own])).tolist()
+        sums, busy_W, stop = summed[: len(loss_sum_K)], summed[len(loss_sum_K) : -1], summed[-1] > 0
+        loss_per_stage = [s / int(q) for s, q in zip(sums, self._quotas.quotas_K, strict=True)]
+        bad = [k for k, v in enumerate(loss_per_stage) if v != v or abs(v) == float("inf")]
+        if bad:
+            raise TrainingError(
+                f"the loss of stage {bad[0]} is not finite at step {step + 1}; the weights were left alone"
+            )
+        if not torch.isfinite(self._engines.grad_norm):
+            raise TrainingError(f"the gradient norm is not finite at step {step + 1}; the weights were left alone")
+        return loss_per_stage, stop, busy_W
+
+
+def _busy_clock() -> float:
+    """This thread's CPU seconds on CPU ranks: waiting for other ranks does not count. On GPUs, wall time."""
+    return time.perf_counter() if torch.cuda.is_available() else time.thread_time()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
