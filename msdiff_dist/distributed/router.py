@@ -175,6 +175,7 @@ def _unpacked(rows: Tensor, formats: list[Format | None]) -> list[Tensor | None]
             continue
         dtype, shape = layout
         end = first + shape.numel() * dtype.itemsize
-        parts.append(rows[:, first:end].contiguous().view(dtype).reshape(len(rows), *shape))
+        own = rows[:, first:end].clone(memory_format=torch.contiguous_format)  # aligned, even for a single row
+        parts.append(own.view(dtype).reshape(len(rows), *shape))
         first = end
     return parts

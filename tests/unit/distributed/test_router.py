@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msdiff_dist.distributed.placement import plan
-from msdiff_dist.distributed.router import Assignment
+from msdiff_dist.distributed.router import Assignment, _packed, _unpacked
 
 
 @st.composite
@@ -63,3 +65,17 @@ def test_samples_stay_on_their_reader_where_the_plan_allows(assignment: Assignme
         here = (assignment.micro_B == micro) & (assignment.stage_B == stage) & (assignment.source_B == rank)
         kept = here & (assignment.dest_B == rank)
         assert kept.sum() == min(planned, here.sum())
+
+
+@pytest.mark.parametrize("rows", [[], [2], [4, 0, 1]])
+def test_rows_of_any_types_pack_and_unpack(rows: list[int]) -> None:
+    parts = [torch.arange(15, dtype=torch.uint8).reshape(5, 3), torch.arange(5), torch.randn(5, 2, 7).bfloat16()]
+    packed = _packed(parts, torch.tensor(rows, dtype=torch.int64))
+    assert packed.shape == (len(rows), 3 + 8 + 28)
+    formats = [None if part is None else (part.dtype, part.shape[1:]) for part in (parts[0], parts[1], None, parts[2])]
+    x, label, nothing, context = _unpacked(packed, formats)
+    assert nothing is None
+    for part, arrived in zip(parts, (x, label, context), strict=True):
+        assert arrived is not None
+        assert arrived.dtype == part.dtype
+        assert torch.equal(arrived, part[rows])
