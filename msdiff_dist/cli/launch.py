@@ -11,11 +11,13 @@ import typer
 
 def launch(
     recipe: Annotated[Path, typer.Argument(help="Recipe YAML, or a sweep YAML.")],
+    cluster: Annotated[str, typer.Option(help="Cluster file, or `local` or `debug`.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as key=value.")] = None,
-    cluster: Annotated[str, typer.Option(help="Cluster file, or `local` or `debug`.")] = "local",
     nodes: Annotated[str | None, typer.Option(help="Nodes, or a range 2-4 to start on as many as there are.")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(help="GPUs (and ranks) on each node.")] = None,
-    time: Annotated[str | None, typer.Option(help="Limit of one start, [days-]hours:minutes[:seconds].")] = None,
+    time: Annotated[
+        str | None, typer.Option(help="Limit of one start: hours:minutes:seconds or days-hours:minutes.")
+    ] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME of the recipe.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check, show plan and sbatch text; submit nothing.")

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from msdiff_dist import __version__
-from msdiff_dist.cli import sample, train
+from msdiff_dist.cli import attach, cancel, jobs, launch, logs, sample, train
 from msdiff_dist.errors import MsdiffError, UserError
 
 app = typer.Typer(
@@ -20,6 +20,8 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("sample")(sample.sample)
+for verb in (launch.launch, jobs.jobs, logs.logs, cancel.cancel, attach.attach):
+    app.command()(verb)
 
 
 def _version(asked: bool) -> None:

@@ -66,7 +66,7 @@ class ClusterConfig:
     environment: dict[str, str] = field(default_factory=dict)
     interface: str | None = None
     max_parallel: int = 8
-    max_restarts: int = 3
+    max_restarts: int = 5
 
     def __post_init__(self) -> None:
         smallest = {"gpus_per_node": 0, "tasks_per_node": 1, "cpus_per_task": 1, "max_parallel": 1, "max_restarts": 1}

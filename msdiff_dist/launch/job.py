@@ -61,10 +61,10 @@ class TrainJob:
         return DelayedSubmission(self)
 
     def _begin(self, diary: Diary, job: submitit.JobEnvironment, world_size: int) -> None:
-        from msdiff_dist.checkpoint.layout import complete_checkpoints, step_of
+        from msdiff_dist.checkpoint.layout import complete_checkpoints
 
         checkpoints = complete_checkpoints(Path(self.run_dir) / "checkpoints")
-        step = max(map(step_of, checkpoints), default=0)
+        step = int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
         diary.refuse_fruitless(job.job_id, step, self.max_restarts)
         nodes = list(job.hostnames)
         diary.write_start(job.job_id, world_size, step, nodes=nodes)
@@ -80,7 +80,7 @@ class TrainJob:
 
         recipe = recipe_from(OmegaConf.to_container(OmegaConf.load(self.recipe)))
         stop = StopRequest()
-        outcome = run_rank(recipe, Path(self.run_dir), stop)
+        outcome = run_rank(recipe, Path(self.run_dir), stop=stop)
         return outcome, None if stop.requested_at is None else time.time() - stop.requested_at
 
     def _warn_if_slow(self, seconds: float | None) -> None:

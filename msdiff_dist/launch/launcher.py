@@ -15,11 +15,12 @@ from omegaconf import OmegaConf
 from msdiff_dist.errors import ConfigError, RunFolderError
 from msdiff_dist.launch.cluster import ClusterConfig
 from msdiff_dist.launch.job import STOPPED, CommandJob, TrainJob
-from msdiff_dist.launch.run_plan import check_run
+from msdiff_dist.launch.run_plan import check_run, plan_run
 from msdiff_dist.launch.snapshot import next_snapshot, take_snapshot
 from msdiff_dist.launch.submit import SlurmExecutor, check, make_executor, sbatch_text, submit
+from msdiff_dist.launch.sweep import load_sweep, overrides_of, run_names
 from msdiff_dist.launch.watch import JobRecord, register_run, states
-from msdiff_dist.recipe import Recipe, recipe_mapping
+from msdiff_dist.recipe import Recipe, load_recipe, recipe_mapping
 from msdiff_dist.training.run_folder import RunFolder
 
 
@@ -31,12 +32,38 @@ class Run:
     folder: Path
 
 
+def runs_of(path: Path, overrides: Sequence[str], folder: Path | None) -> tuple[Path, list[Run], int | None]:
+    """The folder, the runs and the limit of parallel runs (None: not given) that a recipe or sweep file asks for.
+
+    Raises:
+        ConfigError: naming the file's or the recipe's field.
+    """
+    sweep = load_sweep(path)
+    if sweep is None:
+        recipe = load_recipe(path, overrides)
+        folder = folder or Path("runs") / recipe.name
+        return folder, [Run(recipe, folder)], None
+    folder = folder or Path("runs") / path.stem
+    base = path.parent / sweep.recipe
+    names = run_names(sweep.changes)
+    runs = [
+        Run(load_recipe(base, [*overrides, *overrides_of(change)]), folder / name)
+        for change, name in zip(sweep.changes, names, strict=True)
+    ]
+    return folder, runs, sweep.max_parallel
+
+
 def check_runs(runs: Sequence[Run], cluster: ClusterConfig) -> None:
     """Everything that can be known to go wrong with these runs on this cluster; writes nothing.
 
     Raises:
         UserError: naming the field and the remedy.
     """
+    if cluster.executor != "slurm" and len(runs) > cluster.max_parallel:
+        raise ConfigError(
+            "max_parallel", cluster.max_parallel, f"without SLURM all {len(runs)} runs start at once",
+            "Sweep on a SLURM cluster, or raise it.",
+        )  # fmt: skip
     for run in runs:
         for world_size in cluster.world_sizes:
             check_run(run.recipe, world_size)
@@ -58,6 +85,22 @@ def _check_elastic(recipe: Recipe, cluster: ClusterConfig) -> None:
             f"makes the global batch depend on how many of {cluster.nodes} nodes the job gets",
             "Give train.global_batch_size instead.",
         )  # fmt: skip
+
+
+def plan_text(recipe: Recipe, cluster: ClusterConfig) -> str:
+    """The placement on every number of nodes the job may get, and how evenly it loads the ranks."""
+    lines = []
+    for nodes, world_size in zip(range(*_span(cluster)), cluster.world_sizes, strict=True):
+        plan = plan_run(recipe, world_size)
+        groups = [len(plan.placement.group(k)) for k in range(plan.placement.num_stages)]
+        balance = plan.placement.balance(plan.cost_K)
+        lines.append(f"{nodes} nodes x {cluster.ranks_per_node} ranks: stage groups {groups}, balance {balance:.0%}")
+    return "\n".join(lines)
+
+
+def _span(cluster: ClusterConfig) -> tuple[int, int]:
+    low, high = cluster.node_range
+    return low, high + 1
 
 
 def dry_run(runs: Sequence[Run], cluster: ClusterConfig, folder: Path, name: str) -> str | None:

@@ -37,16 +37,19 @@ from msdiff_dist.training.step import TrainStep
 T = TypeVar("T")
 
 
-def run_rank(recipe: Recipe, run_dir: Path, terminal: IO[str] | None = None) -> Outcome:
+def run_rank(
+    recipe: Recipe, run_dir: Path, terminal: IO[str] | None = None, stop: StopRequest | None = None
+) -> Outcome:
     """Train `recipe` in `run_dir` as the rank that the environment names, from its newest checkpoint if it has one.
 
-    Rank 0 shows its progress on `terminal`, or on standard error. Returns "preempted" when a signal ended it early: everything is saved, and the same call goes on from there.
+    Rank 0 shows its progress on `terminal`, or on standard error. Returns "preempted" when a signal ended it early:
+    everything is saved, and the same call goes on from there. `stop`, if given, then knows when the signal came.
     """
     folder = RunFolder(run_dir)
     torch.set_num_threads(recipe.train.threads or _threads_per_rank())
     with ExitStack() as stack:
         env = stack.enter_context(process_group(recipe.train.timeout_s))
-        stop = stack.enter_context(StopRequest())
+        stop = stack.enter_context(stop or StopRequest())
         everywhere(env, lambda: folder.open(recipe_mapping(recipe)) if env.rank == 0 else None)
         stack.callback(folder.close)
         run = Run(recipe, folder, env)

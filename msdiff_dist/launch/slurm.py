@@ -73,21 +73,20 @@ def _check_nodes(cluster: ClusterConfig, partition: str) -> None:
             "nodes", cluster.nodes, f"partition {partition!r} has {len(nodes)} nodes",
             "Ask for fewer, or name another partition.",
         )  # fmt: skip
-    fitting, need = list(nodes.values()), cluster.node_range[0]
-    cpus, memory = cluster.cpus_per_task * cluster.ranks_per_node, (cluster.memory_gb or 0) * 1024
-    wanted = [
-        ("gpus_per_node", cluster.gpus_per_node, "GPUs", [n.gpus for n in fitting], cluster.gpus_per_node),
-        ("cpus_per_task", cluster.cpus_per_task, "CPUs", [n.cpus for n in fitting], cpus),
-        ("memory_gb", cluster.memory_gb, "MB of memory", [n.memory_mb for n in fitting], memory),
+    need, cpus_asked = cluster.node_range[0], cluster.cpus_per_task * cluster.ranks_per_node
+    memory_asked = (cluster.memory_gb or 0) * 1024
+    wanted: list[tuple[str, object, str, list[int], float]] = [
+        ("gpus_per_node", cluster.gpus_per_node, "GPUs", [n.gpus for n in nodes.values()], cluster.gpus_per_node),
+        ("cpus_per_task", cluster.cpus_per_task, "CPUs", [n.cpus for n in nodes.values()], cpus_asked),
+        ("memory_gb", cluster.memory_gb, "MB of memory", [n.memory_mb for n in nodes.values()], memory_asked),
     ]
     for field, value, what, have, asked in wanted:
         enough = sum(has >= asked for has in have)
         if enough < need:
-            most = max(have, default=0)
             raise ConfigError(
                 field, value,
                 f"{need} nodes with {asked:.0f} {what} each are asked for, but in partition {partition!r} {enough} of "
-                f"{len(have)} nodes have as many (the largest has {most})",
+                f"{len(have)} nodes have as many (the largest has {max(have, default=0)})",
                 "Ask for less, or name another partition.",
             )  # fmt: skip
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import re
 import signal
 import statistics
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -152,6 +154,53 @@ def rank_logs(run: Path) -> dict[int, Path]:
     names = os.listdir(folder) if folder.is_dir() else []
     found = {int(match[1]): folder / name for name in names if (match := pattern.fullmatch(name))}
     return dict(sorted(found.items()))
+
+
+def log_texts(run: Path, rank: int | None, lines: int | None, follow: bool) -> Iterator[str]:
+    """The ranks' logs, rank 0's first, each under a heading; `follow` goes on with one rank's until the job has ended.
+
+    Raises:
+        RunFolderError: no log of this rank, or none at all.
+    """
+    logs = rank_logs(run)
+    wanted = [rank] if rank is not None else [0] if follow else list(logs)
+    if not logs or wanted[0] not in logs:
+        had = f"there are logs of ranks {', '.join(map(str, logs))}" if logs else "no rank has started yet"
+        raise RunFolderError("RUN" if rank is None else "--rank", str(run) if rank is None else rank, had, "Try again.")
+    for number in wanted:
+        if len(wanted) > 1:
+            yield f"==> rank {number}: {logs[number]} <==\n"
+        with logs[number].open(errors="replace") as f:
+            yield "".join(collections.deque(f, maxlen=lines))
+            while follow and _at_work(run):
+                time.sleep(1)
+                yield f.read()
+            yield f.read()
+
+
+def _at_work(run: Path) -> bool:
+    record = JobRecord.load(run)
+    return record is not None and states([record])[0].active
+
+
+def wait_for(runs: Sequence[Path]) -> list[RunStatus]:
+    """Wait until no job of these runs is active; returns the runs that have not trained all their steps."""
+    while any(status.state.active for status in run_statuses(runs)):
+        time.sleep(2)
+    return [status for status in run_statuses(runs) if not status.finished]
+
+
+def runs_in(folders: Sequence[Path]) -> list[Path]:
+    """The launched run folders among `folders` and directly in them.
+
+    Raises:
+        RunFolderError: a folder does not exist.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            raise RunFolderError("FOLDER", str(folder), "no such folder", "Name a run folder or a folder of runs.")
+    candidates = [path for folder in folders for path in (folder, *sorted(folder.iterdir()))]
+    return [path for path in candidates if (path / "launch/job.json").is_file()]
 
 
 def cancel(run: Path, now: bool) -> str:

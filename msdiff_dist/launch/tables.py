@@ -1,0 +1,95 @@
+"""Launched runs on the terminal: the table of `msdiff jobs`, the live view of `msdiff attach`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from msdiff_dist.errors import RunFolderError
+from msdiff_dist.launch.watch import RunStatus, last_metrics, run_statuses
+
+_COLUMNS = ("run", "job", "state", "nodes", "step", "img/s", "ETA", "restarts", "loss")
+
+
+def show(statuses: Sequence[RunStatus]) -> None:
+    """Print one line a run."""
+    console = Console()
+    if not statuses:
+        console.print("no launched runs; `msdiff launch` starts one")
+        return
+    if not console.is_terminal:
+        console = Console(width=200)
+    console.print(_table(statuses))
+
+
+def _table(statuses: Sequence[RunStatus]) -> Table:
+    folders = [status.run for status in statuses]
+    common = os.path.dirname(os.path.commonpath(folders)) if len(set(folders)) > 1 else os.path.dirname(folders[0])
+    table = Table(*_COLUMNS, box=None, pad_edge=False, title=None, caption=f"in {common}", caption_justify="left")
+    for s in statuses:
+        step = f"{s.step or 0}/{s.total_steps}" if s.total_steps is not None else ""
+        state = f"{s.state.state} ({s.state.reason})" if s.state.reason and s.state.active else s.state.state
+        table.add_row(
+            os.path.relpath(s.run, common),
+            s.job_id,
+            state,
+            s.state.nodes,
+            step,
+            f"{s.images_per_second:.0f}" if s.images_per_second is not None else "",
+            _duration(s.eta_s) if s.eta_s is not None else "",
+            str(s.restarts) if s.restarts is not None else "",
+            f"{s.loss:.4f}" if s.loss is not None else "",
+        )
+    return table
+
+
+def as_json(status: RunStatus) -> str:
+    """The status as one line of JSON."""
+    return json.dumps(dataclasses.asdict(status))
+
+
+def live(run: Path) -> None:
+    """Show a run's status and last steps, twice a second, until its job has ended.
+
+    Raises:
+        RunFolderError: nothing was launched in `run`.
+    """
+    if not run_statuses([run]):
+        raise RunFolderError("RUN", str(run), "nothing was launched there", "See `msdiff jobs`.")
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    with Live(console=console, auto_refresh=False) as view:
+        while True:
+            statuses = run_statuses([run])
+            view.update(_live_view(run, statuses), refresh=True)
+            if not statuses[0].state.active:
+                return
+            time.sleep(2 if statuses[0].step is None else 1)
+
+
+def _live_view(run: Path, statuses: Sequence[RunStatus]) -> Table:
+    view = Table.grid()
+    view.add_row(_table(statuses))
+    steps = Table("step", "loss", "loss of each stage", "grad norm", "lr", "img/s", box=None, pad_edge=False)
+    for m in last_metrics(run)[-8:]:
+        stages = " ".join(f"{loss:.4f}" for loss in m["loss_per_stage"])
+        norm, lr = f"{m['grad_norm']:.3g}", f"{m['lr']:.3g}"
+        steps.add_row(str(m["step"]), f"{m['loss']:.4f}", stages, norm, lr, f"{m['images_per_second']:.0f}")
+    view.add_row(steps)
+    return view
+
+
+def _duration(seconds: float) -> str:
+    minutes, whole = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{days}-{hours:02d}:{minutes:02d}:{whole:02d}" if days else f"{hours}:{minutes:02d}:{whole:02d}"
