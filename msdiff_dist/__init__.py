@@ -1,3 +1,3 @@
-"""Multi-stage latent-diffusion training: a shared encoder, one decoder per timestep stage, stage-parallel under DeepSpeed ZeRO."""
+"""Multi-stage latent diffusion: one shared encoder, one decoder per timestep stage, stage-parallel under DeepSpeed."""
 
 __version__ = "0.1.0"

@@ -69,7 +69,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, apply dotted overrides (`train.steps=100`, `stages.boundaries=[442,631]`) and check it.
 
     Raises:
-        ConfigError: the file is missing or not YAML, or a field is unknown, missing, of the wrong type or contradictory.
+        ConfigError: the file is missing or not YAML, or a field is unknown, missing, mistyped or contradictory.
     """
     path = Path(path)
     if not path.is_file():
@@ -101,7 +101,7 @@ def recipe_from(mapping: Any) -> Recipe:
 
 def recipe_mapping(recipe: Recipe) -> dict[str, Any]:
     """The resolved recipe as plain YAML data, every default written out."""
-    return to_mapping(recipe)  # type: ignore[no-any-return]
+    return to_mapping(recipe)
 
 
 def _check_stages(recipe: Recipe) -> None:

@@ -15,9 +15,7 @@ def launch(
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as key=value.")] = None,
     nodes: Annotated[str | None, typer.Option(help="Nodes, or a range 2-4 to start on as many as there are.")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(help="GPUs (and ranks) on each node.")] = None,
-    time: Annotated[
-        str | None, typer.Option(help="Limit of one start: hours:minutes:seconds or days-hours:minutes.")
-    ] = None,
+    time: Annotated[str | None, typer.Option(help="Limit of one start: 24:00:00, or 2-12:00 with days.")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME of the recipe.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check, show plan and sbatch text; submit nothing.")

@@ -30,7 +30,7 @@ def train(
     if is_rank_process():
         from msdiff_dist.launch.rank import run_rank
 
-        outcome = run_rank(parsed, folder)
+        outcome: str = run_rank(parsed, folder)
     else:
         check_run(parsed, nproc)
         RunFolder(folder).check(recipe_mapping(parsed))

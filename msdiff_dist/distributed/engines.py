@@ -1,4 +1,4 @@
-"""Two kinds of DeepSpeed engine in one process: `shared` over the world, one `stage` engine over each held stage's group.
+"""Two kinds of DeepSpeed engine in one process: `shared` over the world, a `stage` engine over each held stage's group.
 
 The graph is cut between them. A micro batch runs the shared encoder once, then every held stage on detached features
 (forward, loss, backward, reduction inside the stage's group, stages ascending), then the gradients of the features go

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -85,6 +86,7 @@ def make_groups(stages_of_rank: Sequence[Sequence[int]], rank: int) -> Groups:
     """Every group of the run, given each rank's stages. Collective: all ranks call it with the same argument."""
     num_stages = 1 + max(k for held in stages_of_rank for k in held)
     holders = [[r for r, held in enumerate(stages_of_rank) if k in held] for k in range(num_stages)]
-    stage = tuple(dist.new_group(ranks) for ranks in holders)
-    alone = [dist.new_group([r]) for r in range(len(stages_of_rank))][rank]
-    return Groups(stage, alone, dist.new_group(list(range(len(stages_of_rank)))))
+    world: list[Any] = [dist.new_group([r]) for r in range(len(stages_of_rank))]
+    stage: list[Any] = [dist.new_group(ranks) for ranks in holders]
+    routing: Any = dist.new_group(list(range(len(stages_of_rank))))
+    return Groups(tuple(stage), world[rank], routing)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Fragment:
-    """`numel` elements from `start` of the flattened parameter `name`, at `offset` of this rank's flat tensor `flat`."""
+    """`numel` elements from `start` of the flattened parameter `name`, at `offset` of the rank's flat tensor `flat`."""
 
     name: str
     start: int
@@ -89,7 +89,8 @@ class ShardedState:
 
     def _find_fragments(self, module: nn.Module) -> Iterator[Fragment]:
         opt = self._optimizer
-        for name, p in module.named_parameters():
+        parameters: Iterator[tuple[str, Any]] = module.named_parameters()
+        for name, p in parameters:
             if self._is_zero3:
                 flat, offset, numel = opt.grad_position[opt.get_param_id(p)]
                 start = opt._get_param_partition_rank(p) * numel

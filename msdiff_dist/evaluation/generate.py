@@ -69,7 +69,7 @@ class Generator:
         if stage not in self._stages:
             self._stages[stage] = self._load(build_parts(self._model, [stage])[1][stage], f"stages.{stage}.")
         features = self._shared(x_in.to(self._dtype), t_in, context, label)
-        return self._stages[stage](*features)  # type: ignore[no-any-return]
+        return self._stages[stage](*features)
 
     def _load(self, module: nn.Module, prefix: str) -> nn.Module:
         module.load_state_dict(self._reader.module_state(self._kind, prefix))

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from torch.distributed import TCPStore
 
 from msdiff_dist.errors import MsdiffError, TrainingError, UserError
@@ -59,7 +60,9 @@ def run_local(recipe: dict[str, Any], run_dir: Path, nproc: int) -> str:
     logs.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["msdiff_dist.launch.rank"])
+    if not torch.cuda.is_available():  # a process that may touch CUDA must not fork
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        context.set_forkserver_preload(["msdiff_dist.launch.rank"])
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = []
     for rank in range(nproc):
@@ -77,7 +80,7 @@ def _watch(ranks: Sequence[_Rank], logs: Path) -> None:
     """Wait for all ranks; at the first failure give the others a moment to fail too, then end them all."""
     running = {r.process.sentinel: r for r in ranks}
     while running:
-        ended = [running.pop(s) for s in wait(list(running))]  # type: ignore[call-overload]
+        ended = [running.pop(sentinel) for sentinel in list(running) if sentinel in wait(list(running))]
         if all(r.process.exitcode == 0 for r in ended):
             continue
         time.sleep(GRACE_S)

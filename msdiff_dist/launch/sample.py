@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from rich.progress import track
+from torch import Tensor
 
 from msdiff_dist.checkpoint.layout import CheckpointIndex, complete_checkpoints
 from msdiff_dist.diffusion.sampling import SamplerConfig
@@ -34,7 +35,7 @@ def sample_run(
     class_labels([0], recipe.model.num_classes, class_)
     generator = generator_for(recipe, checkpoint, torch.device("cuda" if torch.cuda.is_available() else "cpu"), ema)
     out.mkdir(parents=True, exist_ok=True)
-    grid = []
+    grid: list[Tensor] = []
     batches = [list(range(i, min(i + batch_size, num))) for i in range(0, num, batch_size)]
     for index_n in track(batches, description="sampling", transient=True):
         images = generator(index_n, sampler, seed, class_labels(index_n, recipe.model.num_classes, class_))

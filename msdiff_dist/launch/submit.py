@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import shlex
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import submitit
+from submitit.core.utils import FailedJobError
 from submitit.helpers import clean_env
 
-from msdiff_dist.errors import ConfigError
+from msdiff_dist.errors import ConfigError, UserError
 from msdiff_dist.launch import slurm
 from msdiff_dist.launch.cluster import ClusterConfig
 
@@ -141,6 +144,24 @@ def check(cluster: ClusterConfig, folder: Path, executor: submitit.Executor, tas
 
 
 def submit(executor: submitit.Executor, tasks: Sequence[Task]) -> list[submitit.Job[Any]]:
-    """Submit one job, or several as a job array where the executor has them; job environment variables are hidden."""
-    with clean_env():
-        return executor.submit_array(list(tasks))
+    """Submit one job, or several as a job array where the executor has them.
+
+    Raises:
+        UserError: in the words of sbatch, when the cluster refuses.
+    """
+    try:
+        with _outside_any_job():
+            return executor.submit_array(list(tasks))
+    except FailedJobError as e:
+        problem = f"the cluster refuses the job: {' '.join(str(e).split())}"
+        raise UserError("--cluster", "sbatch", problem, "Correct the cluster file.") from None
+
+
+@contextlib.contextmanager
+def _outside_any_job() -> Iterator[None]:
+    """Launched from within a job: hide what that job's environment would ask of the new one."""
+    where = os.environ.get("SLURM_CONF")
+    with clean_env() if "SLURM_JOB_ID" in os.environ else contextlib.nullcontext():
+        if where:
+            os.environ["SLURM_CONF"] = where
+        yield

@@ -15,7 +15,7 @@ from msdiff_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """lr: the learning rate as it is used, never scaled by the number of GPUs. grad_clip: greatest global norm, 0 for none."""
+    """lr: as it is used, never scaled by the number of GPUs. grad_clip: greatest global gradient norm, 0 for none."""
 
     lr: float
     name: Literal["adamw", "adam", "sgd"] = "adamw"

@@ -67,12 +67,8 @@ class RunFolder:
                     "Name a new or empty folder.",
                 )  # fmt: skip
             return
-        before = OmegaConf.to_container(OmegaConf.load(self.recipe_file))
-        changed = [
-            (f, a, b)
-            for f, a, b in differences(before, dict(recipe))
-            if not f.startswith(FREE_FIELDS)  # type: ignore[arg-type]
-        ]
+        before: Any = OmegaConf.to_container(OmegaConf.load(self.recipe_file))
+        changed = [(f, a, b) for f, a, b in differences(before, dict(recipe)) if not f.startswith(FREE_FIELDS)]
         if changed:
             lines = "; ".join(f"{f} was {a!r}, now {b!r}" for f, a, b in changed)
             raise RunFolderError(
