@@ -15,6 +15,7 @@ class DataConfig:
     Attributes:
         shards: WebDataset shards: a folder, a path with braces (`{00000..00007}`) or globs, or a list of such.
         lanes: disjoint parts of the stream; a multiple of the world size. Part of the sample order, so fixed for a run.
+            A lane reads whole shards, so reading is spread over all lanes only if there are at least as many shards.
         workers: loader processes per rank; 0 reads in the training process. Does not change what is read.
         shuffle: samples in a lane's shuffle window; 0 or 1 keeps the order inside the shards.
         kind: `image` (encoded pictures), `latent` (.npy arrays), or `synthetic` (random numbers, no files).

@@ -83,9 +83,8 @@ class StepLoader:
         self._schedule = _Schedule(config, load_index(config) if shards is None else shards, seed, global_batch_size)
         self._world_size = world_size
         lanes = range(rank, config.lanes, world_size)
-        self._dataset = _RankDataset(self._schedule, list(lanes), start_step)
         self._workers = min(config.workers, len(lanes))
-        self._iterator: Iterator[StepSamples | UserError] | None = None
+        self._iterator = _start(_RankDataset(self._schedule, list(lanes), start_step), self._workers)
 
     @property
     def samples_per_epoch(self) -> int | None:
@@ -100,8 +99,6 @@ class StepLoader:
         return self
 
     def __next__(self) -> StepSamples:
-        if self._iterator is None:
-            self._iterator = _start(self._dataset, self._workers)
         parts = []
         for _ in range(max(self._workers, 1)):
             part = next(self._iterator)
@@ -112,8 +109,8 @@ class StepLoader:
         return _merge(parts)
 
     def close(self) -> None:
-        """End the workers. Idempotent."""
-        self._iterator = None
+        """End the workers and the iteration. Idempotent."""
+        self._iterator = iter(())
 
     def __enter__(self) -> StepLoader:
         return self
@@ -148,12 +145,13 @@ class _RankDataset(IterableDataset):
         worker = get_worker_info()
         lanes = self.lanes[worker.id :: worker.num_workers] if worker else self.lanes
         try:
-            yield from self._parts(set(lanes))
+            yield from self.parts(set(lanes))
         except UserError as e:  # raised here, DataLoader would bury it under its traceback
             e.__traceback__ = e.__cause__ = e.__context__ = None
             yield e
 
-    def _parts(self, lanes: set[int]) -> Iterator[StepSamples]:
+    def parts(self, lanes: set[int]) -> Iterator[StepSamples]:
+        """The samples of these lanes, step by step."""
         schedule = self.schedule
         streams: dict[int, Iterator[RawSample]] = {}
         for step in itertools.count(self.start_step):

@@ -125,8 +125,9 @@ class StreamOrder:
             for number in range(taken // self.shuffle, -(-size // self.shuffle)):
                 start = number * self.shuffle
                 length = min(self.shuffle, size - start)
-                order = self._permutation(epoch, lane, number, length)
-                yield Window(epoch, start, order, skip=max(taken - start, 0))
+                if taken < start + length:
+                    order = self._permutation(epoch, lane, number, length)
+                    yield Window(epoch, start, order, skip=max(taken - start, 0))
             epoch, taken = epoch + 1, 0
 
     def _permutation(self, epoch: int, lane: int, number: int, length: int) -> Ints:

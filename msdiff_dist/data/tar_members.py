@@ -74,6 +74,7 @@ def members(stream: BinaryIO, with_data: bool = True) -> Iterator[tuple[str, byt
             if kind != b"5":
                 yield name, content
         offset += BLOCK + size + padding
+    raise TarError("cut short: it has no end mark")
 
 
 def _grouped(path: str, with_data: bool) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import gzip
+import io
+import tarfile
+
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from msdiff_dist.data.tar_members import TarError, count_samples, members, samples
+
+names = st.text(alphabet="abcé_-", min_size=1, max_size=40)
+file_names = st.builds(lambda parts, key, ext: "/".join([*parts, key]) + ext, st.lists(names, max_size=4), names,
+                       st.sampled_from([".png", ".cls", ".seg.png", "", ".JPG"]))  # fmt: skip
+files = st.dictionaries(file_names, st.binary(max_size=1500), max_size=8)
+
+
+def archive(content: dict[str, bytes], form: int, **header: object) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=form) as tar:
+        folder = tarfile.TarInfo("folder")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for name, data in content.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            for field, value in header.items():
+                setattr(member, field, value)
+            tar.addfile(member, io.BytesIO(data))
+    return stream.getvalue()
+
+
+@given(files, st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]), st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_members_are_those_of_tarfile(content, form, with_data):
+    if form == tarfile.USTAR_FORMAT:  # has no room for longer names
+        content = {name: data for name, data in content.items() if len(name.encode()) <= 100}
+    read = list(members(io.BytesIO(archive(content, form, mtime=1.5 if form == tarfile.PAX_FORMAT else 1)), with_data))
+    assert read == [(name, data if with_data else b"") for name, data in content.items()]
+
+
+def test_other_kinds_of_members_are_left_to_tarfile():
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "global"}) as tar:
+        for name, kind in (("a.png", tarfile.REGTYPE), ("b.png", tarfile.SYMTYPE), ("c.png", tarfile.REGTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "a.png"
+            tar.addfile(member)
+    assert [name for name, _ in members(stream)] == ["a.png", "c.png"]
+    packed = io.BytesIO(gzip.compress(archive({"a.png": b"1"}, tarfile.USTAR_FORMAT)))
+    assert list(members(packed)) == [("a.png", b"1")]
+
+
+def test_samples_are_those_of_webdataset(tmp_path):
+    content = {
+        "__meta__/x.json": b"{}", "a/1.png": b"1", "a/1.cls": b"2", "a/1.seg.png": b"3", "README": b"no extension",
+        "a/2.PNG": b"4", "b/2.png": b"5",
+    }  # fmt: skip
+    path = tmp_path / "x.tar"
+    path.write_bytes(archive(content, tarfile.USTAR_FORMAT))
+    theirs = [
+        {k: v for k, v in s.items() if k != "__local_path__"}
+        for s in webdataset.WebDataset(str(path), shardshuffle=False)
+    ]
+    assert list(samples(str(path))) == theirs
+    assert count_samples(str(path)) == len(theirs) == 3
+
+
+@pytest.mark.parametrize("at", [600, 3000, 4200])
+def test_damage_is_an_error(tmp_path, at):
+    content = {f"{i}.png": bytes(700) for i in range(4)}
+    whole = archive(content, tarfile.USTAR_FORMAT)
+    path = tmp_path / "x.tar"
+    path.write_bytes(whole[:at])
+    with pytest.raises(TarError):
+        count_samples(str(path))
+    path.write_bytes(whole[:512] + b"x" * 512 + whole[1024:])
+    with pytest.raises(TarError, match="byte 512"):
+        count_samples(str(path))
+    path.write_bytes(b"not an archive" * 100)
+    with pytest.raises(TarError):
+        count_samples(str(path))
+
+
+def test_a_name_that_comes_twice_is_an_error(tmp_path):
+    path = tmp_path / "x.tar"
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for _ in range(2):
+            tar.addfile(tarfile.TarInfo("a.png"))
+    path.write_bytes(stream.getvalue())
+    with pytest.raises(TarError, match=r"a\.png: duplicate"):
+        count_samples(str(path))
