@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from msdiff_dist.diffusion.noise_schedule import ScheduleName
@@ -39,6 +39,53 @@ class DiscreteConfig:
         check_min_snr_gamma(self.min_snr_gamma)
 
 
+@dataclass(frozen=True)
+class VPConfig:
+    """Continuous variance-preserving SDE (2011.13456): beta(t) linear from beta_min to beta_max over t in [0, 1].
+
+    `t_min` is the smallest time that is trained, and where samplers stop unless told otherwise.
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    t_min: float = 1e-3
+    prediction_type: PredictionType = "epsilon"
+    min_snr_gamma: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta_min <= self.beta_max:
+            problem = f"must be positive and at most beta_max = {self.beta_max}"
+            raise ConfigError("beta_min", self.beta_min, problem, "The paper uses 0.1 and 20.")
+        if not 0 < self.t_min < 1:
+            raise ConfigError("t_min", self.t_min, "must lie between 0 and 1", "Use 1e-3.")
+        check_min_snr_gamma(self.min_snr_gamma)
+
+
+@dataclass(frozen=True)
+class EDMConfig:
+    """EDM (2206.00364): noise level sigma with ln(sigma) ~ N(p_mean, p_std^2), and its preconditioning.
+
+    Args:
+        sigma_data: standard deviation of the data.
+        sigma_min, sigma_max, rho: the sampler's noise levels, even in sigma^(1/rho) (Eq. 5).
+    """
+
+    p_mean: float = -1.2
+    p_std: float = 1.2
+    sigma_data: float = 0.5
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        for name in ("p_std", "sigma_data", "sigma_min", "rho"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(name, getattr(self, name), "must be positive", "Correct it.")
+        if not self.sigma_max > self.sigma_min:
+            problem = f"must be above sigma_min = {self.sigma_min}"
+            raise ConfigError("sigma_max", self.sigma_max, problem, "EDM uses 0.002 and 80.")
+
+
 def check_min_snr_gamma(gamma: float | None) -> None:
     """Refuse a min-SNR gamma that is not positive."""
     if gamma is not None and not gamma > 0:
@@ -47,10 +94,18 @@ def check_min_snr_gamma(gamma: float | None) -> None:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The diffusion process. The section named like `process` configures it."""
+    """The diffusion process. The section named like `process` configures it, and only that one may be given."""
 
-    process: Literal["discrete"] = "discrete"
-    discrete: DiscreteConfig = field(default_factory=DiscreteConfig)
+    process: Literal["discrete", "vp", "edm"] = "discrete"
+    discrete: DiscreteConfig | None = None
+    vp: VPConfig | None = None
+    edm: EDMConfig | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("discrete", "vp", "edm"):
+            if name != self.process and getattr(self, name) is not None:
+                remedy = f"Remove it (or set it to null), or use process: {name}."
+                raise ConfigError(name, "{...}", f"configures a process that is not in use ({self.process})", remedy)
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,34 @@ class SampleDenoiser(MinSNRDenoiser):
         return weight
 
 
+class EDMDenoiser(Denoiser):
+    """EDM's preconditioning (2206.00364, Table 1; s = 1, n = sigma): D = c_skip x_t + c_out F(c_in x_t).
+
+    c_skip = sigma_data^2 / (n^2 + sigma_data^2), c_out = n sigma_data / sqrt(n^2 + sigma_data^2), and
+    c_in = 1 / sqrt(n^2 + sigma_data^2). EDM's weight on the error of D is 1 / c_out^2: one on the error of F.
+    """
+
+    def __init__(self, sigma_data: float) -> None:
+        self.sigma_data = sigma_data
+
+    def scale_input(self, x_t: Tensor, s: Tensor, n: Tensor) -> Tensor:
+        return x_t / self._total(n)
+
+    def target(self, x0: Tensor, noise: Tensor, s: Tensor, n: Tensor) -> Tensor:
+        """(x_0 - c_skip x_t) / c_out, written without its cancellation."""
+        return (n * x0 / self.sigma_data - self.sigma_data * noise) / self._total(n)
+
+    def denoised(self, output: Tensor, x_t: Tensor, s: Tensor, n: Tensor) -> Tensor:
+        total = self._total(n)
+        return (self.sigma_data / total) ** 2 * x_t + n * self.sigma_data / total * output
+
+    def weight(self, s: Tensor, n: Tensor) -> Tensor:
+        return torch.ones_like(s)
+
+    def _total(self, n: Tensor) -> Tensor:
+        return torch.sqrt(n**2 + self.sigma_data**2)
+
+
 def build_denoiser(prediction_type: PredictionType, min_snr_gamma: float | None) -> Denoiser:
     if prediction_type == "epsilon":
         return EpsilonDenoiser(min_snr_gamma)
