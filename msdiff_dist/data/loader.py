@@ -179,7 +179,7 @@ def _start(dataset: _RankDataset, workers: int) -> Iterator[StepSamples | UserEr
                 batch_size=None,
                 num_workers=workers,
                 prefetch_factor=2 if workers else None,
-                multiprocessing_context="spawn" if workers else None,
+                multiprocessing_context="forkserver" if workers else None,
                 worker_init_fn=_ignore_signals,
                 generator=torch.Generator(),  # its own: must not draw from torch's global one
             )

@@ -76,3 +76,9 @@ def test_a_failure_leaves_nothing_behind(tmp_path):
     with pytest.raises(DataError, match="no samples"):
         write_dataset(tmp_path / "out", INFO, [], [2])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError, match=r"--out = .*file/out.*cannot be written"):
+        write_dataset(tmp_path / "file" / "out", INFO, things(3), [3])

@@ -1,0 +1,64 @@
+"""The same training in the plainest way: one process, no DeepSpeed, the whole global batch at once."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from msdiff_dist.data.loader import StepLoader
+from msdiff_dist.diffusion.loss import sample_losses
+from msdiff_dist.diffusion.timestep_sampler import StageQuotas, dropout_mask, noise
+from msdiff_dist.models.autoencoder import LatentCodec
+from msdiff_dist.models.multistage_unet import build_model
+from msdiff_dist.recipe import Recipe
+from msdiff_dist.training.optimizer import optimizer_factory
+
+
+@dataclasses.dataclass
+class ReferenceRun:
+    """losses, grad_norms: per step. state, ema: parameters by name after the last step."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    state: dict[str, torch.Tensor]
+    ema: dict[str, torch.Tensor]
+
+
+def train_reference(recipe: Recipe, steps: int) -> ReferenceRun:
+    seed, B = recipe.train.seed, recipe.train.batch_size(1)
+    model, process = build_model(recipe.model, seed), recipe.process()
+    parameters = list(model.parameters())
+    optimizer = optimizer_factory(recipe.optimizer, fused=False)(parameters)
+    quotas = StageQuotas(process, recipe.partition(), recipe.stages.sampling, B)
+    codec = LatentCodec(recipe.autoencoder, recipe.data.kind != "image", torch.device("cpu"))
+    loader = StepLoader(recipe.data, seed, B)
+    ema = [p.detach().clone() for p in parameters]
+    losses, norms = [], []
+    for step in range(steps):
+        batch, draw = next(loader), quotas.draw(seed, step)
+        x0, t_B = codec.to_latents(batch.x_nCHW), torch.from_numpy(draw.t_B)
+        stage_B = torch.from_numpy(draw.stage_B)
+        eps = noise(seed, step, batch.index_n, x0.shape[1:])
+        x_in, time_in = process.network_input(process.perturb(x0, eps, t_B), t_B)
+        label = batch.label_n
+        if label is not None and recipe.train.condition_dropout:
+            dropped = dropout_mask(seed, step, batch.index_n, recipe.train.condition_dropout)
+            label = torch.where(dropped, recipe.model.num_classes, label)
+        output = model(x_in, time_in, stage_B, None, label)
+        weight_B = process.weight(t_B) * torch.from_numpy(quotas.importance_K).float()[stage_B]
+        loss = (weight_B * sample_losses(output, process.target(x0, eps, t_B), recipe.train.loss)).sum() / B
+        optimizer.zero_grad()
+        loss.backward()
+        clip = recipe.optimizer.grad_clip or float("inf")
+        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, clip)))
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.optimizer.lr * recipe.lr_schedule.factor(step, recipe.train.steps)
+        optimizer.step()
+        decay = recipe.ema.decay_at(step + 1)
+        for average, p in zip(ema, parameters, strict=True):
+            average.mul_(decay).add_(p.detach(), alpha=1 - decay)
+        losses.append(float(loss))
+    names = [name for name, _ in model.named_parameters()]
+    state = {n: p.detach() for n, p in zip(names, parameters, strict=True)}
+    return ReferenceRun(losses, norms, state, dict(zip(names, ema, strict=True)))

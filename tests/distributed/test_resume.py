@@ -1,0 +1,116 @@
+"""A run stopped in one layout and resumed in another gives the losses of the run that was never stopped."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from msdiff_dist.distributed.environment import Environment
+from msdiff_dist.launch.rank import Run
+from msdiff_dist.recipe import recipe_from
+from msdiff_dist.testing import run_distributed
+from msdiff_dist.training.run_folder import RunFolder
+
+pytestmark = pytest.mark.distributed
+
+ADAM = {"lr": 5e-4, "eps": 1e-6, "grad_clip": 1.0}  # eps: near-zero gradients would amplify rounding
+SGD = {"name": "sgd", "lr": 5e-2, "momentum": 0.0, "weight_decay": 0.0}
+MOMENTUM = {"name": "sgd", "lr": 5e-3, "momentum": 0.9}
+
+
+def recipe_of(optimizer: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """A model of three stages that steps in milliseconds; changes as `section__field=value`."""
+    mapping: dict[str, Any] = {
+        "name": "tiny",
+        "data": {"kind": "synthetic", "lanes": 12, "latent_shape": [2, 8, 8], "num_classes": 3},
+        "stages": {"boundaries": [442, 631], "sampling": "equal"},
+        "model": {
+            "in_channels": 2, "out_channels": 2, "encoder_channels": 8, "decoder_channels": [12, 8, 4],
+            "channel_mult": [1, 2], "num_res_blocks": 1, "attention_downsamples": [2], "num_heads": 2,
+            "norm_groups": 4, "num_classes": 3,
+        },
+        "optimizer": optimizer,
+        "ema": {"decay": 0.9},
+        "train": {"steps": 100, "global_batch_size": 24, "condition_dropout": 0.1},
+        "checkpoint": {"keep_last": 100},
+    }  # fmt: skip
+    for name, value in changes.items():
+        section, field = name.split("__")
+        mapping[section] = mapping.get(section, {}) | {field: value}
+    return mapping
+
+
+def trained(
+    rank: int, world_size: int, mapping: dict[str, Any], path: Path, stops: list[int]
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Go on from the folder's newest checkpoint to the last of `stops`, saving at each. Losses; the network's weights."""
+    folder = RunFolder(path)
+    run = Run(recipe_from(mapping), folder, Environment(rank, rank, world_size, torch.device("cpu")))
+    losses = []
+    if 0 in stops:
+        run.save(0)
+    for step in range(run.first_step + 1, stops[-1] + 1):
+        losses.append(run.train_step(mapping["optimizer"]["lr"], False).loss)
+        run.ema.update(step)
+        if step in stops:
+            run.save(step)
+    run.feed.close()
+    engines = {"shared.": run.engines.shared, **{f"stages.{k}.": e for k, e in run.engines.stages.items()}}
+    weights = {p + n: v.detach().clone() for p, e in engines.items() if e for n, v in e.engine.module.named_parameters()}
+    return losses, weights
+
+
+def losses_of(world_size: int, mapping: dict[str, Any], path: Path, stops: list[int]) -> list[float]:
+    results = run_distributed(trained, world_size, world_size, mapping, path, stops)
+    assert all(losses == results[0][0] for losses, _ in results)
+    return results[0][0]
+
+
+LAYOUTS: list[tuple[int, dict[str, Any]]] = [
+    (4, {"parallel__placement": [[0], [0, 1], [1, 2], [2]], "parallel__zero_shared": 2, "parallel__zero_stage": 2}),
+    (1, {"train__gradient_accumulation_steps": 2, "data__workers": 1}),
+    (3, {"parallel__zero_shared": 3, "data__workers": 2}),
+    (2, {"parallel__placement": [[2, 1], [0]], "parallel__zero_stage": 2, "train__gradient_accumulation_steps": 4}),
+    (2, {"parallel__zero_shared": 3, "parallel__placement": [[0, 1], [0, 1, 2]]}),
+]
+
+
+@pytest.mark.parametrize("optimizer", [ADAM, MOMENTUM], ids=["adamw", "momentum"])
+def test_every_layout_continues_every_other(tmp_path: Path, optimizer: dict[str, Any]) -> None:
+    """One run through all layouts, two steps in each, against one process that never stops."""
+    steps = 2 * len(LAYOUTS)
+    reference = losses_of(1, recipe_of(optimizer), tmp_path / "whole", [steps])
+    parts: list[float] = []
+    for i, (world_size, changes) in enumerate(LAYOUTS):
+        parts += losses_of(world_size, recipe_of(optimizer, **changes), tmp_path / "parts", [2 * i + 2])
+    assert parts == pytest.approx(reference, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "optimizer", "changes"),
+    [
+        (2, ADAM, {"train__gradient_accumulation_steps": 2}),
+        (3, ADAM, {"parallel__zero_shared": 3, "parallel__zero_stage": 2}),
+        (2, SGD, {"parallel__zero_shared": 2}),
+        (2, ADAM, {"train__precision": "bf16", "parallel__zero_stage": 2}),
+        (2, ADAM, {"train__precision": "bf16", "parallel__zero_shared": 3}),
+    ],
+    ids=["1-1", "3-2", "sgd", "bf16", "bf16-3"],
+)
+@pytest.mark.parametrize("at", [0, 2])
+def test_same_layout_is_bitwise(
+    tmp_path: Path, world_size: int, optimizer: dict[str, Any], changes: dict[str, Any], at: int
+) -> None:
+    """Losses and the network's own weights, also when it stopped before its first step."""
+    mapping = recipe_of(optimizer, **changes)
+    whole = run_distributed(trained, world_size, world_size, mapping, tmp_path / "whole", [at, 4])
+    shutil.rmtree(tmp_path / "whole/checkpoints/step_00000004")
+    resumed = run_distributed(trained, world_size, world_size, mapping, tmp_path / "whole", [4])
+    for (losses, weights), (losses_again, weights_again) in zip(whole, resumed, strict=True):
+        assert losses_again == losses[at:]
+        assert weights.keys() == weights_again.keys()
+        assert all(torch.equal(w, weights_again[n]) for n, w in weights.items())

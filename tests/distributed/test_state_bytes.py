@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from msdiff_dist.distributed.placement import plan
+from msdiff_dist.distributed.plan_report import Workload, state_bytes_W
+from msdiff_dist.testing import run_distributed
+
+pytestmark = pytest.mark.distributed
+
+STAGES_OF_RANK = ((0,), (0, 1), (1,))
+
+
+class Part(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(32, width), nn.Linear(width, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(torch.relu(self.inner(x)))
+
+
+class Shared(Part):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return (super().forward(x),)
+
+
+def size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def held_bytes(rank: int, precision: str, zero_shared: int, zero_stage: int) -> int:
+    from msdiff_dist.distributed.engines import EngineConfig, StageParallelEngines
+    from msdiff_dist.distributed.environment import make_groups
+    from msdiff_dist.training.ema import EmaConfig, ShardedEma
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    torch.manual_seed(0)
+    shared, stages = Shared(300), {k: Part(100 * (k + 1)) for k in STAGES_OF_RANK[rank]}
+    engines = StageParallelEngines(
+        shared,
+        stages,
+        lambda params: torch.optim.AdamW(params, lr=1e-3),
+        EngineConfig(precision, zero_shared, zero_stage, 1, 1.0),  # type: ignore[arg-type]
+        make_groups(STAGES_OF_RANK, rank),
+    )
+    state = engines.state()
+    ema = ShardedEma(EmaConfig(), state)
+    rows = {k: slice(i, i + 1) for i, k in enumerate(stages)}
+    engines.forward_backward(
+        (torch.randn(len(rows), 32, dtype=dtype),), rows, lambda k, out, _: out.float().square().sum()
+    )
+    engines.reduce_norm(torch.zeros(1))
+    engines.step(1e-3)
+    parts = [shared, *stages.values()]
+    tensors = [getattr(p, "ds_tensor", p) for part in parts for p in part.parameters()]
+    for sharded in state.values():
+        tensors += [*sharded.flats(), *(t for moments in sharded.moments() for t in moments.values())]
+    tensors += [t for shards in ema.shards.values() for t in shards]
+    distinct = {t.untyped_storage().data_ptr() + t.storage_offset() * t.element_size(): t for t in tensors}
+    return sum(t.numel() * t.element_size() for t in distinct.values())
+
+
+@pytest.mark.parametrize(("precision", "zeros"), [("fp32", (1, 1)), ("bf16", (2, 2)), ("fp32", (3, 2))])
+def test_predicted_state_is_what_the_engines_hold(precision: str, zeros: tuple[int, int]) -> None:
+    placement = plan(np.array([[6, 6]]), [1.0, 1.0], 3, STAGES_OF_RANK)
+    workload = Workload([1.0, 1.0], size(Shared(300)), [size(Part(100)), size(Part(200))], 1, precision, *zeros)  # type: ignore[arg-type]
+    held = run_distributed(held_bytes, 3, precision, *zeros)
+    assert state_bytes_W(placement, workload).tolist() == pytest.approx(held, rel=0.02)  # padding
