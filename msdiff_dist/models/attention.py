@@ -17,8 +17,8 @@ Module = TypeVar("Module", bound=nn.Module)
 def attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, backend: AttentionBackend = "auto") -> Tensor:
     """softmax(q k^T / sqrt(D)) v, head by head; returns [B, H, T, D].
 
-    `auto` takes the backend that measured fastest for the inputs' device, dtype and shape. `xformers` raises
-    `ConfigError` where the installed xformers has no operator for the inputs.
+    `auto` is `sdpa`, except for few bfloat16 keys on a CPU, where `math` measured up to four times as fast. `xformers`
+    raises `ConfigError` where the installed xformers has no operator for the inputs.
     """
     if backend == "auto":
         backend = _fastest(q_BHTD, k_BHSD)
@@ -28,25 +28,28 @@ def attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, backend: Attention
     if backend == "xformers":
         return _xformers_attention(q_BHTD, k_BHSD, v_BHSD)
     weights_BHTS = (q_BHTD * q_BHTD.shape[-1] ** -0.5) @ k_BHSD.transpose(-2, -1)
-    return weights_BHTS.softmax(dim=-1, dtype=torch.float32).to(v_BHSD.dtype) @ v_BHSD
+    at_least_fp32 = torch.promote_types(weights_BHTS.dtype, torch.float32)
+    return weights_BHTS.softmax(dim=-1, dtype=at_least_fp32).to(v_BHSD.dtype) @ v_BHSD
 
 
 def _fastest(q_BHTD: Tensor, k_BHSD: Tensor) -> AttentionBackend:
-    if q_BHTD.device.type == "cpu" and (q_BHTD.dtype == torch.bfloat16 or k_BHSD.shape[-2] <= 64):
-        return "math"
-    return "sdpa"
+    few_keys = k_BHSD.shape[-2] < 256
+    return "math" if q_BHTD.device.type == "cpu" and q_BHTD.dtype == torch.bfloat16 and few_keys else "sdpa"
 
 
 def _xformers_attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tensor:
-    problem = f"finds no operator for {q_BHTD.dtype} on {q_BHTD.device.type} with {q_BHTD.shape[-1]} channels per head"
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q_BHTD, k_BHSD, v_BHSD))
     try:
         from xformers.ops import memory_efficient_attention
 
-        q, k, v = (x.transpose(1, 2).contiguous() for x in (q_BHTD, k_BHSD, v_BHSD))
         return memory_efficient_attention(q, k, v).transpose(1, 2)
     except (ImportError, NotImplementedError) as e:
+        kind = f"{q_BHTD.dtype} on {q_BHTD.device.type} with {q_BHTD.shape[-1]} channels per head"
         raise ConfigError(
-            "model.attention_backend", "xformers", problem, "Use auto or sdpa, or install an xformers built for it."
+            "model.attention_backend",
+            "xformers",
+            f"the installed xformers has no operator for {kind}",
+            "Use auto or sdpa, or install an xformers that was built for this torch and device.",
         ) from e
 
 

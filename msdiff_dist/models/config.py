@@ -24,17 +24,12 @@ class DownBlock:
 
 @dataclass(frozen=True)
 class UpBlock:
-    """One residual block of a decoder: reads the path and one skip; `resamples` after it where a level ends."""
+    """One residual block of a decoder; reads the path and a skip together. `resamples` after it where a level ends."""
 
-    path_channels: int
-    skip_channels: int
+    in_channels: int
     out_channels: int
     downsampling: int
     resamples: bool
-
-    @property
-    def in_channels(self) -> int:
-        return self.path_channels + self.skip_channels
 
 
 @dataclass(frozen=True)
@@ -142,7 +137,7 @@ class ModelConfig:
             for i in range(self.num_res_blocks + 1):
                 width = mult * self.decoder_channels[stage]
                 resamples = level > 0 and i == self.num_res_blocks
-                blocks.append(UpBlock(channels, skips.pop(), width, 2**level, resamples))
+                blocks.append(UpBlock(channels + skips.pop(), width, 2**level, resamples))
                 channels = width
         return blocks
 
@@ -272,10 +267,10 @@ class ModelConfig:
                     yield up.out_channels, f"decoder {stage}"
 
     def _norm_widths(self) -> Iterator[tuple[int, str]]:
+        # Inputs of decoder blocks are sums of these widths.
         for stage in range(self.num_stages):
+            yield self.encoder_width(stage), "the encoder"
             for down in self.down_blocks(stage):
-                yield down.in_channels, "the encoder"
                 yield down.out_channels, "the encoder"
             for up in self.up_blocks(stage):
-                yield up.in_channels, f"decoder {stage} (path {up.path_channels} + encoder skip {up.skip_channels})"
                 yield up.out_channels, f"decoder {stage}"

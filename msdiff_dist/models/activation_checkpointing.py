@@ -1,0 +1,37 @@
+"""Recompute activations in the backward pass instead of keeping them, separately for encoder and decoders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from msdiff_dist.models.blocks import ResBlock, UNetBlock
+from msdiff_dist.models.decoder import Decoder
+from msdiff_dist.models.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class ActivationCheckpointingConfig:
+    """encoder, decoders: which of them keep only each block's inputs; offload_to_cpu: and keep those in host memory."""
+
+    encoder: bool = False
+    decoders: bool = False
+    offload_to_cpu: bool = False
+
+
+def checkpoint_activations(part: nn.Module, config: ActivationCheckpointingConfig) -> None:
+    """Wrap, in place, the residual blocks (with their attention) of every encoder and decoder in `part` as asked.
+
+    Parameter names stay as they are. The backward pass must be `.backward()`: `torch.autograd.grad` refuses to run
+    through re-entrant checkpoints.
+    """
+    from fairscale.nn import checkpoint_wrapper
+
+    kinds = [kind for kind, asked in ((Encoder, config.encoder), (Decoder, config.decoders)) if asked]
+    chosen = [module for module in part.modules() if isinstance(module, tuple(kinds))]
+    for module in chosen:
+        for block in module.modules():
+            # A lone convolution keeps nothing but its input anyway.
+            if isinstance(block, UNetBlock) and isinstance(block[0], ResBlock):
+                checkpoint_wrapper(block, offload_to_cpu=config.offload_to_cpu)
