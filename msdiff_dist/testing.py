@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from msdiff_dist.launch.local import preload
+
 
 def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
     """Call `fn(rank, *args)` on `world_size` fresh processes joined by gloo and return their results in rank order.
@@ -29,7 +31,8 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
         TimeoutError: naming the ranks that still run after `timeout` seconds.
         RuntimeError: a rank died without an exception, or with one that cannot be pickled.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    preload(context)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
         processes = [
@@ -55,15 +58,19 @@ def _join(processes: list[Any], folder: Path, timeout: float) -> None:
         ended = wait(list(running), timeout=max(0.0, deadline - time.monotonic()))
         if not ended:
             raise TimeoutError(f"ranks {sorted(running.values())} still run after {timeout} s")
-        for sentinel in ended:
-            rank = running.pop(sentinel)
-            processes[rank].join()
-            if (folder / f"{rank}.result").exists():
-                continue
-            failures = sorted(folder.glob("*.error"), key=lambda path: path.stat().st_mtime_ns)
-            if failures:  # the peers of a failed rank fail after it
-                raise pickle.loads(failures[0].read_bytes())
-            raise RuntimeError(f"rank {rank} died with exit status {processes[rank].exitcode}")
+        failed = [rank for rank in map(running.pop, ended) if not (folder / f"{rank}.result").exists()]
+        if failed:
+            wait(list(running), timeout=0.5)  # a rank that died in silence may be noticed after its peers' errors
+            raise _first_failure(processes, folder)
+
+
+def _first_failure(processes: list[Any], folder: Path) -> BaseException:
+    for rank, process in enumerate(processes):
+        told = any((folder / f"{rank}.{kind}").exists() for kind in ("result", "error"))
+        if process.exitcode is not None and not told:
+            return RuntimeError(f"rank {rank} died with exit status {process.exitcode}")
+    failures = sorted(folder.glob("*.error"), key=lambda path: path.stat().st_mtime_ns)
+    return pickle.loads(failures[0].read_bytes())  # the peers of a failed rank fail after it
 
 
 def _rank_main(

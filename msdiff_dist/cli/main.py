@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from msdiff_dist import __version__
-from msdiff_dist.cli import attach, cancel, jobs, launch, logs, sample, train
+from msdiff_dist.cli import attach, cancel, data, flops, jobs, launch, logs, plan, sample, train
 from msdiff_dist.errors import MsdiffError, UserError
 
 app = typer.Typer(
@@ -18,9 +18,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.command("train")(train.train)
-app.command("sample")(sample.sample)
-for verb in (launch.launch, jobs.jobs, logs.logs, cancel.cancel, attach.attach):
+app.add_typer(data.app, name="data")
+for verb in (
+    plan.plan,
+    flops.flops,
+    train.train,
+    sample.sample,
+    launch.launch,
+    jobs.jobs,
+    logs.logs,
+    attach.attach,
+    cancel.cancel,
+):
     app.command()(verb)
 
 

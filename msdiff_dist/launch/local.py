@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,6 +30,13 @@ from msdiff_dist.recipe import recipe_from
 
 GRACE_S = 2.0  # after a failure, for the other ranks to tell what they saw of it
 _PR_SET_PDEATHSIG = 1
+# What every rank imports; all but the first are pulled in late, by DeepSpeed's and torch's first use.
+_PRELOAD = [
+    "msdiff_dist.launch.rank",
+    "torch._dynamo",
+    "torch._refs",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+]
 
 
 @dataclass(frozen=True)
@@ -60,9 +67,7 @@ def run_local(recipe: dict[str, Any], run_dir: Path, nproc: int) -> str:
     logs.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
     context = multiprocessing.get_context("forkserver")
-    if not torch.cuda.is_available():  # a process that may touch CUDA must not fork
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        context.set_forkserver_preload(["msdiff_dist.launch.rank"])
+    preload(context)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = []
     for rank in range(nproc):
@@ -74,6 +79,13 @@ def run_local(recipe: dict[str, Any], run_dir: Path, nproc: int) -> str:
     with _passing_signals(ranks):
         _watch(ranks, logs)
     return str(ranks[0].result.recv().outcome)
+
+
+def preload(context: ForkServerContext) -> None:
+    """Have the ranks that `context` starts share one import of the heavy libraries."""
+    if not torch.cuda.is_available():  # a process that may touch CUDA must not fork
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        context.set_forkserver_preload(_PRELOAD)
 
 
 def _watch(ranks: Sequence[_Rank], logs: Path) -> None:
