@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
+import os
 import signal
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +26,8 @@ from msdiff_dist.data.order import Ints, StreamOrder
 from msdiff_dist.data.samples import Sample, decode, synthesize
 from msdiff_dist.data.stream import RawSample, lane_stream
 from msdiff_dist.errors import ConfigError, UserError
+
+_CLUSTER_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)
@@ -171,6 +178,8 @@ class _RankDataset(IterableDataset):
 
 
 def _start(dataset: _RankDataset, workers: int) -> Iterator[StepSamples | UserError]:
+    if workers:
+        _start_server()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # its guess at a good number of workers
         return iter(
@@ -180,10 +189,36 @@ def _start(dataset: _RankDataset, workers: int) -> Iterator[StepSamples | UserEr
                 num_workers=workers,
                 prefetch_factor=2 if workers else None,
                 multiprocessing_context="forkserver" if workers else None,
-                worker_init_fn=_ignore_signals,
+                worker_init_fn=_set_up_worker,
                 generator=torch.Generator(),  # its own: must not draw from torch's global one
             )
         )
+
+
+def _start_server() -> None:
+    """Start the process that forks the workers, deaf to a cluster's signals; workers and tracker inherit that."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _CLUSTER_SIGNALS)
+    try:
+        multiprocessing.resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _CLUSTER_SIGNALS)  # the line before has unblocked some
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _set_up_worker(worker: int) -> None:
+    """Leave a cluster's signals, which go to every process of a job, to the rank; end when the rank ends."""
+    for number in _CLUSTER_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_rank, daemon=True).start()
+
+
+def _end_with_rank() -> None:
+    rank = multiprocessing.parent_process()
+    assert rank is not None
+    rank.join()
+    os._exit(1)
 
 
 def _collate(step: int, index_n: Ints, samples: list[Sample], config: DataConfig) -> StepSamples:
@@ -232,9 +267,3 @@ def _merge(parts: list[StepSamples]) -> StepSamples:
         captions=lists([part.captions for part in parts]),
         keys=lists([part.keys for part in parts]),
     )
-
-
-def _ignore_signals(worker: int) -> None:
-    """A cluster's warning signals go to every process of a job; only the rank itself acts on them."""
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(name, signal.SIG_IGN)

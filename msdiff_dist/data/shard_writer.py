@@ -102,13 +102,13 @@ def write_dataset(
         sizes: samples of each shard; the last ones stay unused if there are fewer samples.
 
     Raises:
-        DataError: the folder is in use, or there are no samples.
+        DataError: the folder is in use or cannot be written, or there are no samples.
     """
     out = out.resolve()
     check_output(out)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         counts: dict[str, int] = {}
         class_counts: Counter[int] = Counter()
         tallied = _tally(samples, class_counts)
@@ -126,6 +126,9 @@ def write_dataset(
         )
         (partial / "dataset.json").write_text(json.dumps(_description(written), indent=1, ensure_ascii=False) + "\n")
         partial.rename(out)
+    except OSError as e:
+        remedy = "Name a folder you can write to, with room enough."
+        raise DataError("--out", str(out), f"cannot be written ({e})", remedy) from e
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return written

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,24 +95,63 @@ def test_worker_processes_give_the_same_steps(tmp_path, latent_shards, workers):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_worker_processes_survive_a_clusters_signals_and_end_with_the_loader(tmp_path, latent_shards):
-    import multiprocessing
+ON_ITS_OWN = """
+import multiprocessing, os, sys
+from msdiff_dist.data.config import DataConfig
+from msdiff_dist.data.loader import StepLoader
 
-    latent_shards(tmp_path, [5, 11, 3, 8])
-    loader = StepLoader(config_of(tmp_path, lanes=4, workers=2), 0, 6)
+if __name__ == "__main__":
+    config = DataConfig(shards=sys.argv[1], kind="latent", latent_shape=(1, 1, 1), lanes=4, workers=2)
+    loader = StepLoader(config, 0, 6)
     next(loader)
-    workers = multiprocessing.active_children()
-    assert len(workers) == 2
-    for worker in workers:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
-            assert worker.pid is not None
-            os.kill(worker.pid, number)
-    assert [next(loader).step for _ in range(20)] == list(range(1, 21))
-    loader.close()
-    deadline = time.monotonic() + 30
-    while any(worker.is_alive() for worker in workers):
+    print(*[worker.pid for worker in multiprocessing.active_children()], flush=True)
+    for line in sys.stdin:
+        print(*[next(loader).step for _ in range(int(line))], flush=True)
+"""
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+def _runs(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_worker_processes_survive_a_clusters_signals_but_not_their_rank(tmp_path, latent_shards):
+    latent_shards(tmp_path / "shards", [5, 11, 3, 8])
+    script = tmp_path / "script.py"
+    script.write_text(ON_ITS_OWN)
+    command = [sys.executable, str(script), str(tmp_path / "shards")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as rank:
+        assert rank.stdin is not None
+        assert rank.stdout is not None
+        workers = [int(pid) for pid in rank.stdout.readline().split()]
+        helpers = {*workers, *(_parent(worker) for worker in workers)} - {rank.pid}
+        assert len(workers) == 2
+        for helper in helpers:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+                os.kill(helper, number)
+        time.sleep(0.2)
+        rank.stdin.write("20\n")
+        rank.stdin.flush()
+        assert rank.stdout.readline().split() == [str(step) for step in range(1, 21)]
+        rank.kill()
+    deadline = time.monotonic() + 60
+    while any(map(_runs, helpers)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_closed_loader_has_ended_its_workers(tmp_path, latent_shards):
+    latent_shards(tmp_path, [5, 11, 3, 8])
+    before = set(multiprocessing.active_children())
+    loader = StepLoader(config_of(tmp_path, lanes=4, workers=2), 0, 6)
+    next(loader)
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    loader.close()
+    assert set(multiprocessing.active_children()) == before
     with pytest.raises(StopIteration):
         next(loader)
 
