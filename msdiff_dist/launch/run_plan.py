@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from msdiff_dist.data.loader import StepLoader
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas
 from msdiff_dist.distributed.placement import Placement, plan
+from msdiff_dist.distributed.plan_report import Workload
 from msdiff_dist.models.flops import ModelCosts, costs
 from msdiff_dist.recipe import Recipe
 
@@ -43,6 +46,34 @@ def recipe_costs(recipe: Recipe) -> ModelCosts:
     _, height, width = recipe.latent_shape
     tokens = recipe.data.context_shape[0] if recipe.data.context_shape else 1
     return costs(recipe.model, (height, width), tokens)
+
+
+def workload(recipe: Recipe, run_plan: RunPlan) -> Workload:
+    """What a plan report needs to know of a recipe."""
+    data, optimizer = recipe.data, recipe.optimizer
+    payload = int(np.prod(data.x_shape)) * np.dtype(data.x_dtype).itemsize
+    if data.num_classes is not None:
+        payload += 8
+    if data.context_shape is not None:
+        payload += int(np.prod(data.context_shape)) * np.dtype(data.latent_dtype).itemsize
+    return Workload(
+        run_plan.cost_K,
+        run_plan.costs.encoder.params,
+        [d.params for d in run_plan.costs.decoders],
+        payload,
+        recipe.train.precision,
+        recipe.parallel.zero_shared,
+        recipe.parallel.zero_stage,
+        moments=2 if optimizer.name != "sgd" else int(optimizer.momentum > 0),
+    )
+
+
+def plan_warnings(recipe: Recipe, world_size: int) -> list[str]:
+    """What a plan leaves open and `check_run` would refuse."""
+    lanes = recipe.data.lanes
+    if lanes % world_size == 0:
+        return []
+    return [f"data.lanes = {lanes} cannot be shared evenly by {world_size} ranks: to train, make it a multiple"]
 
 
 def check_run(recipe: Recipe, world_size: int) -> RunPlan:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from msdiff_dist.testing import run_distributed
 pytestmark = pytest.mark.distributed
 
 STAGES_OF_RANK = ((0,), (0, 1), (1,))
+CONFIGURATIONS: list[tuple[Literal["fp32", "bf16"], int, int]] = [("fp32", 1, 1), ("bf16", 2, 2), ("fp32", 3, 2)]
 
 
 class Part(nn.Module):
@@ -32,7 +35,11 @@ def size(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def held_bytes(rank: int, precision: str, zero_shared: int, zero_stage: int) -> int:
+def held_bytes_of_all(rank: int) -> list[int]:
+    return [held_bytes(rank, *configuration) for configuration in CONFIGURATIONS]
+
+
+def held_bytes(rank: int, precision: Literal["fp32", "bf16"], zero_shared: int, zero_stage: int) -> int:
     from msdiff_dist.distributed.engines import EngineConfig, StageParallelEngines
     from msdiff_dist.distributed.environment import make_groups
     from msdiff_dist.training.ema import EmaConfig, ShardedEma
@@ -44,7 +51,7 @@ def held_bytes(rank: int, precision: str, zero_shared: int, zero_stage: int) -> 
         shared,
         stages,
         lambda params: torch.optim.AdamW(params, lr=1e-3),
-        EngineConfig(precision, zero_shared, zero_stage, 1, 1.0),  # type: ignore[arg-type]
+        EngineConfig(precision, zero_shared, zero_stage, 1, 1.0),
         make_groups(STAGES_OF_RANK, rank),
     )
     state = engines.state()
@@ -64,9 +71,10 @@ def held_bytes(rank: int, precision: str, zero_shared: int, zero_stage: int) -> 
     return sum(t.numel() * t.element_size() for t in distinct.values())
 
 
-@pytest.mark.parametrize(("precision", "zeros"), [("fp32", (1, 1)), ("bf16", (2, 2)), ("fp32", (3, 2))])
-def test_predicted_state_is_what_the_engines_hold(precision: str, zeros: tuple[int, int]) -> None:
+def test_predicted_state_is_what_the_engines_hold() -> None:
     placement = plan(np.array([[6, 6]]), [1.0, 1.0], 3, STAGES_OF_RANK)
-    workload = Workload([1.0, 1.0], size(Shared(300)), [size(Part(100)), size(Part(200))], 1, precision, *zeros)  # type: ignore[arg-type]
-    held = run_distributed(held_bytes, 3, precision, *zeros)
-    assert state_bytes_W(placement, workload).tolist() == pytest.approx(held, rel=0.02)  # padding
+    held = run_distributed(held_bytes_of_all, 3)
+    for i, (precision, *zeros) in enumerate(CONFIGURATIONS):
+        workload = Workload([1.0, 1.0], size(Shared(300)), [size(Part(100)), size(Part(200))], 1, precision, *zeros)
+        expected = [of_rank[i] for of_rank in held]
+        assert state_bytes_W(placement, workload).tolist() == pytest.approx(expected, rel=0.02)  # padding

@@ -1,0 +1,194 @@
+"""What a placement costs: balance, state on every rank and bytes between ranks, from plain numbers and no device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from msdiff_dist.distributed.placement import Placement
+
+# DeepSpeed's ZeRO 1 and 2 all-reduce their gradient buckets, which is a reduction to the owners and a copy back.
+GRADIENT_PASSES = 2
+MOST_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What there is to place.
+
+    cost_K: cost of one sample of each stage, encoder and decoder, in any unit.
+    shared_params, stage_params_K: parameters of the shared encoder and of each stage decoder.
+    payload_bytes: bytes of one routed sample, its conditions included.
+    moments: tensors of a parameter's size that the optimizer keeps (AdamW: 2).
+    """
+
+    cost_K: Sequence[float]
+    shared_params: int
+    stage_params_K: Sequence[int]
+    payload_bytes: int
+    precision: Literal["fp32", "bf16"] = "fp32"
+    zero_shared: int = 1
+    zero_stage: int = 1
+    moments: int = 2
+
+    @property
+    def param_bytes(self) -> int:
+        return 2 if self.precision == "bf16" else 4
+
+
+def plan_report(placement: Placement, workload: Workload, warnings: Sequence[str] = ()) -> dict[str, Any]:
+    """The placement as plain data, ready for JSON.
+
+    Per stage: its share of the work and the ranks holding it. Per rank: samples per global batch of each stage held,
+    and `state_bytes` as of `state_bytes_W`. Per step, over all ranks: payload expected to change ranks, and bytes of
+    `reduced_bytes`. Balance is mean over maximum of the ranks' work; a rank's `load` is its work over the mean.
+    """
+    samples_WK = placement.samples_WK
+    cost_K = np.asarray(workload.cost_K, dtype=float)
+    work_K, work_W = samples_WK.sum(axis=0) * cost_K, samples_WK @ cost_K
+    load_W = (work_W / work_W.mean()).round(4).tolist()
+    state = state_bytes_W(placement, workload).tolist()
+    return {
+        "world_size": placement.world_size,
+        "global_batch_size": int(samples_WK.sum()),
+        "balance": placement.balance(workload.cost_K),
+        "stages": [
+            {"work_share": float(share), "ranks": list(placement.group(k)), "samples": int(samples_WK[:, k].sum())}
+            for k, share in enumerate(work_K / work_K.sum())
+        ],
+        "ranks": [
+            {
+                "rank": rank,
+                "stages": list(held),
+                "samples": {str(k): n_K[k] for k in held},
+                "load": load_W[rank],
+                "state_bytes": state[rank],
+            }
+            for rank, (held, n_K) in enumerate(zip(placement.stages_of_rank, samples_WK.tolist(), strict=True))
+        ],
+        "bytes_per_step": {
+            "routed": round(samples_crossing(placement) * workload.payload_bytes),
+            "reduced": reduced_bytes(placement, workload),
+        },
+        "warnings": list(warnings),
+    }
+
+
+def state_bytes_W(placement: Placement, workload: Workload) -> np.ndarray:
+    """Bytes of parameters, fp32 weights, optimizer moments and EMA on each rank; without gradients and activations.
+
+    A group of g ranks shares fp32 weights (a copy of their own in fp32 training too), moments and EMA equally. Under
+    ZeRO 1 and 2 each rank has all parameters in the training precision besides, under ZeRO 3 one g-th of them.
+    """
+
+    def on_one_rank(params: int, group_size: int, zero: int) -> int:
+        shard = -(-params // group_size)
+        return (params if zero < 3 else shard) * workload.param_bytes + shard * 4 * (1 + workload.moments + 1)
+
+    total_W = np.full(
+        placement.world_size, on_one_rank(workload.shared_params, placement.world_size, workload.zero_shared)
+    )
+    for k, params in enumerate(workload.stage_params_K):
+        group = placement.group(k)
+        total_W[list(group)] += on_one_rank(params, len(group), workload.zero_stage)
+    return total_W
+
+
+def reduced_bytes(placement: Placement, workload: Workload) -> int:
+    """Bytes all ranks together send in a step to reduce gradients and to gather parameters, by ring algorithms.
+
+    To reduce P values to their owners, or to gather them from there, takes (g - 1) P of them in a group of g ranks.
+    ZeRO 1 all-reduces once a step, ZeRO 2 once a micro batch, both then gather the new parameters. ZeRO 3 gathers for
+    forward and for backward and reduces once, in every micro batch.
+    """
+    accumulation = len(placement.samples_AWK)
+
+    def passes(zero: int) -> int:
+        return {1: GRADIENT_PASSES + 1, 2: GRADIENT_PASSES * accumulation + 1, 3: 3 * accumulation}[zero]
+
+    values = (placement.world_size - 1) * workload.shared_params * passes(workload.zero_shared)
+    for k, params in enumerate(workload.stage_params_K):
+        values += (len(placement.group(k)) - 1) * params * passes(workload.zero_stage)
+    return values * workload.param_bytes
+
+
+def samples_crossing(placement: Placement) -> float:
+    """Expected number of samples per step that another rank computes than read them.
+
+    Every rank reads an equal part of the batch, in which stages lie at random; of q samples of a micro batch and stage
+    it reads a hypergeometric number and keeps as many of them as it is to compute.
+    """
+    samples_AWK = placement.samples_AWK
+    batch, world_size = int(samples_AWK.sum()), placement.world_size
+    log_factorial = np.concatenate([[0.0], np.log(np.arange(1, batch + 1)).cumsum()])
+
+    def log_choose(n: np.ndarray | int, k: np.ndarray | int) -> np.ndarray:
+        return log_factorial[n] - log_factorial[k] - log_factorial[np.subtract(n, k)]
+
+    def kept(read: int, quota: int, planned: int) -> float:
+        j = np.arange(max(0, read + quota - batch), min(read, quota) + 1)  # of those read, how many are in the quota
+        log_p = log_choose(quota, j) + log_choose(batch - quota, read - j) - log_choose(batch, read)
+        return float(np.exp(log_p) @ np.minimum(j, planned))
+
+    quotas_AWK = np.broadcast_to(samples_AWK.sum(axis=1, keepdims=True), samples_AWK.shape)
+    reads_W = batch // world_size + (np.arange(world_size) < batch % world_size)
+    reads_AWK = np.broadcast_to(reads_W[None, :, None], samples_AWK.shape)
+    cases = np.stack([reads_AWK, quotas_AWK, samples_AWK], axis=-1)[samples_AWK > 0]
+    distinct, counts = np.unique(cases, axis=0, return_counts=True)
+    return batch - sum(int(n) * kept(*case) for case, n in zip(distinct.tolist(), counts, strict=True))
+
+
+def render(report: dict[str, Any], title: str) -> RenderableType:
+    """The report as tables. Neighbouring ranks with equal stages share a row in large worlds."""
+    stages = Table("stage", "work", "samples", "ranks", title=title)
+    for k, stage in enumerate(report["stages"]):
+        stages.add_row(str(k), f"{stage['work_share']:.1%}", str(stage["samples"]), _ranges(stage["ranks"]))
+    ranks = Table("rank", "stages", "samples", "load", "state")
+    for neighbours in _rows(report["ranks"]):
+        first = neighbours[0]
+        samples = [f"{k}: {_span(r['samples'][str(k)] for r in neighbours)}" for k in first["stages"]]
+        ranks.add_row(
+            _ranges([r["rank"] for r in neighbours]),
+            " ".join(map(str, first["stages"])),
+            "  ".join(samples),
+            f"{max(r['load'] for r in neighbours):.2f}",
+            _size(max(r["state_bytes"] for r in neighbours)),
+        )
+    traffic = report["bytes_per_step"]
+    lines = [
+        f"balance {report['balance']:.1%} of {report['world_size']} ranks, global batch {report['global_batch_size']}",
+        f"each step {_size(traffic['routed'])} of samples routed, {_size(traffic['reduced'])} reduced and gathered",
+        *(f"[yellow]warning[/] {warning}" for warning in report["warnings"]),
+    ]
+    return Group(stages, ranks, *lines)
+
+
+def _rows(ranks: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    if len(ranks) <= MOST_ROWS:
+        return [[rank] for rank in ranks]
+    return [list(neighbours) for _, neighbours in groupby(ranks, key=lambda rank: rank["stages"])]
+
+
+def _ranges(ranks: Sequence[int]) -> str:
+    """[0, 1, 2, 5] as `0-2, 5`."""
+    runs = [[rank for _, rank in run] for _, run in groupby(enumerate(ranks), key=lambda pair: pair[1] - pair[0])]
+    return ", ".join(_span(run) for run in runs)
+
+
+def _span(numbers: Iterable[int]) -> str:
+    low, high = min(values := list(numbers)), max(values)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from msdiff_dist.cli.main import app
+from msdiff_dist.errors import ConfigError, PlacementError
+
+RECIPES = Path(__file__).parents[3] / "recipes"
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["plan", *arguments], catch_exceptions=False)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def report(*arguments: str) -> dict[str, Any]:
+    return json.loads(run(*arguments, "--json"))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("world_size", [3, 13, 1024])
+def test_paper_recipe_balances(world_size: int) -> None:
+    plan = report(str(RECIPES / "celebahq256_ldm_3stage.yaml"), "--world-size", str(world_size))
+    assert plan["world_size"] == world_size
+    assert plan["balance"] >= 0.95
+    assert [s["work_share"] for s in plan["stages"]] == pytest.approx([0.461, 0.322, 0.217], abs=1e-3)
+    assert sorted({r for s in plan["stages"] for r in s["ranks"]}) == list(range(world_size))
+    batch = plan["global_batch_size"]
+    for k in range(3):
+        assert sum(r["samples"].get(str(k), 0) for r in plan["ranks"]) == batch // 3
+    assert all(r["state_bytes"] > 0 for r in plan["ranks"])
+    assert plan["bytes_per_step"]["routed"] > 0
+    assert bool(plan["warnings"]) == (96 % world_size != 0)
+
+
+def test_work_follows_the_timesteps_where_sampling_is_uniform() -> None:
+    recipe = str(RECIPES / "celebahq256_ldm_3stage.yaml")
+    plan = report(recipe, "stages.sampling=uniform", "train.micro_batch_size=500", "--world-size", "2")
+    assert [s["work_share"] for s in plan["stages"]] == pytest.approx([0.59, 0.18, 0.23], abs=0.006)
+
+
+def test_explicit_placement_and_tables() -> None:
+    recipe = str(RECIPES / "quickstart.yaml")
+    explicit = "parallel.placement=[[0],[0,1],[2]]"
+    assert [r["stages"] for r in report(recipe, explicit, "--world-size", "3")["ranks"]] == [[0], [0, 1], [2]]
+    assert "balance" in run(recipe, explicit, "--world-size", "3")
+
+
+def test_impossible_plans_are_refused() -> None:
+    recipe = str(RECIPES / "quickstart.yaml")
+    with pytest.raises(PlacementError, match=r"parallel.placement = .* 2 ranks and there are 3"):
+        run(recipe, "parallel.placement=[[0],[1,2]]", "--world-size", "3")
+    with pytest.raises(PlacementError, match=r"train.global_batch_size = \d+: is too small"):
+        run(recipe, "--world-size", "5000")
+    with pytest.raises(ConfigError, match=r"parallel.zero_stage = 3"):
+        run(recipe, "parallel.zero_stage=3", "--world-size", "3")
