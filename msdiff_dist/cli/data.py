@@ -22,7 +22,7 @@ def prepare(
     source: Annotated[
         Path | None, typer.Option(help="Folder of IDX files, or font file, if not in Debian's place.")
     ] = None,
-    shards: Annotated[int, typer.Option(min=1, help="Number of shards.")] = 16,
+    shards: Annotated[int, typer.Option(min=1, help="Number of shards.")] = 24,
     size: Annotated[int | None, typer.Option(min=8, help="Pixels a side. Default: 16, 32, 64.")] = None,
     split: Annotated[Literal["train", "test"], typer.Option(help="Which part of the data set.")] = "train",
 ) -> None:

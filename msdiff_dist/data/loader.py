@@ -59,7 +59,7 @@ def load_index(config: DataConfig) -> list[Shard]:
 
 
 class StepLoader:
-    """Endless iterator over `StepSamples` from `start_step` on.
+    """Endless iterator over `StepSamples` from `start_step` on; reads nothing and starts no worker before the first.
 
     Which samples a global batch holds depends on the shards, `config.lanes`, `config.shuffle`, the seed and the batch
     size alone: never on ranks, workers or the step at which reading starts. The position is the step number.
@@ -91,7 +91,8 @@ class StepLoader:
         self._world_size = world_size
         lanes = range(rank, config.lanes, world_size)
         self._workers = min(config.workers, len(lanes))
-        self._iterator = _start(_RankDataset(self._schedule, list(lanes), start_step), self._workers)
+        self._dataset = _RankDataset(self._schedule, list(lanes), start_step)
+        self._iterator: Iterator[StepSamples | UserError] | None = None
 
     @property
     def samples_per_epoch(self) -> int | None:
@@ -106,6 +107,8 @@ class StepLoader:
         return self
 
     def __next__(self) -> StepSamples:
+        if self._iterator is None:
+            self._iterator = _start(self._dataset, self._workers)
         parts = []
         for _ in range(max(self._workers, 1)):
             part = next(self._iterator)

@@ -70,7 +70,7 @@ class Source:
 
 
 def prepare(
-    name: str, out: Path, source: Path | None = None, split: Split = "train", shards: int = 16, size: int | None = None
+    name: str, out: Path, source: Path | None = None, split: Split = "train", shards: int = 24, size: int | None = None
 ) -> WrittenDataset:
     """Write a known data set as shards.
 
