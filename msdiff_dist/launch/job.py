@@ -14,6 +14,7 @@ from typing import Any
 import submitit
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
+from msdiff_dist.errors import TrainingError
 from msdiff_dist.launch.restarts import Diary
 
 STOPPED = "cancelled"  # a file of this name in the launch folder: do not requeue
@@ -35,14 +36,17 @@ class TrainJob:
     def __call__(self) -> str:
         ranks = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         job = submitit.JobEnvironment()
-        diary = Diary(Path(self.run_dir) / "launch/starts.jsonl")
-        if ranks.rank == 0:
-            self._begin(diary, job, ranks.world_size)
+        launch_folder = Path(self.run_dir) / "launch"
+        diary = Diary(launch_folder / "starts.jsonl")
         try:
-            outcome, seconds = self._train()
-        except BaseException as e:
             if ranks.rank == 0:
-                diary.write_end(f"{type(e).__name__}: {e}")
+                self._begin(diary, job, ranks.world_size)
+            outcome, seconds = self._train()
+        except SystemExit:  # submitit's own handler, for a signal before training began
+            diary.write_end("told to stop before training began")
+            raise
+        except BaseException as e:
+            diary.write_end(f"rank {ranks.rank}: {type(e).__name__}: {e}")
             raise
         if ranks.rank == 0:
             diary.write_end(outcome, seconds_to_stop=seconds)
@@ -51,24 +55,26 @@ class TrainJob:
             # the first other one, perhaps before rank 0 has asked for the requeue.
             if ranks.rank == 0:
                 self._warn_if_slow(seconds)
-                requeue(job, Path(self.run_dir) / "launch")
+                requeue(job, launch_folder)
             sys.stdout.flush()
             sys.exit(0)
         return outcome
 
-    def checkpoint(self) -> DelayedSubmission:
-        """Called by submitit for a signal that comes before training has begun: start over."""
-        return DelayedSubmission(self)
+    def checkpoint(self) -> DelayedSubmission | None:
+        """Called by submitit for a signal that comes before training has begun: start over, unless cancelled."""
+        return None if (Path(self.run_dir) / "launch" / STOPPED).exists() else DelayedSubmission(self)
 
     def _begin(self, diary: Diary, job: submitit.JobEnvironment, world_size: int) -> None:
         from msdiff_dist.checkpoint.layout import complete_checkpoints
 
         checkpoints = complete_checkpoints(Path(self.run_dir) / "checkpoints")
         step = int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
-        diary.refuse_fruitless(job.job_id, step, self.max_restarts)
         nodes = list(job.hostnames)
-        diary.write_start(job.job_id, world_size, step, nodes=nodes)
         print(f"job {job.job_id}: {world_size} ranks on {', '.join(nodes)}, newest checkpoint: step {step}", flush=True)
+        why_stop = diary.fruitless(job.job_id, step, self.max_restarts)
+        diary.write_start(job.job_id, world_size, step, nodes=nodes)
+        if why_stop:
+            raise TrainingError(why_stop)
 
     def _train(self) -> tuple[str, float | None]:
         """Outcome, and seconds from the signal to stop until everything was saved."""

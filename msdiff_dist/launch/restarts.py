@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from msdiff_dist.errors import TrainingError
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Start:
 
 
 class Diary:
-    """`run/launch/starts.jsonl`, appended to by rank 0 only. A line is either a start or the end of the one before."""
+    """`run/launch/starts.jsonl`: lines are a start, written by rank 0, or an end of it, also by a rank that failed."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -40,9 +39,8 @@ class Diary:
                 entry = json.loads(line)
             except json.JSONDecodeError:  # torn by a crash
                 continue
-            if "outcome" in entry and found:
-                last = found[-1]
-                found[-1] = Start(last.time, last.job, last.ranks, last.step, entry["outcome"])
+            if "outcome" in entry and found and found[-1].outcome is None:  # the first rank to fail knows why
+                found[-1] = dataclasses.replace(found[-1], outcome=entry["outcome"])
             elif "step" in entry:
                 found.append(Start(entry["time"], entry["job"], entry["ranks"], entry["step"], None))
         return found
@@ -53,17 +51,13 @@ class Diary:
     def write_end(self, outcome: str, **more: Any) -> None:
         self._append({"time": time.time(), "outcome": outcome, **more})
 
-    def refuse_fruitless(self, job: str, step: int, limit: int) -> None:
-        """Stop an endless loop.
-
-        Raises:
-            TrainingError: the last `limit` starts of this job all began at `step`, where it is still.
-        """
+    def fruitless(self, job: str, step: int, limit: int) -> str | None:
+        """Why to give up: the last `limit` starts of this job all began at `step`, where it is still. None: go on."""
         recent = [s for s in self.starts() if s.job == job][-limit:]
         if len(recent) < limit or any(s.step != step for s in recent):
-            return
+            return None
         endings = "; ".join(s.outcome or "ended without a word (node failure, out of memory, killed)" for s in recent)
-        raise TrainingError(
+        return (
             f"gave up after {limit} starts from step {step} which reached no new checkpoint: {endings}. "
             f"Read the logs, save more often (checkpoint.every) or allow more time, then launch again; "
             f"`max_restarts` in the cluster file is the limit."

@@ -31,12 +31,11 @@ def show(statuses: Sequence[RunStatus]) -> None:
 
 
 def _table(statuses: Sequence[RunStatus]) -> Table:
-    folders = [status.run for status in statuses]
-    common = os.path.dirname(os.path.commonpath(folders)) if len(set(folders)) > 1 else os.path.dirname(folders[0])
+    common = os.path.commonpath([os.path.dirname(status.run) for status in statuses])
     table = Table(*_COLUMNS, box=None, pad_edge=False, title=None, caption=f"in {common}", caption_justify="left")
     for s in statuses:
         step = f"{s.step or 0}/{s.total_steps}" if s.total_steps is not None else ""
-        state = f"{s.state.state} ({s.state.reason})" if s.state.reason and s.state.active else s.state.state
+        state = f"{s.state.state} ({s.state.reason})" if s.state.reason else s.state.state
         table.add_row(
             os.path.relpath(s.run, common),
             s.job_id,

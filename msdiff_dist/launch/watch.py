@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import os
 import re
 import signal
 import statistics
 import subprocess
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -68,7 +70,7 @@ def states(records: Sequence[JobRecord]) -> list[JobState]:
         names = [job.state for job in jobs] or ["UNKNOWN"]
         counts = {name: names.count(name) for name in dict.fromkeys(names)}
         text = names[0] if len(names) == 1 else ", ".join(f"{n} {name}" for name, n in counts.items())
-        reason = jobs[0].reason if len(jobs) == 1 else ""
+        reason = jobs[0].reason if len(jobs) == 1 and jobs[0].state == "PENDING" else ""
         found.append(JobState(text, any(job.active for job in jobs), jobs[0].nodes if jobs else "", reason))
     return found
 
@@ -114,6 +116,8 @@ def _status(record: JobRecord, state: JobState) -> RunStatus:
     job_id = record.job_ids[0] if len(record.job_ids) == 1 else record.job_ids[0].split("_")[0]
     if (run / "launch" / STOPPED).exists() and not state.active:
         state = JobState("CANCELLED", False, state.nodes)
+    if not state.active and starts and starts[-1].outcome not in (None, "finished", "preempted"):
+        state = dataclasses.replace(state, reason=textwrap.shorten(str(starts[-1].outcome), 60))
     total = total_steps(run)
     tail = last_metrics(run)
     if not tail:
