@@ -74,7 +74,7 @@ def accepted(fields: dict[str, Any]) -> ModelConfig | None:
     return None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     encoder=st.integers(1, 6).map(lambda n: 4 * n),
     decoders=st.lists(st.integers(1, 6).map(lambda n: 4 * n), min_size=1, max_size=3),
