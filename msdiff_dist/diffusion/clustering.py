@@ -1,0 +1,109 @@
+"""Stage division: exact clustering of a grid of times into consecutive intervals, by dynamic programming.
+
+The paper's clock t in [0, 1] runs through every process: it is VP-SDE's own time, the fraction of a discrete process's
+timesteps, and for EDM, which has no uniform time, the sigma that VP-SDE (beta 0.1 to 20) has at t.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from msdiff_dist.diffusion.config import VPConfig
+from msdiff_dist.diffusion.process import Process, VPProcess
+from msdiff_dist.errors import ConfigError
+
+GRID = 1000
+
+
+def clock_times(process: Process, u: ArrayLike) -> np.ndarray:
+    """The process's times at u in [0, 1] on the paper's clock, never before 1e-3 or the process's own first time."""
+    u = np.asarray(u, np.float64)
+    if process.unit == "timestep":
+        return np.minimum(np.floor(u * process.hi + 1e-9), process.hi - 1).astype(np.int64)
+    vp = process if process.unit == "t" else VPProcess(VPConfig())
+    t = np.maximum(u, vp.lo)
+    return t if vp is process else vp.sigma_of(t)
+
+
+def clock_grid(process: Process, size: int = GRID) -> np.ndarray:
+    """Ascending times evenly spaced on the clock: t = 1/size, ..., 1, or the timesteps of a discrete process."""
+    if process.unit == "timestep":
+        size = min(size, int(process.hi))
+        return clock_times(process, np.arange(size) / size)
+    return clock_times(process, np.arange(1, size + 1) / size)
+
+
+def timestep_boundaries(process: Process, stages: int) -> list[float]:
+    """Stages of equal length on the clock: an interval costs sum |t_centre - t| over its grid points."""
+    grid = clock_grid(process)
+    return grid[best_intervals(centred_costs(np.arange(len(grid))), stages)].tolist()
+
+
+def snr_boundaries(process: Process, stages: int) -> list[float]:
+    """Stages of like signal-to-noise ratio: an interval costs sum |log SNR(t_centre) - log SNR(t)|."""
+    grid = clock_grid(process)
+    log_snr = -2 * np.log(process.sigma_of(grid))
+    return grid[best_intervals(centred_costs(log_snr), stages)].tolist()
+
+
+def affinity_boundaries(grid_G: np.ndarray, affinity_GG: np.ndarray, stages: int) -> list[float]:
+    """Stages of like gradients (2306.00354): an interval costs minus the sum of affinities to its centre."""
+    G = len(affinity_GG)
+    sums = np.concatenate([np.zeros((G, 1)), np.cumsum(affinity_GG, axis=1)], axis=1)
+    i, j, centre = _intervals(G)
+    return grid_G[best_intervals(np.where(j > i, sums[centre, i] - sums[centre, j], np.inf), stages)].tolist()
+
+
+def similarity_intervals(similarity_GG: np.ndarray, stages: int) -> np.ndarray:
+    """First grid points of stages 1 .. K - 1 that maximise the sum over stages of the mean similarity within each."""
+    G = len(similarity_GG)
+    sums = np.zeros((G + 1, G + 1))
+    sums[1:, 1:] = similarity_GG.cumsum(0).cumsum(1)
+    i, j, _ = _intervals(G)
+    block = sums[j, j] - sums[i, j] - sums[j, i] + sums[i, i]
+    return best_intervals(np.where(j > i, -block / np.maximum(j - i, 1) ** 2, np.inf), stages)
+
+
+def centred_costs(feature_G: np.ndarray) -> np.ndarray:
+    """Cost [G, G] of the intervals of grid points i .. e: sum |f(centre) - f(t)| of a monotone feature f."""
+    G = len(feature_G)
+    sums = np.concatenate([[0.0], np.cumsum(feature_G)])
+    i, j, centre = _intervals(G)
+    middle = feature_G[centre]
+    before = np.abs(sums[centre] - sums[i] - (centre - i) * middle)
+    after = np.abs(sums[j] - sums[centre] - (j - centre) * middle)
+    return np.where(j > i, before + after, np.inf)
+
+
+def best_intervals(cost_GG: np.ndarray, stages: int) -> np.ndarray:
+    """Cut the grid into `stages` intervals of least total cost.
+
+    Args:
+        cost_GG: cost of the interval from grid point i to e, both included, at [i, e]; infinite for e < i.
+
+    Returns:
+        First grid points of stages 1 .. K - 1.
+
+    Raises:
+        ConfigError: the grid has fewer points than stages.
+    """
+    G = len(cost_GG)
+    if not 1 <= stages <= G:
+        raise ConfigError("--stages", stages, f"a grid of {G} times has 1 to {G} stages", "Ask for fewer stages.")
+    best_G, firsts = cost_GG[0], []
+    for _ in range(stages - 1):
+        total = best_G[:-1, None] + cost_GG[1:]
+        firsts.append(total.argmin(0) + 1)
+        best_G = total.min(0)
+    cuts, end = [], G - 1
+    for first_G in reversed(firsts):
+        cuts.append(first_G[end])
+        end = cuts[-1] - 1
+    return np.array(cuts[::-1], np.int64)
+
+
+def _intervals(G: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """First point i [G, 1], end j [1, G] (one past the last point) and centre [G, G] of all intervals."""
+    i, j = np.arange(G)[:, None], np.arange(1, G + 1)[None, :]
+    return i, j, np.clip(i + (j - i) // 2, 0, G - 1)
