@@ -13,8 +13,6 @@ from rich.table import Table
 
 from msdiff_dist.distributed.placement import Placement
 
-# DeepSpeed's ZeRO 1 and 2 all-reduce their gradient buckets, which is a reduction to the owners and a copy back.
-GRADIENT_PASSES = 2
 MOST_ROWS = 16
 
 
@@ -104,13 +102,13 @@ def reduced_bytes(placement: Placement, workload: Workload) -> int:
     """Bytes all ranks together send in a step to reduce gradients and to gather parameters, by ring algorithms.
 
     To reduce P values to their owners, or to gather them from there, takes (g - 1) P of them in a group of g ranks.
-    ZeRO 1 all-reduces once a step, ZeRO 2 once a micro batch, both then gather the new parameters. ZeRO 3 gathers for
+    ZeRO 1 reduces once a step, ZeRO 2 once a micro batch, both then gather the new parameters. ZeRO 3 gathers for
     forward and for backward and reduces once, in every micro batch.
     """
     accumulation = len(placement.samples_AWK)
 
     def passes(zero: int) -> int:
-        return {1: GRADIENT_PASSES + 1, 2: GRADIENT_PASSES * accumulation + 1, 3: 3 * accumulation}[zero]
+        return {1: 2, 2: accumulation + 1, 3: 3 * accumulation}[zero]
 
     values = (placement.world_size - 1) * workload.shared_params * passes(workload.zero_shared)
     for k, params in enumerate(workload.stage_params_K):

@@ -12,7 +12,7 @@ from torch import Tensor
 from msdiff_dist.diffusion.sampling import SamplerConfig
 from msdiff_dist.errors import ConfigError
 
-_GRID_SIDE = 512
+_GRID_SIDE = 900
 
 
 @dataclass(frozen=True)
