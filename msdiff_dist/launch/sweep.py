@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +62,7 @@ def load_sweep(path: Path) -> SweepConfig | None:
 
 def overrides_of(change: dict[str, Any]) -> list[str]:
     """A run's changes as `key=value` arguments."""
-    return [f"{key}={OmegaConf.to_yaml([value], resolve=False)[2:].strip()}" for key, value in change.items()]
+    return [f"{key}={json.dumps(value)}" for key, value in change.items()]
 
 
 def run_names(changes: Sequence[dict[str, Any]]) -> list[str]:

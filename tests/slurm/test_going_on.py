@@ -8,19 +8,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from cluster import SlurmCluster
-from conftest import RECIPE, losses, wait_for_step
+from runs import RECIPE, ClusterFile, Msdiff, losses, wait_for_step
 
 from msdiff_dist.launch.restarts import Diary, Start
 
 pytestmark = pytest.mark.slurm
-
-Msdiff = Callable[..., tuple[int, str]]
-ClusterFile = Callable[..., str]
 
 
 def start(msdiff: Msdiff, run: Path, *arguments: object) -> str:

@@ -7,21 +7,17 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from cluster import SlurmCluster
-from conftest import RECIPE, losses
+from runs import RECIPE, ClusterFile, Msdiff, losses
 
 import msdiff_dist
 
 pytestmark = pytest.mark.slurm
-
-Msdiff = Callable[..., tuple[int, str]]
-ClusterFile = Callable[..., str]
 
 
 @pytest.mark.parametrize(
