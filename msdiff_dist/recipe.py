@@ -20,6 +20,7 @@ from msdiff_dist.diffusion.stage_partition import StagePartition, build_partitio
 from msdiff_dist.distributed.placement import ParallelConfig
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.evaluation.preview import PreviewConfig
+from msdiff_dist.models.activation_checkpointing import ActivationCheckpointingConfig
 from msdiff_dist.models.autoencoder import AutoencoderConfig
 from msdiff_dist.models.config import ModelConfig
 from msdiff_dist.training.config import TrainConfig
@@ -42,6 +43,7 @@ class Recipe:
     lr_schedule: LrScheduleConfig = field(default_factory=LrScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    activation_checkpointing: ActivationCheckpointingConfig = field(default_factory=ActivationCheckpointingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
 

@@ -156,9 +156,9 @@ def _rank_main(rank: int, nproc: int, port: int, recipe: dict[str, Any], run_dir
     with (run_dir / "logs" / f"rank_{rank}.log").open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    from msdiff_dist.launch.rank import run_rank
-
     try:
+        from msdiff_dist.launch.rank import run_rank
+
         result.send(_Report(run_rank(recipe_from(recipe), run_dir, terminal)))
     except MsdiffError as e:
         traceback.print_exc()

@@ -22,6 +22,7 @@ from msdiff_dist.distributed.router import Router
 from msdiff_dist.errors import UserError
 from msdiff_dist.launch.preview import write_preview
 from msdiff_dist.launch.run_plan import plan_run
+from msdiff_dist.models.activation_checkpointing import checkpoint_activations
 from msdiff_dist.models.autoencoder import LatentCodec
 from msdiff_dist.models.multistage_unet import build_parts
 from msdiff_dist.recipe import Recipe, recipe_mapping
@@ -86,6 +87,7 @@ class Run:
         groups = make_groups(self.placement.stages_of_rank, env.rank)
         shared, stages = build_parts(recipe.model, self.placement.stages_of_rank[env.rank], recipe.train.seed)
         for part in (shared, *stages.values()):
+            checkpoint_activations(part, recipe.activation_checkpointing)
             part.to(env.device)
         self.engines = StageParallelEngines(
             shared,

@@ -34,7 +34,7 @@ FREE_FIELDS = (
     "checkpoint.",
     "preview.",
     "model.attention_backend",
-    "model.activation_checkpointing",
+    "activation_checkpointing.",
 )
 
 
