@@ -37,7 +37,7 @@ class TrainJob:
         ranks = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         job = submitit.JobEnvironment()
         launch_folder = Path(self.run_dir) / "launch"
-        diary = Diary(launch_folder / "starts.jsonl")
+        diary = Diary(launch_folder / "starts.jsonl", job.job_id, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
         try:
             if ranks.rank == 0:
                 self._begin(diary, job, ranks.world_size)
@@ -71,8 +71,8 @@ class TrainJob:
         step = int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
         nodes = list(job.hostnames)
         print(f"job {job.job_id}: {world_size} ranks on {', '.join(nodes)}, newest checkpoint: step {step}", flush=True)
-        why_stop = diary.fruitless(job.job_id, step, self.max_restarts)
-        diary.write_start(job.job_id, world_size, step, nodes=nodes)
+        why_stop = diary.fruitless(step, self.max_restarts)
+        diary.write_start(world_size, step, nodes=nodes)
         if why_stop:
             raise TrainingError(why_stop)
 

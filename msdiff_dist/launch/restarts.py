@@ -26,34 +26,44 @@ class Start:
 
 
 class Diary:
-    """`run/launch/starts.jsonl`: lines are a start, written by rank 0, or an end of it, also by a rank that failed."""
+    """`run/launch/starts.jsonl`: lines are a start, written by rank 0, or an end, written by rank 0 or a failed rank.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    A rank may fail before rank 0 has written the start, so both lines name it: job and number of requeues.
+    """
+
+    def __init__(self, path: Path, job: str = "", requeues: int = 0) -> None:
+        self._path, self._job, self._key = path, job, f"{job}.{requeues}"
 
     def starts(self) -> list[Start]:
         """Every start so far, oldest first."""
         found: list[Start] = []
+        open_at: dict[str, int] = {}
+        early: dict[str, str] = {}
         for line in self._path.read_text().splitlines() if self._path.exists() else []:
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError:  # torn by a crash
                 continue
-            if "outcome" in entry and found and found[-1].outcome is None:  # the first rank to fail knows why
-                found[-1] = dataclasses.replace(found[-1], outcome=entry["outcome"])
-            elif "step" in entry:
-                found.append(Start(entry["time"], entry["job"], entry["ranks"], entry["step"], None))
+            key = entry["key"]
+            if "step" in entry:
+                outcome = early.pop(key, None)
+                found.append(Start(entry["time"], entry["job"], entry["ranks"], entry["step"], outcome))
+                open_at[key] = len(found) - 1
+            elif key not in open_at:
+                early.setdefault(key, entry["outcome"])
+            elif found[open_at[key]].outcome is None:  # the first rank to fail knows why
+                found[open_at[key]] = dataclasses.replace(found[open_at[key]], outcome=entry["outcome"])
         return found
 
-    def write_start(self, job: str, ranks: int, step: int, **more: Any) -> None:
-        self._append({"time": time.time(), "job": job, "ranks": ranks, "step": step, **more})
+    def write_start(self, ranks: int, step: int, **more: Any) -> None:
+        self._append({"key": self._key, "time": time.time(), "job": self._job, "ranks": ranks, "step": step, **more})
 
     def write_end(self, outcome: str, **more: Any) -> None:
-        self._append({"time": time.time(), "outcome": outcome, **more})
+        self._append({"key": self._key, "time": time.time(), "outcome": outcome, **more})
 
-    def fruitless(self, job: str, step: int, limit: int) -> str | None:
+    def fruitless(self, step: int, limit: int) -> str | None:
         """Why to give up: the last `limit` starts of this job all began at `step`, where it is still. None: go on."""
-        recent = [s for s in self.starts() if s.job == job][-limit:]
+        recent = [s for s in self.starts() if s.job == self._job][-limit:]
         if len(recent) < limit or any(s.step != step for s in recent):
             return None
         endings = "; ".join(s.outcome or "ended without a word (node failure, out of memory, killed)" for s in recent)

@@ -43,11 +43,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for rank in (0, 1, 10):
         (folder / f"logs/999999999_{rank}_log.out").write_text(f"rank {rank} a\nrank {rank} b\n")
     (folder / "logs/888_0_log.out").write_text("an older job\n")
-    diary = Diary(folder / "launch/starts.jsonl")
-    for step in (0, 10, 20):
-        diary.write_start("999999999", 1, step)
-        diary.write_end("preempted")
-    diary.write_end("finished")
+    diary = Diary(folder / "launch/starts.jsonl", "999999999")
+    for step, outcome in ((0, "preempted"), (10, "preempted"), (20, "finished")):
+        diary.write_start(1, step)
+        diary.write_end(outcome)
     return folder
 
 
@@ -63,8 +62,8 @@ def test_status_of_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_why_a_job_failed_is_shown(run: Path) -> None:
-    diary = Diary(run / "launch/starts.jsonl")
-    diary.write_start("999999999", 1, 30)
+    diary = Diary(run / "launch/starts.jsonl", "999999999")
+    diary.write_start(1, 30)
     diary.write_end("rank 2: ValueError: no")
     assert run_statuses([run])[0].state.reason == "rank 2: ValueError: no"
 
