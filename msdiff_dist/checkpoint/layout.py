@@ -1,44 +1,47 @@
 """One layout for everything a run keeps: stretches of flattened parameters, by name.
 
 checkpoints/step_00000100/
-  checkpoint.json               step, format, files with sizes and sha256, optimizer steps, the recipe
+  checkpoint.json               `CheckpointIndex`: step, recipe, every file with size, sha256 and keys
   rank_00000.safetensors ...    one file per rank that wrote; keys are KIND/NAME@START, values 1-D float32
 
 KIND is `param` (fp32 weights), an optimizer moment (`exp_avg`, `exp_avg_sq`, `momentum_buffer`) or `ema`. NAME is the
 parameter's name in the whole model and START where in the flattened parameter the stretch begins, so that nothing
-depends on world size, ZeRO stage or placement.
+depends on world size, ZeRO stage or placement. The position in the data is the step: sample numbers begin at
+step x batch_size.
+
+A folder of that name is complete. Beside it may lie `.step_*.partial`, being written, `.step_*.old`, being removed, and
+`damaged_step_*`, found damaged and put aside.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from msdiff_dist.checkpoint.tensor_file import StoredFile, damaged
 from msdiff_dist.errors import CheckpointError
 
 FORMAT = 1
 INDEX = "checkpoint.json"
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
-
-
-@dataclass(frozen=True)
-class StoredFile:
-    """One file of a checkpoint."""
-
-    name: str
-    size: int
-    sha256: str
+_LEFTOVER = re.compile(r"\.step_\d{8,}\.(partial|old)")
 
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """What checkpoint.json says. shapes: of every parameter by name. moments: the optimizer's kinds of tensors."""
+    """What checkpoint.json says.
+
+    batch_size: global. loss: the training loss, smoothed; None before the first step. shapes: of every parameter by
+    name. moments: the optimizer's kinds of tensors. world_size: ranks that wrote it.
+    """
 
     step: int
+    batch_size: int
+    loss: float | None
     recipe: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
     moments: list[str]
@@ -55,22 +58,23 @@ class CheckpointIndex:
         """Read the index of a checkpoint folder.
 
         Raises:
-            CheckpointError: absent, not JSON, or of a newer format.
+            DamagedError: absent, or not what was written. CheckpointError: of a newer format.
         """
         path = folder / INDEX
         try:
             raw = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise CheckpointError(str(folder), None, f"has no {INDEX}", "Name a complete checkpoint.") from None
-        except json.JSONDecodeError as e:
-            raise CheckpointError(str(path), None, f"is damaged ({e})", "Use another checkpoint.") from None
-        if raw.get("format", 0) > FORMAT:
-            raise CheckpointError(
-                str(path), raw["format"], f"is of a newer format than {FORMAT}", "Use a newer msdiff_dist to read it."
-            )
-        raw["files"] = [StoredFile(**f) for f in raw["files"]]
-        raw["shapes"] = {k: tuple(v) for k, v in raw["shapes"].items()}
-        return CheckpointIndex(**raw)
+            if raw["format"] > FORMAT:
+                raise CheckpointError(
+                    "checkpoint", str(path), f"has format {raw['format']}, newer than {FORMAT}",
+                    "Use a newer msdiff_dist to read it.",
+                )  # fmt: skip
+            raw["files"] = [StoredFile(**f) for f in raw["files"]]
+            raw["shapes"] = {k: tuple(v) for k, v in raw["shapes"].items()}
+            return CheckpointIndex(**raw)
+        except OSError as e:
+            raise damaged(path, e.strerror or str(e)) from None
+        except (ValueError, KeyError, TypeError):
+            raise damaged(path, "it is not the index that was written") from None
 
 
 def key_of(kind: str, name: str, start: int) -> str:
@@ -90,15 +94,47 @@ def step_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step_{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """Inverse of `step_folder`."""
+    return int(folder.name.removeprefix("step_"))
+
+
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
-    """Every complete checkpoint, oldest first."""
+    """Every checkpoint, oldest first."""
     if not checkpoints.is_dir():
         return []
-    found = [p for p in checkpoints.iterdir() if _STEP_FOLDER.fullmatch(p.name) and (p / INDEX).exists()]
-    return sorted(found, key=lambda p: int(p.name.split("_")[1]))
+    return sorted((p for p in checkpoints.iterdir() if _STEP_FOLDER.fullmatch(p.name)), key=step_of)
 
 
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file's content."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def find_checkpoint(path: Path, step: int | None = None) -> Path:
+    """A checkpoint of a run folder, the newest or the one of `step`, or `path` itself if it is a checkpoint.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / INDEX).exists() and step is None:
+        return path
+    found = complete_checkpoints(path / "checkpoints")
+    if step is not None:
+        steps = ", ".join(str(step_of(p)) for p in found) or "none"
+        found = [p for p in found if step_of(p) == step]
+        if not found:
+            raise CheckpointError("--step", step, f"{path} has no checkpoint of that step", f"It has: {steps}.")
+    if not found:
+        raise CheckpointError("RUN", str(path), "holds no complete checkpoint", "Name a run folder that has trained.")
+    return found[-1]
+
+
+def remove_leftovers(checkpoints: Path) -> None:
+    """Delete what a killed run had begun to write or to remove."""
+    for path in checkpoints.iterdir() if checkpoints.is_dir() else ():
+        if _LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint so that it is never seen in part."""
+    aside = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside)

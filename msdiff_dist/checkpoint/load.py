@@ -4,47 +4,52 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from msdiff_dist.checkpoint.layout import CheckpointIndex, complete_checkpoints, parse_key, sha256_of
+from msdiff_dist.checkpoint.layout import CheckpointIndex, parse_key
+from msdiff_dist.checkpoint.tensor_file import TensorReader, check_content, check_size, damaged
 from msdiff_dist.distributed.zero_state import Fragment, ShardedState
 from msdiff_dist.errors import CheckpointError
 
+_OPEN_FILES = 64
+
 
 class CheckpointReader:
-    """Stretches and whole tensors of one checkpoint. Opens no more than what is asked for.
+    """Stretches and whole tensors of one checkpoint. Opens and reads no more than what is asked for.
 
     Raises:
-        CheckpointError: a file is missing, cut short or damaged, or a parameter is not there.
+        DamagedError: a file is missing, cut short or changed. CheckpointError: it is of a newer format.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.index = CheckpointIndex.load(folder)
-        self._pieces: dict[tuple[str, str], list[tuple[int, int, Path, str]]] = defaultdict(list)
+        self._open: Callable[[str], TensorReader] = lru_cache(_OPEN_FILES)(lambda name: TensorReader(folder / name))
+        self._pieces: dict[tuple[str, str], list[tuple[int, int, str, str]]] = defaultdict(list)
         for stored in self.index.files:
-            path = folder / stored.name
-            if not path.exists() or path.stat().st_size != stored.size:
-                found = path.stat().st_size if path.exists() else None
-                raise CheckpointError(
-                    str(path), found, f"should have {stored.size} bytes", "The file is damaged: use another checkpoint."
-                )
-            for key, numel in self._keys(path):
+            check_size(folder / stored.name, stored)
+            for key, numel in stored.keys.items():
                 kind, name, start = parse_key(key)
-                self._pieces[kind, name].append((start, numel, path, key))
+                self._pieces[kind, name].append((start, numel, stored.name, key))
 
-    def verify(self) -> None:
-        """Compare every file with its checksum."""
-        for stored in self.index.files:
-            path = self.folder / stored.name
-            if sha256_of(path) != stored.sha256:
-                raise CheckpointError(str(path), stored.sha256, "its content changed since it was written",
-                                      "The file is damaged: use another checkpoint.")  # fmt: skip
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of tensors it holds."""
+        return sorted({kind for kind, _ in self._pieces})
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Compare the files with their checksums: all, or the `part`-th of `parts` shares of them.
+
+        Raises:
+            DamagedError: naming the first that differs.
+        """
+        for stored in self.index.files[part::parts]:
+            check_content(self.folder / stored.name, stored)
 
     def names(self, prefix: str = "") -> list[str]:
         """Parameters whose names begin with `prefix`."""
@@ -54,16 +59,13 @@ class CheckpointReader:
         """Elements [start, start + numel) of the flattened `kind` of parameter `name`, float32."""
         out = torch.empty(numel)
         filled = 0
-        for at, length, path, key in self._pieces[kind, name]:
+        for at, length, file, key in self._pieces[kind, name]:
             low, high = max(at, start), min(at + length, start + numel)
             if low < high:
-                with safe_open(path, "pt") as f:
-                    out[low - start : high - start] = f.get_slice(key)[low - at : high - at]
+                self._open(file).read(key, low - at, out[low - start : high - start])
                 filled += high - low
         if filled != numel:
-            raise CheckpointError(
-                str(self.folder), name, f"holds {filled} of {numel} elements of its {kind}", "Use another checkpoint."
-            )
+            raise damaged(self.folder, f"it holds {filled} of {numel} elements of {kind} of {name}")
         return out
 
     def tensor(self, kind: str, name: str) -> Tensor:
@@ -75,35 +77,33 @@ class CheckpointReader:
         """State dict of the part of the model under `prefix` (`shared.`, `stages.1.`), prefix removed."""
         return {name.removeprefix(prefix): self.tensor(kind, name) for name in self.names(prefix)}
 
-    def _keys(self, path: Path) -> Iterator[tuple[str, int]]:
-        try:
-            with safe_open(path, "pt") as f:
-                for key in f.keys():  # noqa: SIM118
-                    yield key, f.get_slice(key).get_shape()[0]
-        except SafetensorError as e:
-            raise CheckpointError(str(path), None, f"is damaged ({e})", "Use another checkpoint.") from None
 
+def check_architecture(reader: CheckpointReader, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare the checkpoint's parameters with those of the model being trained.
 
-def newest(checkpoints: Path) -> Path | None:
-    """The newest complete checkpoint, or None."""
-    found = complete_checkpoints(checkpoints)
-    return found[-1] if found else None
+    Raises:
+        CheckpointError: naming the first that differs and how many do.
+    """
+    stored = reader.index.shapes
+    differing = [n for n in sorted({*stored, *shapes}) if stored.get(n) != shapes.get(n)]
+    if differing:
+        first = differing[0]
+        before, now = (list(s[first]) if first in s else "absent" for s in (stored, shapes))
+        raise CheckpointError(
+            "checkpoint", str(reader.folder),
+            f"is of another architecture: {len(differing)} parameters differ, the first is {first}, {before} there and "
+            f"{now} in this recipe's model",
+            "Resume with the recipe that made it, or name another --run-dir.",
+        )  # fmt: skip
 
 
 def restore(reader: CheckpointReader, state: Mapping[str, ShardedState], ema: Mapping[str, list[Tensor]]) -> None:
     """Put weights, moments and EMA of a checkpoint into this rank's shards. Collective: weights are gathered.
 
     Raises:
-        CheckpointError: the model of the checkpoint is not the one being trained.
+        DamagedError: an element is missing.
     """
     for prefix, shards in state.items():
-        for name, shape in shards.shapes.items():
-            stored = reader.index.shapes.get(prefix + name)
-            if stored != shape:
-                raise CheckpointError(
-                    prefix + name, stored, f"has shape {list(shape)} in this recipe's model",
-                    "Resume with the recipe that made the checkpoint.",
-                )  # fmt: skip
 
         def read(kind: str, f: Fragment, prefix: str = prefix) -> Tensor:
             return reader.stretch(kind, prefix + f.name, f.start, f.numel)

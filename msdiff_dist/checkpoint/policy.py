@@ -2,20 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from msdiff_dist.errors import ConfigError
 
+LOSS_WINDOW = 100
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """every: steps between checkpoints, 0 for the last step only. keep_last: newest checkpoints kept."""
+    """every: steps between checkpoints, 0 for the last step only.
+
+    Kept are the newest `keep_last`, those of every `keep_every` steps (0: none), and with `keep_best` the one with the
+    lowest smoothed training loss.
+    """
 
     every: int = 1000
     keep_last: int = 3
+    keep_every: int = 0
+    keep_best: bool = False
 
     def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ConfigError("every", self.every, "must not be negative", "Use 0 to save at the end only.")
+        for field in ("every", "keep_every"):
+            if getattr(self, field) < 0:
+                raise ConfigError(field, getattr(self, field), "must not be negative", "Use 0 for none.")
         if self.keep_last < 1:
             raise ConfigError("keep_last", self.keep_last, "must be at least 1", "Keep at least the newest.")
+        if self.every and self.keep_every % self.every:
+            raise ConfigError(
+                "keep_every", self.keep_every, f"is not a multiple of every = {self.every}",
+                f"Use {-(-self.keep_every // self.every) * self.every}.",
+            )  # fmt: skip
+
+
+@dataclass
+class LossAverage:
+    """The training loss, smoothed over about `LOSS_WINDOW` steps; the plain mean of the first ones."""
+
+    value: float | None = None
+
+    def update(self, step: int, loss: float) -> None:
+        """Take in the loss of `step`, counted from 1."""
+        self.value = loss if self.value is None else self.value + (loss - self.value) / min(step, LOSS_WINDOW)
+
+
+def kept(losses: Mapping[int, float | None], config: CheckpointConfig) -> set[int]:
+    """Which of the existing checkpoints to keep.
+
+    losses: smoothed loss by step.
+    """
+    steps = sorted(losses)
+    keep = set(steps[-config.keep_last :])
+    if config.keep_every:
+        keep |= {s for s in steps if s % config.keep_every == 0}
+    known = {s: v for s, v in losses.items() if v is not None}
+    if config.keep_best and known:
+        keep.add(min(known, key=lambda s: (known[s], -s)))
+    return keep

@@ -4,84 +4,107 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
-from msdiff_dist.checkpoint.layout import INDEX, CheckpointIndex, StoredFile, key_of, sha256_of
+from msdiff_dist.checkpoint.layout import INDEX, CheckpointIndex, key_of, remove
+from msdiff_dist.checkpoint.tensor_file import StoredFile, TensorWriter
 from msdiff_dist.distributed.zero_state import ShardedState
 from msdiff_dist.errors import CheckpointError
 
 
-def snapshot(
-    state: Mapping[str, ShardedState], ema: Mapping[str, list[Tensor]], *, ema_only: bool = False
-) -> dict[str, Tensor]:
-    """This rank's stretches of weights, optimizer moments and EMA, copied to host memory, by key.
+class HostCopy:
+    """This rank's weights, optimizer moments and EMA, copied to host memory that is kept for the next time.
 
-    state, ema: by prefix of the parameter names (`shared.`, `stages.0.`). ema_only: for previews.
+    Args:
+        state, ema: by prefix of the parameter names (`shared.`, `stages.0.`).
+        ema_only: for previews.
     """
-    pieces: dict[str, Tensor] = {}
-    for prefix, shards in state.items():
-        flats, moments = shards.flats(), shards.moments()
-        for f in shards.fragments:
-            where = slice(f.offset, f.offset + f.numel)
-            kinds = {"ema": ema[prefix][f.flat]}
-            if not ema_only:
-                kinds |= {"param": flats[f.flat]} | moments[f.flat]
-            for kind, flat in kinds.items():
-                pieces[key_of(kind, prefix + f.name, f.start)] = flat.detach()[where].to("cpu", copy=True)
-    return pieces
+
+    def __init__(
+        self, state: Mapping[str, ShardedState], ema: Mapping[str, list[Tensor]], *, ema_only: bool = False
+    ) -> None:
+        self._state, self._ema, self._ema_only = state, ema, ema_only
+        self._buffers: dict[tuple[str, int, str], Tensor] = {}
+
+    @torch.no_grad()
+    def take(self) -> dict[str, Tensor]:
+        """Copy everything as it is now. The stretches by key; they change with the next `take`."""
+        on_gpu = False
+        for prefix, flat, kind, source in self._sources():
+            buffer = self._buffers.get((prefix, flat, kind))
+            if buffer is None:
+                buffer = torch.empty(source.shape, pin_memory=source.is_cuda)
+                self._buffers[prefix, flat, kind] = buffer
+            buffer.copy_(source, non_blocking=True)
+            on_gpu |= source.is_cuda
+        if on_gpu:
+            torch.cuda.synchronize()
+        pieces: dict[str, Tensor] = {}
+        for (prefix, flat, kind), buffer in self._buffers.items():
+            for f in self._state[prefix].fragments:
+                if f.flat == flat:
+                    pieces[key_of(kind, prefix + f.name, f.start)] = buffer[f.offset : f.offset + f.numel]
+        return pieces
+
+    def _sources(self) -> Iterator[tuple[str, int, str, Tensor]]:
+        for prefix, shards in self._state.items():
+            for i, ema in enumerate(self._ema[prefix]):
+                yield prefix, i, "ema", ema
+            if not self._ema_only:
+                for i, (weights, moments) in enumerate(zip(shards.flats(), shards.moments(), strict=True)):
+                    for kind, source in ({"param": weights} | moments).items():
+                        yield prefix, i, kind, source
 
 
-def write_checkpoint(folder: Path, pieces: Mapping[str, Tensor], index: CheckpointIndex) -> None:
-    """Write `folder`, complete or not at all. Collective; every rank gives its own pieces, rank 0's index counts.
+def write_checkpoint(
+    folder: Path, pieces: Mapping[str, Tensor], index: CheckpointIndex, group: dist.ProcessGroup | None = None
+) -> None:
+    """Write `folder`, complete or not at all. Collective in `group` (the world); rank 0's index counts.
 
     Raises:
-        CheckpointError: on every rank, when any rank could not write; `folder` is then absent.
+        CheckpointError: on every rank, when any rank could not write; `folder` is then as it was.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     aside = folder.with_name(f".{folder.name}.partial")
-    error, stored = None, None
+    error: list[str | None] = [None]
+    stored: StoredFile | None = None
     if rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
-        error = _attempt(lambda: aside.mkdir(parents=True))
-    dist.barrier()
-    if error is None:
+        error = [_attempt(lambda: aside.mkdir(parents=True))]
+    dist.broadcast_object_list(error, src=0, group=group)
+    if error[0] is None and pieces:
         try:
-            stored = _write_pieces(aside / f"rank_{rank:05d}.safetensors", dict(pieces))
+            stored = _write_pieces(aside / f"rank_{rank:05d}.safetensors", pieces)
         except OSError as e:
-            error = e.strerror or str(e)
+            error = [e.strerror or str(e)]
     gathered: list[tuple[str | None, StoredFile | None]] = [(None, None)] * world
-    dist.all_gather_object(gathered, (error, stored))
-    error = next((f"rank {r}: {e}" for r, (e, _) in enumerate(gathered) if e), None)
-    if rank == 0 and error is None:
-        full = replace(index, files=[f for _, f in gathered if f], world_size=world)
-        error = _attempt(lambda: _publish(aside, folder, full.dump()))
-    outcome = [error]
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0]:
-        if rank == 0:
+    dist.all_gather_object(gathered, (error[0], stored), group=group)
+    outcome: list[str | None] = [next((f"rank {r}: {e}" for r, (e, _) in enumerate(gathered) if e), None)]
+    if rank == 0:
+        if outcome[0] is None:
+            full = replace(index, files=[f for _, f in gathered if f], world_size=world)
+            outcome = [_attempt(lambda: _publish(aside, folder, full.dump()))]
+        if outcome[0]:
             shutil.rmtree(aside, ignore_errors=True)
+    dist.broadcast_object_list(outcome, src=0, group=group)
+    if outcome[0]:
         raise CheckpointError(
             "checkpoint", str(folder), f"could not be written ({outcome[0]})",
-            "Free space or make the folder writable; the previous checkpoint is untouched.",
+            "Free space or make the folder writable; the checkpoints before it are untouched.",
         )  # fmt: skip
 
 
-def _write_pieces(path: Path, pieces: dict[str, Tensor]) -> StoredFile | None:
-    if not pieces:
-        return None
-    try:
-        save_file(pieces, path)
-    except Exception as e:  # safetensors raises its own type for a full disk
-        raise OSError(str(e)) from e
-    with path.open("rb") as f:
-        os.fsync(f.fileno())
-    return StoredFile(path.name, path.stat().st_size, sha256_of(path))
+def _write_pieces(path: Path, pieces: Mapping[str, Tensor]) -> StoredFile:
+    with TensorWriter(path, {key: tensor.shape for key, tensor in pieces.items()}) as writer:
+        for key, tensor in pieces.items():
+            writer.write(key, tensor)
+    return writer.stored
 
 
 def _publish(aside: Path, folder: Path, index: str) -> None:
@@ -89,14 +112,19 @@ def _publish(aside: Path, folder: Path, index: str) -> None:
         f.write(index)
         f.flush()
         os.fsync(f.fileno())
+    _sync_folder(aside)
     if folder.exists():
-        shutil.rmtree(folder)
+        remove(folder)
     aside.rename(folder)
-    parent = os.open(folder.parent, os.O_RDONLY)
+    _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(parent)
+        os.fsync(handle)
     finally:
-        os.close(parent)
+        os.close(handle)
 
 
 def _attempt(action: Callable[[], None]) -> str | None:
@@ -116,12 +144,6 @@ def gather_shapes(state: Mapping[str, ShardedState]) -> dict[str, tuple[int, ...
     for shapes in gathered:
         merged |= shapes
     return dict(sorted(merged.items()))
-
-
-def remove_old(checkpoints: list[Path], keep_last: int) -> None:
-    """Delete all but the newest `keep_last` of `checkpoints`, oldest first."""
-    for path in checkpoints[:-keep_last]:
-        shutil.rmtree(path)
 
 
 def moment_kinds(state: Mapping[str, ShardedState]) -> list[str]:

@@ -12,9 +12,12 @@ from typing import IO, TypeVar
 import torch
 import torch.distributed as dist
 
-from msdiff_dist.checkpoint.layout import CheckpointIndex, complete_checkpoints, step_folder
-from msdiff_dist.checkpoint.load import CheckpointReader, newest, restore
-from msdiff_dist.checkpoint.save import gather_shapes, moment_kinds, remove_old, snapshot, write_checkpoint
+from msdiff_dist.checkpoint.background import BackgroundSaver
+from msdiff_dist.checkpoint.layout import CheckpointIndex
+from msdiff_dist.checkpoint.load import restore
+from msdiff_dist.checkpoint.policy import LossAverage
+from msdiff_dist.checkpoint.resume import open_newest_intact
+from msdiff_dist.checkpoint.save import HostCopy, gather_shapes, moment_kinds, write_checkpoint
 from msdiff_dist.data.loader import StepLoader
 from msdiff_dist.distributed.engines import EngineConfig, StageParallelEngines
 from msdiff_dist.distributed.environment import Environment, make_groups, process_group
@@ -55,6 +58,7 @@ def run_rank(
         stack.callback(folder.close)
         run = Run(recipe, folder, env)
         stack.callback(run.feed.close)
+        stack.enter_context(run.saver)
         writer = (
             stack.enter_context(MetricsWriter(folder, run.first_step, recipe.train.steps, terminal or sys.stderr))
             if env.rank == 0
@@ -62,16 +66,19 @@ def run_rank(
         )
         if writer:
             writer.say(run.describe())
+            for note in run.notes:
+                writer.say(note)
         return train(
             recipe.train,
             run.train_step,
             run.feed,
             run.ema,
+            run.loss_average,
             recipe.optimizer.lr,
             recipe.lr_schedule,
             Occasions(run.save, recipe.checkpoint.every, run.preview, recipe.preview.every),
             writer,
-            stop,
+            lambda: stop.requested_at is not None or run.saver.failed,
             run.batch_size,
             run.first_step,
         )
@@ -105,7 +112,10 @@ class Run:
         self.state = self.engines.state()
         self.shapes = gather_shapes(self.state)
         self.ema = ShardedEma(recipe.ema, self.state)
+        self.loss_average = LossAverage()
+        self.notes: list[str] = []
         self.first_step = self._resume()
+        self.saver = BackgroundSaver(folder.checkpoints, self.state, self.ema.shards, recipe.checkpoint)
         loader = everywhere(env, lambda: self._loader())
         self.feed = Feed(
             loader,
@@ -141,27 +151,27 @@ class Run:
         )
 
     def save(self, step: int) -> None:
-        """Make the checkpoint of `step` steps done. Collective."""
-        target = step_folder(self.folder.checkpoints, step)
-        write_checkpoint(target, snapshot(self.state, self.ema.shards), self._index(step))
-        if self.env.rank == 0:
-            remove_old(complete_checkpoints(self.folder.checkpoints), self.recipe.checkpoint.keep_last)
+        """Begin the checkpoint of `step` steps done; `saver.finish` waits for it. Collective."""
+        self.saver.save(self._index(step))
 
     def preview(self, step: int) -> None:
         """Sample a grid with the EMA weights of this moment, every rank its share. Collective."""
         weights = self.folder.samples / f".weights_{step:08d}"
-        write_checkpoint(weights, snapshot(self.state, self.ema.shards, ema_only=True), self._index(step))
+        write_checkpoint(weights, HostCopy(self.state, self.ema.shards, ema_only=True).take(), self._index(step))
         write_preview(self.recipe, weights, self.folder.samples / f"step_{step:08d}.png", self.env)
 
     def _index(self, step: int) -> CheckpointIndex:
-        return CheckpointIndex(step, recipe_mapping(self.recipe), self.shapes, moment_kinds(self.state), 0)
+        mapping, moments = recipe_mapping(self.recipe), moment_kinds(self.state)
+        return CheckpointIndex(
+            step, self.batch_size, self.loss_average.value, mapping, self.shapes, moments, self.env.world_size
+        )
 
     def _resume(self) -> int:
-        checkpoint, step = newest(self.folder.checkpoints), 0
-        if checkpoint:
-            reader = everywhere(self.env, lambda: CheckpointReader(checkpoint))
+        reader, self.notes = open_newest_intact(self.folder.checkpoints, self.shapes, self.batch_size)
+        step = 0
+        if reader:
             restore(reader, self.state, self.ema.shards)
-            step = reader.index.step
+            step, self.loss_average.value = reader.index.step, reader.index.loss
         if self.env.rank == 0:
             self.folder.cut_metrics(step)
         return step

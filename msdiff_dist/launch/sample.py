@@ -9,9 +9,9 @@ from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
-from msdiff_dist.checkpoint.layout import CheckpointIndex, complete_checkpoints
+from msdiff_dist.checkpoint.layout import CheckpointIndex, find_checkpoint
 from msdiff_dist.diffusion.sampling import SamplerConfig
-from msdiff_dist.errors import CheckpointError, RunFolderError
+from msdiff_dist.errors import RunFolderError
 from msdiff_dist.evaluation.preview import class_labels, write_grid
 from msdiff_dist.launch.preview import generator_for
 from msdiff_dist.recipe import recipe_from
@@ -45,17 +45,3 @@ def sample_run(
         grid += [image for image in images if len(grid) < 100]
     classes = recipe.model.num_classes if class_ is None else None
     write_grid(torch.stack(grid[:100]), out / "grid.png", classes if (classes or 99) <= 20 else None)
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The newest complete checkpoint of a run folder, or `path` itself if it is one.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if (path / "checkpoint.json").exists():
-        return path
-    found = complete_checkpoints(path / "checkpoints")
-    if not found:
-        raise CheckpointError("RUN", str(path), "holds no complete checkpoint", "Name a run folder that has trained.")
-    return found[-1]

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from msdiff_dist.checkpoint.policy import LossAverage
 from msdiff_dist.training.config import TrainConfig
 from msdiff_dist.training.ema import ShardedEma
 from msdiff_dist.training.feed import Feed
 from msdiff_dist.training.metrics import MetricsWriter, StepMetrics
 from msdiff_dist.training.optimizer import LrScheduleConfig
-from msdiff_dist.training.preemption import StopRequest
 from msdiff_dist.training.step import TrainStep
 
 Outcome = Literal["finished", "preempted"]
@@ -33,21 +33,28 @@ def train(
     train_step: TrainStep,
     feed: Feed,
     ema: ShardedEma,
+    loss_average: LossAverage,
     optimizer_lr: float,
     lr_schedule: LrScheduleConfig,
     occasions: Occasions,
     writer: MetricsWriter | None,
-    stop: StopRequest,
+    must_stop: Callable[[], bool],
     batch_size: int,
     first_step: int,
 ) -> Outcome:
-    """Train from `first_step` steps done to `config.steps`; every rank calls it alike. `writer` on rank 0 only."""
-    saved = first_step
+    """Train from `first_step` steps done to `config.steps`; every rank calls it alike.
+
+    Args:
+        writer: on rank 0 only.
+        must_stop: whether this rank wants all ranks to save and stop.
+    """
+    saved, saving = first_step, 0.0
     for done in range(first_step + 1, config.steps + 1):
         start = time.perf_counter()
         lr = optimizer_lr * lr_schedule.factor(done - 1, config.steps)
-        outcome = train_step(lr, stop.requested_at is not None)
+        outcome = train_step(lr, must_stop())
         ema.update(done)
+        loss_average.update(done, outcome.loss)
         waited = feed.take_seconds()
         if writer:
             elapsed = time.perf_counter() - start
@@ -60,14 +67,16 @@ def train(
                     lr=lr,
                     images_seen=done * batch_size,
                     images_per_second=batch_size / elapsed,
-                    seconds={"data": waited.data, "routing": waited.routing, **outcome.seconds},
+                    seconds={"data": waited.data, "routing": waited.routing, **outcome.seconds, "checkpoint": saving},
                     balance=outcome.balance,
                 )
             )
+        saving = 0.0
         last = done == config.steps or outcome.stop_requested
         if last or _due(done, occasions.save_every):
+            start = time.perf_counter()
             occasions.save(done)
-            saved = done
+            saved, saving = done, time.perf_counter() - start
         if outcome.stop_requested and done < config.steps:
             return "preempted"
         if occasions.preview_every and (done == config.steps or _due(done, occasions.preview_every)):

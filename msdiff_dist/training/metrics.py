@@ -20,7 +20,8 @@ class StepMetrics:
 
     step: optimizer steps done, counted from 1. loss: the objective over the global batch. loss_per_stage: mean over
     each stage's samples, before importance weights. grad_norm: global, before clipping. seconds: wall time of the step
-    on rank 0 by part. balance: mean over max of the ranks' busy time.
+    on rank 0 by part; `checkpoint`: how long training stood still for a checkpoint before this step. balance: mean over
+    max of the ranks' busy time.
     """
 
     step: int

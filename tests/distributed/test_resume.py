@@ -48,7 +48,7 @@ def recipe_of(optimizer: dict[str, Any], **changes: Any) -> dict[str, Any]:
 def trained(
     rank: int, world_size: int, mapping: dict[str, Any], path: Path, stops: list[int]
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Go on from the folder's newest checkpoint to the last of `stops`, saving at each. Losses; the network's weights."""
+    """Go on from the newest checkpoint to the last of `stops`, saving at each. Losses; the network's weights."""
     folder = RunFolder(path)
     run = Run(recipe_from(mapping), folder, Environment(rank, rank, world_size, torch.device("cpu")))
     losses = []
@@ -59,6 +59,7 @@ def trained(
         run.ema.update(step)
         if step in stops:
             run.save(step)
+    run.saver.finish()
     run.feed.close()
     engines = {"shared.": run.engines.shared, **{f"stages.{k}.": e for k, e in run.engines.stages.items()}}
     weights = {

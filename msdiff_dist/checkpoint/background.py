@@ -1,0 +1,92 @@
+"""Saving while training goes on: the loop waits for the copy to host memory, the rest happens in a thread."""
+
+from __future__ import annotations
+
+import datetime
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from msdiff_dist.checkpoint.layout import CheckpointIndex, complete_checkpoints, remove, step_folder, step_of
+from msdiff_dist.checkpoint.policy import CheckpointConfig, kept
+from msdiff_dist.checkpoint.save import HostCopy, write_checkpoint
+from msdiff_dist.distributed.zero_state import ShardedState
+from msdiff_dist.errors import MsdiffError
+
+_WRITING_LIMIT = datetime.timedelta(hours=1)  # the slowest rank's; a collective of training may wait less
+
+
+class BackgroundSaver:
+    """Makes the checkpoints of a run in `checkpoints`, at most one at a time. Collective: every rank calls it alike.
+
+    The ranks agree on a finished checkpoint through a process group of their own, so nothing of it meets training.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Path,
+        state: Mapping[str, ShardedState],
+        ema: Mapping[str, list[Tensor]],
+        config: CheckpointConfig,
+    ) -> None:
+        self._checkpoints, self._config = checkpoints, config
+        self._copy = HostCopy(state, ema)
+        self._group: Any = dist.new_group(backend="gloo", timeout=_WRITING_LIMIT)
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(self, index: CheckpointIndex) -> None:
+        """Copy the state of this moment and begin to write it. Waits for the save before it, if that still goes on.
+
+        Raises:
+            CheckpointError: on every rank, if the save before it failed.
+        """
+        self.finish()
+        pieces = self._copy.take()
+        self._thread = threading.Thread(target=self._write, args=(pieces, index), daemon=True)
+        self._thread.start()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last save is known here to have failed; `finish` then raises on every rank."""
+        return self._error is not None
+
+    def finish(self) -> None:
+        """Wait until the checkpoint under way is complete.
+
+        Raises:
+            CheckpointError: on every rank, if it could not be written.
+        """
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._error:
+            raise self._error
+
+    def __enter__(self) -> BackgroundSaver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        if kind is None or issubclass(kind, MsdiffError):  # after anything else the other ranks may be gone
+            self.finish()
+
+    def _write(self, pieces: Mapping[str, Tensor], index: CheckpointIndex) -> None:
+        try:
+            write_checkpoint(step_folder(self._checkpoints, index.step), pieces, index, self._group)
+            if dist.get_rank() == 0:
+                remove_old(self._checkpoints, self._config)
+        except Exception as e:
+            self._error = e
+
+
+def remove_old(checkpoints: Path, config: CheckpointConfig) -> None:
+    """Delete the checkpoints that the policy does not keep."""
+    folders = {step_of(p): p for p in complete_checkpoints(checkpoints)}
+    losses = {step: CheckpointIndex.load(p).loss if config.keep_best else None for step, p in folders.items()}
+    for step in folders.keys() - kept(losses, config):
+        remove(folders[step])

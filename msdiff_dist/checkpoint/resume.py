@@ -1,0 +1,97 @@
+"""Which checkpoint a run goes on from: the newest that is intact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch.distributed as dist
+
+from msdiff_dist.checkpoint.layout import complete_checkpoints, remove_leftovers
+from msdiff_dist.checkpoint.load import CheckpointReader, check_architecture
+from msdiff_dist.checkpoint.tensor_file import DamagedError
+from msdiff_dist.errors import CheckpointError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def open_newest_intact(checkpoints: Path, shapes: Shapes, batch_size: int) -> tuple[CheckpointReader | None, list[str]]:
+    """The newest intact checkpoint, None if there is no checkpoint, and what to tell the reader. Collective.
+
+    Every file is compared with its checksum, each rank its share. A damaged checkpoint is put aside as
+    `damaged_step_*`. Leftovers of a killed run are removed.
+
+    Args:
+        shapes: of the parameters of the model being trained, by name.
+        batch_size: the run's global batch.
+
+    Raises:
+        CheckpointError: the newest intact one is of a newer format, another architecture or another batch size, or all
+            are damaged.
+    """
+    notes: list[str] = []
+    found: list[list[Path]] = [[]]
+    if dist.get_rank() == 0:
+        remove_leftovers(checkpoints)
+        found = [complete_checkpoints(checkpoints)]
+    dist.broadcast_object_list(found, src=0)
+    error: CheckpointError | None = None
+    for folder in reversed(found[0]):
+        reader, error = _opened(folder, shapes, batch_size)
+        if error is None:
+            return reader, notes
+        if not isinstance(error, DamagedError):
+            raise _with_offer(error, found[0][: found[0].index(folder)], shapes, batch_size)
+        aside = _free_name(folder.with_name(f"damaged_{folder.name}"))
+        notes.append(f"{error.value} {error.problem}; the checkpoint was put aside as {aside.name}")
+        dist.barrier()
+        if dist.get_rank() == 0:
+            folder.rename(aside)
+    if error:
+        raise CheckpointError(
+            "checkpoint", str(checkpoints), f"holds no intact checkpoint: {'; '.join(notes)}",
+            "Bring one back from a copy, or name another --run-dir to start from scratch.",
+        )  # fmt: skip
+    return None, notes
+
+
+def _opened(folder: Path, shapes: Shapes, batch_size: int) -> tuple[CheckpointReader | None, CheckpointError | None]:
+    """The checkpoint if it is good on every rank, or the error of the first rank that found one. Collective."""
+    reader: CheckpointReader | None = None
+    error: CheckpointError | None = None
+    rank, world = dist.get_rank(), dist.get_world_size()
+    try:
+        reader = CheckpointReader(folder)
+        reader.verify(rank, world)
+        _check_fits(reader, shapes, batch_size)
+    except CheckpointError as e:
+        error = e
+    errors: list[CheckpointError | None] = [None] * world
+    dist.all_gather_object(errors, error)
+    return reader, next((e for e in errors if e), None)
+
+
+def _check_fits(reader: CheckpointReader, shapes: Shapes, batch_size: int) -> None:
+    check_architecture(reader, shapes)
+    if reader.index.batch_size != batch_size:
+        raise CheckpointError(
+            "checkpoint", str(reader.folder),
+            f"was trained with a global batch of {reader.index.batch_size} and this run has {batch_size}",
+            f"Set train.global_batch_size={reader.index.batch_size}, or name another --run-dir.",
+        )  # fmt: skip
+
+
+def _with_offer(error: CheckpointError, older: list[Path], shapes: Shapes, batch_size: int) -> CheckpointError:
+    """The error, telling also of the newest of the `older` checkpoints that would do."""
+    for folder in reversed(older):
+        try:
+            _check_fits(CheckpointReader(folder), shapes, batch_size)
+        except CheckpointError:
+            continue
+        remedy = f"{error.remedy} The newest that fits is {folder.name}: move the newer ones away to go on from it."
+        return CheckpointError(error.field, error.value, error.problem, remedy)
+    return error
+
+
+def _free_name(path: Path) -> Path:
+    return path if not path.exists() else _free_name(path.with_name(f"{path.name}_"))

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+
+from msdiff_dist.checkpoint.policy import LOSS_WINDOW, CheckpointConfig, LossAverage, kept
+from msdiff_dist.errors import ConfigError
+
+LOSSES = {10: 0.9, 20: 0.3, 30: 0.5, 40: 0.3, 50: 0.4}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (CheckpointConfig(10, keep_last=2), {40, 50}),
+        (CheckpointConfig(10, keep_last=9), {10, 20, 30, 40, 50}),
+        (CheckpointConfig(10, keep_last=1, keep_every=20), {20, 40, 50}),
+        (CheckpointConfig(10, keep_last=1, keep_best=True), {40, 50}),  # of two as good, the newer
+    ],
+)
+def test_kept(config: CheckpointConfig, expected: set[int]) -> None:
+    assert kept(LOSSES, config) == expected
+
+
+def test_best_ignores_unknown_losses() -> None:
+    assert kept({1: None, 2: None}, CheckpointConfig(1, keep_last=1, keep_best=True)) == {2}
+    assert kept({}, CheckpointConfig(1)) == set()
+
+
+def test_loss_average_is_a_mean_then_exponential() -> None:
+    average = LossAverage()
+    for step in range(1, LOSS_WINDOW + 1):
+        average.update(step, float(step))
+    assert average.value == pytest.approx((LOSS_WINDOW + 1) / 2)
+    before = average.value
+    average.update(LOSS_WINDOW + 1, before + LOSS_WINDOW)
+    assert average.value == pytest.approx(before + 1)
+
+
+@pytest.mark.parametrize("field", ["every", "keep_every", "keep_last"])
+def test_refused(field: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        CheckpointConfig(**{field: -1})
+    assert caught.value.field == field
+
+
+def test_keep_every_must_meet_checkpoints() -> None:
+    with pytest.raises(ConfigError, match="Use 30"):
+        CheckpointConfig(every=10, keep_every=25)
