@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from msdiff_dist.distributed.placement import Placement
+from msdiff_dist.distributed.topology import nodes_spanned, ring_share_between_nodes
 
 MOST_ROWS = 16
 
@@ -40,8 +41,10 @@ class Workload:
         return 2 if self.precision == "bf16" else 4
 
 
-def plan_report(placement: Placement, workload: Workload, warnings: Sequence[str] = ()) -> dict[str, Any]:
-    """The placement as plain data, ready for JSON.
+def plan_report(
+    placement: Placement, workload: Workload, warnings: Sequence[str] = (), ranks_per_node: int | None = None
+) -> dict[str, Any]:
+    """The placement as plain data, ready for JSON. With `ranks_per_node` also the bytes between nodes.
 
     Per stage: its share of the work and the ranks holding it. Per rank: samples per global batch of each stage held,
     and `state_bytes` as of `state_bytes_W`. Per step, over all ranks: payload expected to change ranks, and bytes of
@@ -52,7 +55,7 @@ def plan_report(placement: Placement, workload: Workload, warnings: Sequence[str
     work_K, work_W = samples_WK.sum(axis=0) * cost_K, samples_WK @ cost_K
     load_W = (work_W / work_W.mean()).round(4).tolist()
     state = state_bytes_W(placement, workload).tolist()
-    return {
+    report: dict[str, Any] = {
         "world_size": placement.world_size,
         "global_batch_size": int(samples_WK.sum()),
         "balance": placement.balance(workload.cost_K),
@@ -75,6 +78,20 @@ def plan_report(placement: Placement, workload: Workload, warnings: Sequence[str
             "reduced": reduced_bytes(placement, workload),
         },
         "warnings": list(warnings),
+    }
+    if ranks_per_node is not None:
+        report["nodes"] = _nodes_report(placement, workload, ranks_per_node)
+    return report
+
+
+def _nodes_report(placement: Placement, workload: Workload, ranks_per_node: int) -> dict[str, Any]:
+    groups = [placement.group(k) for k in range(placement.num_stages)]
+    return {
+        "count": -(-placement.world_size // ranks_per_node),
+        "ranks_per_node": ranks_per_node,
+        "of_stage": [nodes_spanned(group, ranks_per_node) for group in groups],
+        "reduced_between": round(reduced_between_nodes(placement, workload, ranks_per_node)),
+        "reduced_between_replicated": round(replicated_between_nodes(placement, workload, ranks_per_node)),
     }
 
 
@@ -105,15 +122,34 @@ def reduced_bytes(placement: Placement, workload: Workload) -> int:
     ZeRO 1 reduces once a step, ZeRO 2 once a micro batch, both then gather the new parameters. ZeRO 3 gathers for
     forward and for backward and reduces once, in every micro batch.
     """
+    parts = _reduced_parts(placement, workload)
+    return sum((len(group) - 1) * values for group, values in parts) * workload.param_bytes
+
+
+def reduced_between_nodes(placement: Placement, workload: Workload, ranks_per_node: int) -> float:
+    """Those of `reduced_bytes` that pass between nodes."""
+    parts = _reduced_parts(placement, workload)
+    values = sum(ring_share_between_nodes(group, ranks_per_node) * values for group, values in parts)
+    return values * workload.param_bytes
+
+
+def replicated_between_nodes(placement: Placement, workload: Workload, ranks_per_node: int) -> float:
+    """Bytes between nodes if every rank held every decoder and all gradients were averaged once a step."""
+    values = 2 * (workload.shared_params + sum(workload.stage_params_K))
+    share = ring_share_between_nodes(range(placement.world_size), ranks_per_node)
+    return share * values * workload.param_bytes
+
+
+def _reduced_parts(placement: Placement, workload: Workload) -> list[tuple[Sequence[int], int]]:
+    """Each group of ranks with the values that pass round its ring in a step."""
     accumulation = len(placement.samples_AWK)
 
     def passes(zero: int) -> int:
         return {1: 2, 2: accumulation + 1, 3: 3 * accumulation}[zero]
 
-    values = (placement.world_size - 1) * workload.shared_params * passes(workload.zero_shared)
-    for k, params in enumerate(workload.stage_params_K):
-        values += (len(placement.group(k)) - 1) * params * passes(workload.zero_stage)
-    return values * workload.param_bytes
+    shared = (range(placement.world_size), workload.shared_params * passes(workload.zero_shared))
+    stages = [(placement.group(k), n * passes(workload.zero_stage)) for k, n in enumerate(workload.stage_params_K)]
+    return [shared, *stages]
 
 
 def samples_crossing(placement: Placement) -> float:
@@ -162,9 +198,22 @@ def render(report: dict[str, Any], title: str) -> RenderableType:
     lines = [
         f"balance {report['balance']:.1%} of {report['world_size']} ranks, global batch {report['global_batch_size']}",
         f"each step {_size(traffic['routed'])} of samples routed, {_size(traffic['reduced'])} reduced and gathered",
+        *_node_lines(report),
         *(f"[yellow]warning[/] {warning}" for warning in report["warnings"]),
     ]
     return Group(stages, ranks, *lines)
+
+
+def _node_lines(report: dict[str, Any]) -> list[str]:
+    if "nodes" not in report:
+        return []
+    nodes = report["nodes"]
+    spans = ", ".join(map(str, nodes["of_stage"]))
+    ours, replicated = nodes["reduced_between"], nodes["reduced_between_replicated"]
+    return [
+        f"{nodes['count']} nodes of {nodes['ranks_per_node']} ranks; the stages' groups span {spans} of them",
+        f"{_size(ours)} of these bytes pass between nodes; with every decoder on every rank {_size(replicated)} would",
+    ]
 
 
 def _rows(ranks: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

@@ -10,6 +10,7 @@ from msdiff_dist.data.loader import StepLoader
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas
 from msdiff_dist.distributed.placement import Placement, plan
 from msdiff_dist.distributed.plan_report import Workload
+from msdiff_dist.distributed.topology import arrange
 from msdiff_dist.models.flops import ModelCosts, costs
 from msdiff_dist.recipe import Recipe
 
@@ -25,8 +26,8 @@ class RunPlan:
     placement: Placement
 
 
-def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
-    """Plan `recipe` on `world_size` ranks.
+def plan_run(recipe: Recipe, world_size: int, ranks_per_node: int | None = None) -> RunPlan:
+    """Plan `recipe` on `world_size` ranks, `ranks_per_node` of which share a node (None: all).
 
     Raises:
         ConfigError: batch sizes contradict each other or are too small for the stages.
@@ -38,7 +39,10 @@ def plan_run(recipe: Recipe, world_size: int) -> RunPlan:
     cost_K = [model_costs.encoder.macs + d.macs for d in model_costs.decoders]
     explicit = None if recipe.parallel.placement == "auto" else recipe.parallel.placement
     micro_quotas = quotas.micro_quotas(recipe.train.gradient_accumulation_steps)
-    return RunPlan(batch_size, quotas, model_costs, cost_K, plan(micro_quotas, cost_K, world_size, explicit))
+    placement = plan(micro_quotas, cost_K, world_size, explicit)
+    if explicit is None and ranks_per_node is not None:
+        placement = arrange(placement, ranks_per_node, [d.params for d in model_costs.decoders])
+    return RunPlan(batch_size, quotas, model_costs, cost_K, placement)
 
 
 def recipe_costs(recipe: Recipe) -> ModelCosts:
