@@ -133,9 +133,30 @@ def _choose(quotas_AK: np.ndarray, cost_K: np.ndarray, world_size: int) -> np.nd
         assert line is not None
         return line
     disjoint = _disjoint(quotas, costs, least, world_size)
-    if line is None or _balance(disjoint, cost_K) >= min(GOOD_BALANCE, _balance(line, cost_K) - SMALL_LOSS):
+    if line is None:
         return disjoint
-    return line
+    wanted = min(GOOD_BALANCE, _balance(line, cost_K) - SMALL_LOSS)
+    if _balance(disjoint, cost_K) >= wanted:
+        return disjoint
+    return _with_fewer_holders(line, quotas_AK, cost_K, wanted)
+
+
+def _with_fewer_holders(samples_WK: np.ndarray, quotas_AK: np.ndarray, cost_K: np.ndarray, wanted: float) -> np.ndarray:
+    """Free shared ranks of their smallest stages as long as the balance stays `wanted`: each decoder less on a rank is
+    memory and communication less."""
+    holds_WK = samples_WK > 0
+    shared = [
+        (samples_WK[r, k], r, k) for r in np.flatnonzero(holds_WK.sum(axis=1) > 1) for k in np.flatnonzero(holds_WK[r])
+    ]
+    for _, r, k in sorted(shared):
+        fewer_WK = holds_WK.copy()
+        fewer_WK[r, k] = False
+        if not fewer_WK[r].any() or not fewer_WK[:, k].any():
+            continue
+        freed_WK = _balance_explicit(quotas_AK, cost_K, fewer_WK)
+        if _balance(freed_WK, cost_K) >= wanted:
+            samples_WK, holds_WK = freed_WK, fewer_WK
+    return samples_WK
 
 
 def _disjoint(quotas: list[int], costs: list[float], least: int, world_size: int) -> np.ndarray:
