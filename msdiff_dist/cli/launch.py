@@ -37,7 +37,7 @@ def launch(
     asked = dataclasses.replace(asked, max_parallel=parallel or asked.max_parallel)
     if dry_run:
         text = launcher.dry_run(runs, asked, folder, folder.name)
-        typer.echo(launcher.plan_text(runs[0].recipe, asked))
+        launcher.show_plan(runs[0], asked)
         typer.echo(text if text is not None else f"the {asked.executor} executor has no sbatch text")
         return
     records = launcher.launch(runs, asked, folder, folder.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -47,14 +47,12 @@ def arrange(placement: Placement, ranks_per_node: int, params_K: Sequence[int]) 
     return min(_orders(placement), key=crossing)
 
 
-def _orders(placement: Placement) -> list[Placement]:
+def _orders(placement: Placement) -> Iterator[Placement]:
     groups = [placement.group(k) for k in range(placement.num_stages)]
     if all(len(held) == 1 for held in placement.stages_of_rank) and len(groups) <= MOST_ORDERS:
-        orders = [list(itertools.chain(*order)) for order in itertools.permutations(groups)]
+        orders: Iterable[list[int]] = (list(itertools.chain(*order)) for order in itertools.permutations(groups))
     else:
         line = list(range(placement.world_size))
-        orders = [line, line[::-1]]
-    return [
-        Placement(tuple(placement.stages_of_rank[w] for w in order), placement.samples_AWK[:, order])
-        for order in orders
-    ]
+        orders = (line, line[::-1])
+    for order in orders:
+        yield Placement(tuple(placement.stages_of_rank[w] for w in order), placement.samples_AWK[:, order])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,15 +13,18 @@ from typing import Any
 
 import submitit
 from omegaconf import OmegaConf
+from rich.console import Console
 
+from msdiff_dist.distributed.plan_report import plan_report, render
 from msdiff_dist.errors import ConfigError, RunFolderError
 from msdiff_dist.launch.cluster import ClusterConfig
 from msdiff_dist.launch.job import STOPPED, CommandJob, TrainJob
-from msdiff_dist.launch.run_plan import check_run, plan_run
+from msdiff_dist.launch.restarts import Diary
+from msdiff_dist.launch.run_plan import check_run, plan_run, workload
 from msdiff_dist.launch.snapshot import next_snapshot, take_snapshot
 from msdiff_dist.launch.submit import SlurmExecutor, check, make_executor, sbatch_text, submit
 from msdiff_dist.launch.sweep import load_sweep, overrides_of, run_names
-from msdiff_dist.launch.watch import JobRecord, register_run, states
+from msdiff_dist.launch.watch import JobRecord, last_metrics, register_run, states
 from msdiff_dist.recipe import Recipe, load_recipe, recipe_mapping
 from msdiff_dist.training.run_folder import RunFolder
 
@@ -87,20 +92,33 @@ def _check_elastic(recipe: Recipe, cluster: ClusterConfig) -> None:
         )  # fmt: skip
 
 
-def plan_text(recipe: Recipe, cluster: ClusterConfig) -> str:
-    """The placement on every number of nodes the job may get, and how evenly it loads the ranks."""
-    lines = []
-    for nodes, world_size in zip(range(*_span(cluster)), cluster.world_sizes, strict=True):
-        plan = plan_run(recipe, world_size)
-        groups = [len(plan.placement.group(k)) for k in range(plan.placement.num_stages)]
-        balance = plan.placement.balance(plan.cost_K)
-        lines.append(f"{nodes} nodes x {cluster.ranks_per_node} ranks: stage groups {groups}, balance {balance:.0%}")
-    return "\n".join(lines)
+def plan_report_of(run: Run, cluster: ClusterConfig, world_size: int) -> dict[str, Any]:
+    """The plan on `world_size` ranks; with `images_per_second` where the run folder holds steps trained before."""
+    plan = plan_run(run.recipe, world_size, cluster.ranks_per_node)
+    report = plan_report(plan.placement, workload(run.recipe, plan), (), cluster.ranks_per_node)
+    starts, steps = Diary(run.folder / "launch/starts.jsonl").starts(), last_metrics(run.folder)
+    if starts and steps:
+        measured = statistics.median(step["images_per_second"] for step in steps[-100:])
+        before = plan_run(run.recipe, starts[-1].ranks, cluster.ranks_per_node)
+        faster = report["balance"] * world_size / (before.placement.balance(before.cost_K) * starts[-1].ranks)
+        report["images_per_second"] = measured * faster
+    return report
 
 
-def _span(cluster: ClusterConfig) -> tuple[int, int]:
-    low, high = cluster.node_range
-    return low, high + 1
+def show_plan(run: Run, cluster: ClusterConfig) -> None:
+    """Print the plan on the most nodes, and one line for each smaller number the job may get."""
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    for world_size in cluster.world_sizes:
+        report = plan_report_of(run, cluster, world_size)
+        if world_size == cluster.world_sizes[-1]:
+            console.print(render(report, run.recipe.name))
+        groups = ", ".join(str(len(stage["ranks"])) for stage in report["stages"])
+        state = max(rank["state_bytes"] for rank in report["ranks"]) / 1e9
+        speed = f", expected {report['images_per_second']:.0f} img/s" if "images_per_second" in report else ""
+        nodes = f"{world_size // cluster.ranks_per_node} nodes x {cluster.ranks_per_node} ranks"
+        console.print(
+            f"{nodes}: stages on {groups} ranks, balance {report['balance']:.1%}, state {state:.3g} GB{speed}"
+        )
 
 
 def dry_run(runs: Sequence[Run], cluster: ClusterConfig, folder: Path, name: str) -> str | None:

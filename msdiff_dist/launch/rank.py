@@ -89,7 +89,7 @@ class Run:
 
     def __init__(self, recipe: Recipe, folder: RunFolder, env: Environment) -> None:
         self.recipe, self.folder, self.env = recipe, folder, env
-        plan = everywhere(env, lambda: plan_run(recipe, env.world_size))
+        plan = everywhere(env, lambda: plan_run(recipe, env.world_size, _ranks_per_node()))
         self.batch_size, self.placement, quotas = plan.batch_size, plan.placement, plan.quotas
         groups = make_groups(self.placement.stages_of_rank, env.rank)
         shared, stages = build_parts(recipe.model, self.placement.stages_of_rank[env.rank], recipe.train.seed)
@@ -200,6 +200,13 @@ def everywhere(env: Environment, action: Callable[[], T]) -> T:
     if first:
         raise first
     return result  # type: ignore[return-value]
+
+
+def _ranks_per_node() -> int | None:
+    """Ranks on rank 0's node, if the launcher said; the same on every rank. Collective."""
+    said: list[str | None] = [os.environ.get("LOCAL_WORLD_SIZE")]
+    dist.broadcast_object_list(said)
+    return int(said[0]) if said[0] else None
 
 
 def _threads_per_rank() -> int:
