@@ -10,62 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from msdiff_dist.distributed.environment import Environment
-from msdiff_dist.launch.rank import Run
-from msdiff_dist.recipe import recipe_from
 from msdiff_dist.testing import run_distributed
-from msdiff_dist.training.run_folder import RunFolder
+from tests.distributed.tiny_run import ADAM, recipe_of, trained
 
 pytestmark = pytest.mark.distributed
 
-ADAM = {"lr": 5e-4, "eps": 1e-6, "grad_clip": 1.0}  # eps: near-zero gradients would amplify rounding
 SGD = {"name": "sgd", "lr": 5e-2, "momentum": 0.0, "weight_decay": 0.0}
 MOMENTUM = {"name": "sgd", "lr": 5e-3, "momentum": 0.9}
-
-
-def recipe_of(optimizer: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """A model of three stages that steps in milliseconds; changes as `section__field=value`."""
-    mapping: dict[str, Any] = {
-        "name": "tiny",
-        "data": {"kind": "synthetic", "lanes": 12, "latent_shape": [2, 8, 8], "num_classes": 3},
-        "stages": {"boundaries": [442, 631], "sampling": "equal"},
-        "model": {
-            "in_channels": 2, "out_channels": 2, "encoder_channels": 8, "decoder_channels": [12, 8, 4],
-            "channel_mult": [1, 2], "num_res_blocks": 1, "attention_downsamples": [2], "num_heads": 2,
-            "norm_groups": 4, "num_classes": 3,
-        },
-        "optimizer": optimizer,
-        "ema": {"decay": 0.9},
-        "train": {"steps": 100, "global_batch_size": 24, "condition_dropout": 0.1},
-        "checkpoint": {"keep_last": 100},
-    }  # fmt: skip
-    for name, value in changes.items():
-        section, field = name.split("__")
-        mapping[section] = mapping.get(section, {}) | {field: value}
-    return mapping
-
-
-def trained(
-    rank: int, world_size: int, mapping: dict[str, Any], path: Path, stops: list[int]
-) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Go on from the newest checkpoint to the last of `stops`, saving at each. Losses; the network's weights."""
-    folder = RunFolder(path)
-    run = Run(recipe_from(mapping), folder, Environment(rank, rank, world_size, torch.device("cpu")))
-    losses = []
-    if 0 in stops:
-        run.save(0)
-    for step in range(run.first_step + 1, stops[-1] + 1):
-        losses.append(run.train_step(mapping["optimizer"]["lr"], False).loss)
-        run.ema.update(step)
-        if step in stops:
-            run.save(step)
-    run.saver.finish()
-    run.feed.close()
-    engines = {"shared.": run.engines.shared, **{f"stages.{k}.": e for k, e in run.engines.stages.items()}}
-    weights = {
-        p + n: v.detach().clone() for p, e in engines.items() if e for n, v in e.engine.module.named_parameters()
-    }
-    return losses, weights
 
 
 def losses_of(world_size: int, mapping: dict[str, Any], path: Path, stops: list[int]) -> list[float]:

@@ -1,0 +1,64 @@
+"""Runs of a model of three stages that steps in milliseconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from msdiff_dist.distributed.environment import Environment
+from msdiff_dist.launch.rank import Run
+from msdiff_dist.recipe import recipe_from
+from msdiff_dist.training.run_folder import RunFolder
+
+ADAM = {"lr": 5e-4, "eps": 1e-6, "grad_clip": 1.0}  # eps: near-zero gradients would amplify rounding
+
+
+def recipe_of(optimizer: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """A model of three stages that steps in milliseconds; changes as `section__field=value`."""
+    mapping: dict[str, Any] = {
+        "name": "tiny",
+        "data": {"kind": "synthetic", "lanes": 12, "latent_shape": [2, 8, 8], "num_classes": 3},
+        "stages": {"boundaries": [442, 631], "sampling": "equal"},
+        "model": {
+            "in_channels": 2, "out_channels": 2, "encoder_channels": 8, "decoder_channels": [12, 8, 4],
+            "channel_mult": [1, 2], "num_res_blocks": 1, "attention_downsamples": [2], "num_heads": 2,
+            "norm_groups": 4, "num_classes": 3,
+        },
+        "optimizer": optimizer,
+        "ema": {"decay": 0.9},
+        "train": {"steps": 100, "global_batch_size": 24, "condition_dropout": 0.1},
+        "checkpoint": {"keep_last": 100},
+    }  # fmt: skip
+    for name, value in changes.items():
+        section, field = name.split("__")
+        mapping[section] = mapping.get(section, {}) | {field: value}
+    return mapping
+
+
+def open_run(rank: int, world_size: int, mapping: dict[str, Any], path: Path) -> Run:
+    """A rank's part of the run in folder `path`, as it stands."""
+    return Run(recipe_from(mapping), RunFolder(path), Environment(rank, rank, world_size, torch.device("cpu")))
+
+
+def trained(
+    rank: int, world_size: int, mapping: dict[str, Any], path: Path, stops: list[int]
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Go on from the newest checkpoint to the last of `stops`, saving at each. Losses; the network's weights."""
+    run = open_run(rank, world_size, mapping, path)
+    losses = []
+    if 0 in stops:
+        run.save(0)
+    for step in range(run.first_step + 1, stops[-1] + 1):
+        losses.append(run.train_step(mapping["optimizer"]["lr"], False).loss)
+        run.ema.update(step)
+        if step in stops:
+            run.save(step)
+    run.saver.finish()
+    run.feed.close()
+    engines = {"shared.": run.engines.shared, **{f"stages.{k}.": e for k, e in run.engines.stages.items()}}
+    weights = {
+        p + n: v.detach().clone() for p, e in engines.items() if e for n, v in e.engine.module.named_parameters()
+    }
+    return losses, weights
