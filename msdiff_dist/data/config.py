@@ -5,7 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from msdiff_dist.data.access import Access
 from msdiff_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One of several sources that are mixed: its shards, and its weight beside the others'."""
+
+    shards: str | tuple[str, ...]
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.shards:
+            raise ConfigError("shards", self.shards, "is empty", "Name a folder of shards.")
+        if not 0 < self.weight < float("inf"):
+            raise ConfigError("weight", self.weight, "must be above 0", "Remove the source if it is not wanted.")
 
 
 @dataclass(frozen=True)
@@ -13,7 +28,11 @@ class DataConfig:
     """The stream of training samples.
 
     Attributes:
-        shards: WebDataset shards: a folder, a path with braces (`{00000..00007}`) or globs, or a list of such.
+        shards: WebDataset shards: a folder, a path with braces (`{00000..00007}`) or globs, an address (`https://...`,
+            `s3://...`), `pipe:command`, a text file of such (`@list.txt`), or a list of such.
+        sources: instead of `shards`: several, mixed by weight. Each is shuffled and begins again by itself.
+        allow_pipe: let `pipe:` run commands of this recipe.
+        retries: further tries after a connection breaks, with waits that double.
         lanes: disjoint parts of the stream; a multiple of the world size. Part of the sample order, so fixed for a run.
             A lane reads whole shards, so reading is spread over all lanes only if there are at least as many shards.
         workers: loader processes per rank; 0 reads in the training process. Does not change what is read.
@@ -33,6 +52,9 @@ class DataConfig:
     """
 
     shards: str | tuple[str, ...] = ()
+    sources: tuple[SourceConfig, ...] = ()
+    allow_pipe: bool = False
+    retries: int = 5
     lanes: int = 8
     workers: int = 0
     shuffle: int = 2048
@@ -53,15 +75,18 @@ class DataConfig:
         _at_least("lanes", self.lanes, 1)
         _at_least("workers", self.workers, 0)
         _at_least("shuffle", self.shuffle, 0)
+        _at_least("retries", self.retries, 0)
         if self.num_classes is not None:
             _at_least("num_classes", self.num_classes, 1)
         if self.channels not in (1, 3):
             raise ConfigError("channels", self.channels, "must be 1 (grey) or 3 (RGB)", "Set it to 1 or 3.")
-        if self.kind != "synthetic" and not self.shards:
+        if self.shards and self.sources:
+            raise ConfigError("sources", len(self.sources), "stands instead of shards", "Give one of them.")
+        if self.kind != "synthetic" and not (self.shards or self.sources):
             raise ConfigError("shards", self.shards, f"is required for kind {self.kind!r}", "Name a folder of shards.")
-        if self.kind == "synthetic" and (self.shards or self.captions):
-            field, value = ("shards", self.shards) if self.shards else ("captions", self.captions)
-            raise ConfigError(field, value, "has no meaning for kind 'synthetic'", "Remove it.")
+        for field in ("shards", "sources", "captions") if self.kind == "synthetic" else ():
+            if getattr(self, field):
+                raise ConfigError(field, getattr(self, field), "has no meaning for kind 'synthetic'", "Remove it.")
         if self.kind == "image":
             if self.image_size is None:
                 raise ConfigError("image_size", None, "is required for kind 'image'", "Give the pictures' size.")
@@ -85,6 +110,16 @@ class DataConfig:
             shape = getattr(self, field)
             if shape is not None and min(shape) < 1:
                 raise ConfigError(field, list(shape), "must have positive sizes", "Correct it.")
+
+    @property
+    def mixed(self) -> tuple[SourceConfig, ...]:
+        """The sources: `sources`, or `shards` as the only one; none for kind `synthetic`."""
+        return self.sources or ((SourceConfig(self.shards),) if self.shards else ())
+
+    @property
+    def access(self) -> Access:
+        """How shards may be reached."""
+        return Access(self.retries, self.allow_pipe)
 
     @property
     def x_shape(self) -> tuple[int, int, int]:

@@ -11,6 +11,17 @@ from typing import Any
 
 import braceexpand
 
+from msdiff_dist.data.access import (
+    DEFAULT_ACCESS,
+    PIPE,
+    AbsentError,
+    Access,
+    base_name,
+    beside,
+    is_local,
+    matching,
+    read_bytes,
+)
 from msdiff_dist.data.shard_writer import INDEX_NAME
 from msdiff_dist.data.tar_members import TarError, count_samples
 from msdiff_dist.errors import DataError
@@ -20,35 +31,28 @@ FIELD = "data.shards"
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file and the number of samples in it."""
+    """One tar file, the number of samples in it, and its bytes, if known without opening it."""
 
     path: str
     num_samples: int
+    size: int | None = None
 
 
-def resolve_shards(patterns: str | Sequence[str]) -> list[str]:
-    """Expand folders, braces and globs to existing tar files, in a reproducible order.
+def resolve_shards(patterns: str | Sequence[str], access: Access = DEFAULT_ACCESS) -> list[str]:
+    """Expand what a recipe names to addresses of tar files, in a reproducible order.
+
+    A pattern is a folder, a path with braces or globs, an address (`http://`, `s3://`, ...; globs and folders where
+    its system can list, over http a folder that ends in `/` and holds an index.json), `pipe:command`, or a text file
+    `@list.txt` or `list.txt` of such, one a line, paths relative to it.
 
     Raises:
-        DataError: a pattern that matches nothing, shards that are missing or named twice, an address of another kind.
+        DataError: a pattern that matches nothing, shards that are missing or named twice, a command not allowed.
     """
-    paths: list[str] = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if "://" in pattern or pattern.startswith("pipe:"):
-            raise DataError(FIELD, pattern, "is not a path on this machine", "Copy the shards to a local folder.")
-        for name in _expand_braces(pattern):
-            if Path(name).is_dir():
-                found = sorted(glob.glob(f"{glob.escape(name)}/*.tar"))
-            elif Path(name).exists() or not glob.has_magic(name):
-                found = [name]
-            else:
-                found = sorted(glob.glob(name, recursive=True))
-            if not found:
-                raise DataError(FIELD, pattern, "matches no shards", "Correct it, or make shards with `msdiff data`.")
-            paths += found
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    paths = [path for pattern in patterns for path in _resolve(pattern, access)]
     if not paths:
         raise DataError(FIELD, patterns, "matches no shards", "Correct it, or make shards with `msdiff data`.")
-    missing = [path for path in paths if not Path(path).is_file()]
+    missing = [path for path in paths if is_local(path) and not Path(path).is_file()]
     if missing:
         raise DataError(FIELD, patterns, f"shards not found: {_some(missing)}", "Correct the path or the range.")
     twice = [path for path in dict.fromkeys(paths) if paths.count(path) > 1] if len(set(paths)) < len(paths) else []
@@ -57,54 +61,111 @@ def resolve_shards(patterns: str | Sequence[str]) -> list[str]:
     return paths
 
 
-def read_index(paths: Iterable[str]) -> list[Shard]:
+def read_index(paths: Iterable[str], access: Access = DEFAULT_ACCESS) -> list[Shard]:
     """Sample counts from the `index.json` (wids format) beside the shards; shards it does not list are scanned.
 
     Raises:
         DataError: a damaged index or shard, or an index that is not of these shards.
     """
-    indexes: dict[Path, Mapping[str, Any]] = {}
+    indexes: dict[str | None, Mapping[str, Any]] = {}
     shards = []
     for path in paths:
-        folder = Path(path).parent
-        if folder not in indexes:
-            indexes[folder] = _load_index(folder / INDEX_NAME)
-        entry = indexes[folder].get(Path(path).name)
+        at = beside(path, INDEX_NAME)
+        if at not in indexes:
+            indexes[at] = _load_index(at, access)
+        entry = indexes[at].get(base_name(path))
         if entry is None:
-            shards.append(Shard(path, scan(path)))
+            shards.append(Shard(path, scan(path, access), _size(path)))
             continue
-        size = Path(path).stat().st_size
+        size = _size(path) or entry.get("filesize")
         if entry.get("filesize", size) != size:
             raise DataError(
-                FIELD, path, f"has {size} bytes, but {folder / INDEX_NAME} says {entry['filesize']}",
+                FIELD, path, f"has {size} bytes, but {at} says {entry['filesize']}",
                 "The shard is cut short or changed: copy it again, or delete the index to have shards counted anew.",
             )  # fmt: skip
-        shards.append(Shard(path, int(entry["nsamples"])))
+        shards.append(Shard(path, int(entry["nsamples"]), size))
     if not sum(shard.num_samples for shard in shards):
         raise DataError(FIELD, [s.path for s in shards[:3]], "the shards hold no samples", "Make them again.")
     return shards
 
 
-def scan(path: str) -> int:
+def scan(path: str, access: Access = DEFAULT_ACCESS) -> int:
     """Samples in a shard, counted by reading its headers only."""
     try:
-        return count_samples(path)
+        return count_samples(path, access)
     except (TarError, OSError) as e:
         raise DataError(FIELD, path, f"is not a readable tar file ({e})", "Copy or make the shard again.") from e
 
 
-def _load_index(path: Path) -> dict[str, Mapping[str, Any]]:
-    if not path.is_file():
+def _resolve(pattern: str, access: Access) -> list[str]:
+    if pattern.startswith(PIPE):
+        if not access.allow_pipe:
+            raise DataError(
+                FIELD, pattern, "runs a command, which this recipe does not allow",
+                "Set data.allow_pipe: true if you trust it.",
+            )  # fmt: skip
+        return [pattern]
+    if pattern.startswith("@") or pattern.endswith(".txt"):
+        return _resolve_list(pattern.removeprefix("@"), access)
+    paths: list[str] = []
+    for name in _expand_braces(pattern):
+        if not is_local(name):
+            found = _resolve_remote(name, access)
+        elif Path(name).is_dir():
+            found = sorted(glob.glob(f"{glob.escape(name)}/*.tar"))
+        elif Path(name).exists() or not glob.has_magic(name):
+            found = [name]
+        else:
+            found = sorted(glob.glob(name, recursive=True))
+        if not found:
+            raise DataError(FIELD, pattern, "matches no shards", "Correct it, or make shards with `msdiff data`.")
+        paths += found
+    return paths
+
+
+def _resolve_list(path: str, access: Access) -> list[str]:
+    try:
+        lines = [line.strip() for line in read_bytes(path, access).decode().splitlines()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(FIELD, f"@{path}", f"is not a readable list of shards ({e})", "Correct its path.") from e
+    found = []
+    for line in lines:
+        if line and not line.startswith("#"):
+            relative = is_local(line) and not line.startswith(("@", "/"))
+            found += _resolve((beside(path, line) or line) if relative else line, access)
+    return found
+
+
+def _resolve_remote(address: str, access: Access) -> list[str]:
+    try:
+        if not address.startswith(("http://", "https://")):
+            return matching(address, access)
+        if not address.endswith("/"):
+            return [address]
+        listed = _load_index(address + INDEX_NAME, access)
+        return [str(beside(address, name)) for name in listed]
+    except OSError as e:
+        raise DataError(FIELD, address, f"cannot be listed ({e})", "Correct it, or name the shards.") from e
+
+
+def _size(path: str) -> int | None:
+    return Path(path).stat().st_size if is_local(path) else None
+
+
+def _load_index(path: str | None, access: Access) -> dict[str, Mapping[str, Any]]:
+    if path is None:
         return {}
     try:
-        index = json.loads(path.read_text())
+        index = json.loads(read_bytes(path, access))
         if index["__kind__"] != "wids-shard-index-v1":
             raise ValueError(f"unknown kind {index['__kind__']!r}")
-        return {Path(entry["url"]).name: entry for entry in index["shardlist"] if int(entry["nsamples"]) >= 0}
+        return {base_name(entry["url"]): entry for entry in index["shardlist"] if int(entry["nsamples"]) >= 0}
+    except (AbsentError, FileNotFoundError):
+        return {}
+    except OSError as e:
+        raise DataError(FIELD, path, f"cannot be read ({e})", "Try again, or delete it to have shards counted.") from e
     except (ValueError, KeyError, TypeError) as e:
-        raise DataError(
-            FIELD, str(path), f"is not a shard index ({e!r})", "Delete it to have shards counted anew."
-        ) from e
+        raise DataError(FIELD, path, f"is not a shard index ({e!r})", "Delete it to have shards counted anew.") from e
 
 
 def _expand_braces(pattern: str) -> list[str]:

@@ -22,10 +22,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.index import Shard, read_index, resolve_shards
+from msdiff_dist.data.mixture import Mixture
 from msdiff_dist.data.order import Ints, StreamOrder
 from msdiff_dist.data.samples import Sample, decode, synthesize
 from msdiff_dist.data.stream import RawSample, lane_stream
 from msdiff_dist.errors import ConfigError, UserError
+from msdiff_dist.randomness import generator
 
 _CLUSTER_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -53,9 +55,10 @@ class StepSamples:
     keys: list[str]
 
 
-def load_index(config: DataConfig) -> list[Shard]:
-    """The shards of a configuration and their sample counts; empty for kind `synthetic`."""
-    return [] if config.kind == "synthetic" else read_index(resolve_shards(config.shards))
+def load_index(config: DataConfig) -> list[list[Shard]]:
+    """The shards of each source of a configuration and their sample counts; empty for kind `synthetic`."""
+    access = config.access
+    return [read_index(resolve_shards(source.shards, access), access) for source in config.mixed]
 
 
 class StepLoader:
@@ -65,7 +68,7 @@ class StepLoader:
     size alone: never on ranks, workers or the step at which reading starts. The position is the step number.
 
     Args:
-        shards: the result of `load_index`, if it is at hand.
+        index: the result of `load_index`, if it is at hand.
 
     Raises:
         ConfigError: the lanes cannot be dealt evenly to the ranks.
@@ -80,28 +83,23 @@ class StepLoader:
         rank: int = 0,
         world_size: int = 1,
         start_step: int = 0,
-        shards: Sequence[Shard] | None = None,
+        index: Sequence[Sequence[Shard]] | None = None,
     ) -> None:
         if config.lanes % world_size:
             raise ConfigError(
                 "data.lanes", config.lanes, f"is not a multiple of the {world_size} ranks",
                 f"Set data.lanes to a multiple of {world_size}, or run on a number of ranks that divides it.",
             )  # fmt: skip
-        self._schedule = _Schedule(config, load_index(config) if shards is None else shards, seed, global_batch_size)
+        self._schedule = _Schedule(config, load_index(config) if index is None else index, seed, global_batch_size)
         self._world_size = world_size
         lanes = range(rank, config.lanes, world_size)
         self._workers = min(config.workers, len(lanes))
         self._dataset = _RankDataset(self._schedule, list(lanes), start_step)
         self._iterator: Iterator[StepSamples | UserError] | None = None
 
-    @property
-    def samples_per_epoch(self) -> int | None:
-        """Samples in the data set; None for kind `synthetic`, which never repeats."""
-        return self._schedule.order.num_samples if self._schedule.order else None
-
     def source_rank(self, step: int) -> Ints:
         """The rank that reads each sample of a global batch, [global_batch_size]; every rank can compute it."""
-        return self._schedule.lanes_of(step) % self._world_size
+        return self._schedule.locate(step)[1] % self._world_size
 
     def __iter__(self) -> StepLoader:
         return self
@@ -130,19 +128,40 @@ class StepLoader:
 
 
 class _Schedule:
-    """Which lane gives each sample of each global batch."""
+    """Which source and lane give each sample of each global batch."""
 
-    def __init__(self, config: DataConfig, shards: Sequence[Shard], seed: int, global_batch_size: int) -> None:
-        self.config, self.shards, self.seed, self.global_batch_size = config, list(shards), seed, global_batch_size
-        counts = [shard.num_samples for shard in shards]
-        self.order = StreamOrder(counts, config.lanes, config.shuffle, seed) if shards else None
+    def __init__(self, config: DataConfig, index: Sequence[Sequence[Shard]], seed: int, global_batch_size: int) -> None:
+        self.config, self.index, self.seed, self.global_batch_size = config, index, seed, global_batch_size
+        self.mixture = Mixture([source.weight for source in config.mixed]) if config.mixed else None
+        self.orders = [
+            StreamOrder([s.num_samples for s in shards], config.lanes, config.shuffle, _source_seed(seed, source))
+            for source, shards in enumerate(index)
+        ]
 
     def numbers(self, step: int) -> Ints:
         return np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size, dtype=np.int64)
 
-    def lanes_of(self, step: int) -> Ints:
+    def locate(self, step: int) -> tuple[Ints, Ints]:
+        """(source, lane) of each sample of a global batch, [global_batch_size] each."""
         g_B = self.numbers(step)
-        return self.order.lanes_of(g_B) if self.order else g_B % self.config.lanes
+        if self.mixture is None:
+            return np.zeros_like(g_B), g_B % self.config.lanes
+        source_B, number_B = self.mixture.locate(g_B)
+        lane_B = np.empty_like(g_B)
+        for source, order in enumerate(self.orders):
+            here = source_B == source
+            lane_B[here] = order.lanes_of(number_B[here])
+        return source_B, lane_B
+
+    def stream(self, source: int, lane: int, step: int) -> Iterator[RawSample]:
+        """A lane's samples of one source from a step on."""
+        assert self.mixture is not None
+        number = int(self.mixture.taken_before(step * self.global_batch_size)[source])
+        return lane_stream(self.index[source], self.orders[source], lane, number, self.config.access)
+
+
+def _source_seed(seed: int, source: int) -> int:
+    return seed if source == 0 else int(generator(seed, "source", source).integers(2**63))
 
 
 class _RankDataset(IterableDataset):
@@ -163,20 +182,19 @@ class _RankDataset(IterableDataset):
     def parts(self, lanes: set[int]) -> Iterator[StepSamples]:
         """The samples of these lanes, step by step."""
         schedule = self.schedule
-        streams: dict[int, Iterator[RawSample]] = {}
+        streams: dict[tuple[int, int], Iterator[RawSample]] = {}
         for step in itertools.count(self.start_step):
-            g_B, lane_B = schedule.numbers(step), schedule.lanes_of(step).tolist()
-            index_n = [i for i, lane in enumerate(lane_B) if lane in lanes]
+            (source_B, lane_B), first = schedule.locate(step), step * schedule.global_batch_size
+            index_n = [i for i, lane in enumerate(lane_B.tolist()) if lane in lanes]
             samples = []
             for i in index_n:
-                lane, g = lane_B[i], int(g_B[i])
-                if schedule.order is None:
-                    samples.append(synthesize(schedule.config, schedule.seed, g))
+                if schedule.mixture is None:
+                    samples.append(synthesize(schedule.config, schedule.seed, first + i))
                     continue
-                if lane not in streams:
-                    start = self.start_step * schedule.global_batch_size
-                    streams[lane] = lane_stream(schedule.shards, schedule.order, lane, start)
-                samples.append(decode(next(streams[lane]), schedule.config, schedule.seed, g))
+                place = int(source_B[i]), int(lane_B[i])
+                if place not in streams:
+                    streams[place] = schedule.stream(*place, self.start_step)
+                samples.append(decode(next(streams[place]), schedule.config, schedule.seed, first + i))
             yield _collate(step, np.array(index_n, dtype=np.int64), samples, schedule.config)
 
 

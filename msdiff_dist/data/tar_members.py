@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from webdataset.tariterators import group_by_keys, url_opener
+from webdataset.tariterators import group_by_keys
+
+from msdiff_dist.data.access import DEFAULT_ACCESS, Access, open_address
 
 BLOCK = 512
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own bookkeeping members
@@ -23,28 +25,25 @@ class TarError(Exception):
     """The archive is damaged."""
 
 
-def samples(path: str) -> Iterator[dict[str, Any]]:
+def samples(path: str, access: Access = DEFAULT_ACCESS) -> Iterator[dict[str, Any]]:
     """A shard's samples as WebDataset groups them: `__key__`, `__url__` and one entry of bytes per file extension.
 
     Raises:
         TarError: a damaged archive, or a file name that comes twice in a sample.
         OSError: the file cannot be read.
     """
-    return _grouped(path, with_data=True)
+    return _grouped(path, access, with_data=True)
 
 
-def count_samples(path: str) -> int:
+def count_samples(path: str, access: Access = DEFAULT_ACCESS) -> int:
     """Number of samples in a shard; reads headers only."""
-    return sum(1 for _ in _grouped(path, with_data=False))
+    return sum(1 for _ in _grouped(path, access, with_data=False))
 
 
 def members(stream: BinaryIO, with_data: bool = True) -> Iterator[tuple[str, bytes]]:
     """(name, content) of the regular files of an archive; content is empty without `with_data`."""
-    size_of_file = stream.seek(0, 2)
-    stream.seek(0)
     offset, extended_name = 0, None
-    while offset < size_of_file:
-        header = stream.read(BLOCK)
+    while header := stream.read(BLOCK):
         kind = header[156:157]
         if header == bytes(BLOCK):
             return
@@ -58,10 +57,16 @@ def members(stream: BinaryIO, with_data: bool = True) -> Iterator[tuple[str, byt
             return
         size = int(header[124:136].strip(b" \0") or b"0", 8)
         padding = -size % BLOCK
-        if offset + BLOCK + size > size_of_file:
-            raise TarError(f"cut short inside the member at byte {offset}")
+        content = b""
+        if with_data or kind == b"x":
+            content = stream.read(size)
+            if len(content) < size:
+                raise TarError(f"cut short inside the member at byte {offset}")
+            stream.read(padding)
+        else:
+            stream.seek(size + padding, 1)
         if kind == b"x":
-            records = dict(_PAX_RECORD.findall(stream.read(size + padding)[:size]))
+            records = dict(_PAX_RECORD.findall(content))
             if not records.keys() <= _PAX_PLAIN:
                 yield from _through_tarfile(stream, offset, with_data)
                 return
@@ -69,29 +74,26 @@ def members(stream: BinaryIO, with_data: bool = True) -> Iterator[tuple[str, byt
         else:
             name = (extended_name or _plain_name(header)).decode("utf-8", "surrogateescape")
             extended_name = None
-            content = stream.read(size) if with_data else b""
-            stream.seek(offset + BLOCK + size + padding)
             if kind != b"5":
                 yield name, content
         offset += BLOCK + size + padding
     raise TarError("cut short: it has no end mark")
 
 
-def _grouped(path: str, with_data: bool) -> Iterator[dict[str, Any]]:
-    files = _expand(url_opener([{"url": path}]), with_data)
+def _grouped(path: str, access: Access, with_data: bool) -> Iterator[dict[str, Any]]:
+    files = _files(path, access, with_data)
     try:
         yield from group_by_keys(files)
     except ValueError as e:  # a name that comes twice
         raise TarError(str(e.args[0])) from e
 
 
-def _expand(sources: Iterable[dict[str, Any]], with_data: bool) -> Iterator[dict[str, Any]]:
-    """The stage between webdataset's `url_opener` and `group_by_keys`."""
-    for source in sources:
-        with source["stream"] as stream:
-            for name, content in members(stream, with_data):
-                if not _META.match(name):
-                    yield {"fname": name, "data": content, "__url__": source["url"]}
+def _files(path: str, access: Access, with_data: bool) -> Iterator[dict[str, Any]]:
+    """What webdataset's `group_by_keys` takes."""
+    with open_address(path, access) as stream:
+        for name, content in members(stream, with_data):
+            if not _META.match(name):
+                yield {"fname": name, "data": content, "__url__": path}
 
 
 def _checksum_holds(header: bytes) -> bool:

@@ -3,10 +3,12 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import pytest
+from http_server import Behaviour, http_server
 
 from msdiff_dist.data.shard_writer import write_index, write_shard
 
@@ -19,10 +21,10 @@ def npy(array: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def write_latent_shards(folder: Path, sizes: Sequence[int], index: bool = True) -> list[str]:
+def write_latent_shards(folder: Path, sizes: Sequence[int], index: bool = True, first: int = 0) -> list[str]:
     """Shards of 1x1x1 latents whose value, label (modulo 7) and key are the sample's number; returns the keys."""
     folder.mkdir(parents=True, exist_ok=True)
-    number = itertools.count()
+    number = itertools.count(first)
     keys, counts = [], {}
     for shard, size in enumerate(sizes):
         samples = []
@@ -46,3 +48,8 @@ def write_latent_shards(folder: Path, sizes: Sequence[int], index: bool = True) 
 @pytest.fixture
 def latent_shards() -> MakeShards:
     return write_latent_shards
+
+
+@pytest.fixture
+def http_folder() -> Callable[[Path], AbstractContextManager[tuple[str, Behaviour]]]:
+    return http_server

@@ -24,6 +24,11 @@ def test_shape_and_type_of_what_the_loader_gives():
     [
         ({"image_size": 8}, "data.shards"),
         ({"shards": "a"}, "data.image_size"),
+        ({"shards": "a", "sources": [{"shards": "b"}], "image_size": 8}, "data.sources"),
+        ({"sources": [{"shards": "b", "weight": 0}], "image_size": 8}, "data.sources[0].weight"),
+        ({"sources": [{"shards": ""}], "image_size": 8}, "data.sources[0].shards"),
+        ({"sources": [{"shards": "a"}], "kind": "synthetic", "latent_shape": [3, 8, 8]}, "data.sources"),
+        ({"shards": "a", "image_size": 8, "retries": -1}, "data.retries"),
         ({"shards": "a", "image_size": 0}, "data.image_size"),
         ({"shards": "a", "image_size": 8, "lanes": 0}, "data.lanes"),
         ({"shards": "a", "image_size": 8, "workers": -1}, "data.workers"),

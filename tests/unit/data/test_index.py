@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 
+import fsspec
 import pytest
 
+from msdiff_dist.data.access import Access
 from msdiff_dist.data.index import read_index, resolve_shards
 from msdiff_dist.errors import DataError
 
@@ -28,8 +30,10 @@ def test_patterns_resolve_to_the_same_shards(tmp_path, latent_shards):
         ("{}/{{00000..00004}}.tar", r"shards not found: .*00002\.tar, .*00003\.tar, .*00004\.tar"),
         ("{}/{{00000..00009}}.tar", r"and 5 more"),
         ("{}/{{0,1.tar", "unbalanced braces"),
-        ("s3://bucket/0.tar", "not a path on this machine"),
-        ("pipe:cat x", "not a path on this machine"),
+        ("s3://bucket/0.tar", "msdiff-dist\\[s3\\]"),
+        ("pipe:cat x", "does not allow"),
+        ("@{}/none.txt", r"@.*none\.txt.*not a readable list"),
+        ("memory://empty/*.tar", "matches no shards"),
         ((), "matches no shards"),
         (("{}/*.tar", "{}/00001.tar"), r"twice: .*00001\.tar"),
     ],
@@ -86,3 +90,38 @@ def test_shards_without_samples_are_refused(tmp_path, latent_shards):
     latent_shards(tmp_path, [0, 0])
     with pytest.raises(DataError, match="no samples"):
         read_index(resolve_shards(str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["{}/list.txt", "@{}/list.txt", "@{}/list"])
+def test_a_text_file_lists_shards(tmp_path, latent_shards, name):
+    latent_shards(tmp_path / "a", [1, 1])
+    latent_shards(tmp_path / "b", [1])
+    for file in ("list", "list.txt"):
+        lines = ["# two folders", "", "a/{00000..00001}.tar", f" {tmp_path}/b ", "pipe:cat x", "https://host/0.tar"]
+        (tmp_path / file).write_text("\n".join(lines))
+    resolved = resolve_shards(name.format(tmp_path), Access(allow_pipe=True))
+    local = [str(tmp_path / path) for path in ("a/00000.tar", "a/00001.tar", "b/00000.tar")]
+    assert resolved == [*local, "pipe:cat x", "https://host/0.tar"]
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_shards_behind_a_web_server(tmp_path, latent_shards, http_folder, index):
+    latent_shards(tmp_path, [3, 5], index)
+    with http_folder(tmp_path) as (url, server):
+        paths = resolve_shards(f"{url}{{00000..00001}}.tar")
+        assert [(s.path, s.num_samples) for s in read_index(paths)] == [(f"{url}00000.tar", 3), (f"{url}00001.tar", 5)]
+        assert ("/00000.tar" in [path for path, _ in server.requests]) != index
+        if index:
+            assert resolve_shards(url) == paths
+        (tmp_path / "list.txt").write_text("00000.tar\n00001.tar\n")
+        assert resolve_shards(f"@{url}list.txt") == paths
+        with pytest.raises(DataError, match=r"00007\.tar.*404"):
+            read_index([f"{url}00007.tar"])
+
+
+def test_shards_in_a_bucket(tmp_path, latent_shards):
+    latent_shards(tmp_path, [3, 5])
+    system = fsspec.filesystem("memory")
+    system.put(f"{tmp_path}/", "/bucket/", recursive=True)
+    for pattern in ("memory://bucket", "memory://bucket/*.tar", "memory://bucket/{00000..00001}.tar"):
+        assert [s.num_samples for s in read_index(resolve_shards(pattern))] == [3, 5]

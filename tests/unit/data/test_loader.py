@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from msdiff_dist.data.config import DataConfig
+from msdiff_dist.data.config import DataConfig, SourceConfig
 from msdiff_dist.data.index import Shard
 from msdiff_dist.data.loader import StepLoader, _merge, _RankDataset, _Schedule
 from msdiff_dist.errors import ConfigError, DataError
@@ -71,10 +72,54 @@ def test_content_does_not_depend_on_ranks_workers_or_start(
     assert batches(config, B, steps, world_size, start_step) == reference[start_step:]
 
     shards = [Shard(str(folder / f"{i:05d}.tar"), n) for i, n in enumerate(sizes)]
-    dataset = _RankDataset(_Schedule(config, shards, 0, B), list(range(lanes)), start_step)
+    dataset = _RankDataset(_Schedule(config, [shards], 0, B), list(range(lanes)), start_step)
     parts = [dataset.parts(set(range(lanes)[v::workers])) for v in range(workers)]
     merged = [_merge([next(part) for part in parts]) for _ in range(steps)]
     assert [step.keys for step in merged] == reference[start_step:]
+
+
+@given(
+    sizes=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3), min_size=2, max_size=3),
+    weights=st.lists(st.sampled_from([1.0, 2.5, 0.3]), min_size=3, max_size=3),
+    world_size=st.integers(1, 3),
+    B=st.integers(1, 12),
+    start_step=st.integers(0, 9),
+)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_sources_are_mixed_by_weight_and_each_in_its_own_epochs(
+    tmp_path_factory, latent_shards, sizes, weights, world_size, B, start_step
+):
+    folder = tmp_path_factory.mktemp("sources")
+    weights = weights[: len(sizes)]
+    keys = []
+    for source, counts in enumerate(sizes):
+        latent_shards(folder / str(source), counts, first=1000 * source)
+        keys.append([f"{1000 * source + i:05d}" for i in range(sum(counts))])
+    sources = tuple(SourceConfig(str(folder / str(s)), weight) for s, weight in enumerate(weights))
+    config = replace(config_of(folder, lanes=2 * world_size), shards=(), sources=sources)
+    steps = start_step + -(-3 * max(map(len, keys)) // B)
+    reference = batches(config, B, steps)
+    assert batches(config, B, steps - start_step, world_size, start_step) == reference[start_step:]
+    stream = list(itertools.chain(*reference))
+    for s, expected in enumerate(keys):
+        own = [key for key in stream if key in expected]
+        assert abs(len(own) - len(stream) * weights[s] / sum(weights)) < len(weights)
+        for epoch in range(len(own) // len(expected)):
+            assert sorted(own[epoch * len(expected) : (epoch + 1) * len(expected)]) == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_over_http_give_the_same_steps(tmp_path, latent_shards, http_folder, workers):
+    latent_shards(tmp_path, [30, 41, 25])
+    config = config_of(tmp_path, lanes=2, shuffle=16)
+    with http_folder(tmp_path) as (url, server):
+        server.torn, server.torn_after = 5, 30_000
+        remote = replace(config, shards=url + "{00000..00002}.tar", workers=workers)
+        with StepLoader(config, 0, 16, start_step=1) as here, StepLoader(remote, 0, 16, start_step=1) as there:
+            for a, b in itertools.islice(zip(here, there, strict=True), 10):
+                assert a.keys == b.keys
+                assert torch.equal(a.x_nCHW, b.x_nCHW)
+        assert server.torn == 0
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -175,7 +220,6 @@ def test_lanes_must_be_dealt_evenly():
 def test_synthetic_data_needs_no_files_and_is_the_same_on_any_world_size():
     config = DataConfig(kind="synthetic", latent_shape=(2, 4, 4), lanes=6, num_classes=3, latent_dtype="float32")
     whole = StepLoader(config, 0, 8, start_step=3)
-    assert whole.samples_per_epoch is None
     parts = [StepLoader(config, 0, 8, rank, 3, start_step=3) for rank in range(3)]
     for _ in range(4):
         expected = next(whole)
