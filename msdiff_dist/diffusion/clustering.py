@@ -56,13 +56,17 @@ def affinity_boundaries(grid_G: np.ndarray, affinity_GG: np.ndarray, stages: int
 
 
 def similarity_intervals(similarity_GG: np.ndarray, stages: int) -> np.ndarray:
-    """First grid points of stages 1 .. K - 1 that maximise the sum over stages of the mean similarity within each."""
+    """First grid points of stages 1 .. K - 1 that maximise the mean similarity of a time to the times of its own stage.
+
+    So a stage's mean similarity counts by the stage's length. Without that, single grid points, which are perfectly
+    similar to themselves, would make the best stages.
+    """
     G = len(similarity_GG)
     sums = np.zeros((G + 1, G + 1))
     sums[1:, 1:] = similarity_GG.cumsum(0).cumsum(1)
     i, j, _ = _intervals(G)
     block = sums[j, j] - sums[i, j] - sums[j, i] + sums[i, i]
-    return best_intervals(np.where(j > i, -block / np.maximum(j - i, 1) ** 2, np.inf), stages)
+    return best_intervals(np.where(j > i, -block / np.maximum(j - i, 1), np.inf), stages)
 
 
 def centred_costs(feature_G: np.ndarray) -> np.ndarray:

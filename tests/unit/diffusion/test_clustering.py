@@ -67,7 +67,7 @@ def test_similarity_clusters_are_the_best_of_all(G: int, stages: int, seed: int)
     similarity = np.random.default_rng(seed).random((G, G))
 
     def cost(i: int, j: int) -> float:
-        return -float(similarity[i:j, i:j].mean())
+        return -float((j - i) * similarity[i:j, i:j].mean())
 
     cuts = similarity_intervals(similarity, stages)
     assert sum(cost(i, j) for i, j in intervals(tuple(cuts), G)) == pytest.approx(search(cost, G, stages))

@@ -1,0 +1,65 @@
+"""`msdiff stages`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Divide time into stages.")
+
+
+@app.command()
+def cluster(
+    fields: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields of the process, as beta_max=10.")
+    ] = None,
+    method: Annotated[
+        Literal["timestep", "snr", "gradient", "optimal-denoiser"], typer.Option(help="What makes times alike.")
+    ] = "optimal-denoiser",
+    process: Annotated[
+        Literal["vp", "edm", "ldm"] | None, typer.Option(help="Diffusion process. Default: vp, or the recipe's.")
+    ] = None,
+    stages: Annotated[int, typer.Option(min=1, help="Number of stages.")] = 3,
+    data: Annotated[str | None, typer.Option(help="Shards of pictures or latents: folder, braces or glob.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of pictures, or IDX file, instead of --data.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Run folder whose gradients are compared.")] = None,
+    value_range: Annotated[Literal["01", "11"], typer.Option(help="Range of pixels, [0, 1] or [-1, 1].")] = "01",
+    eta: Annotated[float, typer.Option(help="Largest difference of entries that are alike.")] = 2 / 256,
+    alpha: Annotated[float, typer.Option(help="Mean similarity that the outer of three stages keep.")] = 0.9,
+    samples: Annotated[int, typer.Option(help="Noisy samples to denoise.")] = 2000,
+    last_limit: Annotated[
+        Literal["at-1", "at-t"], typer.Option(help="Where eps*_1 is taken: x_1 (Eq. 5), or x_t (the paper's scripts).")
+    ] = "at-1",
+    seed: Annotated[int, typer.Option(help="Of the drawn samples, noises and times.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write the similarity curves or matrix, as .png or .pdf.")] = None,
+    write: Annotated[Path | None, typer.Option(help="Put the boundaries into this recipe.")] = None,
+) -> None:
+    """Find stage boundaries by timestep, signal-to-noise ratio, gradients, or the data's optimal denoiser.
+
+    Example: msdiff stages cluster --method optimal-denoiser --process vp --stages 3 --data data/fashion-mnist --json
+    """
+    from msdiff_dist.evaluation.stage_division import DenoiserOptions
+    from msdiff_dist.launch.stage_division import ClusterRequest
+    from msdiff_dist.launch.stage_division import cluster as find_boundaries
+
+    options = DenoiserOptions(eta, alpha, samples, value_range, last_limit, seed)
+    command = "msdiff " + shlex.join(sys.argv[1:])
+    request = ClusterRequest(method, stages, process, fields or [], data, images, run, options, plot, write, command)
+    division = find_boundaries(request)
+    if division is None:
+        return
+    unit = division.process.unit
+    if as_json:
+        name = {"timestep": "ldm", "t": "vp", "sigma": "edm"}[unit]
+        found = {"method": method, "process": name, "stages": stages, "unit": unit, "boundaries": division.boundaries}
+        typer.echo(json.dumps(found))
+        return
+    typer.echo(f"{method}, {stages} stages: {unit} = {division.boundaries}")
+    if division.found_by:
+        typer.echo(f"({division.found_by})")
