@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
-
-
-class SamplerName(StrEnum):
-    """Solvers offered on the command line."""
-
-    ddim = "ddim"
-    dpmpp_2m = "dpmpp_2m"
-    ddpm = "ddpm"
 
 
 def sample(
     run: Annotated[Path, typer.Argument(help="Run folder, or one checkpoint of it.")],
     out: Annotated[Path, typer.Option(help="New folder for the pictures.")],
     num: Annotated[int, typer.Option(min=1, help="Pictures to make.")] = 64,
-    sampler: Annotated[SamplerName, typer.Option(help="Solver.")] = SamplerName.ddim,
-    steps: Annotated[int, typer.Option(min=1, help="Network evaluations a picture.")] = 50,
+    sampler: Annotated[
+        Literal["ddim", "dpmpp_2m", "ddpm", "dpm_3s", "heun"] | None,
+        typer.Option(help="Solver. Default: ddim, dpm_3s for a vp process, heun for edm."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Network evaluations a picture; heun takes 2 N - 1.")] = 50,
     eta: Annotated[float, typer.Option(min=0, max=1, help="Noise of ddim's steps.")] = 0.0,
+    churn: Annotated[float, typer.Option(min=0, help="Noise of heun's steps, S_churn.")] = 0.0,
+    spacing: Annotated[
+        Literal["leading", "trailing", "uniform", "log_snr", "rho"] | None,
+        typer.Option(help="Where the steps lie. Default: leading, log_snr for a vp process, rho for edm."),
+    ] = None,
     clip: Annotated[bool, typer.Option(help="Keep x0 in [-1, 1]: for pixels, not latents.")] = False,
     class_: Annotated[int | None, typer.Option("--class", help="Only this class; default all in turn.")] = None,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 1.0,
@@ -35,9 +34,9 @@ def sample(
 
     Example: msdiff sample runs/quickstart --num 100 --steps 50 --sampler ddim --out samples
     """
-    from msdiff_dist.diffusion.sampling import SamplerConfig
+    from msdiff_dist.diffusion.solvers import ChurnConfig, SamplerConfig
     from msdiff_dist.launch.sample import sample_run
 
-    config = SamplerConfig(sampler.value, steps, eta, clip=clip, guidance_scale=guidance)
+    config = SamplerConfig(sampler, steps, eta, spacing, clip=clip, guidance_scale=guidance, churn=ChurnConfig(churn))
     sample_run(run, out, num, config, class_, seed, batch_size, ema=not raw)
     typer.echo(f"{num} pictures and grid.png in {out}")

@@ -10,6 +10,8 @@ from msdiff_dist.diffusion.noise_schedule import ScheduleName
 from msdiff_dist.errors import ConfigError
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
+SamplerName = Literal["ddim", "dpmpp_2m", "ddpm", "dpm_3s", "heun"]
+Spacing = Literal["leading", "trailing", "uniform", "log_snr", "rho"]
 Unit = Literal["timestep", "t", "sigma"]
 StageSampling = Literal["uniform", "equal"] | tuple[float, ...]
 

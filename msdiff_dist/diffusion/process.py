@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from msdiff_dist.diffusion.config import DiffusionConfig, DiscreteConfig, EDMConfig, Unit, VPConfig
+from msdiff_dist.diffusion.config import (
+    DiffusionConfig,
+    DiscreteConfig,
+    EDMConfig,
+    SamplerName,
+    Spacing,
+    Unit,
+    VPConfig,
+)
 from msdiff_dist.diffusion.denoiser import Denoiser, EDMDenoiser, build_denoiser
 from msdiff_dist.diffusion.noise_schedule import alphas_cumprod, betas
 from msdiff_dist.errors import ConfigError
-
-Spacing = Literal["leading", "trailing", "uniform", "log_snr", "rho"]
 
 
 class Process(ABC):
@@ -25,8 +31,8 @@ class Process(ABC):
     unit: ClassVar[Unit]
     spacings: ClassVar[tuple[Spacing, ...]]
     """How its sampling times can be spaced; the first is the default."""
-    samplers: ClassVar[tuple[str, ...]]
-    """Solvers that fit it."""
+    samplers: ClassVar[tuple[SamplerName, ...]]
+    """Solvers that fit it; the first is the default."""
 
     lo: float
     hi: float

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from msdiff_dist.diffusion.process import Process, Spacing
+from msdiff_dist.diffusion.config import SamplerName, Spacing
+from msdiff_dist.diffusion.process import Process
 from msdiff_dist.errors import ConfigError
 
-SamplerName = Literal["ddim", "dpmpp_2m", "ddpm", "dpm_3s", "heun"]
 Denoise = Callable[[Tensor, float], Tensor]
 
 
@@ -43,8 +43,8 @@ class SamplerConfig:
     """How samples are made.
 
     Args:
-        name: `ddim`, `ddpm` (ancestral), `dpmpp_2m` (DPM-Solver++ multistep of order 2) for discrete and vp
-            processes, `dpm_3s` (DPM-Solver singlestep of order 3) for vp, `heun` for edm.
+        name: `ddim`, `ddpm` (ancestral) or `dpmpp_2m` (DPM-Solver++ multistep of order 2) for discrete and vp
+            processes, `dpm_3s` (DPM-Solver singlestep of order 3) for vp, `heun` for edm; None is the process's own.
         steps: network evaluations, but for `heun` its steps: N of them take 2 N - 1 evaluations.
         eta: noise of ddim's steps: 0 is deterministic, 1 as noisy as ddpm.
         spacing: where the times lie, one of the process's `spacings`; None is its default.
@@ -55,7 +55,7 @@ class SamplerConfig:
         churn: heun's noise.
     """
 
-    name: SamplerName = "ddim"
+    name: SamplerName | None = None
     steps: int = 50
     eta: float = 0.0
     spacing: Spacing | None = None
@@ -69,12 +69,27 @@ class SamplerConfig:
             raise ConfigError("steps", self.steps, "sampling needs at least one step", "Use 50.")
         if not 0 <= self.eta <= 1:
             raise ConfigError("eta", self.eta, "must lie in [0, 1]", "Use 0 for deterministic sampling.")
-        if self.eta and self.name != "ddim":
+        if self.eta and self.name not in ("ddim", None):
             raise ConfigError("eta", self.eta, f"{self.name} has no eta", "Leave it out, or use the ddim sampler.")
-        if self.churn.amount and self.name != "heun":
+        if self.churn.amount and self.name not in ("heun", None):
             raise ConfigError("churn.amount", self.churn.amount, f"{self.name} has no churn", "Leave it out.")
         if self.name == "dpm_3s" and self.steps < 3:
             raise ConfigError("steps", self.steps, "a solver of order 3 needs three evaluations", "Use at least 3.")
+
+    def for_process(self, process: Process) -> SamplerConfig:
+        """This configuration with its sampler named.
+
+        Raises:
+            ConfigError: the sampler, spacing, end or number of steps does not fit the process.
+        """
+        named = replace(self, name=self.name or process.samplers[0])
+        if named.name not in process.samplers:
+            problem = f"does not sample a process in {process.unit}"
+            raise ConfigError("name", named.name, problem, f"Choose from: {', '.join(process.samplers)}.")
+        if named.name == "dpm_3s" and named.spacing not in ("log_snr", None):
+            raise ConfigError("spacing", named.spacing, "dpm_3s steps evenly in log-SNR", "Leave it out.")
+        process.sampling_times(named.steps, named.spacing, named.end)
+        return named
 
 
 def steps_of_budget(name: SamplerName, evaluations: int) -> int:
@@ -102,9 +117,7 @@ def solve(
     Raises:
         ConfigError: the sampler, spacing, end or number of steps does not fit the process.
     """
-    if config.name not in process.samplers:
-        problem = f"does not sample a process in {process.unit}"
-        raise ConfigError("name", config.name, problem, f"Choose from: {', '.join(process.samplers)}.")
+    config = config.for_process(process)
     if config.clip and config.name not in ("ddim", "ddpm"):  # these clip by themselves
 
         def clipped(x: Tensor, t: float) -> Tensor:

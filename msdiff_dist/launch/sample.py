@@ -11,7 +11,7 @@ from torch import Tensor
 
 from msdiff_dist.checkpoint.layout import CheckpointIndex, find_checkpoint
 from msdiff_dist.diffusion.sampling import SamplerConfig
-from msdiff_dist.errors import RunFolderError
+from msdiff_dist.errors import ConfigError, RunFolderError
 from msdiff_dist.evaluation.preview import class_labels, write_grid
 from msdiff_dist.launch.preview import generator_for
 from msdiff_dist.recipe import recipe_from
@@ -33,6 +33,11 @@ def sample_run(
     if out.exists() and any(out.iterdir()):
         raise RunFolderError("--out", str(out), "is not empty", "Name a new folder.")
     class_labels([0], recipe.model.num_classes, class_)
+    try:
+        sampler = sampler.for_process(recipe.process())
+    except ConfigError as e:
+        option = "sampler" if e.field == "name" else e.field
+        raise ConfigError(f"--{option}", e.value, e.problem, e.remedy) from None
     generator = generator_for(recipe, checkpoint, torch.device("cuda" if torch.cuda.is_available() else "cpu"), ema)
     out.mkdir(parents=True, exist_ok=True)
     grid: list[Tensor] = []

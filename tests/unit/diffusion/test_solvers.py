@@ -145,18 +145,26 @@ def test_clip_keeps_estimates_in_range() -> None:
         (DISCRETE, {"name": "dpm_3s"}, "name"),
         (VP, {"end": 1e-5}, "end"),
         (VP, {"name": "dpm_3s", "steps": 2}, "steps"),
+        (VP, {"name": "dpm_3s", "spacing": "uniform"}, "spacing"),
+        (VP, {"eta": 1.0}, "eta"),
         (EDM, {"name": "ddim"}, "name"),
         (EDM, {"name": "heun", "end": 0.0}, "end"),
         (VP, {"steps": 0}, "steps"),
         (VP, {"eta": 2.0}, "eta"),
         (VP, {"name": "ddpm", "eta": 0.5}, "eta"),
         (VP, {"churn": ChurnConfig(1.0)}, "churn.amount"),
+        (DISCRETE, {"churn": ChurnConfig(1.0)}, "churn.amount"),
     ],
 )
 def test_samplers_that_do_not_fit_are_refused(process: Process, fields: dict, field: str) -> None:
     with pytest.raises(ConfigError) as e:
         solve(lambda x, t: x, process, SamplerConfig(**fields), torch.zeros(1, 1), [torch.Generator()])
     assert e.value.field == field
+
+
+@pytest.mark.parametrize(("process", "name"), [(DISCRETE, "ddim"), (VP, "dpm_3s"), (EDM, "heun")])
+def test_every_process_has_a_sampler_of_its_own(process: Process, name: str) -> None:
+    assert SamplerConfig().for_process(process).name == name
 
 
 def test_an_even_budget_of_heun_is_refused() -> None:
