@@ -77,11 +77,17 @@ def _exports(cluster: ClusterConfig, code: Path) -> list[str]:
 
 def _slurm_parameters(cluster: ClusterConfig, name: str) -> dict[str, Any]:
     low, high = cluster.node_range
-    further: dict[str, Any] = {"requeue": True}
-    if low < high:
-        further["nodes"] = f"{low}-{high}"
+    ranks, cpus = cluster.ranks_per_node, cluster.cpus_per_task
     # Since Slurm 22.05 srun no longer takes the CPUs per task over from sbatch.
-    srun = [f"--cpus-per-task={cluster.cpus_per_task}", "--kill-on-bad-exit=1", "--open-mode=append", *cluster.srun]
+    srun = [f"--cpus-per-task={cpus}", "--kill-on-bad-exit=1", "--open-mode=append", *cluster.srun]
+    further: dict[str, Any] = {"requeue": True}
+    tasks: dict[str, Any] = {"ntasks_per_node": ranks, "cpus_per_task": cpus}
+    if low < high:
+        # With tasks in the sbatch options, a job that once ran on `high` nodes asks for their number of tasks for good
+        # and never comes back on fewer: so the job asks for CPUs only, and srun for the tasks.
+        tasks = {}
+        further |= {"nodes": f"{low}-{high}", "mincpus": ranks * cpus}
+        srun = [f"--ntasks-per-node={ranks}", *srun]
     return {
         "job_name": name,
         "partition": cluster.partition,
@@ -91,8 +97,7 @@ def _slurm_parameters(cluster: ClusterConfig, name: str) -> dict[str, Any]:
         "time": math.ceil(cluster.time_s / 60),
         "signal_delay_s": cluster.signal_delay_s,
         "nodes": high,
-        "ntasks_per_node": cluster.ranks_per_node,
-        "cpus_per_task": cluster.cpus_per_task,
+        **tasks,
         "gpus_per_node": None if cluster.gres or not cluster.gpus_per_node else cluster.gpus_per_node,
         "gres": cluster.gres,
         "mem": f"{math.ceil(cluster.memory_gb * 1024)}MB" if cluster.memory_gb else None,

@@ -48,8 +48,13 @@ def test_the_snapshot_comes_first_in_the_import_path() -> None:
 
 
 def test_a_range_of_nodes_typed_gpus_a_container_and_an_array() -> None:
-    text = text_of(tasks=5, nodes="2-4", gpus_per_node=8, gres="gpu:a100:8", container="run img", max_parallel=3)
+    text = text_of(
+        tasks=5, nodes="2-4", gpus_per_node=8, gres="gpu:a100:8", container="run img", max_parallel=3, cpus_per_task=3
+    )
     assert "#SBATCH --nodes=2-4\n" in text
+    assert "#SBATCH --mincpus=24\n" in text
+    assert "#SBATCH --ntasks" not in text
+    assert "--ntasks-per-node=8 --cpus-per-task=3" in text
     assert "#SBATCH --gres=gpu:a100:8\n" in text
     assert "gpus-per-node" not in text
     assert "#SBATCH --array=0-4%3\n" in text
