@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 from rich.progress import Progress
 
-from msdiff_dist.checkpoint.layout import CheckpointIndex
+from msdiff_dist.checkpoint.layout import CheckpointIndex, find_checkpoint
 from msdiff_dist.checkpoint.load import CheckpointReader
 from msdiff_dist.config import from_mapping
 from msdiff_dist.data.blocks import Part, image_parts, shard_parts
@@ -35,7 +35,6 @@ from msdiff_dist.evaluation.stage_division import (
     float_blocks,
     plot,
 )
-from msdiff_dist.launch.sample import find_checkpoint
 from msdiff_dist.models.autoencoder import LatentCodec
 from msdiff_dist.models.multistage_unet import build_parts
 from msdiff_dist.recipe import load_recipe, recipe_from
@@ -43,7 +42,7 @@ from msdiff_dist.recipe import load_recipe, recipe_from
 ProcessName = Literal["vp", "edm", "ldm"]
 
 _NAMES: dict[str, ProcessName] = {"vp": "vp", "edm": "edm", "discrete": "ldm"}
-GRADIENT_GRID, GRADIENT_BATCH = 100, 128
+GRADIENT_GRID, GRADIENT_BATCH = 100, 64
 _MARK = "# boundaries found by: "
 _BOUNDARIES = re.compile(r"boundaries:[ \t]*(?:\[[^\]]*\]|(?:\n[ \t]*-[^\n]*)+)")
 
