@@ -47,7 +47,9 @@ def undisturbed(folder: Path, *changes: str) -> dict[int, float]:
 
 def preempt(slurm: SlurmCluster) -> None:
     """A job of the higher partition takes both nodes for a moment."""
-    blocker = slurm.run("sbatch", "--parsable", "-p", "high", "-N2", "--exclusive", "--wrap", "sleep 1").strip()
+    blocker = slurm.run(
+        "sbatch", "--parsable", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"
+    ).strip()
     slurm.wait_job(blocker, "COMPLETED")
 
 

@@ -19,7 +19,7 @@ def test_srun_reaches_every_node_with_its_gpus(slurm: SlurmCluster) -> None:
 
 def test_more_gpus_than_there_are_is_refused(slurm: SlurmCluster) -> None:
     with pytest.raises(RuntimeError, match="Requested node configuration is not available"):
-        slurm.run("sbatch", "--gpus-per-node=3", "--wrap", "true")
+        slurm.run("sbatch", "--gpus-per-node=3", "--output=/dev/null", "--wrap", "true")
 
 
 def test_a_batch_job_ends_in_the_accounting(slurm: SlurmCluster, tmp_path: Path) -> None:
