@@ -33,6 +33,9 @@ class DataConfig:
         sources: instead of `shards`: several, mixed by weight. Each is shuffled and begins again by itself.
         allow_pipe: let `pipe:` run commands of this recipe.
         retries: further tries after a connection breaks, with waits that double.
+        max_bad: damaged shards and samples to leave out, each counted once from the start of the command, before giving
+            up. The place of a damaged sample is filled with the next good one of its lane; the rest of a torn shard
+            with its samples from the first on.
         lanes: disjoint parts of the stream; a multiple of the world size. Part of the sample order, so fixed for a run.
             A lane reads whole shards, so reading is spread over all lanes only if there are at least as many shards.
         workers: loader processes per rank; 0 reads in the training process. Does not change what is read.
@@ -55,6 +58,7 @@ class DataConfig:
     sources: tuple[SourceConfig, ...] = ()
     allow_pipe: bool = False
     retries: int = 5
+    max_bad: int = 0
     lanes: int = 8
     workers: int = 0
     shuffle: int = 2048
@@ -76,6 +80,7 @@ class DataConfig:
         _at_least("workers", self.workers, 0)
         _at_least("shuffle", self.shuffle, 0)
         _at_least("retries", self.retries, 0)
+        _at_least("max_bad", self.max_bad, 0)
         if self.num_classes is not None:
             _at_least("num_classes", self.num_classes, 1)
         if self.channels not in (1, 3):

@@ -22,20 +22,23 @@ from msdiff_dist.data.access import (
     matching,
     read_bytes,
 )
+from msdiff_dist.data.damage import Damage, DamageReport
 from msdiff_dist.data.shard_writer import INDEX_NAME
-from msdiff_dist.data.tar_members import TarError, count_samples
+from msdiff_dist.data.tar_members import TarError, sample_keys
 from msdiff_dist.errors import DataError
 
 FIELD = "data.shards"
+STRICT = DamageReport(max_bad=0)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file, the number of samples in it, and its bytes, if known without opening it."""
+    """One tar file, the number of samples in it, its bytes, if known without opening it, and what was found wrong."""
 
     path: str
     num_samples: int
     size: int | None = None
+    problem: str | None = None
 
 
 def resolve_shards(patterns: str | Sequence[str], access: Access = DEFAULT_ACCESS) -> list[str]:
@@ -61,11 +64,11 @@ def resolve_shards(patterns: str | Sequence[str], access: Access = DEFAULT_ACCES
     return paths
 
 
-def read_index(paths: Iterable[str], access: Access = DEFAULT_ACCESS) -> list[Shard]:
+def read_index(paths: Iterable[str], access: Access = DEFAULT_ACCESS, damage: DamageReport = STRICT) -> list[Shard]:
     """Sample counts from the `index.json` (wids format) beside the shards; shards it does not list are scanned.
 
     Raises:
-        DataError: a damaged index or shard, or an index that is not of these shards.
+        DataError: a damaged index, an index that is not of these shards, or more damaged shards than may be.
     """
     indexes: dict[str | None, Mapping[str, Any]] = {}
     shards = []
@@ -74,27 +77,36 @@ def read_index(paths: Iterable[str], access: Access = DEFAULT_ACCESS) -> list[Sh
         if at not in indexes:
             indexes[at] = _load_index(at, access)
         entry = indexes[at].get(base_name(path))
-        if entry is None:
-            shards.append(Shard(path, scan(path, access), _size(path)))
-            continue
-        size = _size(path) or entry.get("filesize")
-        if entry.get("filesize", size) != size:
-            raise DataError(
-                FIELD, path, f"has {size} bytes, but {at} says {entry['filesize']}",
-                "The shard is cut short or changed: copy it again, or delete the index to have shards counted anew.",
-            )  # fmt: skip
-        shards.append(Shard(path, int(entry["nsamples"]), size))
+        shards.append(scan(path, access, damage) if entry is None else _indexed(path, str(at), entry, damage))
     if not sum(shard.num_samples for shard in shards):
         raise DataError(FIELD, [s.path for s in shards[:3]], "the shards hold no samples", "Make them again.")
     return shards
 
 
-def scan(path: str, access: Access = DEFAULT_ACCESS) -> int:
-    """Samples in a shard, counted by reading its headers only."""
+def scan(path: str, access: Access = DEFAULT_ACCESS, damage: DamageReport = STRICT) -> Shard:
+    """A shard and its samples, counted by reading its headers only; of a damaged one, those before the damage."""
+    count, problem = 0, None
+
+    def duplicate(key: str, what: str) -> None:
+        damage.add(Damage(path, key, what), DataError(FIELD, path, f"sample {key!r}: {what}", "Make it again."))
+
     try:
-        return count_samples(path, access)
+        for _ in sample_keys(path, access, duplicate):
+            count += 1
     except (TarError, OSError) as e:
-        raise DataError(FIELD, path, f"is not a readable tar file ({e})", "Copy or make the shard again.") from e
+        error = DataError(FIELD, path, f"is not a readable tar file ({e})", "Copy or make the shard again.")
+        problem = f"is readable up to sample {count} only ({e})"
+        damage.add(Damage(path, None, problem), error)
+    return Shard(path, count, _size(path), problem)
+
+
+def _indexed(path: str, index: str, entry: Mapping[str, Any], damage: DamageReport) -> Shard:
+    size, problem = _size(path) or entry.get("filesize"), None
+    if entry.get("filesize", size) != size:
+        problem = f"has {size} bytes, but {index} says {entry['filesize']}"
+        remedy = "It is cut short or changed: copy it again, or delete the index to have shards counted anew."
+        damage.add(Damage(path, None, problem), DataError(FIELD, path, problem, remedy))
+    return Shard(path, int(entry["nsamples"]), size, problem)
 
 
 def _resolve(pattern: str, access: Access) -> list[str]:

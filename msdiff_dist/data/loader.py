@@ -10,8 +10,9 @@ import os
 import signal
 import threading
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -21,12 +22,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from msdiff_dist.data.config import DataConfig
+from msdiff_dist.data.damage import Damage, DamageReport
 from msdiff_dist.data.index import Shard, read_index, resolve_shards
 from msdiff_dist.data.mixture import Mixture
 from msdiff_dist.data.order import Ints, StreamOrder
 from msdiff_dist.data.samples import Sample, decode, synthesize
 from msdiff_dist.data.stream import RawSample, lane_stream
-from msdiff_dist.errors import ConfigError, UserError
+from msdiff_dist.errors import ConfigError, DataError, UserError
 from msdiff_dist.randomness import generator
 
 _CLUSTER_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -44,6 +46,7 @@ class StepSamples:
         context_nTC: context embeddings, if the data has `context_shape`.
         captions: if the data has `captions`.
         keys: the samples' names in their shards.
+        damage: what was found wrong for the first time while this step was read, and left out.
     """
 
     step: int
@@ -53,12 +56,17 @@ class StepSamples:
     context_nTC: Tensor | None
     captions: list[str] | None
     keys: list[str]
+    damage: tuple[Damage, ...] = ()
 
 
 def load_index(config: DataConfig) -> list[list[Shard]]:
-    """The shards of each source of a configuration and their sample counts; empty for kind `synthetic`."""
-    access = config.access
-    return [read_index(resolve_shards(source.shards, access), access) for source in config.mixed]
+    """The shards of each source of a configuration and their sample counts; empty for kind `synthetic`.
+
+    Raises:
+        DataError: shards are missing or not what their index says, or more are damaged than `config.max_bad`.
+    """
+    access, damage = config.access, DamageReport(config.max_bad)
+    return [read_index(resolve_shards(source.shards, access), access, damage) for source in config.mixed]
 
 
 class StepLoader:
@@ -90,7 +98,9 @@ class StepLoader:
                 "data.lanes", config.lanes, f"is not a multiple of the {world_size} ranks",
                 f"Set data.lanes to a multiple of {world_size}, or run on a number of ranks that divides it.",
             )  # fmt: skip
-        self._schedule = _Schedule(config, load_index(config) if index is None else index, seed, global_batch_size)
+        index = load_index(config) if index is None else index
+        self._found = tuple(Damage(s.path, None, s.problem) for shards in index for s in shards if s.problem)
+        self._schedule = _Schedule(config, index, seed, global_batch_size)
         self._world_size = world_size
         lanes = range(rank, config.lanes, world_size)
         self._workers = min(config.workers, len(lanes))
@@ -114,7 +124,9 @@ class StepLoader:
                 self.close()
                 raise part
             parts.append(part)
-        return _merge(parts)
+        merged = _merge(parts)
+        found, self._found = self._found, ()
+        return replace(merged, damage=found + merged.damage) if found else merged
 
     def close(self) -> None:
         """End the workers and the iteration. Idempotent."""
@@ -153,15 +165,41 @@ class _Schedule:
             lane_B[here] = order.lanes_of(number_B[here])
         return source_B, lane_B
 
-    def stream(self, source: int, lane: int, step: int) -> Iterator[RawSample]:
-        """A lane's samples of one source from a step on."""
+    def lane(self, source: int, lane: int, step: int, damage: DamageReport) -> _Lane:
+        """A lane of one source from a step on."""
         assert self.mixture is not None
         number = int(self.mixture.taken_before(step * self.global_batch_size)[source])
-        return lane_stream(self.index[source], self.orders[source], lane, number, self.config.access)
+        order = self.orders[source]
+        stream = lane_stream(self.index[source], order, lane, number, self.config.access, damage)
+        return _Lane(stream, order.num_samples, self.config, self.seed, damage)
 
 
 def _source_seed(seed: int, source: int) -> int:
     return seed if source == 0 else int(generator(seed, "source", source).integers(2**63))
+
+
+class _Lane:
+    """Decodes a lane's samples. The place of one that cannot be decoded is filled with the next that can, which comes
+    again in its own place: so what a place holds depends on the data alone, wherever reading starts."""
+
+    def __init__(
+        self, stream: Iterator[RawSample], longest: int, config: DataConfig, seed: int, damage: DamageReport
+    ) -> None:
+        self._stream, self._longest, self._config, self._seed, self._damage = stream, longest, config, seed, damage
+        self._ahead: deque[RawSample] = deque()
+
+    def take(self, g: int) -> Sample:
+        """The lane's next sample, number g of the run."""
+        own = raw = self._ahead.popleft() if self._ahead else next(self._stream)
+        for at in range(self._longest):
+            try:
+                return decode(raw, self._config, self._seed, g)
+            except DataError as e:
+                self._damage.add(Damage(raw["__url__"], raw["__key__"], f"{e.field}: {e.problem}"), e)
+            if at == len(self._ahead):
+                self._ahead.append(next(self._stream))
+            raw = self._ahead[at]
+        raise DataError("data.shards", own["__url__"], "no sample of the lane can be used", "Repair the shards.")
 
 
 class _RankDataset(IterableDataset):
@@ -182,7 +220,8 @@ class _RankDataset(IterableDataset):
     def parts(self, lanes: set[int]) -> Iterator[StepSamples]:
         """The samples of these lanes, step by step."""
         schedule = self.schedule
-        streams: dict[tuple[int, int], Iterator[RawSample]] = {}
+        damage = DamageReport(schedule.config.max_bad)
+        streams: dict[tuple[int, int], _Lane] = {}
         for step in itertools.count(self.start_step):
             (source_B, lane_B), first = schedule.locate(step), step * schedule.global_batch_size
             index_n = [i for i, lane in enumerate(lane_B.tolist()) if lane in lanes]
@@ -193,9 +232,10 @@ class _RankDataset(IterableDataset):
                     continue
                 place = int(source_B[i]), int(lane_B[i])
                 if place not in streams:
-                    streams[place] = schedule.stream(*place, self.start_step)
-                samples.append(decode(next(streams[place]), schedule.config, schedule.seed, first + i))
-            yield _collate(step, np.array(index_n, dtype=np.int64), samples, schedule.config)
+                    streams[place] = schedule.lane(*place, self.start_step, damage)
+                samples.append(streams[place].take(first + i))
+            part = _collate(step, np.array(index_n, dtype=np.int64), samples, schedule.config)
+            yield replace(part, damage=damage.take())
 
 
 def _start(dataset: _RankDataset, workers: int) -> Iterator[StepSamples | UserError]:
@@ -287,4 +327,5 @@ def _merge(parts: list[StepSamples]) -> StepSamples:
         context_nTC=tensors([part.context_nTC for part in parts]),
         captions=lists([part.captions for part in parts]),
         keys=lists([part.keys for part in parts]),
+        damage=tuple(itertools.chain(*(part.damage for part in parts))),
     )

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from webdataset.tariterators import group_by_keys
 
 from msdiff_dist.data.access import DEFAULT_ACCESS, Access, open_address
 
+OnDuplicate = Callable[[str, str], None]
 BLOCK = 512
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own bookkeeping members
 _PAX_RECORD = re.compile(rb"\d+ ([^=]+)=([^\n]*)\n")
@@ -25,19 +26,24 @@ class TarError(Exception):
     """The archive is damaged."""
 
 
-def samples(path: str, access: Access = DEFAULT_ACCESS) -> Iterator[dict[str, Any]]:
+def samples(
+    path: str, access: Access = DEFAULT_ACCESS, on_duplicate: OnDuplicate | None = None
+) -> Iterator[dict[str, Any]]:
     """A shard's samples as WebDataset groups them: `__key__`, `__url__` and one entry of bytes per file extension.
 
+    Args:
+        on_duplicate: told (key, what) of a file name or key that comes a second time, which is then passed over.
+
     Raises:
-        TarError: a damaged archive, or a file name that comes twice in a sample.
+        TarError: a damaged archive, or a duplicate if there is no `on_duplicate`.
         OSError: the file cannot be read.
     """
-    return _grouped(path, access, with_data=True)
+    return _grouped(path, access, on_duplicate or _refuse, with_data=True)
 
 
-def count_samples(path: str, access: Access = DEFAULT_ACCESS) -> int:
-    """Number of samples in a shard; reads headers only."""
-    return sum(1 for _ in _grouped(path, access, with_data=False))
+def sample_keys(path: str, access: Access = DEFAULT_ACCESS, on_duplicate: OnDuplicate | None = None) -> Iterator[str]:
+    """The keys of a shard's samples; reads headers only. Arguments and errors as for `samples`."""
+    return (sample["__key__"] for sample in _grouped(path, access, on_duplicate or _refuse, with_data=False))
 
 
 def members(stream: BinaryIO, with_data: bool = True) -> Iterator[tuple[str, bytes]]:
@@ -80,12 +86,31 @@ def members(stream: BinaryIO, with_data: bool = True) -> Iterator[tuple[str, byt
     raise TarError("cut short: it has no end mark")
 
 
-def _grouped(path: str, access: Access, with_data: bool) -> Iterator[dict[str, Any]]:
-    files = _files(path, access, with_data)
-    try:
-        yield from group_by_keys(files)
-    except ValueError as e:  # a name that comes twice
-        raise TarError(str(e.args[0])) from e
+def _grouped(path: str, access: Access, on_duplicate: OnDuplicate, with_data: bool) -> Iterator[dict[str, Any]]:
+    repeated: list[str] = []  # file names, of the sample that comes next
+
+    def note(error: Exception) -> bool:
+        if not isinstance(error, ValueError):
+            raise error
+        repeated.append(str(error.args[0]).split(":", 1)[0])
+        return True
+
+    keys: set[str] = set()
+    for sample in group_by_keys(_files(path, access, with_data), handler=note):
+        key = sample["__key__"]
+        new = key not in keys
+        if not new:
+            on_duplicate(key, "its key comes twice in the shard")
+        for name in repeated:
+            on_duplicate(key, f"its file {name} comes twice")
+        repeated.clear()
+        keys.add(key)
+        if new:
+            yield sample
+
+
+def _refuse(key: str, what: str) -> None:
+    raise TarError(f"sample {key!r}: {what}")
 
 
 def _files(path: str, access: Access, with_data: bool) -> Iterator[dict[str, Any]]:

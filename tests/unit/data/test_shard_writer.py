@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import json
 import tarfile
-from pathlib import Path
 
 import pytest
 import webdataset
 
-from msdiff_dist.data.index import Shard, read_index, resolve_shards, scan
+from msdiff_dist.data.index import read_index, resolve_shards, scan
 from msdiff_dist.data.shard_writer import DatasetInfo, even_sizes, write_dataset, write_shard
 from msdiff_dist.errors import DataError
 
@@ -22,7 +21,7 @@ def test_shards_read_back_through_webdataset_and_the_index(tmp_path):
     written = write_dataset(tmp_path / "out", INFO, things(10), even_sizes(10, 3))
     assert (written.shards, written.samples, written.class_counts) == (3, 10, {0: 5, 1: 5})
     paths = resolve_shards(str(tmp_path / "out"))
-    assert read_index(paths) == [Shard(path, scan(path), Path(path).stat().st_size) for path in paths]
+    assert read_index(paths) == [scan(path) for path in paths]
     assert [scan(path) for path in paths] == [3, 3, 4]
     read = [
         (s["__key__"], {"txt": s["txt"], "cls": s["cls"]}) for s in webdataset.WebDataset(paths, shardshuffle=False)
