@@ -73,7 +73,7 @@ def test_shard_without_the_needed_key(msdiff: Msdiff, digits: Path, tmp_path: Pa
                     new.addfile(member, old.extractfile(member))
     ended = msdiff("train", *_quickstart(shards), "--nproc", 2, "--run-dir", tmp_path / "run")
     assert ended.status == 2, ended.output
-    for word in ("cls", ".tar", "data.num_classes"):
+    for word in ("'cls'", ".tar", "is missing", "Use shards that have it"):
         assert word in ended.output
 
 

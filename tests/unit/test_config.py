@@ -1,0 +1,81 @@
+"""Strict dataclass <-> mapping."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pytest
+
+from msdiff_dist.config import differences, from_mapping, to_mapping
+from msdiff_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Inner:
+    width: int
+    rate: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise ConfigError("width", self.width, "must be positive", "Use 1.")
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner
+    kind: Literal["a", "b"] = "a"
+    sizes: tuple[int, ...] = ()
+    pair: tuple[int, float] | None = None
+    layout: Literal["auto"] | tuple[tuple[int, ...], ...] = "auto"
+    flag: bool = False
+    names: dict[str, int] = field(default_factory=dict)
+
+
+FULL = {
+    "inner": {"width": 3, "rate": 0.5},
+    "kind": "b",
+    "sizes": [1, 2],
+    "pair": [1, 2.0],
+    "layout": [[0], [0, 1]],
+    "flag": True,
+    "names": {"x": 1},
+}
+
+
+def test_round_trip() -> None:
+    outer = from_mapping(Outer, FULL)
+    assert outer == Outer(Inner(3), "b", (1, 2), (1, 2.0), ((0,), (0, 1)), True, {"x": 1})
+    assert to_mapping(outer) == FULL
+
+
+@pytest.mark.parametrize(
+    ("change", "field_name", "words"),
+    [
+        ({"inner": {"widht": 3}}, "inner.widht", "Did you mean 'width'?"),
+        ({"inner": {}}, "inner.width", "required and missing"),
+        ({"inner": {"width": "3"}}, "inner.width", "must be an integer, not str"),
+        ({"inner": {"width": True}}, "inner.width", "must be an integer, not bool"),
+        ({"inner": {"width": 0}}, "inner.width", "must be positive"),
+        ({"inner": 3}, "inner", "must be a mapping"),
+        ({"kind": "c"}, "kind", "Choose from: a, b"),
+        ({"sizes": 3}, "sizes", "must be a list"),
+        ({"sizes": [1, 2.5]}, "sizes[1]", "must be an integer"),
+        ({"pair": [1]}, "pair", "must have 2 entries"),
+        ({"layout": "manual"}, "layout", "is not one of the choices"),
+        ({"layout": [[0], ["x"]]}, "layout[1][0]", "must be an integer"),
+        ({"flag": 1}, "flag", "must be true or false"),
+        ({"names": {"x": "y"}}, "names.x", "must be an integer"),
+    ],
+)
+def test_refusals_name_field_and_reason(change: dict[str, Any], field_name: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_mapping(Outer, FULL | change)
+    assert caught.value.field == field_name
+    assert words in str(caught.value)
+
+
+def test_differences() -> None:
+    changed = {**FULL, "inner": {"width": 4, "rate": 0.5}, "more": 1}
+    assert differences(FULL, changed) == [("inner.width", 3, 4), ("more", None, 1)]
+    assert differences(FULL, FULL) == []

@@ -1,0 +1,47 @@
+"""Learning rate and EMA decay against their formulas."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from msdiff_dist.errors import ConfigError
+from msdiff_dist.training.ema import EmaConfig
+from msdiff_dist.training.optimizer import LrScheduleConfig, OptimizerConfig, optimizer_factory
+
+
+def test_warm_up_then_cosine() -> None:
+    schedule = LrScheduleConfig("cosine", warmup_steps=10, final_fraction=0.1)
+    assert [schedule.factor(s, 110) for s in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert schedule.factor(10, 110) == pytest.approx(1.0)
+    assert schedule.factor(60, 110) == pytest.approx(0.1 + 0.9 * 0.5)
+    assert schedule.factor(35, 110) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert schedule.factor(110, 110) == pytest.approx(0.1)
+    assert LrScheduleConfig(warmup_steps=0).factor(5, 10) == 1.0
+
+
+def test_ema_decay_warms_up_as_in_ldm() -> None:
+    config = EmaConfig(0.9999)
+    assert [config.decay_at(n) for n in (1, 2, 90)] == pytest.approx([2 / 11, 3 / 12, 91 / 100])
+    assert config.decay_at(10**6) == 0.9999
+    assert EmaConfig(0.5, warmup=False).decay_at(1) == 0.5
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_optimizers_are_torchs(name: str) -> None:
+    config = OptimizerConfig(lr=0.1, name=name, weight_decay=0.02, momentum=0.9)  # type: ignore[arg-type]
+    made = optimizer_factory(config, fused=False)([torch.nn.Parameter(torch.ones(2))])
+    assert type(made) is {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}[name]
+    assert made.param_groups[0]["lr"] == 0.1
+    assert made.param_groups[0]["weight_decay"] == 0.02
+
+
+@pytest.mark.parametrize(
+    ("change", "field"), [({"lr": 0.0}, "lr"), ({"betas": (0.9, 1.0)}, "betas"), ({"grad_clip": -1.0}, "grad_clip")]
+)
+def test_refusals(change: dict, field: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        OptimizerConfig(**({"lr": 0.1} | change))
+    assert caught.value.field == field

@@ -1,0 +1,53 @@
+"""The run folder's claims, locks and files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from msdiff_dist.errors import RunFolderError
+from msdiff_dist.training.run_folder import RunFolder, replace_text
+
+RECIPE = {"name": "a", "optimizer": {"lr": 0.1}, "parallel": {"zero_shared": 1}, "train": {"steps": 5}}
+
+
+def test_the_same_recipe_goes_on_and_another_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.open(RECIPE)
+    folder.close()
+    RunFolder(folder.path).check(RECIPE | {"parallel": {"zero_shared": 2}, "train": {"steps": 9}})
+    with pytest.raises(RunFolderError, match=r"optimizer\.lr was 0\.1, now 0\.2"):
+        RunFolder(folder.path).check(RECIPE | {"optimizer": {"lr": 0.2}})
+
+
+def test_one_user_at_a_time(tmp_path: Path) -> None:
+    first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    first.open(RECIPE)
+    with pytest.raises(RunFolderError, match="in use"):
+        second.open(RECIPE)
+    first.close()
+    second.open(RECIPE)
+    second.close()
+
+
+def test_a_path_that_cannot_be_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match="cannot be written"):
+        RunFolder(tmp_path / "file" / "run").open(RECIPE)
+
+
+def test_metrics_are_cut_at_the_checkpoint_and_at_a_torn_line(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    lines = [json.dumps({"step": s}) for s in range(1, 6)]
+    folder.metrics_file.write_text("\n".join(lines) + '\n{"step": 6, "lo')
+    folder.cut_metrics(3)
+    assert [json.loads(x)["step"] for x in folder.metrics_file.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_text_is_replaced_whole(tmp_path: Path) -> None:
+    replace_text(tmp_path / "a", "one")
+    replace_text(tmp_path / "a", "two")
+    assert (tmp_path / "a").read_text() == "two"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
