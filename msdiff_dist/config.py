@@ -5,25 +5,32 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, overload
 
 from msdiff_dist.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
 
 
-def from_mapping(cls: type[T], mapping: Mapping[str, Any], path: str = "") -> T:
+@overload
+def from_mapping(cls: type[T], mapping: Mapping[str, Any], path: str = "") -> T: ...
+@overload
+def from_mapping(cls: types.UnionType, mapping: Mapping[str, Any], path: str = "") -> Any: ...
+def from_mapping(cls: Any, mapping: Mapping[str, Any], path: str = "") -> Any:
     """Build dataclass `cls` from plain YAML data.
 
     Unknown keys, missing keys and wrong types raise `ConfigError` with the dotted path of the field; a dataclass's own
-    `__post_init__` may raise `ConfigError` with a field relative to itself, and the path is put before it.
+    `__post_init__` may raise `ConfigError` with a field relative to itself, and the path is put before it. Where `cls`
+    or a field is a union of dataclasses, a field that is a Literal in each tells them apart.
     """
+    if get_origin(cls) in (Union, types.UnionType):
+        cls = _variant(get_args(cls), mapping, path)
     if not isinstance(mapping, Mapping):
         raise ConfigError(
             path or "recipe", mapping, f"must be a mapping of {cls.__name__} fields", "Indent its fields."
         )
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in mapping.items():
@@ -98,6 +105,10 @@ def _convert_union(args: tuple[Any, ...], value: Any, field: str) -> Any:
     if value is None and type(None) in args:
         return None
     choices = [a for a in args if a is not type(None)]
+    if len(choices) > 1 and all(dataclasses.is_dataclass(a) for a in choices):
+        return (
+            value if isinstance(value, tuple(choices)) else from_mapping(_variant(choices, value, field), value, field)
+        )
     errors = []
     for arg in choices:
         try:
@@ -107,6 +118,25 @@ def _convert_union(args: tuple[Any, ...], value: Any, field: str) -> Any:
     if len(errors) == 1 or any(e.field != field for e in errors):
         raise next((e for e in errors if e.field != field), errors[0])
     raise ConfigError(field, value, "; ".join(dict.fromkeys(e.problem for e in errors)), errors[0].remedy)
+
+
+def _variant(choices: Sequence[Any], mapping: Any, path: str) -> Any:
+    """The dataclass that a mapping means: the first common Literal field in which no two share a value tells.
+
+    Without that field it is the first choice.
+    """
+    literals = []
+    for hints in map(typing.get_type_hints, choices):
+        literals.append({name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal})
+    tags = {name: [v for known in literals for v in known.get(name, ())] for name in literals[0]}
+    tag = next(name for name, values in tags.items() if len(set(values)) == len(values))
+    if not isinstance(mapping, Mapping) or tag not in mapping:
+        return choices[0]
+    for choice, known in zip(choices, literals, strict=True):
+        if mapping[tag] in known[tag]:
+            return choice
+    remedy = did_you_mean(str(mapping[tag]), tags[tag])
+    raise ConfigError(_join(path, tag), mapping[tag], "is not one of the choices", remedy)
 
 
 def _convert_scalar(hint: Any, value: Any, field: str) -> Any:

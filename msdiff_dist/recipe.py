@@ -137,10 +137,9 @@ def _check_conditions(recipe: Recipe) -> None:
             "model.num_classes", model.num_classes, f"differs from data.num_classes = {data.num_classes}",
             "Give both the same number of classes, or neither.",
         )  # fmt: skip
-    context_dim = data.context_shape[1] if data.context_shape else None
-    if model.takes_context != (context_dim is not None) or (context_dim and context_dim != model.context_dim):
+    if model.context_channels != (data.context_shape[1] if data.context_shape else None):
         raise ConfigError(
-            "model.context_dim", model.context_dim, f"does not fit data.context_shape = {data.context_shape}",
+            "model.context_dim", model.context_channels, f"does not fit data.context_shape = {data.context_shape}",
             "Make context_dim the width of the stored context tokens, or leave both out.",
         )  # fmt: skip
     if recipe.train.condition_dropout and not (model.takes_context or model.takes_label):

@@ -6,9 +6,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from msdiff_dist.models.blocks import ResBlock, UNetBlock
-from msdiff_dist.models.decoder import Decoder
-from msdiff_dist.models.encoder import Encoder
+from msdiff_dist.models.ldm.blocks import ResBlock, UNetBlock
+from msdiff_dist.models.ldm.decoder import Decoder
+from msdiff_dist.models.ldm.encoder import Encoder
+from msdiff_dist.models.song.blocks import SongBlock
+from msdiff_dist.models.song.decoder import SongDecoder
+from msdiff_dist.models.song.encoder import SongEncoder
+
+_ENCODERS, _DECODERS = [Encoder, SongEncoder], [Decoder, SongDecoder]
 
 
 @dataclass(frozen=True)
@@ -28,10 +33,11 @@ def checkpoint_activations(part: nn.Module, config: ActivationCheckpointingConfi
     """
     from fairscale.nn import checkpoint_wrapper
 
-    kinds = [kind for kind, asked in ((Encoder, config.encoder), (Decoder, config.decoders)) if asked]
+    kinds = [*_ENCODERS] if config.encoder else []
+    kinds += _DECODERS if config.decoders else []
     chosen = [module for module in part.modules() if isinstance(module, tuple(kinds))]
     for module in chosen:
         for block in module.modules():
             # A lone convolution keeps nothing but its input anyway.
-            if isinstance(block, UNetBlock) and isinstance(block[0], ResBlock):
+            if isinstance(block, SongBlock) or (isinstance(block, UNetBlock) and isinstance(block[0], ResBlock)):
                 checkpoint_wrapper(block, offload_to_cpu=config.offload_to_cpu)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msdiff_dist.errors import ConfigError
-from msdiff_dist.models.config import AttentionBackend
+from msdiff_dist.models.unet_config import AttentionBackend
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -57,11 +57,17 @@ class SelfAttentionBlock(nn.Module):
     """x + projection of multi-head self-attention over the pixels of a normalised x."""
 
     def __init__(
-        self, channels: int, num_heads: int, norm_groups: int, backend: AttentionBackend, legacy_order: bool
+        self,
+        channels: int,
+        num_heads: int,
+        norm_groups: int,
+        backend: AttentionBackend,
+        legacy_order: bool,
+        eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.num_heads, self.backend, self.legacy_order = num_heads, backend, legacy_order
-        self.norm = nn.GroupNorm(norm_groups, channels)
+        self.norm = nn.GroupNorm(norm_groups, channels, eps=eps)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj_out = zero_init(nn.Linear(channels, channels))
 

@@ -51,7 +51,7 @@ def costs(config: ModelConfig, latent_size: tuple[int, int], context_tokens: int
         shared, stages = build_parts(dataclasses.replace(config, attention_backend="math"), range(config.num_stages))
         x_BCHW = torch.empty(1, config.in_channels, *latent_size)
         t_B = torch.empty(1, dtype=torch.int64)
-        context = torch.empty(1, context_tokens, config.context_dim or 0) if config.takes_context else None
+        context = torch.empty(1, context_tokens, config.context_channels) if config.context_channels else None
         label = torch.empty(1, dtype=torch.int64) if config.takes_label else None
         features, encoder = _count(shared, x_BCHW, t_B, context, label)
         decoders = tuple(_count(stage, *features)[1] for stage in stages.values())

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from msdiff_dist.models.config import ModelConfig
-from msdiff_dist.models.decoder import Decoder
-from msdiff_dist.models.encoder import Encoder
+from msdiff_dist.models.ldm.decoder import Decoder
+from msdiff_dist.models.ldm.encoder import Encoder
+from msdiff_dist.models.song.config import SongConfig
+from msdiff_dist.models.song.decoder import SongDecoder
+from msdiff_dist.models.song.encoder import SongEncoder
 
 
 class MultistageUNet(nn.Module):
@@ -33,14 +36,15 @@ class MultistageUNet(nn.Module):
         stage_B: Tensor,
         context: Tensor | None = None,
         label: Tensor | None = None,
+        augment: Tensor | None = None,
     ) -> Tensor:
         """Output [B, out_channels, H, W], each sample through the decoder of its own stage.
 
         Args:
-            x_BCHW, t_B, context, label: as for `Encoder.forward`.
+            x_BCHW, t_B, context, label, augment: as for the family's encoder.
             stage_B: int64 stage of each sample; any mix.
         """
-        features = self.shared(x_BCHW, t_B, context, label)
+        features = self.shared(x_BCHW, t_B, context, label, augment)
         stages = stage_B.unique().tolist()
         if len(stages) == 1:
             return self.stages[stages[0]](*features)
@@ -53,9 +57,14 @@ class PassThrough(nn.Module):
     """The shared part of a model that shares nothing: the inputs themselves, without those that are None."""
 
     def forward(
-        self, x_BCHW: Tensor, t_B: Tensor, context: Tensor | None = None, label: Tensor | None = None
+        self,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        context: Tensor | None = None,
+        label: Tensor | None = None,
+        augment: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        return tuple(f for f in (x_BCHW, t_B, context, label) if f is not None)
+        return tuple(f for f in (x_BCHW, t_B, context, label, augment) if f is not None)
 
 
 class SeparateStage(nn.Module):
@@ -64,13 +73,15 @@ class SeparateStage(nn.Module):
     def __init__(self, config: ModelConfig, stage: int) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config, stage)
-        self.decoder = Decoder(config, stage)
+        encoder, decoder = _parts(config)
+        self.encoder = encoder(config, stage)
+        self.decoder = decoder(config, stage)
 
     def forward(self, *features: Tensor) -> Tensor:
         x_BCHW, t_B, *conditions = features
-        names = [name for name in ("context", "label") if getattr(self.config, f"takes_{name}")]
-        return self.decoder(*self.encoder(x_BCHW, t_B, **dict(zip(names, conditions, strict=True))))
+        taken = {"context": self.config.takes_context, "label": self.config.takes_label, "augment": True}
+        names = [name for name, takes in taken.items() if takes]
+        return self.decoder(*self.encoder(x_BCHW, t_B, **dict(zip(names, conditions, strict=False))))
 
 
 def build_model(config: ModelConfig, seed: int = 0) -> MultistageUNet:
@@ -85,9 +96,15 @@ def build_parts(config: ModelConfig, stages: Iterable[int], seed: int = 0) -> tu
     Each part's first weights depend on (`seed`, the part) alone, so a stage is the same on every rank that builds it.
     Torch's own generator is left as it was.
     """
-    shared = _seeded(seed, "shared", Encoder, config) if config.share_encoder else PassThrough()
-    part = Decoder if config.share_encoder else SeparateStage
+    encoder, decoder = _parts(config)
+    shared = _seeded(seed, "shared", encoder, config) if config.share_encoder else PassThrough()
+    part = decoder if config.share_encoder else SeparateStage
     return shared, {k: _seeded(seed, f"stage {k}", part, config, k) for k in stages}
+
+
+def _parts(config: ModelConfig) -> tuple[Callable[..., nn.Module], Callable[..., nn.Module]]:
+    """Encoder and decoder class of the configuration's family."""
+    return (SongEncoder, SongDecoder) if isinstance(config, SongConfig) else (Encoder, Decoder)
 
 
 def _seeded(seed: int, name: str, part: Callable[..., nn.Module], *args: Any) -> nn.Module:

@@ -7,7 +7,7 @@ import torch
 
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.models.attention import attention
-from msdiff_dist.models.config import AttentionBackend
+from msdiff_dist.models.unet_config import AttentionBackend
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -6,10 +6,10 @@ import functools
 import pytest
 import torch
 
-from msdiff_dist.models import ModelConfig, MultistageUNet, build_model
+from msdiff_dist.models import LDMConfig, ModelConfig, MultistageUNet, SongConfig, build_model
 from msdiff_dist.models.activation_checkpointing import ActivationCheckpointingConfig, checkpoint_activations
 
-CONFIG = ModelConfig(
+CONFIG = LDMConfig(
     encoder_channels=16,
     decoder_channels=(16, 8),
     channel_mult=(1, 2),
@@ -22,6 +22,16 @@ CONFIG = ModelConfig(
     dropout=0.3,
 )
 SEPARATE = dataclasses.replace(CONFIG, share_encoder=False)
+SONG = SongConfig(
+    family="ncsnpp_vp",
+    encoder_channels=16,
+    decoder_channels=(16, 8),
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_downsamples=(2,),
+    num_classes=3,
+    dropout=0.3,
+)
 
 
 def busy_model(config: ModelConfig) -> MultistageUNet:
@@ -35,12 +45,14 @@ def busy_model(config: ModelConfig) -> MultistageUNet:
 def loss_and_gradients(model: MultistageUNet) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     torch.manual_seed(5)
     x, context, label = torch.randn(4, 3, 8, 8), torch.randn(4, 5, 12), torch.arange(4)
-    loss = model(x, torch.arange(4) * 300, torch.arange(4) % 2, context, label).square().mean()
+    takes_context = not isinstance(getattr(model.shared, "config", None), SongConfig)
+    loss = model(x, torch.arange(4) * 300, torch.arange(4) % 2, context if takes_context else None, label)
+    loss = loss.square().mean()
     loss.backward()
     return loss, {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("config", [CONFIG, SEPARATE], ids=["shared", "separate"])
+@pytest.mark.parametrize("config", [CONFIG, SEPARATE, SONG], ids=["shared", "separate", "song"])
 @pytest.mark.parametrize("offload", [False, True], ids=["kept", "offloaded"])
 @pytest.mark.parametrize(("encoder", "decoders"), [(True, False), (False, True), (True, True)])
 def test_same_loss_and_gradients_dropout_included(
@@ -57,7 +69,7 @@ def test_same_loss_and_gradients_dropout_included(
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("config", [CONFIG, SEPARATE], ids=["shared", "separate"])
+@pytest.mark.parametrize("config", [CONFIG, SEPARATE, SONG], ids=["shared", "separate", "song"])
 def test_only_the_asked_part_is_wrapped(config: ModelConfig) -> None:
     for encoder, decoders in ((True, False), (False, True), (False, False)):
         model = build_model(config)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.models.attention import SelfAttentionBlock, SpatialTransformer, attention
-from msdiff_dist.models.config import AttentionBackend
+from msdiff_dist.models.unet_config import AttentionBackend
 
 
 def naive_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -7,11 +7,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from msdiff_dist.errors import ConfigError
-from msdiff_dist.models import ModelConfig, build_model
+from msdiff_dist.models import LDMConfig, build_model
 from msdiff_dist.models.flops import costs
 
 MILLION, GIGA = 1e6, 1e9
-STAGES = ModelConfig(encoder_channels=224, decoder_channels=(256, 192, 128), num_head_channels=32)
+STAGES = LDMConfig(encoder_channels=224, decoder_channels=(256, 192, 128), num_head_channels=32)
 UNIFIED = dataclasses.replace(STAGES, decoder_channels=(224,))
 OFFICIAL = dataclasses.replace(STAGES, decoder_attention=((8, 4, 2), (), ()))
 SHARES = [0.442, 0.189, 0.369]
@@ -32,7 +32,7 @@ def test_unified_model_of_the_paper() -> None:
     ids=["attention everywhere", "official"],
 )
 def test_multistage_model_of_the_paper(
-    config: ModelConfig, total: float, decoders: list[float], gmacs: list[float]
+    config: LDMConfig, total: float, decoders: list[float], gmacs: list[float]
 ) -> None:
     counted = costs(config, (64, 64))
     assert counted.total_params / MILLION == pytest.approx(total, abs=0.05)
@@ -50,7 +50,7 @@ def test_cost_ratio_of_the_paper() -> None:
     ("config", "params"),
     [
         (
-            ModelConfig(
+            LDMConfig(
                 encoder_channels=192,
                 decoder_channels=(192,),
                 channel_mult=(1, 2, 3, 5),
@@ -62,7 +62,7 @@ def test_cost_ratio_of_the_paper() -> None:
             400_920_579 + 1001 * 512,
         ),
         (
-            ModelConfig(
+            LDMConfig(
                 encoder_channels=320,
                 decoder_channels=(320,),
                 channel_mult=(1, 2, 4, 4),
@@ -75,7 +75,7 @@ def test_cost_ratio_of_the_paper() -> None:
             859_520_964,
         ),
         (
-            ModelConfig(
+            LDMConfig(
                 encoder_channels=320,
                 decoder_channels=(320,),
                 channel_mult=(1, 2, 4, 4),
@@ -89,7 +89,7 @@ def test_cost_ratio_of_the_paper() -> None:
             865_910_724,
         ),
         (
-            ModelConfig(
+            LDMConfig(
                 encoder_channels=192,
                 decoder_channels=(192,),
                 channel_mult=(1, 2, 2, 4, 4),
@@ -105,11 +105,11 @@ def test_cost_ratio_of_the_paper() -> None:
     ],
     ids=["cin256", "stable diffusion 1", "stable diffusion 2", "lsun churches"],
 )
-def test_known_models_have_their_known_size(config: ModelConfig, params: int) -> None:
+def test_known_models_have_their_known_size(config: LDMConfig, params: int) -> None:
     assert costs(config, (64, 64)).total_params == params
 
 
-SMALL = ModelConfig(
+SMALL = LDMConfig(
     encoder_channels=16,
     decoder_channels=(24, 8),
     channel_mult=(1, 2),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from msdiff_dist.config import from_mapping, to_mapping
 from msdiff_dist.errors import ConfigError
-from msdiff_dist.models import ModelConfig, build_model
+from msdiff_dist.models import LDMConfig, ModelConfig, build_model
 
 GOOD: dict[str, Any] = {
     "encoder_channels": 32,
@@ -60,17 +60,17 @@ def test_round_trip() -> None:
     assert from_mapping(ModelConfig, to_mapping(config), "model") == config
 
 
-def accepted(fields: dict[str, Any]) -> ModelConfig | None:
+def accepted(fields: dict[str, Any]) -> LDMConfig | None:
     """The configuration; None where it is refused, after a look at the remedy."""
     try:
-        return ModelConfig(**fields)
+        return LDMConfig(**fields)
     except ConfigError as e:
         refused = e
     assert refused.field in ("norm_groups", "num_heads")
     if refused.field == "norm_groups":
         fitting = int(refused.remedy.split("norm_groups to ")[1].split(",")[0])
         assert fitting < fields["norm_groups"]
-        ModelConfig(**fields | {"norm_groups": fitting})
+        LDMConfig(**fields | {"norm_groups": fitting})
     return None
 
 

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from msdiff_dist.models.attention import zero_init
-from msdiff_dist.models.blocks import ResBlock, UNetBlock, Upsample, attention_block
-from msdiff_dist.models.config import ModelConfig
+from msdiff_dist.models.ldm.blocks import ResBlock, UNetBlock, Upsample, attention_block
+from msdiff_dist.models.ldm.config import LDMConfig
 
 
 class Decoder(nn.Module):
     """Turns an encoder's features into the network's output for the timesteps of one stage."""
 
-    def __init__(self, config: ModelConfig, stage: int) -> None:
+    def __init__(self, config: LDMConfig, stage: int) -> None:
         super().__init__()
         self.has_context = config.context_dim is not None
         emb_channels = config.emb_channels(stage)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msdiff_dist.models.attention import SelfAttentionBlock, SpatialTransformer, zero_init
-from msdiff_dist.models.config import ModelConfig
+from msdiff_dist.models.ldm.config import LDMConfig
 
 
 def timestep_embedding(t_B: Tensor, channels: int) -> Tensor:
@@ -48,7 +48,7 @@ class ResBlock(nn.Module):
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: LDMConfig,
         in_channels: int,
         emb_channels: int,
         out_channels: int,
@@ -102,7 +102,7 @@ class UNetBlock(nn.Sequential):
         return x_BCHW
 
 
-def attention_block(config: ModelConfig, channels: int) -> SelfAttentionBlock | SpatialTransformer:
+def attention_block(config: LDMConfig, channels: int) -> SelfAttentionBlock | SpatialTransformer:
     """The kind of attention that the model has, at `channels`."""
     heads = config.heads(channels)
     if config.context_dim is None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from msdiff_dist.errors import ConfigError
-from msdiff_dist.models.blocks import Downsample, ResBlock, UNetBlock, attention_block, timestep_embedding
-from msdiff_dist.models.config import ModelConfig
+from msdiff_dist.models.ldm.blocks import Downsample, ResBlock, UNetBlock, attention_block, timestep_embedding
+from msdiff_dist.models.ldm.config import LDMConfig
 
 
 class Encoder(nn.Module):
@@ -16,7 +15,7 @@ class Encoder(nn.Module):
         stage: whose width to take where each stage has its own encoder.
     """
 
-    def __init__(self, config: ModelConfig, stage: int = 0) -> None:
+    def __init__(self, config: LDMConfig, stage: int = 0) -> None:
         super().__init__()
         self.config = config
         self.width = config.encoder_width(stage)
@@ -50,7 +49,12 @@ class Encoder(nn.Module):
         )
 
     def forward(
-        self, x_BCHW: Tensor, t_B: Tensor, context: Tensor | None = None, label: Tensor | None = None
+        self,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        context: Tensor | None = None,
+        label: Tensor | None = None,
+        augment: None = None,
     ) -> tuple[Tensor, ...]:
         """Features for a decoder: (h, emb, [context,] *skips), all batch first; skips in the order they arise.
 
@@ -60,7 +64,7 @@ class Encoder(nn.Module):
             context: tokens [B, S, context_dim], where the configuration has them.
             label: int64 [B], num_classes standing for "dropped", where the configuration has classes.
         """
-        self._check_conditions(context, label)
+        self.config.check_conditions(context, label, augment)
         dtype = next(self.parameters()).dtype
         emb_BE = self.time_embed(timestep_embedding(t_B, self.width).to(dtype))
         if label is not None:
@@ -77,16 +81,3 @@ class Encoder(nn.Module):
             skips.append(h)
         h = self.middle_block(h, emb_BE, context)
         return (h, emb_BE, *skips) if context is None else (h, emb_BE, context, *skips)
-
-    def _check_conditions(self, context: Tensor | None, label: Tensor | None) -> None:
-        for name, given, wanted in (
-            ("context", context, self.config.takes_context),
-            ("label", label, self.config.takes_label),
-        ):
-            if (given is not None) != wanted:
-                raise ConfigError(
-                    name,
-                    None if given is None else tuple(given.shape),
-                    f"the model {'needs' if wanted else 'takes no'} {name}",
-                    "Match the data's conditioning to the model's context_dim, num_classes and class_conditioning.",
-                )

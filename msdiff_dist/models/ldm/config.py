@@ -1,0 +1,124 @@
+"""The shape of a latent-diffusion U-Net."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from msdiff_dist.errors import ConfigError
+from msdiff_dist.models.unet_config import UNetConfig
+
+
+@dataclass(frozen=True)
+class LDMConfig(UNetConfig):
+    """The U-Net of latent diffusion (Dhariwal and Nichol 2021; Rombach et al. 2022), with a decoder per stage.
+
+    Args:
+        decoder_attention: `attention_downsamples` of each decoder on its own; None takes those everywhere.
+        num_heads, num_head_channels: exactly one of them: heads by number, or by channels per head.
+        context_dim: width of the context tokens. With it, attention levels are spatial transformers (self-attention,
+            cross-attention, feed-forward); without it, self-attention blocks.
+        use_linear_in_transformer: linear instead of 1x1-convolution projections around a spatial transformer.
+        class_conditioning: "embedding" adds the label's vector to the time embedding, "context" makes it the one
+            context token.
+        use_scale_shift_norm: time embedding as scale and shift of the second norm instead of an addition.
+        resblock_updown: resample inside residual blocks instead of by a strided or upsampling convolution.
+        legacy_attention_order: self-attention blocks split heads before q, k, v.
+    """
+
+    family: Literal["ldm"] = "ldm"
+    channel_mult: tuple[int, ...] = (1, 2, 3, 4)
+    attention_downsamples: tuple[int, ...] = (8, 4, 2)
+    decoder_attention: tuple[tuple[int, ...], ...] | None = None
+    num_heads: int | None = None
+    num_head_channels: int | None = None
+    context_dim: int | None = None
+    transformer_depth: int = 1
+    use_linear_in_transformer: bool = False
+    class_conditioning: Literal["embedding", "context"] = "embedding"
+    use_scale_shift_norm: bool = False
+    resblock_updown: bool = False
+    legacy_attention_order: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("transformer_depth", "num_heads", "num_head_channels", "context_dim"):
+            self._check_positive(name, getattr(self, name))
+        if self.decoder_attention is not None:
+            self._check_one_per_stage("decoder_attention", self.decoder_attention)
+            self._check_attention("decoder_attention", *self.decoder_attention)
+        self._check_heads()
+        self._check_conditioning()
+        self._check_norm_groups()
+
+    @property
+    def context_channels(self) -> int | None:
+        return self.context_dim if self.class_conditioning == "embedding" else None
+
+    def attention_of(self, stage: int) -> tuple[int, ...]:
+        """Downsampling factors at which decoder `stage` has attention."""
+        return self.attention_downsamples if self.decoder_attention is None else self.decoder_attention[stage]
+
+    def heads(self, channels: int) -> int:
+        if self.num_heads is not None:
+            return self.num_heads
+        assert self.num_head_channels is not None
+        return channels // self.num_head_channels
+
+    def _check_heads(self) -> None:
+        if (self.num_heads is None) == (self.num_head_channels is None):
+            raise ConfigError(
+                "num_heads",
+                self.num_heads,
+                f"exactly one of num_heads and num_head_channels (= {self.num_head_channels}) must be set",
+                "Keep one: heads by number, or by channels per head.",
+            )
+        name, divisor = (
+            ("num_heads", self.num_heads)
+            if self.num_heads is not None
+            else ("num_head_channels", self.num_head_channels)
+        )
+        assert divisor is not None
+        for channels, place in self._attention_widths():
+            if channels % divisor:
+                raise ConfigError(
+                    name,
+                    divisor,
+                    f"does not divide the {channels} channels of attention in {place}",
+                    f"Use a divisor of {channels}, other widths, or no attention there.",
+                )
+
+    def _check_conditioning(self) -> None:
+        if self.class_conditioning == "context" and (self.num_classes is None or self.context_dim is None):
+            raise ConfigError(
+                "class_conditioning",
+                self.class_conditioning,
+                "needs num_classes and context_dim",
+                'Set both, or use "embedding".',
+            )
+
+    def _check_norm_groups(self) -> None:
+        widths = list(self._block_widths())
+        for channels, place in widths:
+            if channels % self.norm_groups:
+                common = math.gcd(*(c for c, _ in widths))
+                fitting = max(g for g in range(1, self.norm_groups + 1) if common % g == 0)
+                raise ConfigError(
+                    "norm_groups",
+                    self.norm_groups,
+                    f"does not divide the {channels} channels that a GroupNorm of {place} normalises",
+                    f"Set norm_groups to {fitting}, or use widths that {self.norm_groups} divides.",
+                )
+
+    def _attention_widths(self) -> Iterator[tuple[int, str]]:
+        for stage in range(self.num_stages):
+            blocks = self.down_blocks(stage)
+            yield blocks[-1].out_channels, "the encoder's middle block"
+            for down in blocks:
+                if down.downsampling in self.attention_downsamples:
+                    yield down.out_channels, "the encoder"
+            for up in self.up_blocks(stage):
+                if up.downsampling in self.attention_of(stage):
+                    yield up.out_channels, f"decoder {stage}"

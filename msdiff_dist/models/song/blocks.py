@@ -1,0 +1,171 @@
+"""What encoders and decoders of the DDPM++ and NCSN++ families are made of (2011.13456; 2206.00364, appendix F)."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from msdiff_dist.models.attention import SelfAttentionBlock
+from msdiff_dist.models.song.config import SongConfig
+from msdiff_dist.randomness import generator
+
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
+
+SILENT = 1e-5
+"""Scale of the first weights of layers whose branch starts almost silent."""
+HALF_POWER = math.sqrt(0.5)
+"""Keeps the variance of a sum of two paths."""
+_EPS = 1e-6
+
+
+def initialised(layer: Layer, scale: float = 1.0) -> Layer:
+    """The same layer with uniform Xavier weights times `scale`, and a bias of zero."""
+    nn.init.xavier_uniform_(layer.weight, gain=scale)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def conv(in_channels: int, out_channels: int, kernel: int = 3, scale: float = 1.0) -> nn.Conv2d:
+    return initialised(nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2), scale)
+
+
+def group_norm(config: SongConfig, channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(config.groups(channels), channels, eps=_EPS)
+
+
+class TimeFrequencies:
+    """Sines, then cosines, of the time input at `channels / 2` frequencies; fp32 [B, channels].
+
+    `positional`: from 1 down to 1/10000, even in the logarithm. `fourier`: 2 pi times normal numbers of standard
+    deviation 16, the same in every model.
+    """
+
+    def __init__(self, embedding: Literal["positional", "fourier"], channels: int) -> None:
+        half = channels // 2
+        if embedding == "positional":
+            exponents = torch.arange(half, dtype=torch.float32, device="cpu") * (-math.log(10_000) / max(1, half - 1))
+            self.frequencies = exponents.exp()
+        else:
+            normal = generator(0, "fourier frequencies").standard_normal(half)
+            self.frequencies = torch.from_numpy(2 * math.pi * 16 * normal).float()
+
+    def __call__(self, t_B: Tensor) -> Tensor:
+        if self.frequencies.device != t_B.device:
+            self.frequencies = self.frequencies.to(t_B.device)
+        angles = t_B.float()[:, None] * self.frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class Filter(nn.Module):
+    """A separable low-pass filter over each channel; outside the picture is zero."""
+
+    kernel: Tensor
+
+    def __init__(self, taps: tuple[int, ...]) -> None:
+        super().__init__()
+        self.taps = taps
+        row = torch.tensor(taps, dtype=torch.float32) / sum(taps)
+        self.register_buffer("kernel", torch.outer(row, row)[None, None], persistent=False)
+
+    def forward(self, x_BCHW: Tensor, padding: int) -> Tensor:
+        return F.conv2d(x_BCHW, self._kernel(x_BCHW), padding=padding, groups=x_BCHW.shape[1])
+
+    def halved(self, x_BCHW: Tensor) -> Tensor:
+        """Filter, and keep every other pixel."""
+        if self.taps == (1, 1):
+            return F.avg_pool2d(x_BCHW, 2)
+        return F.conv2d(x_BCHW, self._kernel(x_BCHW), stride=2, padding=self._padding, groups=x_BCHW.shape[1])
+
+    def doubled(self, x_BCHW: Tensor) -> Tensor:
+        """Put zeros between pixels, and filter."""
+        if self.taps == (1, 1):
+            return F.interpolate(x_BCHW, scale_factor=2, mode="nearest")
+        kernel = 4 * self._kernel(x_BCHW)
+        return F.conv_transpose2d(x_BCHW, kernel, stride=2, padding=self._padding, groups=x_BCHW.shape[1])
+
+    @property
+    def _padding(self) -> int:
+        return len(self.taps) // 2 - 1
+
+    def _kernel(self, x_BCHW: Tensor) -> Tensor:
+        return self.kernel.to(x_BCHW.dtype).expand(x_BCHW.shape[1], -1, -1, -1)
+
+
+class SongBlock(nn.Module):
+    """Two convolutions around the time embedding, on a residual path; then, perhaps, self-attention with one head.
+
+    May double or halve the picture in between.
+    """
+
+    def __init__(
+        self,
+        config: SongConfig,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        resample: Literal["up", "down"] | None = None,
+        attention: bool = False,
+    ) -> None:
+        super().__init__()
+        self.resample, self.filter = resample, Filter(config.variant.resample_filter)
+        self.in_norm, self.in_conv = group_norm(config, in_channels), conv(in_channels, out_channels)
+        self.emb = initialised(nn.Linear(emb_channels, out_channels))
+        self.out_norm, self.out_conv = group_norm(config, out_channels), conv(out_channels, out_channels, scale=SILENT)
+        self.dropout = nn.Dropout(config.dropout)
+        same_shape = in_channels == out_channels and resample is None
+        self.skip = nn.Identity() if same_shape else conv(in_channels, out_channels, kernel=1)
+        self.attention = _attention(config, out_channels) if attention else None
+
+    def forward(self, x_BCHW: Tensor, emb_BE: Tensor) -> Tensor:
+        h = self.in_conv(self._resampled(F.silu(self.in_norm(x_BCHW))))
+        h = F.silu(self.out_norm(h + self.emb(emb_BE)[:, :, None, None]))
+        h = (self.skip(self._resampled(x_BCHW)) + self.out_conv(self.dropout(h))) * HALF_POWER
+        return h if self.attention is None else self.attention(h) * HALF_POWER
+
+    def _resampled(self, x_BCHW: Tensor) -> Tensor:
+        if self.resample is None:
+            return x_BCHW
+        return self.filter.doubled(x_BCHW) if self.resample == "up" else self.filter.halved(x_BCHW)
+
+
+class SongBlocks(nn.Sequential):
+    """Blocks in a row, each given the time embedding."""
+
+    def forward(self, x_BCHW: Tensor, emb_BE: Tensor) -> Tensor:  # type: ignore[override]
+        for block in self:
+            x_BCHW = block(x_BCHW, emb_BE)
+        return x_BCHW
+
+
+class PyramidStep(nn.Module):
+    """The input pyramid's picture, filtered and halved by a convolution, joins the encoder's path."""
+
+    def __init__(self, config: SongConfig, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.filter = Filter(config.variant.resample_filter)
+        self.conv = initialised(nn.Conv2d(in_channels, out_channels, 3, stride=2))
+
+    def forward(self, picture_BCHW: Tensor, h_BCHW: Tensor) -> Tensor:
+        halved = self.conv(self.filter(picture_BCHW, padding=len(self.filter.taps) // 2))
+        return (halved + h_BCHW) * HALF_POWER
+
+
+def middle_block(config: SongConfig, channels: int, emb_channels: int) -> SongBlocks:
+    """The blocks at the lowest resolution."""
+    return SongBlocks(
+        SongBlock(config, channels, channels, emb_channels, attention=True),
+        SongBlock(config, channels, channels, emb_channels),
+    )
+
+
+def _attention(config: SongConfig, channels: int) -> SelfAttentionBlock:
+    groups, backend = config.groups(channels), config.attention_backend
+    block = SelfAttentionBlock(channels, 1, groups, backend, legacy_order=False, eps=_EPS)
+    initialised(block.qkv, math.sqrt(0.2))
+    initialised(block.proj_out, SILENT)
+    return block

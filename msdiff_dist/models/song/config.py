@@ -1,0 +1,83 @@
+"""The shape of a DDPM++ or NCSN++ U-Net."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from msdiff_dist.errors import ConfigError
+from msdiff_dist.models.unet_config import UNetConfig
+
+SongFamily = Literal["ddpmpp", "ncsnpp", "ncsnpp_vp"]
+
+
+@dataclass(frozen=True)
+class SongVariant:
+    """What a family is made of.
+
+    Args:
+        embedding: of the time: sines of fixed frequencies ("positional") or of random ones ("fourier").
+        resample_filter: taps with which the blocks between levels halve and double, once along each axis.
+        input_pyramid: each level of the encoder also reads the picture, halved by convolutions as often as itself.
+        shared_middle: the blocks at the lowest resolution belong to the encoder, else each decoder has its own.
+    """
+
+    embedding: Literal["positional", "fourier"]
+    resample_filter: tuple[int, ...]
+    input_pyramid: bool
+    shared_middle: bool
+
+
+VARIANTS: dict[SongFamily, SongVariant] = {
+    "ddpmpp": SongVariant("positional", (1, 1), input_pyramid=False, shared_middle=False),
+    "ncsnpp": SongVariant("fourier", (1, 3, 3, 1), input_pyramid=True, shared_middle=False),
+    "ncsnpp_vp": SongVariant("positional", (1, 3, 3, 1), input_pyramid=True, shared_middle=True),
+}
+
+
+@dataclass(frozen=True)
+class SongConfig(UNetConfig):
+    """The U-Net of score-based diffusion (2011.13456), in EDM's form (2206.00364), with a decoder per stage.
+
+    Args:
+        family: `ddpmpp` and `ncsnpp` are EDM's two; `ncsnpp_vp` is NCSN++ as it is trained on the VP-SDE.
+        norm_groups: the most groups of a GroupNorm; each has at least 4 channels, min(norm_groups, channels / 4).
+        augment_labels: length of the description of its augmentation that a sample may come with, 0 for none.
+    """
+
+    family: SongFamily = "ddpmpp"
+    augment_labels: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.augment_labels < 0:
+            raise ConfigError(
+                "augment_labels", self.augment_labels, "must not be negative", "Use 9 for EDM's augmentation."
+            )
+        self._check_norm_groups()
+
+    @property
+    def variant(self) -> SongVariant:
+        return VARIANTS[self.family]
+
+    def groups(self, channels: int) -> int:
+        """Groups of a GroupNorm over `channels`."""
+        return min(self.norm_groups, channels // 4)
+
+    def _check_norm_groups(self) -> None:
+        read = [(up.in_channels, f"decoder {k}") for k in range(self.num_stages) for up in self.up_blocks(k)]
+        widths = [*self._block_widths(), *read]
+        for channels, place in widths:
+            if channels < 4:
+                field = "encoder_channels" if place == "the encoder" else "decoder_channels"
+                problem = f"{place} is {channels} channels wide, and the groups of a GroupNorm have at least 4"
+                raise ConfigError(field, getattr(self, field), problem, "Use widths of 4 or more.")
+            if channels % self.groups(channels):
+                candidates = range(self.norm_groups, 0, -1)
+                fitting = next(g for g in candidates if all(c % min(g, c // 4) == 0 for c, _ in widths))
+                raise ConfigError(
+                    "norm_groups",
+                    self.norm_groups,
+                    f"does not divide the {channels} channels that a GroupNorm of {place} normalises",
+                    f"Set norm_groups to {fitting}, or use other widths.",
+                )

@@ -1,0 +1,203 @@
+"""What every U-Net family has in common, and the blocks that follow from its widths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from msdiff_dist.errors import ConfigError
+
+AttentionBackend = Literal["auto", "sdpa", "xformers", "math"]
+
+
+@dataclass(frozen=True)
+class DownBlock:
+    """One residual block of an encoder's down path, or the step to the next level when `resamples`."""
+
+    in_channels: int
+    out_channels: int
+    downsampling: int
+    resamples: bool
+
+
+@dataclass(frozen=True)
+class UpBlock:
+    """One residual block of a decoder; reads the path and a skip together."""
+
+    in_channels: int
+    out_channels: int
+    downsampling: int
+    ends_level: bool
+
+    @property
+    def resamples(self) -> bool:
+        """Whether the path is doubled in size after it."""
+        return self.ends_level and self.downsampling > 1
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """A U-Net with one shared encoder and one decoder per stage (or one whole U-Net per stage).
+
+    Args:
+        encoder_channels: base width of the encoder; one per stage where `share_encoder` is false and they differ.
+        decoder_channels: base width of each stage's decoder, stage 0 first. One entry is the unified model.
+        channel_mult: width factor of each level.
+        num_res_blocks: residual blocks per level (a decoder has one more).
+        attention_downsamples: downsampling factors (1, 2, 4, ...) whose levels have attention.
+        num_classes: labels 0 .. num_classes - 1; label num_classes is the dropped one.
+    """
+
+    encoder_channels: int | tuple[int, ...]
+    decoder_channels: tuple[int, ...]
+    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
+    num_res_blocks: int = 2
+    attention_downsamples: tuple[int, ...] = ()
+    in_channels: int = 3
+    out_channels: int = 3
+    num_classes: int | None = None
+    dropout: float = 0.0
+    norm_groups: int = 32
+    share_encoder: bool = True
+    attention_backend: AttentionBackend = "auto"
+
+    def __post_init__(self) -> None:
+        self._check_sizes()
+        self._check_stages()
+        self._check_attention("attention_downsamples", self.attention_downsamples)
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.decoder_channels)
+
+    @property
+    def context_channels(self) -> int | None:
+        """Width of the context tokens that `forward` needs from outside, None if it takes none."""
+        return None
+
+    @property
+    def takes_context(self) -> bool:
+        return self.context_channels is not None
+
+    @property
+    def takes_label(self) -> bool:
+        return self.num_classes is not None
+
+    @property
+    def augment_labels(self) -> int:
+        """Length of the description of its augmentation that each sample may come with."""
+        return 0
+
+    def encoder_width(self, stage: int) -> int:
+        return self.encoder_channels if isinstance(self.encoder_channels, int) else self.encoder_channels[stage]
+
+    def emb_channels(self, stage: int) -> int:
+        """Width of the time embedding."""
+        return 4 * self.encoder_width(stage)
+
+    def down_blocks(self, stage: int) -> list[DownBlock]:
+        """The encoder's blocks after its first convolution; each leaves one skip, as that convolution does."""
+        width = channels = self.encoder_width(stage)
+        blocks = []
+        for level, mult in enumerate(self.channel_mult):
+            for _ in range(self.num_res_blocks):
+                blocks.append(DownBlock(channels, mult * width, 2**level, resamples=False))
+                channels = mult * width
+            if level < len(self.channel_mult) - 1:
+                blocks.append(DownBlock(channels, channels, 2**level, resamples=True))
+        return blocks
+
+    def up_blocks(self, stage: int) -> list[UpBlock]:
+        """Decoder `stage`'s blocks, deepest first; each reads the last skip not yet read."""
+        skips = [self.encoder_width(stage), *(b.out_channels for b in self.down_blocks(stage))]
+        channels = skips[-1]
+        blocks = []
+        for level, mult in reversed(list(enumerate(self.channel_mult))):
+            for i in range(self.num_res_blocks + 1):
+                width = mult * self.decoder_channels[stage]
+                blocks.append(UpBlock(channels + skips.pop(), width, 2**level, i == self.num_res_blocks))
+                channels = width
+        return blocks
+
+    def check_latent_size(self, height: int, width: int) -> None:
+        """Raise `ConfigError` unless every level halves the size exactly."""
+        divisor = 2 ** (len(self.channel_mult) - 1)
+        if height % divisor or width % divisor:
+            raise ConfigError(
+                "channel_mult",
+                self.channel_mult,
+                f"has {len(self.channel_mult)} levels, and {height}x{width} cannot be halved that often",
+                f"Use fewer levels, or a height and width that {divisor} divides.",
+            )
+
+    def check_conditions(self, context: Tensor | None, label: Tensor | None, augment: Tensor | None = None) -> None:
+        """Raise `ConfigError` unless a forward is given just the conditions that the model takes."""
+        for name, given, wanted in (
+            ("context", context is not None, self.takes_context),
+            ("label", label is not None, self.takes_label),
+            ("augment", augment is not None, augment is not None and self.augment_labels > 0),
+        ):
+            if given != wanted:
+                raise ConfigError(
+                    name,
+                    "given" if given else None,
+                    f"the model {'needs' if wanted else 'takes no'} {name}",
+                    "Match the data's conditioning to the model's context_dim, num_classes and class_conditioning.",
+                )
+
+    def _check_sizes(self) -> None:
+        widths = self.encoder_channels if isinstance(self.encoder_channels, tuple) else (self.encoder_channels,)
+        self._check_positive("encoder_channels", *widths)
+        for name in ("decoder_channels", "channel_mult"):
+            self._check_positive(name, *getattr(self, name))
+        for name in ("num_res_blocks", "in_channels", "out_channels", "norm_groups", "num_classes"):
+            self._check_positive(name, getattr(self, name))
+        if any(w % 2 for w in widths):
+            raise ConfigError(
+                "encoder_channels", self.encoder_channels, "must be even, for its sines and cosines", "Use even widths."
+            )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError("dropout", self.dropout, "must be in [0, 1)", "Give a probability below 1.")
+
+    def _check_positive(self, name: str, *numbers: int | None) -> None:
+        if not numbers or any(n is not None and n < 1 for n in numbers):
+            raise ConfigError(name, getattr(self, name), "must be at least 1", "Give positive whole numbers.")
+
+    def _check_stages(self) -> None:
+        if isinstance(self.encoder_channels, tuple):
+            if self.share_encoder:
+                raise ConfigError(
+                    "encoder_channels",
+                    self.encoder_channels,
+                    "is one width per stage, but the encoder is shared",
+                    "Give one number, or set share_encoder to false.",
+                )
+            self._check_one_per_stage("encoder_channels", self.encoder_channels)
+
+    def _check_one_per_stage(self, name: str, values: tuple[object, ...]) -> None:
+        if len(values) != self.num_stages:
+            raise ConfigError(
+                name,
+                values,
+                f"has {len(values)} entries for {self.num_stages} stages (decoder_channels)",
+                f"Give {self.num_stages}, stage 0 first.",
+            )
+
+    def _check_attention(self, name: str, *placements: tuple[int, ...]) -> None:
+        levels = [2**level for level in range(len(self.channel_mult))]
+        for unknown in sorted({d for factors in placements for d in factors} - set(levels)):
+            raise ConfigError(
+                name, getattr(self, name), f"{unknown} is no downsampling of a level", f"Choose from {levels}."
+            )
+
+    def _block_widths(self) -> Iterator[tuple[int, str]]:
+        """Width of everything that blocks give, and where; what they read is one of these or a sum of two."""
+        for stage in range(self.num_stages):
+            yield self.encoder_width(stage), "the encoder"
+            for down in self.down_blocks(stage):
+                yield down.out_channels, "the encoder"
+            for up in self.up_blocks(stage):
+                yield up.out_channels, f"decoder {stage}"
