@@ -22,6 +22,7 @@ from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 
 from msdiff_dist.distributed.environment import Groups
+from msdiff_dist.distributed.forward_clock import ForwardClock
 from msdiff_dist.distributed.zero_state import ShardedState
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -177,6 +178,7 @@ class StageParallelEngines:
         groups: Groups,
     ) -> None:
         self.config = config
+        self.forward_clock = ForwardClock()
         self.grad_norm = torch.zeros(())
         self._shared_module = shared
         has_parameters = any(True for _ in shared.parameters())
@@ -206,13 +208,16 @@ class StageParallelEngines:
             rows: for every held stage its rows of that batch, at least one each.
             loss: (stage, output, rows) -> this rank's part of the loss, already divided by the global batch size.
         """
-        features = (self.shared or self._shared_module)(*inputs)
+        with self.forward_clock:
+            features = (self.shared or self._shared_module)(*inputs)
         differentiable = [i for i, f in enumerate(features) if f.requires_grad]
         gradients = [torch.empty_like(features[i]) for i in differentiable]
         shared_scale = self.shared.loss_scale if self.shared else 1.0
         for k, engine in self.stages.items():
             leaves = [f.detach()[rows[k]].requires_grad_(i in differentiable) for i, f in enumerate(features)]
-            engine.backward(loss(k, engine(*leaves), rows[k]) * engine.loss_scale)
+            with self.forward_clock:
+                stage_loss = loss(k, engine(*leaves), rows[k])
+            engine.backward(stage_loss * engine.loss_scale)
             for gradient, i in zip(gradients, differentiable, strict=True):
                 leaf_grad = leaves[i].grad
                 if leaf_grad is None:  # a stage without cross-attention ignores the context
