@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from dataclasses import dataclass, field
@@ -157,3 +158,16 @@ def load_cluster(name: str, overrides: dict[str, Any] | None = None) -> ClusterC
         where = {"nodes": "--nodes", "gpus_per_node": "--gpus-per-node", "time": "--time"}
         option = where[e.field] if e.field in given else f"{name}: {e.field}"
         raise ConfigError(option, e.value, e.problem, e.remedy) from None
+
+
+def one_rank(cluster: ClusterConfig) -> ClusterConfig:
+    """The same cluster asked for one rank: one node of it, one GPU if there are any, its share of the memory."""
+    return dataclasses.replace(
+        cluster,
+        nodes=1,
+        tasks_per_node=1,
+        gpus_per_node=min(1, cluster.gpus_per_node),
+        gres=re.sub(r"\d+$", "1", cluster.gres) if cluster.gres else None,
+        memory_gb=cluster.memory_gb / cluster.ranks_per_node if cluster.memory_gb else None,
+        exclusive=False,
+    )

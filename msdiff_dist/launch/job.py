@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -107,18 +108,28 @@ class CommandJob:
     arguments: tuple[str, ...]
     done_file: str
 
+    @property
+    def done(self) -> bool:
+        """Whether exactly this command has been done."""
+        path = Path(self.done_file)
+        return path.exists() and path.read_text() == self._command
+
     def __call__(self) -> str:
-        done = Path(self.done_file)
-        if done.exists():
-            return "already done"
-        subprocess.run([sys.executable, "-m", "msdiff_dist.cli.main", *self.arguments], check=True)
-        done.parent.mkdir(parents=True, exist_ok=True)
-        done.write_text(" ".join(self.arguments) + "\n")
+        if not self.done:
+            subprocess.run([sys.executable, "-m", "msdiff_dist.cli.main", *self.arguments], check=True)
+            path = Path(self.done_file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(self._command)
         return "done"
 
-    def checkpoint(self) -> DelayedSubmission:
-        """The time limit or a pre-emption: start over, and skip what is there."""
-        return DelayedSubmission(self)
+    @property
+    def _command(self) -> str:
+        return shlex.join(self.arguments) + "\n"
+
+    def checkpoint(self) -> DelayedSubmission | None:
+        """Called by submitit for the time limit or a pre-emption: start over, unless cancelled."""
+        launch_folder = Path(self.done_file).parents[1] / "launch"
+        return None if (launch_folder / STOPPED).exists() else DelayedSubmission(self)
 
 
 def requeue(job: submitit.JobEnvironment, launch_folder: Path) -> None:

@@ -17,14 +17,14 @@ from rich.console import Console
 
 from msdiff_dist.distributed.plan_report import plan_report, render
 from msdiff_dist.errors import ConfigError, RunFolderError
-from msdiff_dist.launch.cluster import ClusterConfig
+from msdiff_dist.launch.cluster import ClusterConfig, one_rank
 from msdiff_dist.launch.job import STOPPED, CommandJob, TrainJob
 from msdiff_dist.launch.restarts import Diary
 from msdiff_dist.launch.run_plan import check_run, plan_run, workload
 from msdiff_dist.launch.snapshot import next_snapshot, take_snapshot
 from msdiff_dist.launch.submit import SlurmExecutor, check, make_executor, sbatch_text, submit
 from msdiff_dist.launch.sweep import load_sweep, overrides_of, run_names
-from msdiff_dist.launch.watch import JobRecord, last_metrics, register_run, states
+from msdiff_dist.launch.watch import JobRecord, done_file, last_metrics, register_run, states
 from msdiff_dist.recipe import Recipe, load_recipe, recipe_mapping
 from msdiff_dist.training.run_folder import RunFolder
 
@@ -64,11 +64,7 @@ def check_runs(runs: Sequence[Run], cluster: ClusterConfig) -> None:
     Raises:
         UserError: naming the field and the remedy.
     """
-    if cluster.executor != "slurm" and len(runs) > cluster.max_parallel:
-        raise ConfigError(
-            "max_parallel", cluster.max_parallel, f"without SLURM all {len(runs)} runs start at once",
-            "Sweep on a SLURM cluster, or raise it.",
-        )  # fmt: skip
+    _check_parallel(cluster, len(runs))
     for run in runs:
         for world_size in cluster.world_sizes:
             check_run(run.recipe, world_size)
@@ -156,25 +152,46 @@ def launch(runs: Sequence[Run], cluster: ClusterConfig, folder: Path, name: str)
 def launch_commands(
     commands: Sequence[Sequence[str]], cluster: ClusterConfig, folder: Path, name: str
 ) -> JobRecord | None:
-    """Submit `msdiff` commands, the parts of one data job, as a job array; None if all parts are done already."""
+    """Submit `msdiff` commands, the parts of one data job, as a job array of one rank each; None if all are done.
+
+    Raises:
+        UserError: naming the field and the remedy.
+    """
+    cluster = one_rank(cluster)
+    record = JobRecord.load(folder)
+    if record and states([record])[0].active:
+        raise RunFolderError("--folder", str(folder), "its jobs are still at work", "Wait, or `msdiff cancel` them.")
     snapshot = next_snapshot(folder)
-    done = [(folder / "parts" / f"{i:05d}.done").resolve() for i in range(len(commands))]
-    tasks = [CommandJob(tuple(c), str(d)) for c, d in zip(commands, done, strict=True) if not d.exists()]
+    every = [CommandJob(tuple(c), str(done_file(folder, i).resolve())) for i, c in enumerate(commands)]
+    tasks = [task for task in every if not task.done]
     if not tasks:
         return None
+    _check_parallel(cluster, len(tasks))
     executor = make_executor(cluster, name, folder, snapshot / "code")
     check(cluster, folder, executor, len(tasks))
     take_snapshot(snapshot, {"commands.json": json.dumps([list(c) for c in commands], indent=1)})
-    return _record(cluster, folder, submit(executor, tasks))
+    (folder / "launch" / STOPPED).unlink(missing_ok=True)
+    return _record(cluster, folder, submit(executor, tasks), len(commands))
 
 
-def _record(cluster: ClusterConfig, folder: Path, jobs: Sequence[submitit.Job[Any]]) -> JobRecord:
+def _check_parallel(cluster: ClusterConfig, tasks: int) -> None:
+    if cluster.executor != "slurm" and tasks > cluster.max_parallel:
+        raise ConfigError(
+            "max_parallel", cluster.max_parallel, f"without SLURM all {tasks} start at once",
+            "Use a SLURM cluster, or raise it.",
+        )  # fmt: skip
+
+
+def _record(
+    cluster: ClusterConfig, folder: Path, jobs: Sequence[submitit.Job[Any]], parts: int | None = None
+) -> JobRecord:
     record = JobRecord(
         run=str(folder.resolve()),
         job_ids=[job.job_id for job in jobs],
         executor=cluster.executor,
         logs=str(jobs[0].paths.folder),
         submitted=time.time(),
+        parts=parts,
     )
     record.save()
     register_run(folder)

@@ -29,13 +29,14 @@ _TAIL_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class JobRecord:
-    """`launch/job.json` of a run folder: the newest job of this run. Several ids: the parts of a data job."""
+    """`launch/job.json` of a run folder: its newest job. `parts`: of a data job, each of which has its own job id."""
 
     run: str
     job_ids: list[str]
     executor: str
     logs: str
     submitted: float
+    parts: int | None = None
 
     @staticmethod
     def load(folder: Path) -> JobRecord | None:
@@ -85,7 +86,10 @@ def _local_controller(job_id: str) -> bool:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One line of `msdiff jobs`. Numbers are None where nothing is known yet. eta_s: seconds until the last step."""
+    """One line of `msdiff jobs`. Numbers are None where nothing is known yet; steps of a data job are its parts.
+
+    eta_s: seconds until the last step.
+    """
 
     run: str
     job_id: str
@@ -118,6 +122,9 @@ def _status(record: JobRecord, state: JobState) -> RunStatus:
         state = JobState("CANCELLED", False, state.nodes)
     if not state.active and starts and starts[-1].outcome not in (None, "finished", "preempted"):
         state = dataclasses.replace(state, reason=textwrap.shorten(str(starts[-1].outcome), 60))
+    if record.parts is not None:
+        done = sum(done_file(run, i).exists() for i in range(record.parts))
+        return RunStatus(record.run, job_id, state, done, record.parts)
     total = total_steps(run)
     tail = last_metrics(run)
     if not tail:
@@ -127,6 +134,11 @@ def _status(record: JobRecord, state: JobState) -> RunStatus:
     per_step = last["images_seen"] / last["step"]
     eta = (total - last["step"]) * per_step / rate if total is not None and rate > 0 and state.active else None
     return RunStatus(record.run, job_id, state, last["step"], total, rate, eta, restarts, last["loss"])
+
+
+def done_file(folder: Path, part: int) -> Path:
+    """The file that says that a part of a data job is done."""
+    return folder / "parts" / f"{part:05d}.done"
 
 
 def total_steps(run: Path) -> int | None:

@@ -133,16 +133,29 @@ def test_a_sweep_is_a_job_array_with_one_table(
     assert "001_lr=1e-09" in msdiff("jobs", folder)[1]
 
 
-def test_parts_of_a_data_job_run_as_an_array_and_only_once(slurm: SlurmCluster, tmp_path: Path) -> None:
-    from msdiff_dist.launch.cluster import ClusterConfig
-    from msdiff_dist.launch.launcher import launch_commands
-    from msdiff_dist.launch.watch import states
-
-    cluster = ClusterConfig(shared=str(tmp_path), time="0:05:00")
-    folder = tmp_path / "job"
-    record = launch_commands([["--version"], ["--help"]], cluster, folder, "parts")
-    assert record is not None
-    for job in record.job_ids:
-        slurm.wait_job(job, "COMPLETED")
-    assert states([record])[0].state == "2 COMPLETED"
-    assert launch_commands([["--version"], ["--help"]], cluster, folder, "parts") is None
+def test_parts_of_a_data_job_run_as_an_array_and_only_once(
+    slurm: SlurmCluster, cluster_file: ClusterFile, msdiff: Msdiff, tmp_path: Path
+) -> None:
+    folder, recipe = tmp_path / "job", tmp_path / "{part}.yaml"
+    (tmp_path / "0.yaml").write_text(RECIPE.read_text())
+    arguments = (
+        "array",
+        "--parts",
+        2,
+        "--cluster",
+        cluster_file(),
+        "--folder",
+        folder,
+        "--wait",
+        "--",
+        "flops",
+        recipe,
+    )
+    assert msdiff(*arguments)[0] == 1
+    status = json.loads(msdiff("jobs", folder, "--json")[1])
+    assert (status["step"], status["total_steps"]) == (1, 2)
+    assert status["state"]["state"] == "1 COMPLETED, 1 FAILED"
+    (tmp_path / "1.yaml").write_text(RECIPE.read_text())
+    assert msdiff(*arguments)[0] == 0
+    assert "all 2 parts are done already" in msdiff(*arguments)[1]
+    assert len(list((folder / "logs").glob("*_log.out"))) == 3

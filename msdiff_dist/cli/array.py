@@ -1,0 +1,36 @@
+"""`msdiff array`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def array(
+    command: Annotated[list[str], typer.Argument(help="An msdiff command after `--`, with {part} and {parts} in it.")],
+    cluster: Annotated[str, typer.Option(help="Cluster file, or `local`.")],
+    folder: Annotated[Path, typer.Option(help="Folder for the logs and for what is known to be done.")],
+    parts: Annotated[int, typer.Option(min=1, help="Jobs to split it into.")] = 1,
+    time: Annotated[str | None, typer.Option(help="Limit of one start: 24:00:00, or 2-12:00 with days.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Return at the end; exit status 1 if a part failed.")] = False,
+) -> None:
+    """Run an msdiff command as a job array, a rank (and a GPU, if the cluster file has any) for each part.
+
+    A part that is stopped is queued again; the same command on the same folder runs those parts that are not done.
+
+    Example: msdiff array --parts 16 --cluster slurm/gpu.yaml --folder /shared/fid -- sample runs/cin --num 3125
+    --seed {part} --out /shared/fid/{part}
+    """
+    from msdiff_dist.launch import launcher, watch
+    from msdiff_dist.launch.cluster import load_cluster
+
+    commands = [[w.replace("{part}", str(i)).replace("{parts}", str(parts)) for w in command] for i in range(parts)]
+    record = launcher.launch_commands(commands, load_cluster(cluster, {"time": time}), folder, folder.name)
+    if record is None:
+        typer.echo(f"all {parts} parts are done already")
+        return
+    typer.echo(f"jobs {', '.join(record.job_ids)}: {record.run}")
+    if wait:
+        raise typer.Exit(1 if watch.wait_for([folder]) else 0)
