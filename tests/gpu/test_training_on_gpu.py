@@ -1,0 +1,35 @@
+"""Training and sampling on a GPU in bf16, through every attention backend there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from msdiff_dist.launch.local import run_local
+from msdiff_dist.recipe import load_recipe, recipe_mapping
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+DEBUG = Path(__file__).parents[2] / "recipes/debug.yaml"
+
+
+def _losses(run: Path, *overrides: str) -> list[float]:
+    recipe = load_recipe(
+        DEBUG, ["train.steps=6", "preview.every=6", "preview.num=4", "preview.sampler.steps=4", *overrides]
+    )
+    assert run_local(recipe_mapping(recipe), run, 1) == "finished"
+    assert (run / "samples/step_00000006.png").exists()
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_bf16_stays_near_fp32(tmp_path: Path) -> None:
+    exact = _losses(tmp_path / "fp32", "train.precision=fp32")
+    for backend in ("sdpa", "math"):
+        near = _losses(tmp_path / backend, "train.precision=bf16", f"model.attention_backend={backend}")
+        assert near == pytest.approx(exact, rel=2e-2)
