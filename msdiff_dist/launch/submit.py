@@ -149,17 +149,21 @@ def check(cluster: ClusterConfig, folder: Path, executor: submitit.Executor, tas
 
 
 def submit(executor: submitit.Executor, tasks: Sequence[Task]) -> list[submitit.Job[Any]]:
-    """Submit one job, or several as a job array where the executor has them.
+    """Submit one job, or several as a job array where the executor has them. The debug executor runs them here and now.
 
     Raises:
         UserError: in the words of sbatch, when the cluster refuses.
     """
     try:
         with _outside_any_job():
-            return executor.submit_array(list(tasks))
+            jobs = executor.submit_array(list(tasks))
     except FailedJobError as e:
         problem = f"the cluster refuses the job: {' '.join(str(e).split())}"
         raise UserError("--cluster", "sbatch", problem, "Correct the cluster file.") from None
+    if isinstance(executor, submitit.DebugExecutor):
+        for job in jobs:
+            job.results()
+    return jobs
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from msdiff_dist.errors import ConfigError
-from msdiff_dist.launch.cluster import ClusterConfig, load_cluster
+from msdiff_dist.launch.cluster import ClusterConfig, load_cluster, one_rank
 
 SLURM = Path(__file__).parents[3] / "slurm"
 
@@ -74,3 +74,11 @@ def test_options_go_before_the_file_and_are_named_in_errors(tmp_path: Path) -> N
         load_cluster(str(path))
     with pytest.raises(ConfigError, match="no such file"):
         load_cluster(str(tmp_path / "none.yaml"))
+
+
+def test_one_rank_of_a_cluster_takes_its_share() -> None:
+    cluster = ClusterConfig(shared="/", nodes="2-4", gpus_per_node=8, gres="gpu:a100:8", memory_gb=480, exclusive=True)
+    one = one_rank(cluster)
+    assert (one.world_sizes, one.gpus_per_node, one.gres, one.memory_gb) == ((1,), 1, "gpu:a100:1", 60)
+    assert not one.exclusive
+    assert one_rank(ClusterConfig(shared="/", tasks_per_node=4, memory_gb=8)).memory_gb == 2
