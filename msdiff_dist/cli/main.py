@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from msdiff_dist import __version__
-from msdiff_dist.cli import attach, cancel, convert, data, flops, jobs, launch, logs, plan, sample, stages, train
+from msdiff_dist.cli import attach, cancel, data, flops, jobs, launch, logs, plan, sample, stages, train
 from msdiff_dist.errors import MsdiffError, UserError
 
 app = typer.Typer(
@@ -25,7 +25,6 @@ for verb in (
     flops.flops,
     train.train,
     sample.sample,
-    convert.convert,
     launch.launch,
     jobs.jobs,
     logs.logs,
