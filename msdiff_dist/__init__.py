@@ -1,3 +1,19 @@
 """Multi-stage latent diffusion: one shared encoder, one decoder per timestep stage, stage-parallel under DeepSpeed."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from msdiff_dist.checkpoint.timed_model import TimedModel
+
 __version__ = "0.1.0"
+
+
+def load_model(path: Path | str, ema: bool = True) -> TimedModel:
+    """A trained model on the CPU: see `msdiff_dist.checkpoint.timed_model.load_model`."""
+    from msdiff_dist.checkpoint import timed_model  # torch is imported when a model is
+
+    return timed_model.load_model(path, ema)

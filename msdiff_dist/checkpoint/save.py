@@ -101,7 +101,7 @@ def write_checkpoint(
 
 
 def _write_pieces(path: Path, pieces: Mapping[str, Tensor]) -> StoredFile:
-    with TensorWriter(path, {key: tensor.shape for key, tensor in pieces.items()}) as writer:
+    with TensorWriter(path, pieces) as writer:
         for key, tensor in pieces.items():
             writer.write(key, tensor)
     return writer.stored

@@ -1,4 +1,4 @@
-"""safetensors files of float32 tensors, written and read as streams: nothing is held twice, nothing is mapped.
+"""safetensors files written and read as streams: nothing is held twice, nothing is mapped.
 
 A file is 8 bytes with the header's length, the header as JSON (name -> dtype, shape, place), then the tensors' bytes.
 """
@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from msdiff_dist.errors import CheckpointError
 
-_ITEM = 4  # bytes of a float32
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 1 << 24
 
 
@@ -44,18 +47,27 @@ class StoredFile:
 
 
 class TensorWriter:
-    """Writes one file tensor by tensor, in the order of `shapes`. Leave the `with` block, then ask for `stored`."""
+    """Writes one file tensor by tensor. Leave the `with` block, then ask for `stored`.
 
-    def __init__(self, path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
-        header, offset = {}, 0
-        for name, shape in shapes.items():
-            size = _ITEM * math.prod(shape)
-            header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, offset + size]}
-            offset += size
+    Args:
+        like: every tensor to come, in order: its type and shape. It may be on the meta device.
+    """
+
+    def __init__(self, path: Path, like: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        offset = 0
+        for name, tensor in like.items():
+            end = offset + tensor.numel() * tensor.element_size()
+            header[name] = {
+                "dtype": _DTYPE_NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, end],
+            }
+            offset = end
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        self.path, self._shapes = path, dict(shapes)
-        self._waiting = iter(shapes)
+        self.path, self._like = path, like
+        self._waiting = iter(like)
         self._digest, self._size = hashlib.sha256(), 0
         self._file: IO[bytes] = path.open("wb")
         self._put(memoryview(len(text).to_bytes(8, "little") + text))
@@ -64,10 +76,10 @@ class TensorWriter:
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next tensor: float32 on the CPU."""
+        """Append the next tensor, on the CPU."""
         assert name == next(self._waiting)
-        assert tensor.dtype == torch.float32
-        assert tuple(tensor.shape) == tuple(self._shapes[name])
+        assert tensor.dtype == self._like[name].dtype
+        assert tensor.shape == self._like[name].shape
         self._put(_bytes_of(tensor.contiguous()))
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
@@ -80,7 +92,7 @@ class TensorWriter:
     @property
     def stored(self) -> StoredFile:
         """What was written."""
-        keys = {name: math.prod(shape) for name, shape in self._shapes.items()}
+        keys = {name: tensor.numel() for name, tensor in self._like.items()}
         return StoredFile(self.path.name, self._size, self._digest.hexdigest(), keys)
 
     def _put(self, data: memoryview) -> None:
@@ -92,27 +104,35 @@ class TensorWriter:
 
 
 class TensorReader:
-    """Reads stretches of one file's tensors.
+    """Reads tensors of one file, whole or in part.
+
+    Attributes:
+        like: every tensor's type and shape, on the meta device.
+        metadata: what the file says of itself.
 
     Raises:
-        DamagedError: the file is missing, cut short, or holds something else.
+        DamagedError: the file is missing, cut short, or no safetensors file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             self._file: IO[bytes] = path.open("rb", buffering=0)
-            self._begin, self.shapes, self._offsets = self._header()
+            self.like, self._offsets = self._header()
         except OSError as e:
             raise damaged(path, e.strerror or str(e)) from None
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise damaged(path, "its header is not that of a safetensors file of float32") from None
+            raise damaged(path, "it does not begin as a safetensors file does") from None
 
     def read(self, name: str, start: int, out: Tensor) -> None:
-        """Fill `out`, contiguous float32 on the CPU, with the elements of the flattened tensor from `start`."""
-        if name not in self.shapes:
-            raise damaged(self.path, f"it has no {name}")
-        at, target = self._begin + self._offsets[name] + _ITEM * start, _bytes_of(out)
+        """Fill `out`, contiguous, on the CPU and of the stored type, with the flattened tensor's elements from `start`.
+
+        Raises:
+            DamagedError: there is no such tensor of that type, or the file ends in it.
+        """
+        if name not in self.like or self.like[name].dtype != out.dtype:
+            raise damaged(self.path, f"it has no {out.dtype} tensor {name}")
+        at, target = self._offsets[name] + start * out.element_size(), _bytes_of(out)
         while len(target):
             count = os.preadv(self._file.fileno(), [target], at)
             if not count:
@@ -121,23 +141,22 @@ class TensorReader:
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor."""
-        out = torch.empty(self.shapes.get(name, ()))
+        out = torch.empty_like(self.like[name], device="cpu")
         self.read(name, 0, out)
         return out
 
-    def _header(self) -> tuple[int, dict[str, tuple[int, ...]], dict[str, int]]:
+    def _header(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         size, length = os.fstat(self._file.fileno()).st_size, int.from_bytes(self._file.read(8), "little")
-        if length > size - 8:
+        begin = 8 + length
+        if begin > size:
             raise ValueError
         header = json.loads(self._file.read(length))
-        header.pop("__metadata__", None)
-        if any(entry["dtype"] != "F32" for entry in header.values()):
-            raise ValueError
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        end = begin + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if end != size:
             raise damaged(self.path, f"it has {size} bytes where its header says {end}")
-        shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-        return 8 + length, shapes, {name: entry["data_offsets"][0] for name, entry in header.items()}
+        like = {n: torch.empty(e["shape"], dtype=DTYPES[e["dtype"]], device="meta") for n, e in header.items()}
+        return like, {name: begin + entry["data_offsets"][0] for name, entry in header.items()}
 
 
 def check_size(path: Path, stored: StoredFile) -> None:
@@ -165,4 +184,4 @@ def check_content(path: Path, stored: StoredFile) -> None:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.detach().reshape(-1).numpy().data.cast("B")
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data

@@ -8,7 +8,23 @@ import typer
 from rich.console import Console
 
 from msdiff_dist import __version__
-from msdiff_dist.cli import attach, cancel, data, flops, jobs, launch, logs, plan, sample, stages, train
+from msdiff_dist.cli import (
+    array,
+    attach,
+    cancel,
+    checkpoint,
+    convert,
+    data,
+    export,
+    flops,
+    jobs,
+    launch,
+    logs,
+    plan,
+    sample,
+    stages,
+    train,
+)
 from msdiff_dist.errors import MsdiffError, UserError
 
 app = typer.Typer(
@@ -20,12 +36,16 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.add_typer(stages.app, name="stages")
+app.add_typer(checkpoint.app, name="checkpoint")
 for verb in (
     plan.plan,
     flops.flops,
     train.train,
     sample.sample,
+    export.export,
+    convert.convert,
     launch.launch,
+    array.array,
     jobs.jobs,
     logs.logs,
     attach.attach,

@@ -9,7 +9,7 @@ import typer
 
 
 def sample(
-    run: Annotated[Path, typer.Argument(help="Run folder, or one checkpoint of it.")],
+    run: Annotated[Path, typer.Argument(help="Run folder, one checkpoint of it, or an export.")],
     out: Annotated[Path, typer.Option(help="New folder for the pictures.")],
     num: Annotated[int, typer.Option(min=1, help="Pictures to make.")] = 64,
     sampler: Annotated[

@@ -7,38 +7,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from msdiff_dist.checkpoint.load import CheckpointReader
-from msdiff_dist.diffusion.process import Process
+from msdiff_dist.checkpoint.weights import Weights
 from msdiff_dist.diffusion.sampling import Condition, SamplerConfig, sample
-from msdiff_dist.diffusion.stage_partition import StagePartition
 from msdiff_dist.models.autoencoder import LatentCodec
-from msdiff_dist.models.config import ModelConfig
 from msdiff_dist.models.multistage_unet import build_parts
 
 
 class Generator:
-    """Samples with the EMA (or raw) weights of a checkpoint.
+    """Samples with the weights of a checkpoint or an export."""
 
-    Args:
-        latent_shape: [C, H, W] of what the diffusion sees.
-    """
-
-    def __init__(
-        self,
-        reader: CheckpointReader,
-        model: ModelConfig,
-        process: Process,
-        partition: StagePartition,
-        codec: LatentCodec,
-        latent_shape: Sequence[int],
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        ema: bool = True,
-    ) -> None:
-        self._reader, self._model, self._process, self._partition = reader, model, process, partition
-        self._codec, self._latent_shape, self._device, self._dtype = codec, tuple(latent_shape), device, dtype
-        self._kind = "ema" if ema else "param"
-        self._shared = self._load(build_parts(model, [])[0], "shared.")
+    def __init__(self, weights: Weights, device: torch.device) -> None:
+        description = weights.description
+        self._weights, self._device, self._model = weights, device, description.model
+        self._codec = LatentCodec(description.autoencoder, False, device)
+        self._process, self._partition = description.process(), description.partition()
+        self._latent_shape = description.latent_shape
+        bf16 = description.precision == "bf16" and device.type == "cuda"
+        self._dtype = torch.bfloat16 if bf16 else torch.float32
+        self._shared = self._load(build_parts(self._model, [])[0], "shared.")
         self._stages: dict[int, nn.Module] = {}
 
     def __call__(
@@ -72,5 +58,5 @@ class Generator:
         return self._stages[stage](*features)
 
     def _load(self, module: nn.Module, prefix: str) -> nn.Module:
-        module.load_state_dict(self._reader.module_state(self._kind, prefix))
+        module.load_state_dict(self._weights.module_state(prefix))
         return module.to(self._device, self._dtype).eval()

@@ -1,4 +1,4 @@
-"""Sampling from a recipe's weights on disk: by one process, or by all ranks of a run, each its share."""
+"""A grid of pictures while training: every rank samples its share."""
 
 from __future__ import annotations
 
@@ -10,27 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from msdiff_dist.checkpoint.load import CheckpointReader
+from msdiff_dist.checkpoint.weights import CheckpointWeights
 from msdiff_dist.distributed.environment import Environment
 from msdiff_dist.evaluation.generate import Generator
 from msdiff_dist.evaluation.preview import class_labels, write_grid
-from msdiff_dist.models.autoencoder import LatentCodec
 from msdiff_dist.recipe import Recipe
-
-
-def generator_for(recipe: Recipe, checkpoint: Path, device: torch.device, ema: bool = True) -> Generator:
-    """A generator of the recipe's pictures with the weights in `checkpoint`."""
-    bf16 = recipe.train.precision == "bf16" and device.type == "cuda"
-    return Generator(
-        CheckpointReader(checkpoint),
-        recipe.model,
-        recipe.process(),
-        recipe.partition(),
-        LatentCodec(recipe.autoencoder, recipe.data.kind != "image", device),
-        recipe.latent_shape,
-        device,
-        torch.bfloat16 if bf16 else torch.float32,
-        ema,
-    )
 
 
 def write_preview(recipe: Recipe, weights: Path, target: Path, env: Environment) -> None:
@@ -39,7 +23,7 @@ def write_preview(recipe: Recipe, weights: Path, target: Path, env: Environment)
     own = list(range(env.rank, config.num, env.world_size))
     images: Tensor | None = None
     if own:
-        generator = generator_for(recipe, weights, env.device)
+        generator = Generator(CheckpointWeights(CheckpointReader(weights)), env.device)
         images = generator(own, config.sampler, config.seed, class_labels(own, recipe.model.num_classes))
     gathered: list[Tensor | None] | None = [None] * env.world_size if env.rank == 0 else None
     dist.gather_object(images, gathered, dst=0)

@@ -1,4 +1,4 @@
-"""Pictures from a run folder."""
+"""Pictures from a run folder or an export."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
-from msdiff_dist.checkpoint.layout import CheckpointIndex, find_checkpoint
+from msdiff_dist.checkpoint.weights import open_weights
 from msdiff_dist.diffusion.sampling import SamplerConfig
 from msdiff_dist.errors import ConfigError, RunFolderError
+from msdiff_dist.evaluation.generate import Generator
 from msdiff_dist.evaluation.preview import class_labels, write_grid
-from msdiff_dist.launch.preview import generator_for
-from msdiff_dist.recipe import recipe_from
 
 
 def sample_run(
@@ -23,30 +22,31 @@ def sample_run(
     """Write `num` PNG files and grid.png into the new folder `out`.
 
     Args:
-        run: a run folder, whose newest checkpoint is taken, or one checkpoint.
+        run: a run folder, whose newest checkpoint is taken, one checkpoint, or an export.
+        ema: with the averaged weights, else with the last ones.
 
     Raises:
-        CheckpointError: no complete checkpoint there. RunFolderError: `out` holds files already.
+        CheckpointError: no such weights there, or damaged. RunFolderError: `out` holds files already.
     """
-    checkpoint = find_checkpoint(run)
-    recipe = recipe_from(CheckpointIndex.load(checkpoint).recipe)
+    weights = open_weights(run, ema=ema)
+    num_classes = weights.description.model.num_classes
     if out.exists() and any(out.iterdir()):
         raise RunFolderError("--out", str(out), "is not empty", "Name a new folder.")
-    class_labels([0], recipe.model.num_classes, class_)
+    class_labels([0], num_classes, class_)
     try:
-        sampler = sampler.for_process(recipe.process())
+        sampler = sampler.for_process(weights.description.process())
     except ConfigError as e:
         option = "sampler" if e.field == "name" else e.field
         raise ConfigError(f"--{option}", e.value, e.problem, e.remedy) from None
-    generator = generator_for(recipe, checkpoint, torch.device("cuda" if torch.cuda.is_available() else "cpu"), ema)
+    generator = Generator(weights, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     out.mkdir(parents=True, exist_ok=True)
     grid: list[Tensor] = []
     batches = [list(range(i, min(i + batch_size, num))) for i in range(0, num, batch_size)]
     for index_n in track(batches, description="sampling", transient=True):
-        images = generator(index_n, sampler, seed, class_labels(index_n, recipe.model.num_classes, class_))
+        images = generator(index_n, sampler, seed, class_labels(index_n, num_classes, class_))
         for i, image in zip(index_n, images, strict=True):
             pixels = image.permute(1, 2, 0).squeeze(-1).numpy()
             Image.fromarray(pixels).save(out / f"{i:05d}.png")
         grid += [image for image in images if len(grid) < 100]
-    classes = recipe.model.num_classes if class_ is None else None
+    classes = num_classes if class_ is None else None
     write_grid(torch.stack(grid[:100]), out / "grid.png", classes if (classes or 99) <= 20 else None)

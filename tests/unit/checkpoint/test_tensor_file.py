@@ -16,11 +16,12 @@ from msdiff_dist.checkpoint.tensor_file import DamagedError, TensorReader, Tenso
 def tensors() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     shapes = {"a": (3, 4), "b/c@7": (5,), "scalar": ()}
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    floats = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return floats | {"half": floats["a"].bfloat16(), "whole": torch.arange(3)}
 
 
 def written(path: Path, tensors: dict[str, torch.Tensor]) -> TensorWriter:
-    with TensorWriter(path, {name: tensor.shape for name, tensor in tensors.items()}) as writer:
+    with TensorWriter(path, tensors, {"format": "pt"}) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
     return writer
@@ -31,7 +32,7 @@ def test_the_library_reads_what_is_written(tmp_path: Path, tensors: dict[str, to
     content = (tmp_path / "x").read_bytes()
     assert (stored.name, stored.size) == ("x", len(content))
     assert stored.sha256 == hashlib.sha256(content).hexdigest()
-    assert stored.keys == {"a": 12, "b/c@7": 5, "scalar": 1}
+    assert stored.keys == {"a": 12, "b/c@7": 5, "scalar": 1, "half": 12, "whole": 3}
     loaded = load_file(tmp_path / "x")
     assert loaded.keys() == tensors.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
@@ -40,8 +41,11 @@ def test_the_library_reads_what_is_written(tmp_path: Path, tensors: dict[str, to
 def test_reads_what_the_library_writes(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, tmp_path / "x", metadata={"format": "pt"})
     reader = TensorReader(tmp_path / "x")
-    assert reader.shapes == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    assert all(torch.equal(reader.tensor(name), tensor) for name, tensor in tensors.items())
+    assert reader.like.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert reader.like[name].is_meta
+        assert reader.tensor(name).dtype == tensor.dtype
+        assert torch.equal(reader.tensor(name), tensor)
 
 
 @given(st.data())
@@ -86,13 +90,13 @@ def test_missing_file_and_other_types(tmp_path: Path, tensors: dict[str, torch.T
         check_content(tmp_path / "y", stored)
     with pytest.raises(DamagedError, match="No such file"):
         TensorReader(tmp_path / "y")
-    save_file({"a": torch.zeros(3, dtype=torch.int64)}, tmp_path / "z")
-    with pytest.raises(DamagedError, match="float32"):
-        TensorReader(tmp_path / "z")
-    with pytest.raises(DamagedError, match="has no q"):
-        TensorReader(tmp_path / "x").tensor("q")
+    reader = TensorReader(tmp_path / "x")
+    with pytest.raises(DamagedError, match=r"no torch.float32 tensor q"):
+        reader.read("q", 0, torch.empty(1))
+    with pytest.raises(DamagedError, match=r"no torch.float32 tensor whole"):
+        reader.read("whole", 0, torch.empty(1))
 
 
 def test_an_unfinished_file_is_a_bug(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError), TensorWriter(tmp_path / "x", {"a": (2,)}):
+    with pytest.raises(AssertionError), TensorWriter(tmp_path / "x", {"a": torch.ones(2)}):
         pass

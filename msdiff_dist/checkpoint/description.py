@@ -1,0 +1,72 @@
+"""What a model is, without the recipe that trained it: the config.json of an export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from msdiff_dist.config import from_mapping
+from msdiff_dist.data.config import DataConfig
+from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
+from msdiff_dist.diffusion.process import Process, build_process
+from msdiff_dist.diffusion.stage_partition import StagePartition, build_partition
+from msdiff_dist.errors import ConfigError
+from msdiff_dist.models.autoencoder import AutoencoderConfig
+from msdiff_dist.models.config import ModelConfig
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """Everything needed to rebuild and sample a model.
+
+    sample_size: height and width of what the diffusion sees, one number where they are equal; None where unknown.
+    precision: it was trained in. weights: `ema`, the average, or `raw`, the last ones. step: optimizer steps done.
+    """
+
+    model: ModelConfig
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    stages: StagesConfig = field(default_factory=StagesConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    sample_size: int | tuple[int, int] | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    weights: Literal["ema", "raw"] | None = None
+    name: str = ""
+    step: int | None = None
+    format: int = FORMAT
+    version: str = ""
+
+    def process(self) -> Process:
+        """The diffusion process."""
+        return build_process(self.diffusion)
+
+    def partition(self) -> StagePartition:
+        """The stages in the process's own time."""
+        return build_partition(self.stages, self.process())
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of what the diffusion sees.
+
+        Raises:
+            ConfigError: no file says it.
+        """
+        if self.sample_size is None:
+            raise ConfigError("sample_size", None, "the model's config.json does not say it", "Add it there.")
+        size = self.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.model.in_channels, height, width
+
+
+def describe(recipe: Mapping[str, Any], step: int) -> ModelDescription:
+    """The model that a recipe, as a checkpoint keeps it, trains."""
+    data = from_mapping(DataConfig, recipe["data"], "data")
+    autoencoder = from_mapping(AutoencoderConfig, recipe["autoencoder"], "autoencoder")
+    shape = data.x_shape
+    _, height, width = autoencoder.latent_shape(shape[0], shape[1]) if data.kind == "image" else shape
+    parts = {part: recipe[part] for part in ("model", "diffusion", "stages", "autoencoder", "name")}
+    size = height if height == width else [height, width]
+    more = {"sample_size": size, "precision": recipe["train"]["precision"], "step": step}
+    return from_mapping(ModelDescription, parts | more)

@@ -1,0 +1,147 @@
+"""`msdiff checkpoint`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from msdiff_dist.checkpoint.load import CheckpointReader
+
+app = typer.Typer(help="Look into checkpoints.", no_args_is_help=True)
+
+_Path = Annotated[Path, typer.Argument(help="Run folder (its newest checkpoint), or one checkpoint.")]
+_Step = Annotated[int | None, typer.Option(help="The run's checkpoint of this step.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command()
+def inspect(path: _Path, step: _Step = None, as_json: _Json = False) -> None:
+    """Tell what a checkpoint holds: step, layout, parameters of every part. Reads its index only.
+
+    Example: msdiff checkpoint inspect runs/quickstart
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from msdiff_dist.checkpoint.layout import find_checkpoint
+    from msdiff_dist.checkpoint.load import CheckpointReader
+
+    report = _report(CheckpointReader(find_checkpoint(path, step)))
+    if as_json:
+        typer.echo(json.dumps(report))
+        return
+    table = Table("part", "tensors", "parameters", title=f"{report['recipe']}, step {report['step']}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for part, (tensors, parameters) in report["parts"].items():
+        table.add_row(part, str(tensors), f"{parameters:,}")
+    console = Console(soft_wrap=True)
+    console.print(table)
+    loss = "unknown" if report["loss"] is None else f"{report['loss']:.5f}"
+    console.print(f"checkpoint   {report['path']}", highlight=False)
+    console.print(f"samples seen {report['samples_seen']:,} ({report['batch_size']} a step), smoothed loss {loss}")
+    console.print(
+        f"written by   {report['world_size']} ranks, {report['bytes'] / 1e6:.1f} MB, format {report['format']}"
+    )
+    console.print(f"holds        {', '.join(report['kinds'])}")
+
+
+@app.command()
+def verify(path: _Path, step: _Step = None) -> None:
+    """Compare every file with its checksum, in all of a run's checkpoints or in one. Exit status 2 if one is damaged.
+
+    Example: msdiff checkpoint verify runs/quickstart
+    """
+    from msdiff_dist.checkpoint.layout import complete_checkpoints, find_checkpoint
+    from msdiff_dist.checkpoint.load import CheckpointReader
+    from msdiff_dist.errors import CheckpointError
+
+    errors: list[CheckpointError] = []
+    every = complete_checkpoints(path / "checkpoints") if step is None else []
+    for folder in every or [find_checkpoint(path, step)]:
+        try:
+            reader = CheckpointReader(folder)
+            reader.verify()
+            typer.echo(f"{folder}  intact, {sum(f.size for f in reader.index.files) / 1e6:.1f} MB")
+        except CheckpointError as e:
+            typer.echo(f"{folder}  damaged")
+            errors.append(e)
+    if errors:
+        raise errors[0]
+
+
+@app.command()
+def diff(
+    a: _Path,
+    b: Annotated[Path, typer.Argument(help="The other: run folder or checkpoint.")],
+    as_json: _Json = False,
+) -> None:
+    """Compare two checkpoints: recipe fields, architecture, and the values of every part. Exit status 1 if the
+    latter two differ.
+
+    Differences are the greatest over a part, as they are and relative to the tensor's greatest value.
+
+    Example: msdiff checkpoint diff runs/a runs/b/checkpoints/step_00000100
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from msdiff_dist.checkpoint.compare import compare
+    from msdiff_dist.checkpoint.weights import open_checkpoint
+    from msdiff_dist.config import differences
+
+    first, second = open_checkpoint(a), open_checkpoint(b)
+    fields = [(f"recipe.{f}", x, y) for f, x, y in differences(first.index.recipe, second.index.recipe)]
+    fields += [("step", first.index.step, second.index.step)] if first.index.step != second.index.step else []
+    shapes = [
+        (name, first.index.shapes.get(name), second.index.shapes.get(name))
+        for name in sorted({*first.index.shapes} | {*second.index.shapes})
+        if first.index.shapes.get(name) != second.index.shapes.get(name)
+    ]
+    worst: dict[tuple[str, str], tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
+    for d in compare(first, second):
+        key = (_part(d.name), d.kind)
+        worst[key] = (max(worst[key][0], d.max_abs), max(worst[key][1], d.relative))
+    if as_json:
+        parts = [{"part": p, "kind": k, "max_abs": x, "max_relative": r} for (p, k), (x, r) in worst.items()]
+        typer.echo(json.dumps({"fields": fields, "shapes": shapes, "values": parts}))
+    else:
+        for name, x, y in [*fields, *shapes]:
+            typer.echo(f"{name}: {x!r} | {y!r}")
+        table = Table("part", "kind", "greatest difference", "relative")
+        for (part, kind), (absolute, relative) in sorted(worst.items()):
+            table.add_row(part, kind, f"{absolute:.3g}", f"{relative:.3g}")
+        Console().print(table)
+    if shapes or any(absolute for absolute, _ in worst.values()):
+        raise typer.Exit(1)
+
+
+def _report(reader: CheckpointReader) -> dict[str, Any]:
+    index = reader.index
+    parts: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
+    for name, shape in index.shapes.items():
+        tensors, parameters = parts[_part(name)]
+        parts[_part(name)] = (tensors + 1, parameters + math.prod(shape))
+    return {
+        "path": str(reader.folder),
+        "recipe": index.recipe["name"],
+        "step": index.step,
+        "batch_size": index.batch_size,
+        "samples_seen": index.step * index.batch_size,
+        "loss": index.loss,
+        "format": index.format,
+        "world_size": index.world_size,
+        "bytes": sum(f.size for f in index.files),
+        "kinds": reader.kinds,
+        "parts": dict(parts),
+    }
+
+
+def _part(name: str) -> str:
+    return ".".join(name.split(".")[: 2 if name.startswith("stages.") else 1])

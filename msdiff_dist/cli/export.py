@@ -1,0 +1,26 @@
+"""`msdiff export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder, or one checkpoint of it.")],
+    out: Annotated[Path, typer.Option(help="New folder for the weights.")],
+    step: Annotated[int | None, typer.Option(help="This checkpoint; default the newest.")] = None,
+    ema: Annotated[bool, typer.Option("--ema/--raw", help="The averaged weights, or the last ones.")] = True,
+) -> None:
+    """Write a run's weights as safetensors, whole and by stage, with a config.json that rebuilds the model.
+
+    Reads one parameter at a time; needs no GPU. `msdiff_dist.load_model` opens the result, and so does `msdiff sample`.
+
+    Example: msdiff export runs/quickstart --out exported
+    """
+    from msdiff_dist.checkpoint.export import export as run_export
+
+    for file in run_export(run, out, step, ema):
+        typer.echo(f"{file}  {file.stat().st_size / 1e6:.2f} MB")
