@@ -36,7 +36,8 @@ class CheckpointIndex:
     """What checkpoint.json says.
 
     batch_size: global. loss: the training loss, smoothed; None before the first step. shapes: of every parameter by
-    name. moments: the optimizer's kinds of tensors. world_size: ranks that wrote it.
+    name. moments: the optimizer's kinds of tensors. world_size: ranks that wrote it. data: marks of the
+    data set's shards, by source.
     """
 
     step: int
@@ -47,6 +48,7 @@ class CheckpointIndex:
     moments: list[str]
     world_size: int
     files: list[StoredFile] = field(default_factory=list)
+    data: list[list[str]] = field(default_factory=list)
     format: int = FORMAT
 
     def dump(self) -> str:

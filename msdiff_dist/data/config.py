@@ -33,6 +33,7 @@ class DataConfig:
         sources: instead of `shards`: several, mixed by weight. Each is shuffled and begins again by itself.
         allow_pipe: let `pipe:` run commands of this recipe.
         retries: further tries after a connection breaks, with waits that double.
+        accept_changes: go on with a run although shards were added, removed or altered since its checkpoint.
         max_bad: damaged shards and samples to leave out, each counted once from the start of the command, before giving
             up. The place of a damaged sample is filled with the next good one of its lane; the rest of a torn shard
             with its samples from the first on.
@@ -59,6 +60,7 @@ class DataConfig:
     allow_pipe: bool = False
     retries: int = 5
     max_bad: int = 0
+    accept_changes: bool = False
     lanes: int = 8
     workers: int = 0
     shuffle: int = 2048

@@ -57,7 +57,8 @@ def members(stream: BinaryIO, with_data: bool = True) -> Iterator[tuple[str, byt
             if offset == 0:  # perhaps a compressed archive
                 yield from _through_tarfile(stream, offset, with_data)
                 return
-            raise TarError(f"damaged header at byte {offset}")
+            what = "cut short inside the" if len(header) < BLOCK else "damaged"
+            raise TarError(f"{what} header at byte {offset}")
         if kind not in b"0\0x5" or header[124] & 0x80:
             yield from _through_tarfile(stream, offset, with_data)
             return

@@ -18,7 +18,9 @@ from msdiff_dist.checkpoint.load import restore
 from msdiff_dist.checkpoint.policy import LossAverage
 from msdiff_dist.checkpoint.resume import open_newest_intact
 from msdiff_dist.checkpoint.save import HostCopy, gather_shapes, moment_kinds, write_checkpoint
-from msdiff_dist.data.loader import StepLoader
+from msdiff_dist.data.fingerprint import Marks, check_unchanged, mark_shards
+from msdiff_dist.data.index import Shard
+from msdiff_dist.data.loader import StepLoader, load_index
 from msdiff_dist.distributed.engines import EngineConfig, StageParallelEngines
 from msdiff_dist.distributed.environment import Environment, make_groups, process_group
 from msdiff_dist.distributed.router import Router
@@ -114,9 +116,11 @@ class Run:
         self.ema = ShardedEma(recipe.ema, self.state)
         self.loss_average = LossAverage()
         self.notes: list[str] = []
+        self.marks: Marks = []
         self.first_step = self._resume()
         self.saver = BackgroundSaver(folder.checkpoints, self.state, self.ema.shards, recipe.checkpoint)
-        loader = everywhere(env, lambda: self._loader())
+        index, self.marks = self._count_data()
+        loader = everywhere(env, lambda: self._loader(index))
         self.feed = Feed(
             loader,
             quotas,
@@ -138,6 +142,7 @@ class Run:
             channels_last=recipe.train.channels_last,
             condition_dropout=recipe.train.condition_dropout,
             null_label=recipe.model.num_classes,
+            max_bad=recipe.data.max_bad,
         )
 
     def describe(self) -> str:
@@ -163,7 +168,14 @@ class Run:
     def _index(self, step: int) -> CheckpointIndex:
         mapping, moments = recipe_mapping(self.recipe), moment_kinds(self.state)
         return CheckpointIndex(
-            step, self.batch_size, self.loss_average.value, mapping, self.shapes, moments, self.env.world_size
+            step,
+            self.batch_size,
+            self.loss_average.value,
+            mapping,
+            self.shapes,
+            moments,
+            self.env.world_size,
+            data=self.marks,
         )
 
     def _resume(self) -> int:
@@ -172,11 +184,30 @@ class Run:
         if reader:
             restore(reader, self.state, self.ema.shards)
             step, self.loss_average.value = reader.index.step, reader.index.loss
+            self.marks = reader.index.data
         if self.env.rank == 0:
             self.folder.cut_metrics(step)
         return step
 
-    def _loader(self) -> StepLoader:
+    def _count_data(self) -> tuple[list[list[Shard]], Marks]:
+        """The shards, counted by rank 0 for all and held against the checkpoint's. Collective."""
+
+        def count() -> tuple[list[list[Shard]], Marks] | None:
+            if self.env.rank:
+                return None
+            index = load_index(self.recipe.data)
+            marks = mark_shards(index)
+            if self.marks:
+                note = check_unchanged(self.marks, marks, self.first_step, self.recipe.data.accept_changes)
+                self.notes += [note] if note else []
+            return index, marks
+
+        counted = [everywhere(self.env, count)]
+        dist.broadcast_object_list(counted)
+        assert counted[0]
+        return counted[0]
+
+    def _loader(self, index: list[list[Shard]]) -> StepLoader:
         return StepLoader(
             self.recipe.data,
             self.recipe.train.seed,
@@ -184,6 +215,7 @@ class Run:
             self.env.rank,
             self.env.world_size,
             self.first_step,
+            index,
         )
 
 

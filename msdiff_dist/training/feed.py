@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from msdiff_dist.data.damage import Damage
 from msdiff_dist.data.loader import StepLoader, StepSamples
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas, StepDraw
 from msdiff_dist.distributed.router import Assignment, PendingBatch, RoutedBatch, Router
@@ -19,13 +20,25 @@ from msdiff_dist.distributed.router import Assignment, PendingBatch, RoutedBatch
 class MicroBatch:
     """One micro batch of this rank, sorted by stage, then by index.
 
-    samples: as routed. t_n: times in the process's own variable. rows: each held stage's rows.
+    samples: as routed. t_n: times in the process's own variable. rows: each held stage's rows. damage: what this rank
+    met for the first time while it read the step, with the step's first micro batch.
     """
 
     step: int
     samples: RoutedBatch
     t_n: Tensor
     rows: dict[int, slice]
+    damage: tuple[Damage, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """One micro batch on its way."""
+
+    step: int
+    draw: StepDraw
+    damage: tuple[Damage, ...]
+    pending: PendingBatch
 
 
 @dataclass
@@ -61,18 +74,20 @@ class Feed:
 
     def __iter__(self) -> Iterator[MicroBatch]:
         ahead = self._exchanges()
-        step, draw, self._under_way = next(ahead)
+        current = next(ahead)
         while True:
+            self._under_way = current.pending
             start = time.perf_counter()
-            batch = self._under_way.wait()
+            batch = current.pending.wait()
             self.seconds.routing += time.perf_counter() - start
             self._under_way = None
             following = next(ahead)
-            self._under_way = following[2]
-            yield MicroBatch(step, batch, torch.from_numpy(draw.t_B[batch.index_n]), _stage_rows(batch.stage_n))
-            step, draw, self._under_way = following
+            self._under_way = following.pending
+            t_n = torch.from_numpy(current.draw.t_B[batch.index_n])
+            yield MicroBatch(current.step, batch, t_n, _stage_rows(batch.stage_n), current.damage)
+            current = following
 
-    def _exchanges(self) -> Iterator[tuple[int, StepDraw, PendingBatch]]:
+    def _exchanges(self) -> Iterator[_Exchange]:
         """Start one exchange per micro batch, as far ahead as they are asked for."""
         samples_of_step = iter(self._loader)
         step = self._start_step
@@ -86,9 +101,9 @@ class Feed:
             self.seconds.routing += time.perf_counter() - start
             for micro in range(self._accumulation):
                 start = time.perf_counter()
-                exchange = self._router.start(assignment, micro, samples)
+                pending = self._router.start(assignment, micro, samples)
                 self.seconds.routing += time.perf_counter() - start
-                yield step, draw, exchange
+                yield _Exchange(step, draw, () if micro else samples.damage, pending)
             step += 1
 
 

@@ -48,7 +48,7 @@ def train(
         writer: on rank 0 only.
         must_stop: whether this rank wants all ranks to save and stop.
     """
-    saved, saving = first_step, 0.0
+    saved, saving, damaged = first_step, 0.0, 0
     for done in range(first_step + 1, config.steps + 1):
         start = time.perf_counter()
         lr = optimizer_lr * lr_schedule.factor(done - 1, config.steps)
@@ -56,7 +56,10 @@ def train(
         ema.update(done)
         loss_average.update(done, outcome.loss)
         waited = feed.take_seconds()
+        damaged += len(outcome.damage)
         if writer:
+            for damage in outcome.damage:
+                writer.say(f"left out: {damage}")
             elapsed = time.perf_counter() - start
             writer.write(
                 StepMetrics(
@@ -69,6 +72,7 @@ def train(
                     images_per_second=batch_size / elapsed,
                     seconds={"data": waited.data, "routing": waited.routing, **outcome.seconds, "checkpoint": saving},
                     balance=outcome.balance,
+                    damaged=damaged,
                 )
             )
         saving = 0.0

@@ -30,6 +30,11 @@ FREE_FIELDS = (
     "train.threads",
     "train.timeout_s",
     "data.workers",
+    "data.shards",  # checked by content
+    "data.accept_changes",
+    "data.retries",
+    "data.allow_pipe",
+    "data.max_bad",
     "parallel.",
     "checkpoint.",
     "preview.",

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from msdiff_dist.data.damage import Damage, check_limit
 from msdiff_dist.diffusion.loss import LossKind, sample_losses
 from msdiff_dist.diffusion.process import Process
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas, dropout_mask, noise
@@ -24,7 +26,8 @@ class StepOutcome:
     """What every rank knows after a step.
 
     loss: over the global batch. loss_per_stage: mean of each stage. stop_requested: some rank was asked to stop.
-    busy_W: each rank's seconds of own work. seconds: wall time of compute and of the optimizer here.
+    busy_W: each rank's seconds of own work. damage: shards and samples met by some rank, and before by none.
+    seconds: wall time of compute and of the optimizer here.
     """
 
     loss: float
@@ -32,6 +35,7 @@ class StepOutcome:
     grad_norm: float
     stop_requested: bool
     busy_W: list[float]
+    damage: list[Damage]
     seconds: dict[str, float]
 
     @property
@@ -47,6 +51,7 @@ class TrainStep:
         loss_kind: per-sample distance, as `diffusion.loss.sample_losses` names it.
         condition_dropout: probability of training a sample without its condition (for classifier-free guidance).
         null_label: the label that stands for "no class", None without classes.
+        max_bad: damaged shards and samples that all ranks together may leave out.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class TrainStep:
         channels_last: bool,
         condition_dropout: float,
         null_label: int | None,
+        max_bad: int,
     ) -> None:
         self._batches: Iterator[MicroBatch] = iter(feed)
         self._engines, self._process, self._quotas, self._codec = engines, process, quotas, codec
@@ -71,19 +77,24 @@ class TrainStep:
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._loss_kind, self._condition_dropout, self._null_label = loss_kind, condition_dropout, null_label
         self._batch_size = int(quotas.quotas_K.sum())
+        self._max_bad = max_bad
+        self._damage: dict[tuple[str, str | None], Damage] = {}
 
     def __call__(self, lr: float, stop_requested: bool) -> StepOutcome:
         """Run one global batch and step the optimizers with learning rate `lr`.
 
         Raises:
             TrainingError: on every rank alike, when the loss or the gradient norm is not finite.
+            DataError: on every rank alike, when more is damaged than may be.
         """
         num_stages = len(self._quotas.quotas_K)
         loss_sum_K = torch.zeros(num_stages, dtype=torch.float64, device=self._env.device)
         compute = optimizer = busy = 0.0
         at_boundary = False
+        damage: list[Damage] = []
         while not at_boundary:
             batch = next(self._batches)
+            damage += batch.damage
             start, busy_start = time.perf_counter(), _busy_clock()
             self._forward_backward(batch, loss_sum_K)
             _synchronize(self._env.device)
@@ -92,11 +103,12 @@ class TrainStep:
             start = time.perf_counter()
             at_boundary = self._engines.at_boundary()
             if at_boundary:
-                outcome = self._agree(batch.step, loss_sum_K, stop_requested, busy)
+                loss_per_stage, stop, busy_W, damaged = self._agree(
+                    batch.step, loss_sum_K, stop_requested, busy, len(damage)
+                )
             self._engines.step(lr)
             _synchronize(self._env.device)
             optimizer += time.perf_counter() - start
-        loss_per_stage, stop, busy_W = outcome
         importance_K = self._quotas.importance_K
         loss = sum(w * s * q for w, s, q in zip(importance_K, loss_per_stage, self._quotas.quotas_K, strict=True))
         return StepOutcome(
@@ -105,6 +117,7 @@ class TrainStep:
             float(self._engines.grad_norm),
             stop,
             busy_W,
+            self._new_damage(damage) if damaged else [],
             {"compute": compute, "optimizer": optimizer},
         )
 
@@ -139,14 +152,15 @@ class TrainStep:
         return context, label
 
     def _agree(
-        self, step: int, loss_sum_K: Tensor, stop_requested: bool, busy: float
-    ) -> tuple[list[float], bool, list[float]]:
-        """Sum over the ranks: gradient norm, losses, the wish to stop and everyone's busy time, in one all_reduce."""
-        own = torch.zeros(self._env.world_size + 1, dtype=torch.float64, device=self._env.device)
+        self, step: int, loss_sum_K: Tensor, stop_requested: bool, busy: float, damaged: int
+    ) -> tuple[list[float], bool, list[float], bool]:
+        """Sum over the ranks: gradient norm, losses, the wish to stop, everyone's busy time and whether anyone met
+        damage, in one all_reduce."""
+        own = torch.zeros(self._env.world_size + 2, dtype=torch.float64, device=self._env.device)
         own[self._env.rank] = busy
-        own[-1] = float(stop_requested)
-        summed = self._engines.reduce_norm(torch.cat([loss_sum_K, own])).tolist()
-        sums, busy_W, stop = summed[: len(loss_sum_K)], summed[len(loss_sum_K) : -1], summed[-1] > 0
+        own[-2], own[-1] = float(stop_requested), damaged
+        *summed, stop, damage = self._engines.reduce_norm(torch.cat([loss_sum_K, own])).tolist()
+        sums, busy_W = summed[: len(loss_sum_K)], summed[len(loss_sum_K) :]
         loss_per_stage = [s / int(q) for s, q in zip(sums, self._quotas.quotas_K, strict=True)]
         bad = [k for k, v in enumerate(loss_per_stage) if v != v or abs(v) == float("inf")]
         if bad:
@@ -155,7 +169,17 @@ class TrainStep:
             )
         if not torch.isfinite(self._engines.grad_norm):
             raise TrainingError(f"the gradient norm is not finite at step {step + 1}; the weights were left alone")
-        return loss_per_stage, stop, busy_W
+        return loss_per_stage, stop > 0, busy_W, damage > 0
+
+    def _new_damage(self, own: list[Damage]) -> list[Damage]:
+        """What the ranks met in this step and none had met before. Collective."""
+        met: list[list[Damage]] = [[] for _ in range(self._env.world_size)]
+        dist.all_gather_object(met, own)
+        new = {d.place: d for rank in met for d in rank if d.place not in self._damage}
+        for damage in new.values():
+            self._damage[damage.place] = damage
+            check_limit(len(self._damage), self._max_bad, damage)
+        return list(new.values())
 
 
 def _busy_clock() -> float:
