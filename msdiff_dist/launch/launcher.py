@@ -22,7 +22,7 @@ from msdiff_dist.launch.job import STOPPED, CommandJob, TrainJob
 from msdiff_dist.launch.restarts import Diary
 from msdiff_dist.launch.run_plan import check_run, plan_run, workload
 from msdiff_dist.launch.snapshot import next_snapshot, take_snapshot
-from msdiff_dist.launch.submit import SlurmExecutor, check, make_executor, sbatch_text, submit
+from msdiff_dist.launch.submit import check, make_executor, sbatch_text, submit
 from msdiff_dist.launch.sweep import load_sweep, overrides_of, run_names
 from msdiff_dist.launch.watch import JobRecord, done_file, last_metrics, register_run, states
 from msdiff_dist.recipe import Recipe, load_recipe, recipe_mapping
@@ -120,9 +120,11 @@ def show_plan(run: Run, cluster: ClusterConfig) -> None:
 def dry_run(runs: Sequence[Run], cluster: ClusterConfig, folder: Path, name: str) -> str | None:
     """The exact sbatch text `launch` would submit, after the same checks; None without SLURM. Writes nothing."""
     check_runs(runs, cluster)
+    if cluster.executor != "slurm":
+        return None
     executor = make_executor(cluster, name, folder, next_snapshot(folder) / "code")
     check(cluster, folder, executor, len(runs))
-    return sbatch_text(executor, len(runs)) if isinstance(executor, SlurmExecutor) else None
+    return sbatch_text(executor, len(runs))
 
 
 def launch(runs: Sequence[Run], cluster: ClusterConfig, folder: Path, name: str) -> list[JobRecord]:
@@ -167,11 +169,12 @@ def launch_commands(
     if not tasks:
         return None
     _check_parallel(cluster, len(tasks))
-    executor = make_executor(cluster, name, folder, snapshot / "code")
-    check(cluster, folder, executor, len(tasks))
+    if cluster.executor == "slurm":
+        check(cluster, folder, make_executor(cluster, name, folder, snapshot / "code"), len(tasks))
     take_snapshot(snapshot, {"commands.json": json.dumps([list(c) for c in commands], indent=1)})
     (folder / "launch" / STOPPED).unlink(missing_ok=True)
-    return _record(cluster, folder, submit(executor, tasks), len(commands))
+    jobs = submit(make_executor(cluster, name, folder, snapshot / "code"), tasks)
+    return _record(cluster, folder, jobs, len(commands))
 
 
 def _check_parallel(cluster: ClusterConfig, tasks: int) -> None:

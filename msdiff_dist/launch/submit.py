@@ -53,12 +53,17 @@ def make_executor(cluster: ClusterConfig, name: str, folder: Path, code: Path) -
             gpus_per_node=cluster.gpus_per_node,
             tasks_per_node=cluster.ranks_per_node,
             stderr_to_stdout=True,
-            setup=setup,
+            setup=[*_background(logs), *setup],
         )
         return local
     executor = SlurmExecutor(logs, max_num_timeout=_NO_LIMIT, python=_python(cluster))
     executor.update_parameters(**_slurm_parameters(cluster, name), setup=setup)
     return executor
+
+
+def _background(logs: Path) -> list[str]:
+    """Shell lines that let go of the terminal: its output, and the signals its closing or Ctrl-C sends."""
+    return [f"exec </dev/null >>{shlex.quote(str(logs / 'controller.log'))} 2>&1", "trap '' HUP INT"]
 
 
 def _python(cluster: ClusterConfig) -> str:
@@ -110,8 +115,9 @@ def _slurm_parameters(cluster: ClusterConfig, name: str) -> dict[str, Any]:
     }
 
 
-def sbatch_text(executor: SlurmExecutor, tasks: int) -> str:
+def sbatch_text(executor: submitit.Executor, tasks: int) -> str:
     """Exactly what would be given to sbatch, for one job or for an array of `tasks`."""
+    assert isinstance(executor, SlurmExecutor)
     if tasks > 1:
         executor = _copy(executor)
         executor.parameters["map_count"] = tasks
@@ -125,13 +131,11 @@ def _copy(executor: SlurmExecutor) -> SlurmExecutor:
 
 
 def check(cluster: ClusterConfig, folder: Path, executor: submitit.Executor, tasks: int) -> None:
-    """Everything that can be known to go wrong before submission; writes nothing.
+    """Everything a SLURM cluster can say against a job before it is submitted; writes nothing.
 
     Raises:
         ConfigError, UserError: naming the field and the remedy.
     """
-    if cluster.executor != "slurm":
-        return
     slurm.check_cluster(cluster)
     shared = Path(str(cluster.shared)).resolve()
     if not shared.is_dir():
@@ -141,11 +145,10 @@ def check(cluster: ClusterConfig, folder: Path, executor: submitit.Executor, tas
             "--run-dir", str(folder), f"does not lie under the cluster's shared folder {cluster.shared}",
             "Name a run folder there: every node must see it.",
         )  # fmt: skip
-    if isinstance(executor, SlurmExecutor):
-        with tempfile.NamedTemporaryFile("w", suffix=".sh") as script:
-            script.write(sbatch_text(executor, tasks))
-            script.flush()
-            slurm.check_submission(Path(script.name))
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as script:
+        script.write(sbatch_text(executor, tasks))
+        script.flush()
+        slurm.check_submission(Path(script.name))
 
 
 def submit(executor: submitit.Executor, tasks: Sequence[Task]) -> list[submitit.Job[Any]]:

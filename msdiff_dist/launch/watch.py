@@ -77,11 +77,20 @@ def states(records: Sequence[JobRecord]) -> list[JobState]:
 
 
 def _local_controller(job_id: str) -> bool:
-    """Whether process `job_id` is the controller of one of submitit's local jobs."""
+    """Whether process `job_id` is the shell around the controller of one of submitit's local jobs."""
     try:
         return b"submitit" in Path(f"/proc/{job_id}/cmdline").read_bytes()
     except OSError:
         return False
+
+
+def _descendants(process: int) -> list[int]:
+    """Every process started by `process` and, after each, those started by it."""
+    try:
+        children = [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except OSError:
+        return []
+    return [each for child in children for each in (child, *_descendants(child))]
 
 
 @dataclass(frozen=True)
@@ -233,9 +242,11 @@ def cancel(run: Path, now: bool) -> str:
         raise RunFolderError("RUN", str(run), f"its job is not at work ({state.state})", "See `msdiff jobs`.")
     (run / "launch" / STOPPED).touch()
     if record.executor != "slurm":
-        for job_id in record.job_ids:
-            os.kill(int(job_id), signal.SIGKILL if now else signal.SIGTERM)
-        return "told to save and stop" if not now else "killed"
+        for job_id in filter(_local_controller, record.job_ids):
+            below = _descendants(int(job_id))
+            for process in [int(job_id), *below] if now else below[:1]:  # the first is the ranks' controller
+                os.kill(process, signal.SIGKILL if now else signal.SIGTERM)
+        return "killed" if now else "told to save and stop"
     infos = job_infos(record.job_ids)
     running = [i for i in record.job_ids if i in infos and infos[i].state == "RUNNING"]
     waiting = [i for i in record.job_ids if i in infos and infos[i].state in ACTIVE and i not in running]
