@@ -2,7 +2,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 RUN ?= runs/quickstart
 
-.PHONY: setup quickstart test lint clean
+.PHONY: setup quickstart test test-slow lint clean
 
 setup: .venv/ready
 
@@ -23,8 +23,11 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint  ## lint, types, import contract and all tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS)
+test: lint  ## lint, types, import contract and every test but the long campaigns (make test-slow)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: setup  ## the long campaigns: random kills, hours of pre-emption in minutes
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow $(PYTEST_ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
