@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from msdiff_dist.checkpoint.policy import CheckpointConfig
 from msdiff_dist.config import from_mapping, to_mapping
 from msdiff_dist.data.config import DataConfig
+from msdiff_dist.diffusion.augmentation import AUGMENT_LABELS, AugmentationConfig
 from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
 from msdiff_dist.diffusion.process import Process, build_process
 from msdiff_dist.diffusion.stage_partition import StagePartition, build_partition
@@ -40,6 +41,7 @@ class Recipe:
     train: TrainConfig
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    augmentation: AugmentationConfig | None = None
     lr_schedule: LrScheduleConfig = field(default_factory=LrScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -51,6 +53,7 @@ class Recipe:
         _check_stages(self)
         _check_shapes(self)
         _check_conditions(self)
+        _check_augmentation(self)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -146,4 +149,24 @@ def _check_conditions(recipe: Recipe) -> None:
         raise ConfigError(
             "train.condition_dropout", recipe.train.condition_dropout, "the model has no condition to drop",
             "Remove it, or give the model classes or context.",
+        )  # fmt: skip
+
+
+def _check_augmentation(recipe: Recipe) -> None:
+    described = recipe.model.augment_labels
+    if recipe.augmentation is None:
+        if described:
+            raise ConfigError(
+                "model.augment_labels", described, "there is no augmentation to describe",
+                "Remove it, or add augmentation.probability.",
+            )  # fmt: skip
+        return
+    if described != AUGMENT_LABELS:
+        remedy = f"Set it to {AUGMENT_LABELS}, with family ddpmpp or ncsnpp; ldm models take no augmentation."
+        raise ConfigError("model.augment_labels", described, "the network must be told of the augmentation", remedy)
+    if recipe.data.kind == "latent" or recipe.autoencoder.kind != "pixel":
+        raise ConfigError(
+            "augmentation.probability", recipe.augmentation.probability,
+            "only works on pictures: a transformed latent is not the latent of a transformed picture",
+            "Remove the augmentation.",
         )  # fmt: skip

@@ -113,7 +113,7 @@ class Run:
         )
         self.state = self.engines.state()
         self.shapes = gather_shapes(self.state)
-        self.ema = ShardedEma(recipe.ema, self.state)
+        self.ema = ShardedEma(recipe.ema, self.state, self.batch_size)
         self.loss_average = LossAverage()
         self.notes: list[str] = []
         self.marks: Marks = []
@@ -140,6 +140,7 @@ class Run:
             dtype=torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32,
             loss_kind=recipe.train.loss,
             channels_last=recipe.train.channels_last,
+            augmentation=recipe.augmentation,
             condition_dropout=recipe.train.condition_dropout,
             null_label=recipe.model.num_classes,
             max_bad=recipe.data.max_bad,

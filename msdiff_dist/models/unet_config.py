@@ -49,6 +49,8 @@ class UNetConfig:
         num_res_blocks: residual blocks per level (a decoder has one more).
         attention_downsamples: downsampling factors (1, 2, 4, ...) whose levels have attention.
         num_classes: labels 0 .. num_classes - 1; label num_classes is the dropped one.
+        dropout: probability in residual blocks. Its masks are the one thing in training that depends on how samples
+            are spread over ranks: the same run on other ranks draws others.
     """
 
     encoder_channels: int | tuple[int, ...]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from msdiff_dist.data.damage import Damage, check_limit
+from msdiff_dist.diffusion.augmentation import AugmentationConfig, augment
 from msdiff_dist.diffusion.loss import LossKind, sample_losses
 from msdiff_dist.diffusion.process import Process
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas, dropout_mask, noise
@@ -18,6 +19,7 @@ from msdiff_dist.distributed.engines import StageParallelEngines
 from msdiff_dist.distributed.environment import Environment
 from msdiff_dist.errors import TrainingError
 from msdiff_dist.models.autoencoder import LatentCodec
+from msdiff_dist.randomness import generator
 from msdiff_dist.training.feed import Feed, MicroBatch
 
 
@@ -26,7 +28,7 @@ class StepOutcome:
     """What every rank knows after a step.
 
     loss: over the global batch. loss_per_stage: mean of each stage. stop_requested: some rank was asked to stop.
-    busy_W: each rank's seconds of own work. damage: shards and samples met by some rank, and before by none.
+    busy_W: each rank's seconds of forward computation. damage: shards and samples met by some rank, and before by none.
     seconds: wall time of compute and of the optimizer here.
     """
 
@@ -67,6 +69,7 @@ class TrainStep:
         dtype: torch.dtype,
         loss_kind: LossKind,
         channels_last: bool,
+        augmentation: AugmentationConfig | None,
         condition_dropout: float,
         null_label: int | None,
         max_bad: int,
@@ -76,6 +79,7 @@ class TrainStep:
         self._env, self._seed, self._dtype = environment, seed, dtype
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._loss_kind, self._condition_dropout, self._null_label = loss_kind, condition_dropout, null_label
+        self._augmentation = augmentation
         self._batch_size = int(quotas.quotas_K.sum())
         self._max_bad = max_bad
         self._damage: dict[tuple[str, str | None], Damage] = {}
@@ -89,22 +93,21 @@ class TrainStep:
         """
         num_stages = len(self._quotas.quotas_K)
         loss_sum_K = torch.zeros(num_stages, dtype=torch.float64, device=self._env.device)
-        compute = optimizer = busy = 0.0
+        compute = optimizer = 0.0
         at_boundary = False
         damage: list[Damage] = []
         while not at_boundary:
             batch = next(self._batches)
             damage += batch.damage
-            start, busy_start = time.perf_counter(), _busy_clock()
+            start = time.perf_counter()
             self._forward_backward(batch, loss_sum_K)
             _synchronize(self._env.device)
             compute += time.perf_counter() - start
-            busy += _busy_clock() - busy_start
             start = time.perf_counter()
             at_boundary = self._engines.at_boundary()
             if at_boundary:
                 loss_per_stage, stop, busy_W, damaged = self._agree(
-                    batch.step, loss_sum_K, stop_requested, busy, len(damage)
+                    batch.step, loss_sum_K, stop_requested, self._engines.forward_clock.take(), len(damage)
                 )
             self._engines.step(lr)
             _synchronize(self._env.device)
@@ -124,6 +127,9 @@ class TrainStep:
     def _forward_backward(self, batch: MicroBatch, loss_sum_K: Tensor) -> None:
         routed, device = batch.samples, self._env.device
         x0 = self._codec.to_latents(routed.x.to(device))
+        augment_labels = None
+        if self._augmentation:
+            x0, augment_labels = augment(x0, self._augmentation, self._seed, batch.step, routed.index_n)
         eps = noise(self._seed, batch.step, routed.index_n, tuple(x0.shape[1:])).to(device)
         t_n = batch.t_n.to(device)
         x_t = self._process.perturb(x0, eps, t_n)
@@ -137,7 +143,9 @@ class TrainStep:
             return losses.sum() * (float(self._quotas.importance_K[k]) / self._batch_size)
 
         x_in = x_in.to(self._dtype, memory_format=self._memory_format)
-        self._engines.forward_backward((x_in, time_in, context, label), batch.rows, loss)
+        # Dropout masks: the same when the step is taken again on as many ranks, others on other numbers of ranks.
+        torch.manual_seed(int(generator(self._seed, "dropout", batch.step, int(routed.index_n[0])).integers(2**63)))
+        self._engines.forward_backward((x_in, time_in, context, label, augment_labels), batch.rows, loss)
 
     def _conditions(self, batch: MicroBatch) -> tuple[Tensor | None, Tensor | None]:
         routed, device = batch.samples, self._env.device
@@ -180,11 +188,6 @@ class TrainStep:
             self._damage[damage.place] = damage
             check_limit(len(self._damage), self._max_bad, damage)
         return list(new.values())
-
-
-def _busy_clock() -> float:
-    """This thread's CPU seconds on CPU ranks: waiting for other ranks does not count. On GPUs, wall time."""
-    return time.perf_counter() if torch.cuda.is_available() else time.thread_time()
 
 
 def _synchronize(device: torch.device) -> None:

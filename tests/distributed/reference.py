@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from msdiff_dist.data.loader import StepLoader
+from msdiff_dist.diffusion.augmentation import augment
 from msdiff_dist.diffusion.loss import sample_losses
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas, dropout_mask, noise
 from msdiff_dist.models.autoencoder import LatentCodec
@@ -39,13 +40,16 @@ def train_reference(recipe: Recipe, steps: int) -> ReferenceRun:
         batch, draw = next(loader), quotas.draw(seed, step)
         x0, t_B = codec.to_latents(batch.x_nCHW), torch.from_numpy(draw.t_B)
         stage_B = torch.from_numpy(draw.stage_B)
+        augment_labels = None
+        if recipe.augmentation:
+            x0, augment_labels = augment(x0, recipe.augmentation, seed, step, batch.index_n)
         eps = noise(seed, step, batch.index_n, x0.shape[1:])
         x_in, time_in = process.network_input(process.perturb(x0, eps, t_B), t_B)
         label = batch.label_n
         if label is not None and recipe.train.condition_dropout:
             dropped = dropout_mask(seed, step, batch.index_n, recipe.train.condition_dropout)
             label = torch.where(dropped, recipe.model.num_classes, label)
-        output = model(x_in, time_in, stage_B, None, label)
+        output = model(x_in, time_in, stage_B, None, label, augment_labels)
         weight_B = process.weight(t_B) * torch.from_numpy(quotas.importance_K).float()[stage_B]
         loss = (weight_B * sample_losses(output, process.target(x0, eps, t_B), recipe.train.loss)).sum() / B
         optimizer.zero_grad()
@@ -55,10 +59,10 @@ def train_reference(recipe: Recipe, steps: int) -> ReferenceRun:
         for group in optimizer.param_groups:
             group["lr"] = recipe.optimizer.lr * recipe.lr_schedule.factor(step, recipe.train.steps)
         optimizer.step()
-        decay = recipe.ema.decay_at(step + 1)
+        decay = recipe.ema.decay_at(step + 1, B)
         for average, p in zip(ema, parameters, strict=True):
             average.mul_(decay).add_(p.detach(), alpha=1 - decay)
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     names = [name for name, _ in model.named_parameters()]
     state = {n: p.detach() for n, p in zip(names, parameters, strict=True)}
     return ReferenceRun(losses, norms, state, dict(zip(names, ema, strict=True)))

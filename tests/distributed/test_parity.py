@@ -67,10 +67,10 @@ def test_same_training_as_one_process(
     ]
     recipe = load_recipe(DEBUG, overrides)
     assert run_local(recipe_mapping(recipe), tmp_path / "run", world) == "finished"
-    _check_equal(train_reference(recipe, STEPS), tmp_path / "run")
+    check_equal(train_reference(recipe, STEPS), tmp_path / "run")
 
 
-def _check_equal(reference: ReferenceRun, run: Path) -> None:
+def check_equal(reference: ReferenceRun, run: Path) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [m["loss"] for m in lines] == pytest.approx(reference.losses, rel=TOLERANCE)
     assert [m["grad_norm"] for m in lines] == pytest.approx(reference.grad_norms, rel=TOLERANCE)

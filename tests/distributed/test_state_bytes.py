@@ -55,7 +55,7 @@ def held_bytes(rank: int, precision: Literal["fp32", "bf16"], zero_shared: int, 
         make_groups(STAGES_OF_RANK, rank),
     )
     state = engines.state()
-    ema = ShardedEma(EmaConfig(), state)
+    ema = ShardedEma(EmaConfig(), state, batch_size=8)
     rows = {k: slice(i, i + 1) for i, k in enumerate(stages)}
     engines.forward_backward(
         (torch.randn(len(rows), 32, dtype=dtype),), rows, lambda k, out, _: out.float().square().sum()

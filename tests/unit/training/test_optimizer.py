@@ -24,9 +24,20 @@ def test_warm_up_then_cosine() -> None:
 
 def test_ema_decay_warms_up_as_in_ldm() -> None:
     config = EmaConfig(0.9999)
-    assert [config.decay_at(n) for n in (1, 2, 90)] == pytest.approx([2 / 11, 3 / 12, 91 / 100])
-    assert config.decay_at(10**6) == 0.9999
-    assert EmaConfig(0.5, warmup=False).decay_at(1) == 0.5
+    assert [config.decay_at(n, 64) for n in (1, 2, 90)] == pytest.approx([2 / 11, 3 / 12, 91 / 100])
+    assert config.decay_at(10**6, 64) == 0.9999
+    assert EmaConfig(0.5, warmup=False).decay_at(1, 64) == 0.5
+
+
+def test_ema_halves_in_a_number_of_images() -> None:
+    config = EmaConfig(halflife_images=500_000)
+    steps = 500_000 // 500
+    late = 10**6
+    assert math.prod(config.decay_at(late + n, 500) for n in range(steps)) == pytest.approx(0.5)
+    assert config.decay_at(late, 1000) == pytest.approx(config.decay_at(late, 500) ** 2)
+    assert config.decay_at(1, 500) == 0, "at first the average is the weights"
+    assert config.decay_at(101, 500) == pytest.approx(0.5 ** (1 / (0.05 * 100))), "a twentieth of the images seen"
+    assert EmaConfig(halflife_images=1000, warmup=False).decay_at(1, 500) == pytest.approx(0.5**0.5)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
@@ -41,7 +52,22 @@ def test_optimizers_are_torchs(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "field"), [({"lr": 0.0}, "lr"), ({"betas": (0.9, 1.0)}, "betas"), ({"grad_clip": -1.0}, "grad_clip")]
 )
-def test_refusals(change: dict, field: str) -> None:
+def test_optimizer_refusals(change: dict, field: str) -> None:
     with pytest.raises(ConfigError) as caught:
         OptimizerConfig(**({"lr": 0.1} | change))
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        ({"decay": 1.0}, "decay"),
+        ({"halflife_images": 0.0}, "halflife_images"),
+        ({"halflife_images": 10.0, "warmup_ratio": 0.0}, "warmup_ratio"),
+        ({"decay": 0.9, "halflife_images": 10.0}, "halflife_images"),
+    ],
+)
+def test_ema_refusals(config: dict, field: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        EmaConfig(**config)
     assert caught.value.field == field
