@@ -1,0 +1,69 @@
+"""An export folder: config.json and model.safetensors with the model's own names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from msdiff_dist import __version__
+from msdiff_dist.checkpoint.convert.diffusers_folder import WEIGHTS, weights_of
+from msdiff_dist.checkpoint.convert.families import refuse_other_families
+from msdiff_dist.checkpoint.convert.key_map import SAME, OursFromTheirs, Rule, check_complete
+from msdiff_dist.checkpoint.convert.model_weights import AutoencoderWeights, ModelWeights, Written, empty_model
+from msdiff_dist.checkpoint.convert.options import ConvertOptions
+from msdiff_dist.checkpoint.convert.sources import SafetensorsSource
+from msdiff_dist.checkpoint.convert.writing import write_safetensors
+from msdiff_dist.checkpoint.weights import CONFIG, MODEL, open_weights
+from msdiff_dist.config import to_mapping
+from msdiff_dist.errors import CheckpointError
+
+
+def read_export(folder: Path, options: ConvertOptions) -> ModelWeights:
+    """Open an export folder.
+
+    Raises:
+        CheckpointError: it is none, or incomplete.
+    """
+    export = open_weights(folder, ema=options.weights != "raw") if (folder / CONFIG).exists() else None
+    if export is None:
+        raise CheckpointError(
+            "SRC", str(folder), f"has no {CONFIG}", "Name a folder made by `msdiff export` or `msdiff convert`."
+        )
+    description = export.description
+    source = SafetensorsSource([folder / MODEL])
+    refuse_other_families(source.keys(), "msdiff")
+    shapes = dict(empty_model(description.model).named_parameters())
+    rules = [Rule(name, (name,), SAME) for name in shapes]
+    check_complete(source, rules, {}, shapes, "msdiff")
+    vae = folder / "autoencoder"
+    vae_weights = None
+    if (vae / CONFIG).exists():
+        config = json.loads((vae / CONFIG).read_text())
+        vae_weights = AutoencoderWeights(config["_class_name"], config, weights_of(vae))
+    return ModelWeights(
+        description=description,
+        tensors=OursFromTheirs(source, rules),
+        autoencoder_weights=vae_weights,
+        used={name: [name] for name in shapes},
+        notes=sorted(folder.glob("LICENSE*")) + sorted(folder.glob("SOURCE_*")),
+    )
+
+
+def write_export(weights: ModelWeights, folder: Path, metadata: Mapping[str, str]) -> Written:
+    """Write an export folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = Written(names={k: [k] for k in weights.tensors.keys()})  # noqa: SIM118
+    written.files[MODEL] = write_safetensors(folder / MODEL, weights.tensors, metadata)
+    description = replace(weights.description, version=__version__)
+    (folder / CONFIG).write_text(json.dumps(to_mapping(description), indent=1) + "\n")
+    vae = weights.autoencoder_weights
+    if vae is not None:
+        (folder / "autoencoder").mkdir()
+        (folder / "autoencoder" / CONFIG).write_text(json.dumps(vae.config, indent=2) + "\n")
+        written.files[f"autoencoder/{WEIGHTS}"] = write_safetensors(
+            folder / "autoencoder" / WEIGHTS, vae.tensors, metadata
+        )
+        written.names |= {f"autoencoder/{k}": [f"autoencoder/{k}"] for k in vae.tensors.keys()}  # noqa: SIM118
+    return written

@@ -1,0 +1,247 @@
+"""Tensors by name, read one at a time from whatever file holds them."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from msdiff_dist.checkpoint.tensor_file import TensorReader
+from msdiff_dist.errors import CheckpointError
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+
+
+class TensorSource(ABC):
+    """Named tensors. `files` are what they come from, `metadata` what those say of themselves."""
+
+    files: tuple[Path, ...] = ()
+    metadata: Mapping[str, str] = {}
+    left_out: Mapping[str, str] = {}
+    """Things in the files that are no weights, and what they are."""
+
+    @abstractmethod
+    def keys(self) -> list[str]:
+        """Every name, in the file's order."""
+
+    @abstractmethod
+    def meta(self, key: str) -> Tensor:
+        """The tensor without its values, on the meta device."""
+
+    @abstractmethod
+    def read(self, key: str) -> Tensor:
+        """The tensor; mapped from the file where that is possible."""
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.keys()
+
+
+class MemorySource(TensorSource):
+    """Tensors already at hand (mapped from a file, perhaps)."""
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], files: Iterable[Path] = (), left_out: Mapping[str, str] | None = None
+    ) -> None:
+        self._tensors, self.files, self.left_out = tensors, tuple(files), left_out or {}
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def meta(self, key: str) -> Tensor:
+        return self._tensors[key].to("meta")
+
+    def read(self, key: str) -> Tensor:
+        return self._tensors[key]
+
+
+class SafetensorsSource(TensorSource):
+    """One or several .safetensors files, read one tensor at a time."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self.files = tuple(paths)
+        self._readers: dict[str, TensorReader] = {}
+        self.metadata = {}
+        for path in self.files:
+            reader = TensorReader(path)
+            self.metadata |= reader.metadata
+            for key in reader.like:
+                if key in self._readers:
+                    raise CheckpointError(
+                        str(path), key, f"is also in {self._readers[key].path.name}", "Keep one of the two files."
+                    )
+                self._readers[key] = reader
+
+    def keys(self) -> list[str]:
+        return list(self._readers)
+
+    def meta(self, key: str) -> Tensor:
+        return self._readers[key].like[key]
+
+    def read(self, key: str) -> Tensor:
+        return self._readers[key].tensor(key)
+
+
+class NpzSource(TensorSource):
+    """Arrays of a numpy .npz archive."""
+
+    def __init__(self, path: Path) -> None:
+        self.files = (path,)
+        try:
+            self._archive = np.load(path, allow_pickle=False)
+            self._meta = {key: torch.from_numpy(self._archive[key]).to("meta") for key in self._archive.files}
+        except (ValueError, OSError, TypeError, zipfile.BadZipFile, EOFError) as e:
+            raise _damaged(path, e) from None
+
+    def keys(self) -> list[str]:
+        return list(self._meta)
+
+    def meta(self, key: str) -> Tensor:
+        return self._meta[key]
+
+    def read(self, key: str) -> Tensor:
+        return torch.from_numpy(self._archive[key])
+
+
+class RenamedSource(TensorSource):
+    """Some tensors of another source under other names."""
+
+    def __init__(self, base: TensorSource, names: Mapping[str, str]) -> None:
+        """names: new name -> name in `base`."""
+        self._base, self._names = base, names
+        self.files, self.metadata, self.left_out = base.files, base.metadata, base.left_out
+
+    def keys(self) -> list[str]:
+        return list(self._names)
+
+    def meta(self, key: str) -> Tensor:
+        return self._base.meta(self._names[key])
+
+    def read(self, key: str) -> Tensor:
+        return self._base.read(self._names[key])
+
+
+def under(source: TensorSource, prefix: str) -> RenamedSource:
+    """The tensors whose names begin with `prefix`, without it."""
+    return RenamedSource(source, {k.removeprefix(prefix): k for k in source.keys() if k.startswith(prefix)})  # noqa: SIM118
+
+
+def open_source(path: Path) -> TensorSource:
+    """Tensors of a file, or of a folder of safetensors (one file, or parts with an index).
+
+    Raises:
+        CheckpointError: absent, damaged, of an unknown kind, or a pickle that would run code.
+    """
+    if path.is_dir():
+        return SafetensorsSource(_parts(path))
+    if not path.is_file():
+        raise CheckpointError("SRC", str(path), "no such file or folder", "Name an existing checkpoint.")
+    if path.suffix == ".safetensors":
+        return SafetensorsSource([path])
+    if path.suffix == ".npz":
+        return NpzSource(path)
+    if path.suffix in PICKLES:
+        return _torch_source(path)
+    if path.suffix == ".pkl":
+        raise code_refused(path, "a Python pickle")
+    raise CheckpointError(
+        "SRC", str(path), f"files ending in {path.suffix or 'nothing'} are not known",
+        f"Give .safetensors, .npz or one of {', '.join(PICKLES)}.",
+    )  # fmt: skip
+
+
+def load_pickle(path: Path) -> Any:
+    """A torch checkpoint's content, mapped from the file, with tensors and plain containers only.
+
+    Classes that checkpoints of this field name without needing them (callbacks, loss scalers) are read as empty shells.
+
+    Raises:
+        CheckpointError: damaged, or it would run code to load.
+    """
+    mapped = zipfile.is_zipfile(path)  # what torch < 1.6 wrote cannot be mapped
+    try:
+        with torch.serialization.safe_globals(_shells()):
+            return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    except pickle.UnpicklingError as e:
+        found = re.search(r"GLOBAL ([\w.]+)|([\w.]+) was not an allowed global", str(e))
+        if found is None:
+            raise _damaged(path, e) from None
+        raise code_refused(path, found[1] or found[2]) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, IndexError) as e:
+        raise _damaged(path, e) from None
+
+
+def code_refused(path: Path, what: str) -> CheckpointError:
+    """The error for a checkpoint that could run any code when read."""
+    return CheckpointError(
+        str(path), what, "reading it means running code that came with it, so it is not read",
+        "Where you trust it, load it with the program that wrote it and save its state dict with "
+        "safetensors.torch.save_file; then convert that file.",
+    )  # fmt: skip
+
+
+def _torch_source(path: Path) -> MemorySource:
+    content = load_pickle(path)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(str(path), type(content).__name__, "holds no state dict", "Save a state dict.")
+    inside = next((n for n in ("state_dict", "model", "module") if isinstance(content.get(n), Mapping)), None)
+    weights = content if inside is None else content[inside]
+    left_out = {str(name): "of the training, no weights" for name in content if inside and name != inside}
+    left_out |= {str(name): "no tensor" for name, value in weights.items() if not isinstance(value, Tensor)}
+    return MemorySource({k: v for k, v in weights.items() if isinstance(v, Tensor)}, [path], left_out)
+
+
+def _parts(folder: Path) -> list[Path]:
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if indexes:
+        names = sorted(set(json.loads(indexes[0].read_text())["weight_map"].values()))
+        paths = [folder / name for name in names]
+        for path in paths:
+            if not path.is_file():
+                raise CheckpointError(str(path), None, f"is named by {indexes[0].name} and missing", "Add it.")
+        return paths
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) != 1:
+        raise CheckpointError(
+            "SRC", str(folder), f"holds {len(found)} .safetensors files and no index", "Name the file itself."
+        )
+    return found
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return CheckpointError(str(path), None, f"is damaged or cut short ({reason})", "Fetch or copy it again.")
+
+
+class Shell:
+    """Stands for a class that a checkpoint names: keeps its fields as they were stored and does nothing."""
+
+    fields: dict[str, Any]
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.fields = state
+
+
+_INERT = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
+
+
+def _shells() -> list[Any]:
+    return [(type("Shell", (Shell,), {}), name) for name in _INERT]

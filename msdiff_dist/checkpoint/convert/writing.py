@@ -1,0 +1,87 @@
+"""Writing tensors one at a time, and folders that are complete or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from msdiff_dist.checkpoint.convert.sources import PICKLES, TensorSource
+from msdiff_dist.checkpoint.tensor_file import TensorWriter
+from msdiff_dist.errors import CheckpointError
+
+_ASIDE = ".partial-"
+
+
+def write_safetensors(path: Path, source: TensorSource, metadata: Mapping[str, str]) -> str:
+    """Write all of `source` as one .safetensors file, holding one tensor at a time; returns the file's sha256."""
+    keys = sorted(source.keys(), key=lambda k: (-source.meta(k).element_size(), k))  # aligned, as the format asks
+    with TensorWriter(path, {k: source.meta(k) for k in keys}, {"format": "pt", **metadata}) as writer:
+        for key in keys:
+            writer.write(key, source.read(key))
+    return writer.stored.sha256
+
+
+def write_state_dict(path: Path, source: TensorSource, metadata: Mapping[str, str]) -> str:
+    """Write `source` as .safetensors, or as `{"state_dict": ...}` in a torch file; returns the file's sha256.
+
+    Raises:
+        CheckpointError: the name ends neither way.
+    """
+    if path.suffix == ".safetensors":
+        return write_safetensors(path, source, metadata)
+    if path.suffix not in PICKLES:
+        raise CheckpointError(
+            "DST", path.name.removeprefix(_ASIDE), "is to be one file of LDM's",
+            "Let its name end in .safetensors or .ckpt.",
+        )  # fmt: skip
+    # torch.save wants all tensors at once: let them be mapped from a file.
+    mapped = path.with_name(f"{path.name}.safetensors")
+    try:
+        write_safetensors(mapped, source, metadata)
+        with safe_open(mapped, "pt") as f:
+            torch.save({"state_dict": {k: f.get_tensor(k) for k in source.keys()}, **metadata}, path)  # noqa: SIM118
+    finally:
+        mapped.unlink(missing_ok=True)
+    return sha256_of(path)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A temporary path to write a file or folder at, which becomes `path` when the block ends without an error.
+
+    Raises:
+        CheckpointError: `path` exists already, or cannot be written.
+    """
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise CheckpointError("DST", str(path), "exists already", "Name a new file or folder, or remove it.")
+    aside = path.with_name(_ASIDE + path.name)  # keeps the suffix
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(aside)
+        yield aside
+        if path.is_dir():
+            path.rmdir()
+        aside.rename(path)
+    except OSError as e:
+        raise CheckpointError("DST", str(path), f"cannot be written ({e})", "Free space, or name another.") from None
+    finally:
+        _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,97 @@
+"""`msdiff convert`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class SourceFormat(StrEnum):
+    """Formats that can be read."""
+
+    ldm = "ldm"
+    official_ldm = "official-ldm"
+    official_edm = "official-edm"
+    official_scoresde = "official-scoresde"
+    diffusers = "diffusers"
+    deepspeed = "deepspeed"
+    msdiff = "msdiff"
+
+
+class TargetFormat(StrEnum):
+    """Formats that can be written."""
+
+    ldm = "ldm"
+    official_ldm = "official-ldm"
+    official_edm = "official-edm"
+    official_scoresde = "official-scoresde"
+    diffusers = "diffusers"
+    msdiff = "msdiff"
+    safetensors = "safetensors"
+
+
+class Weights(StrEnum):
+    """Which weights of a checkpoint that holds an average too."""
+
+    auto = "auto"
+    ema = "ema"
+    raw = "raw"
+
+
+class Prediction(StrEnum):
+    """What a network predicts."""
+
+    epsilon = "epsilon"
+    v_prediction = "v_prediction"
+    sample = "sample"
+
+
+def convert(
+    src: Annotated[Path, typer.Argument(help="File or folder to convert.")],
+    dst: Annotated[Path, typer.Argument(help="New folder, or file for LDM's formats (.safetensors or .ckpt).")],
+    from_format: Annotated[SourceFormat, typer.Option("--from", help="Format of SRC.")],
+    to_format: Annotated[TargetFormat, typer.Option("--to", help="Format of DST.")],
+    weights: Annotated[Weights, typer.Option(help="Averaged or last weights; auto: averaged where there are.")] = (
+        Weights.auto
+    ),
+    config: Annotated[Path | None, typer.Option(help="LDM's YAML: decides, and is compared with the tensors.")] = None,
+    stage: Annotated[int | None, typer.Option(help="This stage alone, as a unified model.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads, which no tensor tells.")] = None,
+    head_channels: Annotated[int | None, typer.Option(help="Channels of each head, instead of --heads.")] = None,
+    boundaries: Annotated[str | None, typer.Option(help="Inner stage boundaries, as 442,631.")] = None,
+    prediction: Annotated[Prediction | None, typer.Option(help="What the network predicts.")] = None,
+    scale_factor: Annotated[float | None, typer.Option(help="Factor on latents.")] = None,
+    no_null_class: Annotated[
+        bool, typer.Option("--no-null-class", help="The other format's table of classes has no row for dropped ones.")
+    ] = False,
+) -> None:
+    """Convert weights between formats, exactly, with a report of every key: conversion_report.json.
+
+    The report lies in the folder that is written, or beside the file.
+
+    Example: msdiff convert model.ckpt exported --from ldm --to msdiff
+    """
+    from msdiff_dist.checkpoint.convert.conversion import convert as run
+    from msdiff_dist.checkpoint.convert.options import ConvertOptions, parse_boundaries
+
+    options = ConvertOptions(
+        weights=weights.value,
+        config=config,
+        stage=stage,
+        num_heads=heads,
+        head_channels=head_channels,
+        boundaries=parse_boundaries(boundaries),
+        prediction_type=None if prediction is None else prediction.value,
+        scale_factor=scale_factor,
+        null_class=not no_null_class,
+    )
+    report = run(src, dst, from_format.value, to_format.value, options)
+    left_out = sum("left_out" in entry for entry in report["keys"].values())
+    typer.echo(
+        f"{len(report['keys']) - left_out} tensors in {dst}; {left_out} left out, each with its reason in the report"
+    )
+    for line in [*report["assumed"], *report["remarks"]]:
+        typer.echo(f"note: {line}", err=True)
