@@ -159,3 +159,22 @@ def test_parts_of_a_data_job_run_as_an_array_and_only_once(
     assert msdiff(*arguments)[0] == 0
     assert "all 2 parts are done already" in msdiff(*arguments)[1]
     assert len(list((folder / "logs").glob("*_log.out"))) == 3
+
+
+def test_the_guides_plain_sbatch_file_trains(slurm: SlurmCluster, tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[2] / "slurm/README.md").read_text()
+    script = guide[guide.index("#!/bin/bash") :].partition("```")[0]
+    for written, here in (
+        ("--ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8", "--ntasks-per-node=1 --gpus-per-node=1"),
+        ("--cpus-per-task=8", "--cpus-per-task=1"),
+        ("recipes/celebahq256_ldm_3stage.yaml", f"{RECIPE} train.steps=3"),
+        ("/shared/runs/faces", str(tmp_path / "run")),
+        ("exec msdiff", f"exec {sys.executable} -m msdiff_dist.cli.main"),
+    ):
+        assert written in script
+        script = script.replace(written, here)
+    (tmp_path / "job.sh").write_text(script)
+    job = slurm.run("sbatch", "--parsable", f"--output={tmp_path}/out", str(tmp_path / "job.sh")).strip()
+    state = slurm.wait_job(job, "COMPLETED", "FAILED", "CANCELLED", timeout_s=180)
+    assert state == "COMPLETED", (tmp_path / "out").read_text()
+    assert list(losses(tmp_path / "run")) == [1, 2, 3]
