@@ -10,14 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from msdiff_dist.errors import ConfigError
+from msdiff_dist.models.identity import digest
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
     """The first stage of latent diffusion.
 
-    kind: `pixel` trains on pictures; `space_to_depth` folds factor x factor pixels into channels, without loss; `kl` and
-    `vq` are diffusers' AutoencoderKL and VQModel from `path`, a local folder or a hub id.
+    kind: `pixel` trains on pictures; `space_to_depth` folds factor x factor pixels into channels, without loss; `kl`
+    and `vq` are diffusers' AutoencoderKL and VQModel from `path`, a local folder or a hub id.
     scale_factor: multiplies latents before diffusion (LDM's), so that they have about unit variance.
     """
 
@@ -49,7 +50,7 @@ class AutoencoderConfig:
 
 
 class LatentCodec:
-    """Stored samples -> latents x0, and x0 -> pictures.
+    """Stored samples -> latents x0, and x0 -> pictures; pictures -> what is stored of them.
 
     Args:
         stored_latents: the shards hold latents, not pictures.
@@ -78,15 +79,56 @@ class LatentCodec:
             x = self._autoencoder().decode(x.to(self._device)).sample
         return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
 
+    @torch.no_grad()
+    def encode(self, images_BCHW: Tensor) -> Tensor:
+        """uint8 pictures -> float32 latents [B, c, h, w] on the CPU, without the scale factor.
+
+        Of kind `kl` the posterior's mean and log variance, [B, 2c, h, w]; of kind `vq` the latents before quantisation.
+
+        Raises:
+            ConfigError: the autoencoder cannot be loaded, or does not take such pictures.
+        """
+        images = images_BCHW.to(self._device).float() / 127.5 - 1
+        if self._config.kind == "pixel":
+            return images.cpu()
+        if self._config.kind == "space_to_depth":
+            return F.pixel_unshuffle(images, self._config.factor).cpu()
+        model = self._autoencoder()
+        if images.shape[1] != model.config.in_channels:
+            problem = f"takes {model.config.in_channels} channels, the pictures have {images.shape[1]}"
+            raise ConfigError("autoencoder.path", self._config.path, problem, "Correct the channels of the pictures.")
+        if self._config.kind == "vq":
+            return model.encode(images).latents.float().cpu()
+        posterior = model.encode(images).latent_dist
+        return torch.cat([posterior.mean, posterior.logvar], dim=1).float().cpu()
+
+    @property
+    def identity(self) -> str:
+        """What latents of other autoencoders cannot have: kind, settings and weights."""
+        if self._config.kind == "pixel":
+            return "pixel"
+        if self._config.kind == "space_to_depth":
+            return f"space_to_depth-{self._config.factor}"
+        model = self._autoencoder()
+        settings = {name: value for name, value in model.config.items() if not name.startswith("_")}
+        return f"{self._config.kind}-{digest(settings, model.state_dict())}"
+
     def _autoencoder(self) -> Any:
         if self._model is None:
             from diffusers import AutoencoderKL, VQModel
 
             if not self._config.path:
                 raise ConfigError(
-                    "autoencoder.path", None, f"a {self._config.kind} autoencoder decodes these latents",
+                    "autoencoder.path", None, f"a {self._config.kind} autoencoder makes and decodes these latents",
                     "Name its folder or hub id.",
                 )  # fmt: skip
             model = AutoencoderKL if self._config.kind == "kl" else VQModel
-            self._model = model.from_pretrained(self._config.path).to(self._device).eval()
+            try:
+                self._model = model.from_pretrained(self._config.path).to(self._device).eval()
+            except (OSError, ValueError, RuntimeError) as e:
+                reason = " ".join(str(e).split())[:300]
+                raise ConfigError(
+                    "autoencoder.path", self._config.path, f"holds no {model.__name__} that can be loaded ({reason})",
+                    "Name a folder that diffusers' save_pretrained wrote, or a hub id.",
+                )  from None  # fmt: skip
         return self._model

@@ -1,0 +1,126 @@
+"""Captions -> context embeddings, through the text tower of an open_clip model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from msdiff_dist.errors import ConfigError, did_you_mean
+from msdiff_dist.models.identity import digest
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """A frozen text tower.
+
+    name: an open_clip model (`ViT-H-14`), `hf-hub:...`, or a model configuration in a .json file. pretrained: tag or
+    file of its weights; None: random ones, the same for the same `seed`. layer: whose output, counted in blocks.
+    final_norm: apply the tower's last normalisation to it, as Stable Diffusion does to the penultimate layer.
+    """
+
+    name: str
+    pretrained: str | None = None
+    layer: Literal["last", "penultimate"] = "penultimate"
+    final_norm: bool = True
+    seed: int = 0
+
+
+class TextEncoder:
+    """The tower and its tokenizer.
+
+    Attributes:
+        context_shape: (T, D) of the embedding of a caption.
+
+    Raises:
+        ConfigError: open_clip does not know or cannot load it, or has no such layer of it.
+    """
+
+    def __init__(self, config: TextEncoderConfig, device: torch.device) -> None:
+        import open_clip
+
+        name = _registered(config.name)
+        try:
+            with torch.random.fork_rng(devices=[]), _quiet():
+                torch.manual_seed(config.seed)
+                model = open_clip.create_model(name, pretrained=config.pretrained, device="cpu")
+            self._tokenizer = open_clip.get_tokenizer(name)
+        except Exception as e:  # of many kinds: unknown tags, files of other models, no connection
+            field = "pretrained" if config.pretrained else "name"
+            remedy = "Name a tag of this model (open_clip.list_pretrained()) or a file of its weights."
+            raise ConfigError(
+                f"text_encoder.{field}", getattr(config, field), f"cannot be loaded ({e})", remedy
+            ) from None
+        tower = model.text if hasattr(model, "text") else model
+        if not hasattr(tower, "transformer") or not hasattr(tower.transformer, "resblocks"):
+            problem, remedy = "has a text tower that is not open_clip's own", "Choose one without hf_model_name."
+            raise ConfigError("text_encoder.name", config.name, problem, remedy)
+        layers = len(tower.transformer.resblocks)
+        if layers < 2 and config.layer == "penultimate":
+            raise ConfigError("text_encoder.layer", config.layer, "the tower has one layer", "Use last.")
+        model.visual = None
+        self._config, self._device = config, device
+        self._tower = tower.to(device).eval().requires_grad_(False)
+        self._of_model = tower is model
+        self._index = layers - (1 if config.layer == "last" else 2)
+        self.context_shape = (int(tower.context_length), int(tower.token_embedding.embedding_dim))
+
+    @property
+    def identity(self) -> str:
+        """Digest of the tower's weights and of how they are used."""
+        how = {"layer": self._config.layer, "final_norm": self._config.final_norm, "shape": self.context_shape}
+        return digest(how | {"tokenizer": type(self._tokenizer).__name__}, self._tower.state_dict())
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(context [n, T, D], float32; mask [n, T], True for the caption's tokens), on the CPU."""
+        tokens_nT = self._tokenizer(list(captions))
+        options: dict[str, Any] = {"normalize_intermediates": self._config.final_norm, "intermediates_only": True}
+        tokens = tokens_nT.to(self._device)
+        if self._of_model:
+            found = self._tower.forward_intermediates(text=tokens, text_indices=[self._index], **options)
+        else:
+            found = self._tower.forward_intermediates(tokens, indices=[self._index], output_fmt="NLC", **options)
+        return found["text_intermediates"][0].float().cpu(), self._mask(tokens_nT)
+
+    def _mask(self, tokens_nT: Tensor) -> Tensor:
+        end = getattr(self._tokenizer, "eot_token_id", None)
+        if end is None:
+            return tokens_nT != getattr(self._tower, "pad_id", -1)
+        is_end = (tokens_nT == end).long()
+        return is_end.cumsum(1) - is_end == 0
+
+
+def _registered(name: str) -> str:
+    """The name under which open_clip knows the model."""
+    import open_clip
+
+    if name.endswith(".json"):
+        if not Path(name).is_file():
+            raise ConfigError(
+                "text_encoder.name", name, "does not exist", "Name the configuration of an open_clip model."
+            )
+        open_clip.add_model_config(name)
+        name = Path(name).stem
+    if ":" not in name and name not in open_clip.list_models():
+        raise ConfigError(
+            "text_encoder.name", name, "is not a model of open_clip", did_you_mean(name, open_clip.list_models())
+        )
+    return name
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip warns of missing weights where none are wanted."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
