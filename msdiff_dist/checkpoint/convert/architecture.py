@@ -131,7 +131,7 @@ class _Shapes:
     """Questions about the tensors of a U-Net."""
 
     def __init__(self, source: TensorSource) -> None:
-        self._shapes = {key: tuple(source.meta(key).shape) for key in source.keys()}  # noqa: SIM118
+        self._shapes = {key: tuple(source.meta(key).shape) for key in source.names()}
 
     def __contains__(self, key: str) -> bool:
         return key in self._shapes

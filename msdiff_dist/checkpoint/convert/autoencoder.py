@@ -38,7 +38,7 @@ def read_first_stage(source: TensorSource, sheet: Mapping[str, Any]) -> FirstSta
     Raises:
         CheckpointError: it is no AutoencoderKL or VQModel of LDM, or incomplete.
     """
-    keys = source.keys()
+    keys = source.names()
     left_out = {k: why for k in keys for start, why in _NOT_WEIGHTS.items() if k.startswith(start)}
     keys = [k for k in keys if k not in left_out]
     if not keys:
@@ -64,7 +64,7 @@ def write_first_stage(weights: AutoencoderWeights) -> list[Rule]:
         CheckpointError: LDM has no such autoencoder.
     """
     rules = list(_rules(weights.config))
-    odd = sorted(set(weights.tensors.keys()) ^ {r.ours for r in rules})
+    odd = sorted(set(weights.tensors.names()) ^ {r.ours for r in rules})
     if odd:
         raise CheckpointError(
             f"autoencoder/{odd[0]}", weights.class_name, "has no place in LDM's autoencoder",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from msdiff_dist import __version__
+from msdiff_dist.checkpoint.convert.deepspeed import DeepspeedSource, read_deepspeed
 from msdiff_dist.checkpoint.convert.diffusers_folder import read_diffusers, write_diffusers
 from msdiff_dist.checkpoint.convert.export_folder import read_export, write_export
 from msdiff_dist.checkpoint.convert.ldm import read_ldm, write_ldm_file
@@ -16,7 +17,7 @@ from msdiff_dist.checkpoint.convert.model_weights import ModelWeights, Written
 from msdiff_dist.checkpoint.convert.options import ConvertOptions
 from msdiff_dist.checkpoint.convert.sources import open_source
 from msdiff_dist.checkpoint.convert.stages import extract_stage
-from msdiff_dist.checkpoint.convert.writing import appearing, sha256_of
+from msdiff_dist.checkpoint.convert.writing import appearing, sha256_of, write_safetensors
 from msdiff_dist.config import to_mapping
 from msdiff_dist.errors import ConfigError, did_you_mean
 
@@ -28,6 +29,7 @@ READERS: dict[str, Reader] = {
     "ldm": lambda path, options: read_ldm(open_source(path), options),
     "official-ldm": lambda path, options: read_ldm(open_source(path), options, multistage=True),
     "diffusers": read_diffusers,
+    "deepspeed": read_deepspeed,
     "msdiff": read_export,
 }
 WRITERS: dict[str, Writer] = {
@@ -54,6 +56,8 @@ def convert(
         CheckpointError: the source cannot be read or carried exactly, or `dst` cannot be written.
     """
     options = options or ConvertOptions()
+    if to_format == "safetensors":
+        return _plain(src, dst, from_format)
     weights = read(src, from_format, options)
     return write(weights, dst, to_format, options, {"path": str(src), "format": from_format})
 
@@ -82,9 +86,32 @@ def write(
         if aside.is_dir():
             for note in weights.notes:
                 shutil.copy(note, aside / (note.name if note.name.startswith("LICENSE") else f"SOURCE_{note.name}"))
-            (aside / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+            _save(report, aside / REPORT)
     if dst.is_file():
-        dst.with_name(REPORT).write_text(json.dumps(report, indent=1) + "\n")
+        _save(report, dst.with_name(REPORT))
+    return report
+
+
+def _plain(src: Path, dst: Path, from_format: str) -> dict[str, Any]:
+    """Any network's weights under their own names, from a DeepSpeed folder."""
+    if from_format != "deepspeed":
+        raise ConfigError(
+            "--to", "safetensors", "writes the weights of a DeepSpeed folder under their own names",
+            "Use --from deepspeed, or another --to.",
+        )  # fmt: skip
+    if dst.suffix != ".safetensors":
+        raise ConfigError("DST", str(dst), "is to be one file", "Let its name end in .safetensors.")
+    source = DeepspeedSource(src)
+    with appearing(dst) as aside:
+        digest = write_safetensors(aside, source, {"converter": f"msdiff_dist {__version__}"})
+    report = {
+        "source": {"path": str(src), "format": from_format, "sha256": {p.name: sha256_of(p) for p in source.files}},
+        "result": {"path": str(dst), "format": "safetensors", "sha256": {dst.name: digest}},
+        "keys": {k: {"to": [k]} for k in source.names()} | {k: {"left_out": v} for k, v in source.left_out.items()},
+        "assumed": [],
+        "remarks": [],
+    }
+    _save(report, dst.with_name(REPORT))
     return report
 
 
@@ -108,6 +135,10 @@ def _report(
         "remarks": written.remarks,
         "licence_notes": [p.name for p in weights.notes],
     }
+
+
+def _save(report: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def _kept_metadata(weights: ModelWeights) -> dict[str, str]:

@@ -14,13 +14,21 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from msdiff_dist.checkpoint.convert.sources import TensorSource, load_pickle
+from msdiff_dist.checkpoint.convert.diffusers_folder import json_of, read_unet
+from msdiff_dist.checkpoint.convert.export_folder import read_run
+from msdiff_dist.checkpoint.convert.families import family_of
+from msdiff_dist.checkpoint.convert.ldm import CLASS_TABLE, UNET, read_ldm
+from msdiff_dist.checkpoint.convert.model_weights import ModelWeights
+from msdiff_dist.checkpoint.convert.options import ConvertOptions
+from msdiff_dist.checkpoint.convert.sources import RenamedSource, TensorSource, load_pickle
+from msdiff_dist.checkpoint.layout import INDEX
 from msdiff_dist.errors import CheckpointError
 
 _OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -36,7 +44,7 @@ def read_deepspeed(folder: Path, options: ConvertOptions) -> ModelWeights:
     if (folder / INDEX).exists() or (folder / "checkpoints").is_dir():
         return read_run(folder, options)
     source = DeepspeedSource(folder)
-    family = family_of(source.keys())
+    family = family_of(source.names())
     if family == "msdiff":
         found = read_ldm(_as_official(source), options, multistage=True)
         own = {theirs: ours for ours, theirs in _official_names(source).items()}
@@ -48,10 +56,10 @@ def read_deepspeed(folder: Path, options: ConvertOptions) -> ModelWeights:
     if family in ("ldm", "official-ldm"):
         return read_ldm(source, options, multistage=family == "official-ldm")
     if family == "diffusers" and options.config is not None:
-        return read_unet(json_of(options.config), source, None, options)
+        return read_unet(json_of(options.config), source, options)
     hint = "Give its config.json with --config" if family == "diffusers" else "Use --to safetensors"
     raise CheckpointError(
-        "--from", "deepspeed", f"the parameters ({source.keys()[0]}, ...) do not tell which network they are of",
+        "--from", "deepspeed", f"the parameters ({source.names()[0]}, ...) do not tell which network they are of",
         f"{hint}.",
     )  # fmt: skip
 
@@ -83,7 +91,7 @@ class DeepspeedSource(TensorSource):
         self.left_out = {f"{name}": skipped for name in first if name not in ("module", "buffer_names")}
         self.left_out |= self._without_values(first)
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         return list(self._shapes)
 
     def meta(self, key: str) -> Tensor:
@@ -105,11 +113,11 @@ class DeepspeedSource(TensorSource):
 
     def _add_partitions(self, groups: Sequence[Mapping[str, Sequence[int]]], shards: list[Mapping[str, Any]]) -> None:
         if "fp32_flat_groups" in shards[0]:
-            self._add_whole_partitions(groups, [torch_list(s["fp32_flat_groups"]) for s in shards])
+            self._add_whole_partitions(groups, [_tensors(s["fp32_flat_groups"]) for s in shards])
         elif "param_slice_mappings" in shards[0]:
             self._add_mapped_stretches(groups, shards)
         else:
-            self._add_stretches(groups, [torch_list(s["single_partition_of_fp32_groups"]) for s in shards])
+            self._add_stretches(groups, [_tensors(s["single_partition_of_fp32_groups"]) for s in shards])
 
     def _add_whole_partitions(self, groups: Sequence[Mapping[str, Sequence[int]]], ranks: list[list[Tensor]]) -> None:
         """ZeRO 3: every parameter is dealt to all ranks in equal parts, the last one padded."""
@@ -124,7 +132,7 @@ class DeepspeedSource(TensorSource):
         """ZeRO 1 and 2: each rank says where in its stretch a parameter's elements lie."""
         pieces: dict[str, list[Tensor]] = defaultdict(list)
         for shard in shards:
-            flats = torch_list(shard["single_partition_of_fp32_groups"])
+            flats = _tensors(shard["single_partition_of_fp32_groups"])
             for flat, mapping in zip(flats, shard["param_slice_mappings"], strict=True):
                 for name, place in mapping.items():
                     start = place.fields["start"]
@@ -146,8 +154,9 @@ class DeepspeedSource(TensorSource):
     def _add_rest(self, state: Mapping[str, Any], partitioned: bool) -> None:
         for name, original in (state.get("shared_params") or {}).items():
             self._shapes[name], self._pieces[name] = self._shapes[original], self._pieces[original]
-        wanted = state.get("buffer_names") or [] if partitioned else state["module"]
-        for name in wanted:
+        # Under ZeRO 3 the module's parameters are empty; elsewhere those that ZeRO does not keep are there.
+        dealt = partitioned and any(p.numel() == 0 for p in state["module"].values())
+        for name in state.get("buffer_names") or [] if dealt else state["module"]:
             tensor = state["module"].get(name)
             if isinstance(tensor, Tensor) and name not in self._shapes:
                 self._add(name, tensor.shape, [tensor])
@@ -161,13 +170,15 @@ def _official_names(source: TensorSource) -> dict[str, str]:
     """Our own parameters' names -> those of the official multi-stage code, which say the same."""
     places = {"output_blocks": "de_modules", "out": "outs"}
     names = {}
-    for key in source.keys():  # noqa: SIM118
+    for key in source.names():
         part, _, rest = key.partition(".")
         if part == "stages":
             stage, block, rest = rest.split(".", 2)
             rest = f"{places.get(block, block)}.{stage}.{rest}"
-        table = rest == "label_emb.weight" and "middle_block.1.transformer_blocks.0.norm1.weight" in key
-        names[key] = CLASS_TABLE if table else UNET + rest
+        names[key] = UNET + rest
+    table = "shared.label_emb.weight"
+    if table in names and source.meta(table).shape[1] != source.meta("shared.time_embed.2.bias").shape[0]:
+        names[table] = CLASS_TABLE  # as wide as the context
     return names
 
 
@@ -195,7 +206,7 @@ class _Cursor:
         return pieces
 
 
-def torch_list(value: Any) -> list[Tensor]:
+def _tensors(value: Any) -> list[Tensor]:
     """A list of tensors, from a list or a single one."""
     return [value] if isinstance(value, Tensor) else list(value)
 
@@ -227,7 +238,7 @@ def _by_rank(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
 
 def _check_ranks(paths: Mapping[int, Path], folder: Path) -> None:
     count = load_pickle(next(iter(paths.values())))["optimizer_state_dict"]["partition_count"]
-    world = max(torch_int_list(count))
+    world = max(_numbers(count))
     missing = sorted(set(range(world)) - set(paths))
     if missing:
         raise CheckpointError(
@@ -235,6 +246,6 @@ def _check_ranks(paths: Mapping[int, Path], folder: Path) -> None:
         )
 
 
-def torch_int_list(value: Any) -> list[int]:
+def _numbers(value: Any) -> list[int]:
     """A list of numbers, from a list or a single one."""
     return [int(value)] if isinstance(value, int) else [int(v) for v in value]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,54 +52,63 @@ def read_diffusers(folder: Path, options: ConvertOptions) -> ModelWeights:
     """
     if options.weights == "ema":
         raise CheckpointError("--weights", "ema", "a diffusers folder holds one set of weights", "Leave --weights out.")
-    if not folder.is_dir():
-        raise CheckpointError("SRC", str(folder), "is no folder", "Name a diffusers folder with config.json.")
-    is_pipeline = (folder / "model_index.json").exists()
-    index = _json(folder / "model_index.json") if is_pipeline else {}
-    unet = folder / "unet" if is_pipeline else folder
-    config = _json(unet / "config.json")
-    source = weights_of(unet)
-    assumed: list[str] = []
+    if not (folder / "model_index.json").exists():
+        return read_unet(json_of(folder / "config.json"), weights_of(folder), options)
+    index = json_of(folder / "model_index.json")
+    found = read_unet(json_of(folder / "unet" / "config.json"), weights_of(folder / "unet"), options)
+    discrete = _read_scheduler(folder / "scheduler" / "scheduler_config.json", options)
+    vae = next((folder / name for name in ("vae", "vqvae") if (folder / name).is_dir()), None)
+    autoencoder, vae_weights, said = _read_autoencoder(vae, index, options)
+    for name, value in index.items():
+        converted = ("_class_name", "unet", "scheduler", vae.name if vae else None)
+        if isinstance(value, list) and value[0] is not None and name not in converted:
+            found.left_out[f"{name}/"] = "a part of the pipeline that is not the network"
+    if vae and vae_weights:
+        found.used |= {f"{vae.name}/{k}": [f"autoencoder/{k}"] for k in vae_weights.tensors.names()}
+    return replace(
+        found,
+        description=replace(found.description, diffusion=DiffusionConfig(discrete=discrete), autoencoder=autoencoder),
+        autoencoder_weights=vae_weights,
+        assumed=said,
+        notes=[p for pattern in _NOTES for p in sorted(folder.glob(pattern))],
+    )
+
+
+def read_unet(config: Mapping[str, Any], source: TensorSource, options: ConvertOptions) -> ModelWeights:
+    """A U-Net by its config.json; its noise schedule is taken to be Stable Diffusion's.
+
+    Raises:
+        CheckpointError: the network is none of ours, or the tensors do not fit it.
+    """
     if config.get("_class_name") in STOCK:
         model, boundaries = model_of_stock(config), tuple[float, ...]()
     elif config.get("_class_name") == OWN_CLASS:
         model, boundaries = _model_of_own(config), tuple(float(b) for b in config["stage_boundaries"])
     else:
         raise CheckpointError(
-            f"{unet.name}/config.json", config.get("_class_name"), "is a class that this package has no model for",
+            "config.json", config.get("_class_name"), "is a class that this package has no model for",
             f"Convert one of {', '.join([*STOCK, OWN_CLASS])}.",
         )  # fmt: skip
-    refuse_other_families(source.keys(), "diffusers")
-    old = any(".attentions.0.query.weight" in k for k in source.keys())  # noqa: SIM118
+    refuse_other_families(source.names(), "diffusers")
+    old = any(".attentions.0.query.weight" in k for k in source.names())
     rules = unet_rules(model, config["_class_name"] == OWN_CLASS, old)
     check_complete(source, rules, source.left_out, dict(empty_model(model).named_parameters()), "diffusers")
-
-    discrete, said = _read_scheduler(folder / "scheduler" if is_pipeline else None, options)
-    assumed += said
-    vae = next((folder / name for name in ("vae", "vqvae") if is_pipeline and (folder / name).is_dir()), None)
-    autoencoder, vae_weights, said = _read_autoencoder(vae, index, options)
-    assumed += said
-    left_out = dict(source.left_out)
-    for name, value in index.items():
-        converted = ("_class_name", "unet", "scheduler", vae.name if vae else None)
-        if isinstance(value, list) and value[0] is not None and name not in converted:
-            left_out[f"{name}/"] = "a part of the pipeline that is not the network"
-    sample_size = config.get("sample_size")
+    prediction = options.prediction_type or "epsilon"
+    discrete = DiscreteConfig(beta_start=0.00085, beta_end=0.012, prediction_type=prediction)
+    size = config.get("sample_size")
     description = ModelDescription(
         model=model,
         diffusion=DiffusionConfig(discrete=discrete),
         stages=StagesConfig(options.boundaries or boundaries),
-        autoencoder=autoencoder,
-        sample_size=tuple(sample_size) if isinstance(sample_size, list) else sample_size,
+        autoencoder=AutoencoderConfig(scale_factor=options.scale_factor or 1.0),
+        sample_size=tuple(size) if isinstance(size, list) else size,
     )
     return ModelWeights(
         description=description,
         tensors=OursFromTheirs(source, rules),
-        autoencoder_weights=vae_weights,
         used={k: [r.ours] for r in rules for k in r.theirs},
-        left_out=left_out,
-        assumed=assumed,
-        notes=[p for pattern in _NOTES for p in sorted(folder.glob(pattern))],
+        left_out=dict(source.left_out),
+        assumed=[f"noise schedule: betas 0.00085 to 0.012, {prediction}; a U-Net alone has no scheduler"],
     )
 
 
@@ -232,12 +242,8 @@ def _scheduler_config(discrete: DiscreteConfig) -> dict[str, Any]:
     }
 
 
-def _read_scheduler(folder: Path | None, options: ConvertOptions) -> tuple[DiscreteConfig, list[str]]:
-    if folder is None or not folder.is_dir():
-        prediction = options.prediction_type or "epsilon"
-        said = f"noise schedule: betas 0.00085 to 0.012, {prediction}; the folder has no scheduler"
-        return DiscreteConfig(beta_start=0.00085, beta_end=0.012, prediction_type=prediction), [said]
-    config = _json(folder / "scheduler_config.json")
+def _read_scheduler(path: Path, options: ConvertOptions) -> DiscreteConfig:
+    config = json_of(path)
     names = {theirs: ours for ours, theirs in _SCHEDULES.items()}
     for field, wrong in (("rescale_betas_zero_snr", True), ("trained_betas", config.get("trained_betas") or object())):
         if config.get(field) == wrong:
@@ -250,14 +256,13 @@ def _read_scheduler(folder: Path | None, options: ConvertOptions) -> tuple[Discr
             "scheduler.beta_schedule", config.get("beta_schedule"), "is a noise schedule that this package lacks",
             f"Convert a model with one of {', '.join(names)}.",
         )  # fmt: skip
-    discrete = DiscreteConfig(
+    return DiscreteConfig(
         timesteps=config.get("num_train_timesteps", 1000),
         schedule=names[config.get("beta_schedule", "linear")],
         beta_start=config.get("beta_start", 0.0001),
         beta_end=config.get("beta_end", 0.02),
         prediction_type=options.prediction_type or config.get("prediction_type", "epsilon"),
     )
-    return discrete, []
 
 
 def _read_autoencoder(
@@ -267,7 +272,7 @@ def _read_autoencoder(
     if folder is None:
         kind = "space_to_depth" if shuffle > 1 else "pixel"
         return AutoencoderConfig(kind=kind, factor=shuffle, scale_factor=scale or 1.0), None, []  # type: ignore[arg-type]
-    config = _json(folder / "config.json")
+    config = json_of(folder / "config.json")
     if config.get("_class_name") not in ("AutoencoderKL", "VQModel"):
         raise CheckpointError(
             f"{folder.name}/config.json", config.get("_class_name"), "is no autoencoder that this package has",
@@ -290,7 +295,7 @@ def _write_autoencoder(weights: ModelWeights, folder: Path, written: Written, me
     config = {**autoencoder.config, "scaling_factor": weights.description.autoencoder.scale_factor}
     _write_json(folder / "config.json", config)
     written.files[f"vae/{WEIGHTS}"] = write_safetensors(folder / WEIGHTS, autoencoder.tensors, metadata)
-    written.names |= {f"autoencoder/{k}": [f"vae/{k}"] for k in autoencoder.tensors.keys()}  # noqa: SIM118
+    written.names |= {f"autoencoder/{k}": [f"vae/{k}"] for k in autoencoder.tensors.names()}
     return True
 
 
@@ -318,7 +323,12 @@ def _write_index(description: ModelDescription, folder: Path, unet_class: str, h
     _write_json(folder / "model_index.json", index)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def json_of(path: Path) -> dict[str, Any]:
+    """A JSON file's content.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:

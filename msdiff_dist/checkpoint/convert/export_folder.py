@@ -7,15 +7,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from msdiff_dist import __version__
 from msdiff_dist.checkpoint.convert.diffusers_folder import WEIGHTS, weights_of
 from msdiff_dist.checkpoint.convert.families import refuse_other_families
 from msdiff_dist.checkpoint.convert.key_map import SAME, OursFromTheirs, Rule, check_complete
 from msdiff_dist.checkpoint.convert.model_weights import AutoencoderWeights, ModelWeights, Written, empty_model
 from msdiff_dist.checkpoint.convert.options import ConvertOptions
-from msdiff_dist.checkpoint.convert.sources import SafetensorsSource
+from msdiff_dist.checkpoint.convert.sources import SafetensorsSource, TensorSource
 from msdiff_dist.checkpoint.convert.writing import write_safetensors
-from msdiff_dist.checkpoint.weights import CONFIG, MODEL, open_weights
+from msdiff_dist.checkpoint.weights import CONFIG, MODEL, CheckpointWeights, open_checkpoint, open_weights
 from msdiff_dist.config import to_mapping
 from msdiff_dist.errors import CheckpointError
 
@@ -33,7 +36,7 @@ def read_export(folder: Path, options: ConvertOptions) -> ModelWeights:
         )
     description = export.description
     source = SafetensorsSource([folder / MODEL])
-    refuse_other_families(source.keys(), "msdiff")
+    refuse_other_families(source.names(), "msdiff")
     shapes = dict(empty_model(description.model).named_parameters())
     rules = [Rule(name, (name,), SAME) for name in shapes]
     check_complete(source, rules, {}, shapes, "msdiff")
@@ -51,10 +54,41 @@ def read_export(folder: Path, options: ConvertOptions) -> ModelWeights:
     )
 
 
+def read_run(folder: Path, options: ConvertOptions) -> ModelWeights:
+    """The newest checkpoint of a run of this package, or one checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    weights = CheckpointWeights(open_checkpoint(folder, verify=True), ema=options.weights != "raw")
+    return ModelWeights(
+        description=weights.description,
+        tensors=CheckpointSource(weights),
+        used={name: [name] for name in weights.names()},
+    )
+
+
+class CheckpointSource(TensorSource):
+    """The parameters of a run's checkpoint."""
+
+    def __init__(self, weights: CheckpointWeights) -> None:
+        self._weights = weights
+        self.files = tuple(weights.reader.folder / f.name for f in weights.reader.index.files)
+
+    def names(self) -> list[str]:
+        return self._weights.names()
+
+    def meta(self, key: str) -> Tensor:
+        return torch.empty(self._weights.reader.index.shapes[key], device="meta")
+
+    def read(self, key: str) -> Tensor:
+        return self._weights.tensor(key)
+
+
 def write_export(weights: ModelWeights, folder: Path, metadata: Mapping[str, str]) -> Written:
     """Write an export folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = Written(names={k: [k] for k in weights.tensors.keys()})  # noqa: SIM118
+    written = Written(names={k: [k] for k in weights.tensors.names()})
     written.files[MODEL] = write_safetensors(folder / MODEL, weights.tensors, metadata)
     description = replace(weights.description, version=__version__)
     (folder / CONFIG).write_text(json.dumps(to_mapping(description), indent=1) + "\n")
@@ -65,5 +99,5 @@ def write_export(weights: ModelWeights, folder: Path, metadata: Mapping[str, str
         written.files[f"autoencoder/{WEIGHTS}"] = write_safetensors(
             folder / "autoencoder" / WEIGHTS, vae.tensors, metadata
         )
-        written.names |= {f"autoencoder/{k}": [f"autoencoder/{k}"] for k in vae.tensors.keys()}  # noqa: SIM118
+        written.names |= {f"autoencoder/{k}": [f"autoencoder/{k}"] for k in vae.tensors.names()}
     return written

@@ -97,7 +97,7 @@ class OursFromTheirs(TensorSource):
         self._rules = {r.ours: r for r in rules}
         self.files, self.metadata = theirs.files, theirs.metadata
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         return list(self._rules)
 
     def meta(self, key: str) -> Tensor:
@@ -117,7 +117,7 @@ class TheirsFromOurs(TensorSource):
         self._where = {k: (r, i) for r in rules for i, k in enumerate(r.theirs)}
         self.files, self.metadata = ours.files, ours.metadata
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         return list(self._where)
 
     def meta(self, key: str) -> Tensor:
@@ -143,7 +143,7 @@ def check_complete(
         CheckpointError: a key is missing, left over or of another shape; the first few are named.
     """
     rules = list(rules)
-    present = set(source.keys())
+    present = set(source.names())
     wanted = {k for r in rules for k in r.theirs}
     missing = sorted(wanted - present)
     over = sorted(present - wanted - set(others))

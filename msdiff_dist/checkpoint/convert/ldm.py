@@ -106,10 +106,10 @@ def read_ldm(source: TensorSource, options: ConvertOptions, multistage: bool = F
         ConfigError: the given configuration is unusable.
     """
     what = "official-ldm" if multistage else "ldm"
-    keys = source.keys()
+    keys = source.names()
     refuse_other_families(keys, what)
     source = _prefixed(source)
-    keys = source.keys()
+    keys = source.names()
     stages = len({k.removeprefix(UNET).split(".")[1] for k in keys if k.startswith(f"{UNET}de_modules.")})
     sheet = LdmYaml.load(options.config) if options.config else None
     model, assumed = _model(source, options, sheet, decoder_names(stages, multistage))
@@ -156,7 +156,7 @@ def _left_out(source: TensorSource, rules: list[Rule], used: Mapping[str, object
     network = {k for r in rules for k in r.theirs}
     counters = {f"{EMA}decay", f"{EMA}num_updates"}
     reasons = {}
-    for key in source.keys():  # noqa: SIM118
+    for key in source.names():
         if key in used:
             continue
         if key in network:
@@ -191,7 +191,7 @@ def write_ldm_file(
     scale = MemorySource({"scale_factor": torch.tensor(weights.description.autoencoder.scale_factor)})
     parts: list[TensorSource] = [TheirsFromOurs(weights.tensors, rules), tables, scale]
     names = {r.ours: list(r.theirs) for r in rules}
-    added = dict.fromkeys([*tables.keys(), "scale_factor"], "from the noise schedule and the autoencoder's scale")
+    added = dict.fromkeys([*tables.names(), "scale_factor"], "from the noise schedule and the autoencoder's scale")
     if options.weights != "raw":
         averaged = [r for r in _ema_rules(rules) if r.theirs[0].startswith(EMA)]
         counters = {f"{EMA}decay": torch.tensor(0.9999), f"{EMA}num_updates": torch.tensor(0, dtype=torch.int32)}
@@ -234,7 +234,7 @@ def _checked_model(weights: ModelWeights, multistage: bool) -> LDMConfig:
 
 def _prefixed(source: TensorSource) -> TensorSource:
     """`source` with the U-Net under LDM's prefix, if it is a bare U-Net."""
-    keys = source.keys()
+    keys = source.names()
     if any(k.startswith("input_blocks.") for k in keys):
         return _under_prefix(UNET, source)
     if any(k.startswith("diffusion_model.input_blocks.") for k in keys):
@@ -243,7 +243,7 @@ def _prefixed(source: TensorSource) -> TensorSource:
 
 
 def _under_prefix(prefix: str, source: TensorSource) -> RenamedSource:
-    return RenamedSource(source, {prefix + k: k for k in source.keys()})  # noqa: SIM118
+    return RenamedSource(source, {prefix + k: k for k in source.names()})
 
 
 def _model(
@@ -262,7 +262,7 @@ def _model(
 
 
 def _use_ema(source: TensorSource, options: ConvertOptions, what: str) -> bool:
-    present = any(k.startswith(EMA) for k in source.keys())  # noqa: SIM118
+    present = any(k.startswith(EMA) for k in source.names())
     if options.weights == "ema" and not present:
         raise CheckpointError(
             "--weights", "ema", f"the {what} checkpoint holds no averaged weights (model_ema.*)",

@@ -86,12 +86,12 @@ class JoinedSource(TensorSource):
     def __init__(self, parts: Iterable[TensorSource]) -> None:
         self._where: dict[str, TensorSource] = {}
         for part in parts:
-            keys = part.keys()
+            keys = part.names()
             assert not self._where.keys() & set(keys)
             self._where |= dict.fromkeys(keys, part)
             self.files = (*self.files, *part.files)
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         return list(self._where)
 
     def meta(self, key: str) -> Tensor:

@@ -30,7 +30,7 @@ class TensorSource(ABC):
     """Things in the files that are no weights, and what they are."""
 
     @abstractmethod
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         """Every name, in the file's order."""
 
     @abstractmethod
@@ -42,7 +42,7 @@ class TensorSource(ABC):
         """The tensor; mapped from the file where that is possible."""
 
     def __contains__(self, key: str) -> bool:
-        return key in self.keys()
+        return key in self.names()
 
 
 class MemorySource(TensorSource):
@@ -53,7 +53,7 @@ class MemorySource(TensorSource):
     ) -> None:
         self._tensors, self.files, self.left_out = tensors, tuple(files), left_out or {}
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         return list(self._tensors)
 
     def meta(self, key: str) -> Tensor:
@@ -80,7 +80,7 @@ class SafetensorsSource(TensorSource):
                     )
                 self._readers[key] = reader
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         return list(self._readers)
 
     def meta(self, key: str) -> Tensor:
@@ -101,7 +101,7 @@ class NpzSource(TensorSource):
         except (ValueError, OSError, TypeError, zipfile.BadZipFile, EOFError) as e:
             raise _damaged(path, e) from None
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         return list(self._meta)
 
     def meta(self, key: str) -> Tensor:
@@ -119,7 +119,7 @@ class RenamedSource(TensorSource):
         self._base, self._names = base, names
         self.files, self.metadata, self.left_out = base.files, base.metadata, base.left_out
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         return list(self._names)
 
     def meta(self, key: str) -> Tensor:
@@ -131,7 +131,7 @@ class RenamedSource(TensorSource):
 
 def under(source: TensorSource, prefix: str) -> RenamedSource:
     """The tensors whose names begin with `prefix`, without it."""
-    return RenamedSource(source, {k.removeprefix(prefix): k for k in source.keys() if k.startswith(prefix)})  # noqa: SIM118
+    return RenamedSource(source, {k.removeprefix(prefix): k for k in source.names() if k.startswith(prefix)})
 
 
 def open_source(path: Path) -> TensorSource:

@@ -25,11 +25,11 @@ def extract_stage(weights: ModelWeights, stage: int) -> ModelWeights:
         raise ConfigError("--stage", stage, f"the model has stages 0 to {model.num_stages - 1}", "Choose one of them.")
     old = f"stages.{stage}."
     if model.share_encoder:
-        names = {k: k for k in weights.tensors.keys() if k.startswith("shared.")}  # noqa: SIM118
-        names |= {_new(k, old, "stages.0."): k for k in weights.tensors.keys() if k.startswith(old)}  # noqa: SIM118
+        names = {k: k for k in weights.tensors.names() if k.startswith("shared.")}
+        names |= {_new(k, old, "stages.0."): k for k in weights.tensors.names() if k.startswith(old)}
     else:
         names = {}
-        for k in weights.tensors.keys():  # noqa: SIM118
+        for k in weights.tensors.names():
             if k.startswith(f"{old}encoder."):
                 names[_new(k, f"{old}encoder.", "shared.")] = k
             elif k.startswith(f"{old}decoder."):

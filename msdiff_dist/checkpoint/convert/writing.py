@@ -15,12 +15,10 @@ from msdiff_dist.checkpoint.convert.sources import PICKLES, TensorSource
 from msdiff_dist.checkpoint.tensor_file import TensorWriter
 from msdiff_dist.errors import CheckpointError
 
-_ASIDE = ".partial-"
-
 
 def write_safetensors(path: Path, source: TensorSource, metadata: Mapping[str, str]) -> str:
     """Write all of `source` as one .safetensors file, holding one tensor at a time; returns the file's sha256."""
-    keys = sorted(source.keys(), key=lambda k: (-source.meta(k).element_size(), k))  # aligned, as the format asks
+    keys = sorted(source.names(), key=lambda k: (-source.meta(k).element_size(), k))  # aligned, as the format asks
     with TensorWriter(path, {k: source.meta(k) for k in keys}, {"format": "pt", **metadata}) as writer:
         for key in keys:
             writer.write(key, source.read(key))
@@ -37,7 +35,7 @@ def write_state_dict(path: Path, source: TensorSource, metadata: Mapping[str, st
         return write_safetensors(path, source, metadata)
     if path.suffix not in PICKLES:
         raise CheckpointError(
-            "DST", path.name.removeprefix(_ASIDE), "is to be one file of LDM's",
+            "DST", path.name, "is to be one file of LDM's",
             "Let its name end in .safetensors or .ckpt.",
         )  # fmt: skip
     # torch.save wants all tensors at once: let them be mapped from a file.
@@ -45,7 +43,7 @@ def write_state_dict(path: Path, source: TensorSource, metadata: Mapping[str, st
     try:
         write_safetensors(mapped, source, metadata)
         with safe_open(mapped, "pt") as f:
-            torch.save({"state_dict": {k: f.get_tensor(k) for k in source.keys()}, **metadata}, path)  # noqa: SIM118
+            torch.save({"state_dict": {k: f.get_tensor(k) for k in source.names()}, **metadata}, path)
     finally:
         mapped.unlink(missing_ok=True)
     return sha256_of(path)
@@ -66,22 +64,15 @@ def appearing(path: Path) -> Iterator[Path]:
     """
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise CheckpointError("DST", str(path), "exists already", "Name a new file or folder, or remove it.")
-    aside = path.with_name(_ASIDE + path.name)  # keeps the suffix
+    folder = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(aside)
-        yield aside
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        yield folder / path.name
         if path.is_dir():
             path.rmdir()
-        aside.rename(path)
+        (folder / path.name).rename(path)
     except OSError as e:
         raise CheckpointError("DST", str(path), f"cannot be written ({e})", "Free space, or name another.") from None
     finally:
-        _remove(aside)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
