@@ -44,7 +44,7 @@ class DataConfig:
         kind: `image` (encoded pictures), `latent` (.npy arrays), or `synthetic` (random numbers, no files).
         image_size: height and width of the pictures.
         channels: 1 (grey) or 3 (RGB).
-        flip: mirror half of the pictures left to right.
+        flip: mirror half of the pictures left to right; of latents, take the one stored of the mirrored picture.
         num_classes: samples carry a class label (`.cls`) in [0, num_classes); None: labels are not read.
         captions: samples carry a caption (`.txt`).
         latent_shape: (C, H, W) of a latent.
@@ -71,7 +71,7 @@ class DataConfig:
     num_classes: int | None = None
     captions: bool = False
     latent_shape: tuple[int, int, int] | None = None
-    latent_dtype: Literal["float16", "float32"] = "float16"
+    latent_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     latent_moments: bool = False
     latent_field: str = "latent.npy"
     context_shape: tuple[int, int] | None = None
@@ -108,11 +108,8 @@ class DataConfig:
                 raise ConfigError(
                     "image_size", self.image_size, f"has no meaning for kind {self.kind!r}", "Use data.latent_shape."
                 )
-            if self.flip:
-                raise ConfigError(
-                    "flip", True, "only works on pictures: a mirrored latent is not the latent of a mirrored picture",
-                    "Remove it.",
-                )  # fmt: skip
+            if self.flip and self.kind == "synthetic":
+                raise ConfigError("flip", True, "has no meaning for kind 'synthetic'", "Remove it.")
         for field in ("latent_shape", "context_shape"):
             shape = getattr(self, field)
             if shape is not None and min(shape) < 1:
@@ -139,7 +136,7 @@ class DataConfig:
 
     @property
     def x_dtype(self) -> str:
-        """Name of the numpy and torch type of every sample as the loader delivers it."""
+        """Name of the torch type of every sample as the loader delivers it."""
         return "uint8" if self.kind == "image" else self.latent_dtype
 
 

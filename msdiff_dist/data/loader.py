@@ -284,10 +284,11 @@ def _end_with_rank() -> None:
 
 def _collate(step: int, index_n: Ints, samples: list[Sample], config: DataConfig) -> StepSamples:
     def stack(arrays: list[np.ndarray], shape: tuple[int, ...], dtype: str) -> Tensor:
-        out = np.empty((len(arrays), *shape), dtype=dtype)
-        for row, array in zip(out, arrays, strict=True):
-            row[...] = array
-        return torch.from_numpy(out)
+        out = torch.empty((len(arrays), *shape), dtype=getattr(torch, dtype))
+        rows = (out.view(torch.uint16) if dtype == "bfloat16" else out).numpy()
+        for row, array in enumerate(arrays):
+            rows[row] = array
+        return out
 
     context_nTC = None
     if config.context_shape is not None:

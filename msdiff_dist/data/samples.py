@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,10 +19,11 @@ from msdiff_dist.randomness import generator
 
 IMAGE_FIELDS = ("png", "jpg", "jpeg", "webp", "bmp", "ppm", "pgm")
 Array = NDArray[Any]
+_FLIPS = 1024  # drawn at once
+_DTYPES = {"float16": np.dtype("float16"), "float32": np.dtype("float32"), "bfloat16": np.dtype("uint16")}
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """One decoded sample: x_CHW (uint8 picture or floating latent) and what the configuration asks for besides."""
 
     key: str
@@ -43,12 +44,13 @@ def decode(raw: RawSample, config: DataConfig, seed: int, g: int) -> Sample:
     Raises:
         DataError: a field that is missing, damaged or of the wrong size; names shard, key and field.
     """
+    flipped = config.flip and bool(_flips(seed, g // _FLIPS)[g % _FLIPS])
     if config.kind == "image":
         x_CHW = _picture(raw, config)
-        if config.flip and generator(seed, "flip", g).random() < 0.5:
+        if flipped:
             x_CHW = x_CHW[:, :, ::-1]
     else:
-        x_CHW = _latent(raw, config, seed, g)
+        x_CHW = _latent(raw, config, flipped, seed, g)
     context_TC = None
     if config.context_shape is not None:
         context_TC = _array(raw, config.context_field, config.context_shape, "data.context_shape", config.latent_dtype)
@@ -56,14 +58,19 @@ def decode(raw: RawSample, config: DataConfig, seed: int, g: int) -> Sample:
     return Sample(raw["__key__"], x_CHW, _label(raw, config), caption, context_TC)
 
 
+@functools.lru_cache(maxsize=64)
+def _flips(seed: int, number: int) -> NDArray[np.bool_]:
+    return generator(seed, "flip", number).random(_FLIPS) < 0.5
+
+
 def synthesize(config: DataConfig, seed: int, g: int) -> Sample:
     """Sample number g of kind `synthetic`: standard normal latent and context, uniform label."""
     rng = generator(seed, "synthetic sample", g)
-    x_CHW = rng.standard_normal(config.x_shape, dtype=np.float32).astype(config.latent_dtype)
+    x_CHW = to_dtype(rng.standard_normal(config.x_shape, dtype=np.float32), config.latent_dtype)
     label = None if config.num_classes is None else int(rng.integers(config.num_classes))
     context_TC = None
     if config.context_shape is not None:
-        context_TC = rng.standard_normal(config.context_shape, dtype=np.float32).astype(config.latent_dtype)
+        context_TC = to_dtype(rng.standard_normal(config.context_shape, dtype=np.float32), config.latent_dtype)
     return Sample(f"synthetic-{g}", x_CHW, label, None, context_TC)
 
 
@@ -86,25 +93,48 @@ def _picture(raw: RawSample, config: DataConfig) -> Array:
     return pixels[None] if config.channels == 1 else np.moveaxis(pixels, -1, 0)
 
 
-def _latent(raw: RawSample, config: DataConfig, seed: int, g: int) -> Array:
+def _latent(raw: RawSample, config: DataConfig, flipped: bool, seed: int, g: int) -> Array:
     C, H, W = config.x_shape
+    field = config.latent_field
+    if flipped:
+        stem, dot, extension = field.rpartition(".")
+        field = f"{stem}_flip{dot}{extension}"
+        if field not in raw:
+            raise DataError(
+                "data.flip", True, f"shard {raw['__url__']} has no {field}: a mirrored latent is not the latent of a "
+                "mirrored picture", "Remove data.flip, or encode the pictures with encode.flip: true.",
+            )  # fmt: skip
     if not config.latent_moments:
-        return _array(raw, config.latent_field, (C, H, W), "data.latent_shape", config.latent_dtype)
-    moments = _array(raw, config.latent_field, (2 * C, H, W), "data.latent_shape", "float32")
+        return _array(raw, field, (C, H, W), "data.latent_shape", config.latent_dtype)
+    moments = _array(raw, field, (2 * C, H, W), "data.latent_shape", "float32")
     mean, log_variance = moments[:C], moments[C:]
     noise = generator(seed, "posterior", g).standard_normal((C, H, W), dtype=np.float32)
-    return (mean + np.exp(log_variance / 2) * noise).astype(config.latent_dtype)
+    return to_dtype(mean + np.exp(log_variance / 2) * noise, config.latent_dtype)
+
+
+def to_dtype(array: Array, dtype: str) -> Array:
+    """A floating array, bfloat16 as uint16 of the same bits, in another floating type."""
+    if array.dtype == _DTYPES[dtype]:
+        return array
+    if dtype == "bfloat16":
+        return torch.from_numpy(array.astype(np.float32)).to(torch.bfloat16).view(torch.uint16).numpy()
+    if array.dtype == np.uint16:
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(dtype)
 
 
 def _array(raw: RawSample, field: str, shape: tuple[int, ...], setting: str, dtype: str) -> Array:
-    try:
-        array = np.load(io.BytesIO(_field(raw, field)), allow_pickle=False)
-    except (ValueError, OSError, EOFError) as e:
-        raise _bad(raw, field, f"is not a readable .npy array ({e})", "Make the shard again.") from e
-    if array.shape != shape or array.dtype.kind != "f":
-        problem = f"{field!r} of sample {raw['__key__']!r} in {raw['__url__']} is {array.dtype}{list(array.shape)}"
+    content, types = _field(raw, field), "efdH"  # packed bfloat16 comes as uint16
+    if isinstance(content, bytes):
+        types = "efd"
+        try:
+            content = np.load(io.BytesIO(content), allow_pickle=False)
+        except (ValueError, OSError, EOFError) as e:
+            raise _bad(raw, field, f"is not a readable .npy array ({e})", "Make the shard again.") from e
+    if content.shape != shape or content.dtype.char not in types:
+        problem = f"{field!r} of sample {raw['__key__']!r} in {raw['__url__']} is {content.dtype}{list(content.shape)}"
         raise DataError(setting, list(shape), f"{problem}, not float{list(shape)}", f"Correct {setting} or the shards.")
-    return array.astype(dtype, copy=False)
+    return to_dtype(content, dtype)
 
 
 def _label(raw: RawSample, config: DataConfig) -> int | None:
@@ -116,12 +146,13 @@ def _label(raw: RawSample, config: DataConfig) -> int | None:
     except ValueError:
         label = -1
     if not 0 <= label < config.num_classes:
-        problem = f"sample {raw['__key__']!r} in {raw['__url__']} has class {text[:20].decode('utf-8', 'replace')!r}"
+        shown = text[:20].decode("utf-8", "replace") if isinstance(text, bytes) else int(text)
+        problem = f"sample {raw['__key__']!r} in {raw['__url__']} has class {shown!r}"
         raise DataError("data.num_classes", config.num_classes, problem, "Set data.num_classes above every label.")
     return label
 
 
-def _field(raw: RawSample, field: str) -> bytes:
+def _field(raw: RawSample, field: str) -> Any:
     if field not in raw:
         present = ", ".join(sorted(name for name in raw if not name.startswith("__")))
         raise _bad(raw, field, f"is missing (the sample has: {present})", "Use shards that have it.")

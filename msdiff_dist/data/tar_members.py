@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from webdataset.tariterators import group_by_keys
 
 from msdiff_dist.data.access import DEFAULT_ACCESS, Access, open_address
+from msdiff_dist.data.latent_blocks import BLOCK_FIELD, BlockError, block_keys, block_samples
 
 OnDuplicate = Callable[[str, str], None]
 BLOCK = 512
@@ -31,6 +32,8 @@ def samples(
 ) -> Iterator[dict[str, Any]]:
     """A shard's samples as WebDataset groups them: `__key__`, `__url__` and one entry of bytes per file extension.
 
+    Samples packed in blocks come one by one, with arrays where there are tensors.
+
     Args:
         on_duplicate: told (key, what) of a file name or key that comes a second time, which is then passed over.
 
@@ -38,16 +41,30 @@ def samples(
         TarError: a damaged archive, or a duplicate if there is no `on_duplicate`.
         OSError: the file cannot be read.
     """
-    return _grouped(path, access, on_duplicate or _refuse, with_data=True)
+    for sample in _grouped(path, access, on_duplicate or _refuse, with_data=True):
+        if BLOCK_FIELD not in sample:
+            yield sample
+            continue
+        try:
+            yield from block_samples(sample[BLOCK_FIELD], path)
+        except BlockError as e:
+            raise TarError(f"block {sample['__key__']} {e}") from e
 
 
 def sample_keys(path: str, access: Access = DEFAULT_ACCESS, on_duplicate: OnDuplicate | None = None) -> Iterator[str]:
-    """The keys of a shard's samples; reads headers only. Arguments and errors as for `samples`."""
-    return (sample["__key__"] for sample in _grouped(path, access, on_duplicate or _refuse, with_data=False))
+    """The keys of a shard's samples; reads headers only, but whole blocks. Arguments and errors as for `samples`."""
+    for sample in _grouped(path, access, on_duplicate or _refuse, with_data=False):
+        if BLOCK_FIELD not in sample:
+            yield sample["__key__"]
+            continue
+        try:
+            yield from block_keys(sample[BLOCK_FIELD])
+        except BlockError as e:
+            raise TarError(f"block {sample['__key__']} {e}") from e
 
 
 def members(stream: BinaryIO, with_data: bool = True) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the regular files of an archive; content is empty without `with_data`."""
+    """(name, content) of the regular files of an archive; content is empty without `with_data`, but for blocks."""
     offset, extended_name = 0, None
     while header := stream.read(BLOCK):
         kind = header[156:157]
@@ -64,8 +81,9 @@ def members(stream: BinaryIO, with_data: bool = True) -> Iterator[tuple[str, byt
             return
         size = int(header[124:136].strip(b" \0") or b"0", 8)
         padding = -size % BLOCK
+        name = (extended_name or _plain_name(header)).decode("utf-8", "surrogateescape")
         content = b""
-        if with_data or kind == b"x":
+        if with_data or kind == b"x" or name.endswith(BLOCK_FIELD):
             content = stream.read(size)
             if len(content) < size:
                 raise TarError(f"cut short inside the member at byte {offset}")
@@ -79,7 +97,6 @@ def members(stream: BinaryIO, with_data: bool = True) -> Iterator[tuple[str, byt
                 return
             extended_name = records.get(b"path")
         else:
-            name = (extended_name or _plain_name(header)).decode("utf-8", "surrogateescape")
             extended_name = None
             if kind != b"5":
                 yield name, content
@@ -147,6 +164,6 @@ def _through_tarfile(stream: BinaryIO, offset: int, with_data: bool) -> Iterator
                 if member.isreg():
                     content = archive.extractfile(member)
                     assert content is not None
-                    yield member.name, content.read() if with_data else b""
+                    yield member.name, content.read() if with_data or member.name.endswith(BLOCK_FIELD) else b""
     except (tarfile.TarError, EOFError) as e:
         raise TarError(str(e)) from e

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from msdiff_dist.data.loader import StepLoader
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas
@@ -55,11 +56,11 @@ def recipe_costs(recipe: Recipe) -> ModelCosts:
 def workload(recipe: Recipe, run_plan: RunPlan) -> Workload:
     """What a plan report needs to know of a recipe."""
     data, optimizer = recipe.data, recipe.optimizer
-    payload = int(np.prod(data.x_shape)) * np.dtype(data.x_dtype).itemsize
+    payload = int(np.prod(data.x_shape)) * getattr(torch, data.x_dtype).itemsize
     if data.num_classes is not None:
         payload += 8
     if data.context_shape is not None:
-        payload += int(np.prod(data.context_shape)) * np.dtype(data.latent_dtype).itemsize
+        payload += int(np.prod(data.context_shape)) * getattr(torch, data.latent_dtype).itemsize
     return Workload(
         run_plan.cost_K,
         run_plan.costs.encoder.params,

@@ -40,7 +40,7 @@ def test_shape_and_type_of_what_the_loader_gives():
         ({"shards": "a", "kind": "latent"}, "data.latent_shape"),
         ({"shards": "a", "kind": "latent", "latent_shape": [3, 0, 8]}, "data.latent_shape"),
         ({"shards": "a", "kind": "latent", "latent_shape": [3, 8, 8], "image_size": 8}, "data.image_size"),
-        ({"shards": "a", "kind": "latent", "latent_shape": [3, 8, 8], "flip": True}, "data.flip"),
+        ({"kind": "synthetic", "latent_shape": [3, 8, 8], "flip": True}, "data.flip"),
         ({"shards": "a", "kind": "synthetic", "latent_shape": [3, 8, 8]}, "data.shards"),
         ({"captions": True, "kind": "synthetic", "latent_shape": [3, 8, 8]}, "data.captions"),
         ({"shards": "a", "image_size": 8, "kind": "images"}, "data.kind"),

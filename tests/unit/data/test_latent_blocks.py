@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from msdiff_dist.data.config import DataConfig
+from msdiff_dist.data.index import read_index, resolve_shards
+from msdiff_dist.data.latent_blocks import BLOCK_FIELD, BlockError, block_keys, block_samples, check_block, pack_block
+from msdiff_dist.data.loader import StepLoader
+from msdiff_dist.data.shard_writer import write_shard
+from msdiff_dist.data.tar_members import TarError, sample_keys, samples
+from msdiff_dist.errors import DataError
+
+N = 5
+
+
+def tensors_of(dtype=torch.float16, first=0):
+    number = torch.arange(first, first + N)
+    values = number.view(N, 1, 1, 1).expand(N, 2, 3, 3)
+    return {
+        "latent.npy": values.to(dtype),
+        "latent_flip.npy": -values.to(dtype),
+        "context.npy": values[:, 0, :2].to(dtype),
+        "context_mask.npy": torch.ones(N, 2, dtype=torch.bool),
+        "cls": number % 3,
+    }
+
+
+def keys_of(first=0):
+    return [f"ä{first + i}" for i in range(N)]
+
+
+@pytest.fixture(params=[torch.float16, torch.bfloat16, torch.float32])
+def shards(request, tmp_path):
+    """Two shards of three blocks of N samples, numbered on."""
+    for shard in range(2):
+        firsts = [N * (3 * shard + b) for b in range(3)]
+        blocks = [
+            pack_block(keys_of(f), tensors_of(request.param, f), [f"no {f + i}" for i in range(N)]) for f in firsts
+        ]
+        write_shard(tmp_path / f"{shard}.tar", ((f"{b:06d}", {BLOCK_FIELD: block}) for b, block in enumerate(blocks)))
+    return tmp_path
+
+
+def config_of(folder, **fields):
+    known = {"kind": "latent", "latent_shape": (2, 3, 3), "num_classes": 3, "lanes": 2, "shuffle": 4}
+    return DataConfig(shards=str(folder), **{**known, **fields})
+
+
+def test_samples_of_a_block_are_those_packed():
+    tensors = tensors_of()
+    read = list(block_samples(pack_block(keys_of(), tensors, ["a", "b", "c", "d", "ß"]), "url"))
+    assert [s["__key__"] for s in read] == keys_of()
+    assert [s["txt"].decode() for s in read] == ["a", "b", "c", "d", "ß"]
+    assert {s["__url__"] for s in read} == {"url"}
+    for name, tensor in tensors.items():
+        assert np.array_equal(np.stack([s[name] for s in read]), tensor.numpy())
+    assert "txt" not in next(block_samples(pack_block(keys_of(), tensors), "url"))
+
+
+def test_shards_of_blocks_are_read_sample_by_sample(shards):
+    expected = keys_of() + keys_of(N) + keys_of(2 * N)
+    assert list(sample_keys(str(shards / "0.tar"))) == expected
+    assert [s["__key__"] for s in samples(str(shards / "0.tar"))] == expected
+    assert [s.num_samples for s in read_index(resolve_shards(str(shards)))] == [3 * N, 3 * N]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_the_loader_hands_on_any_type_as_any_other(shards, dtype):
+    config = config_of(shards, latent_dtype=dtype, context_shape=(2, 3), captions=True)
+    steps = list(itertools.islice(StepLoader(config, 0, 6), 10))
+    assert sorted(key for step in steps[:5] for key in step.keys) == sorted(f"ä{i}" for i in range(6 * N))
+    for step in steps:
+        numbers = torch.tensor([int(key[1:]) for key in step.keys])
+        assert step.x_nCHW.dtype == step.context_nTC.dtype == getattr(torch, dtype)
+        assert torch.equal(step.x_nCHW.float(), numbers.view(-1, 1, 1, 1).expand(-1, 2, 3, 3).float())
+        assert torch.equal(step.context_nTC.float(), numbers.view(-1, 1, 1).expand(-1, 2, 3).float())
+        assert torch.equal(step.label_n, numbers % 3)
+        assert step.captions == [f"no {n}" for n in numbers.tolist()]
+
+
+def test_flip_takes_the_stored_mirrored_latent_for_half_of_the_samples(shards):
+    config = config_of(shards, flip=True)
+    whole = [step for step, _ in zip(StepLoader(config, 0, 30), range(20), strict=False)]
+    flipped = torch.cat([step.x_nCHW[:, 0, 0, 0] < 0 for step in whole])
+    assert 0.4 < flipped.float().mean() < 0.6
+    late = next(StepLoader(config, 0, 30, start_step=7))
+    assert torch.equal(late.x_nCHW, whole[7].x_nCHW)
+    blocks = [("0", {BLOCK_FIELD: pack_block(keys_of(), {"latent.npy": tensors_of()["latent.npy"]})})]
+    write_shard(shards / "0.tar", blocks)
+    (shards / "1.tar").unlink()
+    with pytest.raises(DataError, match=r"data\.flip = True.*latent_flip\.npy"):
+        list(itertools.islice(StepLoader(config_of(shards, flip=True, num_classes=None), 0, 30), 3))
+
+
+def test_moments_are_sampled_anew_at_every_visit(tmp_path):
+    mean, log_variance = torch.full((N, 2, 4, 4), 3.0), torch.full((N, 2, 4, 4), -4.0)
+    block = pack_block(keys_of(), {"latent.npy": torch.cat([mean, log_variance], dim=1).bfloat16()})
+    write_shard(tmp_path / "0.tar", [("0", {BLOCK_FIELD: block})])
+    config = config_of(tmp_path, latent_shape=(2, 4, 4), latent_moments=True, num_classes=None, latent_dtype="float32")
+    x = torch.cat([step.x_nCHW for step, _ in zip(StepLoader(config, 0, N), range(40), strict=False)])
+    assert x.mean().item() == pytest.approx(3, abs=0.01)
+    assert x.std().item() == pytest.approx(np.exp(-2), rel=0.05)
+
+
+def test_a_changed_bit_is_found_in_its_sample():
+    block = pack_block(keys_of(), tensors_of(), ["some", "words", "more", "words", "end"])
+    keys, tensors = check_block(block)
+    assert keys == keys_of()
+    assert set(tensors) == set(tensors_of())
+    for harmed, row in ((block.replace(b"more", b"mare"), 2), (block.replace("ä3".encode(), "ä7".encode()), 3)):
+        with pytest.raises(BlockError, match="not what was written") as caught:
+            check_block(harmed)
+        assert caught.value.row == row
+    at = block.index(tensors_of()["latent.npy"].numpy().tobytes()) + 4 * 36 + 3  # in the fifth sample
+    with pytest.raises(BlockError) as caught:
+        check_block(block[:at] + bytes([block[at] ^ 64]) + block[at + 1 :])
+    assert caught.value.row == 4
+
+
+@pytest.mark.parametrize("harmed", [b"", b"abc", b"\xff" * 50, b"\x02\0\0\0\0\0\0\0{}"])
+def test_what_is_not_a_block_is_an_error(tmp_path, harmed):
+    for read in (block_keys, check_block, lambda content: list(block_samples(content, ""))):
+        with pytest.raises(BlockError, match="is not a block"):
+            read(harmed)
+    write_shard(tmp_path / "0.tar", [("000000", {BLOCK_FIELD: harmed})])
+    for read_all in (samples, sample_keys):
+        with pytest.raises(TarError, match="block 000000 is not a block"):
+            list(read_all(str(tmp_path / "0.tar")))
+    block = pack_block(keys_of(), tensors_of())
+    with pytest.raises(BlockError):
+        check_block(block[:-10])
