@@ -26,6 +26,13 @@ def clock_times(process: Process, u: ArrayLike) -> np.ndarray:
     return t if vp is process else vp.sigma_of(t)
 
 
+def clock_of(process: Process, times: ArrayLike) -> np.ndarray:
+    """Where times of the process lie on the paper's clock, in [0, 1]."""
+    if process.unit == "timestep":
+        return np.asarray(times, np.float64) / process.hi
+    return np.asarray(times, np.float64) if process.unit == "t" else VPProcess(VPConfig()).time_of(times)
+
+
 def clock_grid(process: Process, size: int = GRID) -> np.ndarray:
     """Ascending times evenly spaced on the clock: t = 1/size, ..., 1, or the timesteps of a discrete process."""
     if process.unit == "timestep":

@@ -27,6 +27,7 @@ Blocks = Callable[[], Iterable[tuple[int, Tensor]]]
 LastLimit = Literal["at-1", "at-t"]
 
 _NEGLIGIBLE = 60.0  # a weight below exp(-60) of the largest does not show in float64
+_ROUNDING_BOUND = 1e-5  # of eps* in float32, by Cauchy-Schwarz; the errors themselves are some twenty times smaller
 _FEWEST = 10
 
 
@@ -73,25 +74,68 @@ def draw_samples(blocks: Blocks, count: int, draws: int, seed: int) -> Draws:
 
 
 def optimal_noise(blocks: Blocks, sample_Qd: Tensor, noise_Qd: Tensor, sigma_Q: Tensor) -> Tensor:
-    """eps* [Q, d] of the data's optimal denoiser (Eq. 4) at x = s (sample + sigma noise), in float64.
+    """eps* [Q, d], float64, of the data's optimal denoiser (Eq. 4) at x = s (sample + sigma noise).
 
-    With u = x / s it is (u - sum_i w_i y_i) / sigma, w = softmax_i(-|u - y_i|^2 / (2 sigma^2)), so s cancels. The
-    softmax runs block by block, its logits counted from that of the sample which u was made from.
+    With u = x / s it is (u - sum_i w_i y_i) / sigma, w = softmax_i(-|u - y_i|^2 / (2 sigma^2)), so s cancels. At small
+    sigma the softmax needs float64; where float32 leaves eps* within 1e-6 it does the products.
     """
-    u_Qd, variance_Q = sample_Qd + sigma_Q[:, None] * noise_Qd, sigma_Q**2
-    own_Q = (u_Qd * sample_Qd).sum(1) - sample_Qd.square().sum(1) / 2
-    largest_Q, weight_Q, sum_Qd = torch.zeros_like(own_Q), torch.zeros_like(own_Q), torch.zeros_like(u_Qd)
+    u_Qd = sample_Qd + sigma_Q[:, None] * noise_Qd
+    rounding_Q = torch.finfo(torch.float32).eps * u_Qd.norm(dim=1) * sample_Qd.norm(dim=1).max() / sigma_Q**3
+    coarse_Q = rounding_Q <= _ROUNDING_BOUND
+    groups = [
+        (rows, _Posterior(u_Qd[rows], sample_Qd[rows], sigma_Q[rows], dtype))
+        for rows, dtype in ((~coarse_Q, torch.float64), (coarse_Q, torch.float32))
+        if rows.any()
+    ]
     for _, block in blocks():
-        logit_Qb = (u_Qd @ block.T - block.square().sum(1) / 2 - own_Q[:, None]) / variance_Q[:, None]
-        block_largest_Q = logit_Qb.max(1).values
-        rows = (block_largest_Q > largest_Q - _NEGLIGIBLE).nonzero()[:, 0]
-        before, largest_Q = largest_Q, torch.maximum(largest_Q, block_largest_Q)
-        rescale = torch.exp(before[rows] - largest_Q[rows])
-        weights = torch.exp(logit_Qb[rows] - largest_Q[rows, None])
-        weight_Q[rows] = weight_Q[rows] * rescale + weights.sum(1)
-        sum_Qd[rows] = sum_Qd[rows] * rescale[:, None] + weights @ block
-    _merge_ranks(largest_Q, weight_Q, sum_Qd)
-    return (u_Qd - sum_Qd / weight_Q[:, None]) / sigma_Q[:, None]
+        for _, posterior in groups:
+            posterior.add(block)
+    mean_Qd = torch.empty_like(u_Qd)
+    for rows, posterior in groups:
+        mean_Qd[rows] = posterior.mean()
+    return (u_Qd - mean_Qd) / sigma_Q[:, None]
+
+
+class _Posterior:
+    """Posterior means of noisy samples u, summed up block by block under a running maximum of the logits.
+
+    Logits are counted from that of the sample which u was made from, so that they stay small where it dominates.
+    Products and exponentials are in `dtype`, the sums over blocks in float64.
+    """
+
+    def __init__(self, u_Qd: Tensor, sample_Qd: Tensor, sigma_Q: Tensor, dtype: torch.dtype) -> None:
+        precision_Q1 = 1 / sigma_Q[:, None].square()
+        own_Q1 = ((u_Qd - sample_Qd / 2) * sample_Qd).sum(1, keepdim=True)
+        self._minus_own_Q1 = (-own_Q1 * precision_Q1).to(dtype)
+        self._scaled_Qe = (torch.cat([u_Qd, -torch.ones_like(own_Q1)], 1) * precision_Q1).to(dtype)
+        self._largest_Q = torch.zeros_like(sigma_Q)
+        self._weight_Q = torch.zeros_like(sigma_Q)
+        self._sum_Qd = torch.zeros_like(u_Qd)
+
+    def add(self, block_bd: Tensor) -> None:
+        """Weigh the samples of a block."""
+        half_squares = block_bd.square().sum(1, keepdim=True) / 2
+        block_be = torch.cat([block_bd, half_squares], 1).to(self._scaled_Qe)
+        logit_Qb = torch.addmm(self._minus_own_Q1, self._scaled_Qe, block_be.T)
+        block_largest_Q = logit_Qb.max(1).values.double()
+        rows = (block_largest_Q > self._largest_Q - _NEGLIGIBLE).nonzero()[:, 0]
+        before, self._largest_Q = self._largest_Q[rows], torch.maximum(self._largest_Q, block_largest_Q)
+        largest = self._largest_Q[rows]
+        rescale = torch.exp(before - largest)
+        weights = logit_Qb[rows].sub_(largest[:, None].to(logit_Qb)).exp_()
+        self._weight_Q[rows] = self._weight_Q[rows] * rescale + weights.sum(1)
+        self._sum_Qd[rows] = self._sum_Qd[rows] * rescale[:, None] + weights @ block_be[:, :-1]
+
+    def mean(self) -> Tensor:
+        """Posterior means [Q, d], over all ranks."""
+        if dist.is_initialized():
+            common_Q = self._largest_Q.clone()
+            dist.all_reduce(common_Q, dist.ReduceOp.MAX)
+            rescale = torch.exp(self._largest_Q - common_Q)
+            self._weight_Q *= rescale
+            self._sum_Qd *= rescale[:, None]
+            _sum_over_ranks(self._weight_Q, self._sum_Qd)
+        return self._sum_Qd / self._weight_Q[:, None]
 
 
 def limit_similarities(
@@ -171,14 +215,3 @@ def _sum_over_ranks(*tensors: Tensor) -> None:
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
-
-
-def _merge_ranks(largest_Q: Tensor, weight_Q: Tensor, sum_Qd: Tensor) -> None:
-    """Bring the ranks' partial softmaxes to one maximum and add them up, in place."""
-    if dist.is_initialized():
-        common_Q = largest_Q.clone()
-        dist.all_reduce(common_Q, dist.ReduceOp.MAX)
-        rescale = torch.exp(largest_Q - common_Q)
-        weight_Q *= rescale
-        sum_Qd *= rescale[:, None]
-        _sum_over_ranks(weight_Q, sum_Qd)
