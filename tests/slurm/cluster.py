@@ -148,7 +148,7 @@ class SlurmCluster:
         words = self.run("scontrol", "--oneliner", "show", "job", job_id).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait_job(self, job_id: str, *states: str, timeout_s: float = 120) -> str:
+    def wait_job(self, job_id: str, *states: str, timeout_s: float = 240) -> str:
         """Until the job's state is one of `states`."""
         _wait(f"job {job_id} to be {' or '.join(states)}", lambda: self.job(job_id)["JobState"] in states, timeout_s)
         return self.job(job_id)["JobState"]

@@ -22,7 +22,7 @@ def losses(run: Path) -> dict[int, float]:
     return found
 
 
-def wait_for_step(run: Path, step: int, timeout_s: float = 120) -> int:
+def wait_for_step(run: Path, step: int, timeout_s: float = 180) -> int:
     """Until the run has trained `step` steps; returns how many it has."""
     end = time.monotonic() + timeout_s
     while True:

@@ -31,7 +31,7 @@ def starts_of(run: Path) -> list[Start]:
     return Diary(run / "launch/starts.jsonl").starts()
 
 
-def wait_for_starts(run: Path, count: int, timeout_s: float = 120) -> None:
+def wait_for_starts(run: Path, count: int, timeout_s: float = 180) -> None:
     end = time.monotonic() + timeout_s
     while len(starts_of(run)) < count:
         assert time.monotonic() < end, f"start {count} did not come in {timeout_s} s: {starts_of(run)}"
@@ -126,31 +126,31 @@ def test_time_limits_preemption_power_cut_and_requeue_in_one_run(
     slurm: SlurmCluster, cluster_file: ClusterFile, msdiff: Msdiff, tmp_path: Path
 ) -> None:
     """The job may have one node or two; SLURM signals up to a minute before the delay, so the limit allows for that."""
-    run, every = tmp_path / "run", 20
+    run, every, patience = tmp_path / "run", 20, 400
     changes = ("train.steps=800", "train.global_batch_size=96", f"checkpoint.every={every}")
-    file = cluster_file(nodes="1-2", time="0:02:00", signal_delay_s=20)
-    job = start(msdiff, run, *changes, "--cluster", file)
-    wait_for_starts(run, 3, timeout_s=400)  # two time limits
+    job = start(msdiff, run, *changes, "--cluster", cluster_file(nodes="1-2", time="0:02:00", signal_delay_s=20))
+    wait_for_starts(run, 3, patience)  # two time limits
     assert [s.outcome for s in starts_of(run)[:2]] == ["preempted", "preempted"]
+    slurm.run("scontrol", "update", f"jobid={job}", "TimeLimit=120")  # and no more of them
 
-    before = wait_for_step(run, starts_of(run)[-1].step + 5)
+    before = wait_for_step(run, starts_of(run)[-1].step + 5, patience)
     preempt(slurm)
-    wait_for_starts(run, 4)
+    wait_for_starts(run, 4, patience)
     assert starts_of(run)[-1].step >= before
 
-    before = wait_for_step(run, starts_of(run)[-1].step + every + 5)
+    before = wait_for_step(run, starts_of(run)[-1].step + every + 5, patience)
     slurm.power_cut("node1")
-    wait_for_starts(run, 5, timeout_s=200)
+    wait_for_starts(run, 5, patience)
     crashed = starts_of(run)[-1]
     assert crashed.step >= before - every
     assert crashed.ranks == 2
     slurm.start_node("node1")
 
-    before = wait_for_step(run, before + every)  # past what the metrics still hold from before the crash
+    before = wait_for_step(run, before + every, patience)  # past what the metrics still hold from before the crash
     slurm.run("scontrol", "requeue", job)
-    wait_for_starts(run, 6)
+    wait_for_starts(run, 6, patience)
     assert starts_of(run)[-1].step >= before
-    slurm.wait_job(job, "COMPLETED", "FAILED", "CANCELLED", timeout_s=900)
+    slurm.wait_job(job, "COMPLETED", "FAILED", "CANCELLED", timeout_s=1800)
     assert starts_of(run)[-1].outcome == "finished"
     found, expected = losses(run), undisturbed(tmp_path / "alone", *changes)
     assert list(found) == list(range(1, 801))
