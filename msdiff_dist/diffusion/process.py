@@ -113,11 +113,6 @@ class Process(ABC):
         """Estimate of x_0 from the network's output at x_t."""
         return self.denoiser.denoised(output, x_t, *self._scales_like(x_t, t_B))
 
-    def noise_of(self, output: Tensor, x_t: Tensor, t_B: Tensor) -> Tensor:
-        """Estimate of the noise in x_t from the network's output."""
-        s, n = self._scales_like(x_t, t_B)
-        return (x_t - s * self.denoiser.denoised(output, x_t, s, n)) / n
-
     def _scales_like(self, x: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor]:
         s_B, n_B = self.scales(t_B)
         shape = (-1, *[1] * (x.ndim - 1))
