@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +16,6 @@ from msdiff_dist.checkpoint.policy import CheckpointConfig, kept
 from msdiff_dist.checkpoint.save import HostCopy, write_checkpoint
 from msdiff_dist.distributed.zero_state import ShardedState
 from msdiff_dist.errors import MsdiffError
-
-_WRITING_LIMIT = datetime.timedelta(hours=1)  # the slowest rank's; a collective of training may wait less
 
 
 class BackgroundSaver:
@@ -36,7 +33,7 @@ class BackgroundSaver:
     ) -> None:
         self._checkpoints, self._config = checkpoints, config
         self._copy = HostCopy(state, ema)
-        self._group: Any = dist.new_group(backend="gloo", timeout=_WRITING_LIMIT)
+        self._group: Any = dist.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 

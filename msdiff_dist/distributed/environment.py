@@ -69,12 +69,15 @@ def process_group(timeout_s: float) -> Iterator[Environment]:
     store = None
     if world == 1:
         store = dist.HashStore()
+    timeout = datetime.timedelta(seconds=timeout_s)
+    for default in ("default_pg_timeout", "default_pg_nccl_timeout"):  # of groups made later, DeepSpeed's among them
+        setattr(dist.distributed_c10d, default, timeout)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         rank=rank,
         world_size=world,
         store=store,
-        timeout=datetime.timedelta(seconds=timeout_s),
+        timeout=timeout,
     )
     try:
         yield Environment(rank, local, world, device)

@@ -23,6 +23,7 @@ from msdiff_dist.data.index import Shard
 from msdiff_dist.data.loader import StepLoader, load_index
 from msdiff_dist.distributed.engines import EngineConfig, StageParallelEngines
 from msdiff_dist.distributed.environment import Environment, make_groups, process_group
+from msdiff_dist.distributed.lost_ranks import naming_lost_ranks
 from msdiff_dist.distributed.router import Router
 from msdiff_dist.errors import UserError
 from msdiff_dist.launch.preview import write_preview
@@ -55,11 +56,12 @@ def run_rank(
     torch.set_num_threads(recipe.train.threads or _threads_per_rank())
     with ExitStack() as stack:
         env = stack.enter_context(process_group(recipe.train.timeout_s))
+        stack.enter_context(naming_lost_ranks(env))
         stop = stack.enter_context(stop or StopRequest())
         everywhere(env, lambda: folder.open(recipe_mapping(recipe)) if env.rank == 0 else None)
         stack.callback(folder.close)
         run = Run(recipe, folder, env)
-        stack.callback(run.feed.close)
+        stack.push(lambda kind, e, tb: run.feed.close(finish=kind is None))
         stack.enter_context(run.saver)
         writer = (
             stack.enter_context(MetricsWriter(folder, run.first_step, recipe.train.steps, terminal or sys.stderr))

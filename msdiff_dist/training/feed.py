@@ -65,11 +65,11 @@ class Feed:
         taken, self.seconds = self.seconds, FeedSeconds()
         return taken
 
-    def close(self) -> None:
-        """Finish the exchange under way and end the loader's workers. Collective."""
-        if self._under_way:
+    def close(self, finish: bool = True) -> None:
+        """End the loader's workers, and finish the exchange under way unless the other ranks may be gone."""
+        if self._under_way and finish:
             self._under_way.wait()
-            self._under_way = None
+        self._under_way = None
         self._loader.close()
 
     def __iter__(self) -> Iterator[MicroBatch]:
