@@ -16,28 +16,19 @@ def flops(
 ) -> None:
     """Count parameters and multiply-adds of the encoder and of each stage's decoder. Nothing is allocated.
 
-    GMACs are 1e9 multiply-adds of one forward pass at batch 1; the equivalent weights each stage's encoder + decoder by
-    the length of its interval.
+    GMACs are 1e9 multiply-adds of one forward pass at batch 1. A mean evaluation weights each stage's encoder + decoder
+    by the length of its interval on the paper's clock (t of VP-SDE, or the fraction of all timesteps), by how often
+    training draws it, or by the steps of the recipe's preview sampler.
 
     Example: msdiff flops recipes/celebahq256_ldm_3stage.yaml --json
     """
-    from msdiff_dist.models.flops import costs
+    from msdiff_dist.launch.costs import GIGA, cost_report
     from msdiff_dist.recipe import load_recipe
 
     parsed = load_recipe(recipe, overrides or [])
-    partition = parsed.partition()
-    intervals = [partition.interval(k) for k in range(partition.num_stages)]
-    span = intervals[-1][1] - intervals[0][0]
-    tokens = parsed.data.context_shape[0] if parsed.data.context_shape else 0
-    counted = costs(parsed.model, parsed.latent_shape[1:], tokens)
-    report = {
-        "total_params": counted.total_params,
-        "encoder": {"params": counted.encoder.params, "gmacs": counted.encoder.macs / 1e9},
-        "decoders": [{"params": d.params, "gmacs": d.macs / 1e9} for d in counted.decoders],
-        "equivalent_gmacs": counted.equivalent_macs([(hi - lo) / span for lo, hi in intervals]) / 1e9,
-    }
+    report = cost_report(parsed)
     if as_json:
-        typer.echo(json.dumps(report))
+        typer.echo(json.dumps(report.fields()))
         return
 
     from rich.console import Console
@@ -46,14 +37,20 @@ def flops(
     table = Table("part", "interval", "parameters", "GMAC", "GMAC with encoder", title=parsed.name)
     for column in table.columns[2:]:
         column.justify = "right"
+    counted, partition = report.costs, parsed.partition()
     encoder_macs = counted.encoder.macs
-    table.add_row("encoder", "", _millions(counted.encoder.params), f"{encoder_macs / 1e9:.2f}", "")
-    for k, (part, (lo, hi)) in enumerate(zip(counted.decoders, intervals, strict=True)):
-        name, interval = f"decoder {k}", f"{lo:g} - {hi:g}"
-        both = f"{(part.macs + encoder_macs) / 1e9:.2f}"
-        table.add_row(name, interval, _millions(part.params), f"{part.macs / 1e9:.2f}", both)
+    table.add_row("encoder", "", _millions(counted.encoder.params), f"{encoder_macs / GIGA:.2f}", "")
+    for k, part in enumerate(counted.decoders):
+        interval = "{:g} - {:g}".format(*partition.interval(k))
+        both = f"{(part.macs + encoder_macs) / GIGA:.2f}"
+        table.add_row(f"decoder {k}", interval, _millions(part.params), f"{part.macs / GIGA:.2f}", both)
     table.add_section()
-    table.add_row("total", "", _millions(counted.total_params), "", f"{report['equivalent_gmacs']:.2f}")
+    table.add_row("total", "", _millions(counted.total_params), "", "")
+    table.add_row("mean, by interval", "", "", "", f"{report.gmacs(report.interval_K):.2f}")
+    table.add_row("mean, in training", "", "", "", f"{report.gmacs(report.training_K):.2f}")
+    table.add_row(f"mean, in {report.evaluations} sampling calls", "", "", "", f"{report.gmacs(report.sampling_K):.2f}")
+    if report.unified_macs is not None:
+        table.add_row("unified, as wide as the encoder", "", "", "", f"{report.unified_macs / GIGA:.2f}")
     Console().print(table)
 
 

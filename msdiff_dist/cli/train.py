@@ -13,6 +13,7 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, as key=value.")] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine.")] = 1,
     run_dir: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME of the recipe.")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="A few steps of the recipe in small, without data.")] = False,
 ) -> None:
     """Train a recipe. The same command on the same run folder goes on where it stopped.
 
@@ -26,6 +27,10 @@ def train(
     from msdiff_dist.training.run_folder import RunFolder
 
     parsed = load_recipe(recipe, overrides or [])
+    if smoke:
+        from msdiff_dist.launch.smoke import smoke as in_small
+
+        parsed = in_small(parsed)
     folder = run_dir or Path("runs") / parsed.name
     if is_rank_process():
         from msdiff_dist.launch.rank import run_rank

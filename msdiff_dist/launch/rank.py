@@ -26,6 +26,7 @@ from msdiff_dist.distributed.environment import Environment, make_groups, proces
 from msdiff_dist.distributed.lost_ranks import naming_lost_ranks
 from msdiff_dist.distributed.router import Router
 from msdiff_dist.errors import UserError
+from msdiff_dist.launch.costs import step_petaflops
 from msdiff_dist.launch.preview import write_preview
 from msdiff_dist.launch.run_plan import plan_run
 from msdiff_dist.models.activation_checkpointing import checkpoint_activations
@@ -84,6 +85,7 @@ def run_rank(
             writer,
             lambda: stop.requested_at is not None or run.saver.failed,
             run.batch_size,
+            run.step_petaflops,
             run.first_step,
         )
 
@@ -95,6 +97,7 @@ class Run:
         self.recipe, self.folder, self.env = recipe, folder, env
         plan = everywhere(env, lambda: plan_run(recipe, env.world_size, _ranks_per_node()))
         self.batch_size, self.placement, quotas = plan.batch_size, plan.placement, plan.quotas
+        self.step_petaflops = step_petaflops(quotas, plan.cost_K)
         groups = make_groups(self.placement.stages_of_rank, env.rank)
         shared, stages = build_parts(recipe.model, self.placement.stages_of_rank[env.rank], recipe.train.seed)
         for part in (shared, *stages.values()):

@@ -40,6 +40,7 @@ def train(
     writer: MetricsWriter | None,
     must_stop: Callable[[], bool],
     batch_size: int,
+    step_petaflops: float,
     first_step: int,
 ) -> Outcome:
     """Train from `first_step` steps done to `config.steps`; every rank calls it alike.
@@ -72,6 +73,7 @@ def train(
                     images_per_second=batch_size / elapsed,
                     seconds={"data": waited.data, "routing": waited.routing, **outcome.seconds, "checkpoint": saving},
                     balance=outcome.balance,
+                    petaflops=done * step_petaflops,
                     damaged=damaged,
                 )
             )
@@ -86,6 +88,9 @@ def train(
         if occasions.preview_every and (done == config.steps or _due(done, occasions.preview_every)):
             occasions.preview(done)
     assert saved == config.steps or first_step >= config.steps
+    if writer:
+        images = config.steps * batch_size
+        writer.say(f"trained {config.steps} steps on {images} images, {config.steps * step_petaflops:.4g} PFLOP")
     return "finished"
 
 

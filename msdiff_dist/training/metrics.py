@@ -21,7 +21,8 @@ class StepMetrics:
     step: optimizer steps done, counted from 1. loss: the objective over the global batch. loss_per_stage: mean over
     each stage's samples, before importance weights. grad_norm: global, before clipping. seconds: wall time of the step
     on rank 0 by part; `checkpoint`: how long training stood still for a checkpoint before this step. balance: mean over
-    max of the ranks' busy time. damaged: shards and samples left out since the command was given, each counted once.
+    max of the ranks' busy time. petaflops: 1e15 floating-point operations of all steps so far, forward and backward.
+    damaged: shards and samples left out since the command was given, each counted once.
     """
 
     step: int
@@ -33,6 +34,7 @@ class StepMetrics:
     images_per_second: float
     seconds: dict[str, float]
     balance: float
+    petaflops: float
     damaged: int = 0
 
 

@@ -1,0 +1,83 @@
+"""A recipe in small: the same parts at work for a few steps, in seconds and without data."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from msdiff_dist.data.config import DataConfig
+from msdiff_dist.models.autoencoder import AutoencoderConfig
+from msdiff_dist.models.config import ModelConfig
+from msdiff_dist.models.ldm.config import LDMConfig
+from msdiff_dist.recipe import Recipe
+
+STEPS = 2
+_WIDTH = 16  # of the widest encoder
+_CONTEXT = (3, 8)  # tokens and their width
+
+
+def smoke(recipe: Recipe) -> Recipe:
+    """The recipe's process, stages, family, conditioning, optimizer and averaging; everything else as small as it goes.
+
+    Samples are random numbers in the shape of the recipe's pictures or latents, no larger than its levels need.
+    """
+    data, model = _data(recipe), _model(recipe.model)
+    pictures = data.x_shape[0] in (1, 3)
+    steps = 3 if recipe.preview.sampler.name == "dpm_3s" else 2
+    return replace(
+        recipe,
+        name=f"{recipe.name}_smoke",
+        data=data,
+        autoencoder=AutoencoderConfig(),
+        model=model,
+        train=replace(
+            recipe.train,
+            steps=STEPS,
+            global_batch_size=6 * model.num_stages,
+            micro_batch_size=None,
+            gradient_accumulation_steps=1,
+        ),
+        lr_schedule=replace(recipe.lr_schedule, warmup_steps=min(1, recipe.lr_schedule.warmup_steps)),
+        parallel=replace(recipe.parallel, placement="auto"),
+        checkpoint=replace(recipe.checkpoint, every=0),
+        preview=replace(
+            recipe.preview,
+            every=STEPS if pictures else 0,
+            num=2,
+            sampler=replace(recipe.preview.sampler, steps=steps),
+        ),
+    )
+
+
+def _data(recipe: Recipe) -> DataConfig:
+    channels, *size = recipe.latent_shape
+    smallest = 2 ** len(recipe.model.channel_mult)
+    context = recipe.data.context_shape and (min(recipe.data.context_shape[0], _CONTEXT[0]), _CONTEXT[1])
+    return DataConfig(
+        kind="synthetic",
+        lanes=12,
+        latent_shape=(channels, min(size[0], smallest), min(size[1], smallest)),
+        latent_dtype=recipe.data.latent_dtype,
+        num_classes=recipe.data.num_classes,
+        context_shape=context,
+    )
+
+
+def _model(model: ModelConfig) -> ModelConfig:
+    """Widths in the recipe's proportions, in multiples of four; as many levels, with one block each."""
+    encoders = model.encoder_channels if isinstance(model.encoder_channels, tuple) else (model.encoder_channels,)
+
+    def small(width: int) -> int:
+        return max(4, 4 * round(_WIDTH * width / max(encoders) / 4))
+
+    changes: dict[str, Any] = {
+        "encoder_channels": tuple(map(small, encoders)) if isinstance(model.encoder_channels, tuple) else _WIDTH,
+        "decoder_channels": tuple(map(small, model.decoder_channels)),
+        "channel_mult": tuple(min(m, 2) for m in model.channel_mult),
+        "num_res_blocks": 1,
+        "norm_groups": 4,
+    }
+    if isinstance(model, LDMConfig):
+        changes |= {"num_heads": None, "num_head_channels": 4} if model.num_head_channels else {"num_heads": 1}
+        changes |= {"context_dim": model.context_dim and _CONTEXT[1], "transformer_depth": 1}
+    return replace(model, **changes)

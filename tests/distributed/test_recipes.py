@@ -1,0 +1,41 @@
+"""Every recipe trains, samples and saves in its shrunken form."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from msdiff_dist.launch.local import run_local
+from msdiff_dist.launch.smoke import STEPS, smoke
+from msdiff_dist.recipe import load_recipe, recipe_mapping
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_smoke(path: Path, tmp_path: Path) -> None:
+    recipe = smoke(load_recipe(path))
+    run = tmp_path / "run"
+    assert run_local(recipe_mapping(recipe), run, min(2, recipe.stages.num_stages)) == "finished"
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == STEPS
+    assert last["petaflops"] > 0
+    assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step_{STEPS:08d}"]
+    assert (run / f"samples/step_{STEPS:08d}.png").exists()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_smoke_keeps_what_a_recipe_is_about(path: Path) -> None:
+    recipe = load_recipe(path)
+    small = smoke(recipe)
+    assert path.stem == recipe.name
+    for section in ("diffusion", "stages", "augmentation", "ema", "optimizer"):
+        assert getattr(small, section) == getattr(recipe, section)
+    assert type(small.model) is type(recipe.model)
+    for field in ("family", "num_stages", "share_encoder", "takes_label", "takes_context", "attention_downsamples"):
+        assert getattr(small.model, field) == getattr(recipe.model, field)
+    assert len(small.model.channel_mult) == len(recipe.model.channel_mult)
+    assert smoke(recipe) == small
