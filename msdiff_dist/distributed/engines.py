@@ -244,6 +244,13 @@ class StageParallelEngines:
         self.grad_norm = both[0].sqrt().float()
         return both[1:]
 
+    def parts_with_bad_gradients(self) -> list[str]:
+        """Parts of which a gradient element on this rank is not finite, after the reduction."""
+        named = {f"stage {k}": e for k, e in self.stages.items()} | (
+            {"the shared part": self.shared} if self.shared else {}
+        )
+        return [name for name, e in named.items() if not e.gradient_square_sum().isfinite()]
+
     def step(self, lr: float) -> None:
         """After every micro batch; at the boundary the optimizers step with learning rate `lr`."""
         for engine in self._engines():

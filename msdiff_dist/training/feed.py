@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,11 +59,17 @@ class Feed:
         self._seed, self._accumulation, self._start_step = seed, accumulation, start_step
         self.seconds = FeedSeconds()
         self._under_way: PendingBatch | None = None
+        self._read: dict[int, StepSamples] = {}  # of the step computed and the one read ahead
 
     def take_seconds(self) -> FeedSeconds:
         """Seconds waited since the last call."""
         taken, self.seconds = self.seconds, FeedSeconds()
         return taken
+
+    def keys_of(self, step: int, indices: Collection[int]) -> dict[int, str]:
+        """Keys, by index in the global batch, of those samples of a recent step that this rank read."""
+        read = self._read[step]
+        return {i: key for i, key in zip(read.index_n.tolist(), read.keys, strict=True) if i in indices}
 
     def close(self, finish: bool = True) -> None:
         """End the loader's workers, and finish the exchange under way unless the other ranks may be gone."""
@@ -95,6 +101,7 @@ class Feed:
             start = time.perf_counter()
             samples: StepSamples = next(samples_of_step)
             self.seconds.data += time.perf_counter() - start
+            self._read = {s: read for s, read in self._read.items() if s == step - 1} | {step: samples}
             start = time.perf_counter()
             draw = self._quotas.draw(self._seed, step, self._accumulation)
             assignment = Assignment(draw.stage_B, draw.micro_B, self._loader.source_rank(step), self._router.placement)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,6 +24,9 @@ from msdiff_dist.errors import TrainingError
 from msdiff_dist.models.autoencoder import LatentCodec
 from msdiff_dist.randomness import generator
 from msdiff_dist.training.feed import Feed, MicroBatch
+
+T = TypeVar("T")
+_KEYS_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,9 @@ class TrainStep:
         null_label: int | None,
         max_bad: int,
     ) -> None:
+        self._feed = feed
         self._batches: Iterator[MicroBatch] = iter(feed)
+        self._losses: list[tuple[Tensor, np.ndarray]] = []  # of the step's samples here, with their indices
         self._engines, self._process, self._quotas, self._codec = engines, process, quotas, codec
         self._env, self._seed, self._dtype = environment, seed, dtype
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -96,6 +104,7 @@ class TrainStep:
         compute = optimizer = 0.0
         at_boundary = False
         damage: list[Damage] = []
+        self._losses.clear()
         while not at_boundary:
             batch = next(self._batches)
             damage += batch.damage
@@ -140,6 +149,7 @@ class TrainStep:
         def loss(k: int, output: Tensor, rows: slice) -> Tensor:
             losses = weight_n[rows] * sample_losses(output, target[rows], self._loss_kind)
             loss_sum_K[k] += losses.detach().sum()
+            self._losses.append((losses.detach(), routed.index_n[rows]))
             return losses.sum() * (float(self._quotas.importance_K[k]) / self._batch_size)
 
         x_in = x_in.to(self._dtype, memory_format=self._memory_format)
@@ -170,20 +180,36 @@ class TrainStep:
         *summed, stop, damage = self._engines.reduce_norm(torch.cat([loss_sum_K, own])).tolist()
         sums, busy_W = summed[: len(loss_sum_K)], summed[len(loss_sum_K) :]
         loss_per_stage = [s / int(q) for s, q in zip(sums, self._quotas.quotas_K, strict=True)]
-        bad = [k for k, v in enumerate(loss_per_stage) if v != v or abs(v) == float("inf")]
-        if bad:
-            raise TrainingError(
-                f"the loss of stage {bad[0]} is not finite at step {step + 1}; the weights were left alone"
-            )
-        if not torch.isfinite(self._engines.grad_norm):
-            raise TrainingError(f"the gradient norm is not finite at step {step + 1}; the weights were left alone")
+        bad = [k for k, v in enumerate(loss_per_stage) if not math.isfinite(v)]
+        if bad or not torch.isfinite(self._engines.grad_norm):
+            raise self._not_finite(step, bad)
         return loss_per_stage, stop > 0, busy_W, damage > 0
+
+    def _not_finite(self, step: int, stages: list[int]) -> TrainingError:
+        """The error that names what is not finite: samples of `stages`, or else gradients of parts. Collective."""
+        left_alone = f"at step {step + 1}; the weights were left alone, and the last checkpoint stands"
+        if not stages:
+            parts = sorted({p for rank in self._gathered(self._engines.parts_with_bad_gradients()) for p in rank})
+            return TrainingError(f"the gradient norm is not finite (in {', '.join(parts)}) {left_alone}")
+        own = [i for losses_n, index_n in self._losses for i in index_n[~losses_n.isfinite().cpu().numpy()].tolist()]
+        indices = {i for rank in self._gathered(own) for i in rank}
+        key_of = {i: key for rank in self._gathered(self._feed.keys_of(step, indices)) for i, key in rank.items()}
+        keys = [key_of[i] for i in sorted(key_of)]
+        more = f" and {len(keys) - _KEYS_NAMED} more" if len(keys) > _KEYS_NAMED else ""
+        return TrainingError(
+            f"the loss of stage {', '.join(map(str, stages))} is not finite {left_alone}. "
+            f"Samples: {', '.join(keys[:_KEYS_NAMED])}{more}"
+        )
+
+    def _gathered(self, own: T) -> list[T]:
+        """Every rank's `own`. Collective."""
+        every: list[Any] = [None] * self._env.world_size
+        dist.all_gather_object(every, own)
+        return every
 
     def _new_damage(self, own: list[Damage]) -> list[Damage]:
         """What the ranks met in this step and none had met before. Collective."""
-        met: list[list[Damage]] = [[] for _ in range(self._env.world_size)]
-        dist.all_gather_object(met, own)
-        new = {d.place: d for rank in met for d in rank if d.place not in self._damage}
+        new = {d.place: d for rank in self._gathered(own) for d in rank if d.place not in self._damage}
         for damage in new.values():
             self._damage[damage.place] = damage
             check_limit(len(self._damage), self._max_bad, damage)
