@@ -41,7 +41,7 @@ PAIR_GRID = 21
 
 @dataclass(frozen=True)
 class DenoiserOptions:
-    """The optimal denoiser's settings; the defaults are the paper's.
+    """The optimal denoiser's settings; eta is that of the paper's published scripts, which do not state alpha.
 
     Args:
         eta: entries of two noise estimates are alike if they differ by at most this.
