@@ -1,0 +1,30 @@
+"""Runs one function as a command, its errors told as `msdiff` tells them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from msdiff_dist.errors import MsdiffError, UserError
+
+
+def run(function: Callable[..., Any]) -> None:
+    """Exit status: 0 done, 2 the user's error, 1 any other failure."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(function)
+    try:
+        app()
+    except MsdiffError as e:
+        print(f"error {e}", file=sys.stderr)
+        sys.exit(2 if isinstance(e, UserError) else 1)
+
+
+def numbers(option: str, text: str) -> tuple[int, ...]:
+    """`256,192,128` as numbers."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part)
+    except ValueError:
+        raise UserError(option, text, "is no list of whole numbers", "Write it as 256,192,128.") from None
