@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from msdiff_dist.checkpoint.policy import CheckpointConfig
 from msdiff_dist.config import from_mapping, to_mapping
 from msdiff_dist.data.config import DataConfig
+from msdiff_dist.data.encoding import EncodeConfig
 from msdiff_dist.diffusion.augmentation import AUGMENT_LABELS, AugmentationConfig
 from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
 from msdiff_dist.diffusion.process import Process, build_process
@@ -24,6 +25,7 @@ from msdiff_dist.evaluation.preview import PreviewConfig
 from msdiff_dist.models.activation_checkpointing import ActivationCheckpointingConfig
 from msdiff_dist.models.autoencoder import AutoencoderConfig
 from msdiff_dist.models.config import ModelConfig
+from msdiff_dist.models.text_encoder import TextEncoderConfig
 from msdiff_dist.training.config import TrainConfig
 from msdiff_dist.training.ema import EmaConfig
 from msdiff_dist.training.optimizer import LrScheduleConfig, OptimizerConfig
@@ -41,6 +43,8 @@ class Recipe:
     train: TrainConfig
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    text_encoder: TextEncoderConfig | None = None
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
     augmentation: AugmentationConfig | None = None
     lr_schedule: LrScheduleConfig = field(default_factory=LrScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)

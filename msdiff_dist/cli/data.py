@@ -1,4 +1,4 @@
-"""`msdiff data`: make shards."""
+"""`msdiff data`: make shards, and check them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from rich.table import Table
 if TYPE_CHECKING:
     from msdiff_dist.data.shard_writer import WrittenDataset
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Make WebDataset shards to train from.")
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="rich", help="Make WebDataset shards to train from, and check them."
+)
 
 
 @app.command()
@@ -57,6 +59,44 @@ def pack(
         console.print(f"[yellow]left out {len(packed.left_out)} unusable pictures:[/yellow]")
         for path, reason in packed.left_out:
             console.print(f"  {path}: {reason}", markup=False, highlight=False)
+
+
+@app.command()
+def encode(
+    recipe: Annotated[Path, typer.Argument(help="Recipe YAML: its encode, autoencoder and text_encoder.")],
+    out: Annotated[Path, typer.Option(help="Folder for the latents: new, or of the same encoding, cut short.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as key=value.")] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+) -> None:
+    """Write latents, and embeddings of captions, of a recipe's pictures. The same command goes on where it ended.
+
+    [bold]Example:[/bold] msdiff data encode recipes/emoji_text2img_3stage.yaml --out data/emoji-latents --nproc 2
+    """
+    from msdiff_dist.launch.encode import encode as encode_recipe
+    from msdiff_dist.recipe import load_recipe
+
+    manifest = encode_recipe(load_recipe(recipe, overrides or []), out, nproc)
+    table = Table(show_header=False, title=str(out), title_justify="left")
+    table.add_row("samples", f"{manifest.samples:,} in {len(manifest.shards)} shards")
+    table.add_row("latents", f"{manifest.dtype} {list(manifest.shape)}{', moments' if manifest.moments else ''}")
+    table.add_row("scale factor", f"{manifest.scale_factor}{', measured' if manifest.scale_measured else ''}")
+    table.add_row("autoencoder", f"{manifest.autoencoder.name} ({manifest.autoencoder.identity})")
+    if manifest.text_encoder:
+        table.add_row("context", f"{list(manifest.context_shape or ())} of {manifest.text_encoder.name}")
+    for damage in manifest.left_out:
+        table.add_row("left out", damage)
+    Console().print(table, markup=False)
+
+
+@app.command()
+def check(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of shards.")]) -> None:
+    """Read every shard of a folder whole; exit status 2 on the first damage, naming shard and sample.
+
+    [bold]Example:[/bold] msdiff data check data/emoji-latents
+    """
+    from msdiff_dist.data.check import check_folder
+
+    typer.echo(f"{folder}: {check_folder(folder):,} samples, no damage")
 
 
 def _report(written: WrittenDataset) -> None:

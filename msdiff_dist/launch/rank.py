@@ -11,6 +11,7 @@ from typing import IO, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from msdiff_dist.checkpoint.background import BackgroundSaver
 from msdiff_dist.checkpoint.layout import CheckpointIndex
@@ -27,6 +28,7 @@ from msdiff_dist.distributed.lost_ranks import naming_lost_ranks
 from msdiff_dist.distributed.router import Router
 from msdiff_dist.errors import UserError
 from msdiff_dist.launch.costs import step_petaflops
+from msdiff_dist.launch.latents import check_latents
 from msdiff_dist.launch.preview import write_preview
 from msdiff_dist.launch.run_plan import plan_run
 from msdiff_dist.models.activation_checkpointing import checkpoint_activations
@@ -124,7 +126,7 @@ class Run:
         self.marks: Marks = []
         self.first_step = self._resume()
         self.saver = BackgroundSaver(folder.checkpoints, self.state, self.ema.shards, recipe.checkpoint)
-        index, self.marks = self._count_data()
+        index, self.marks, null_context = self._count_data()
         loader = everywhere(env, lambda: self._loader(index))
         self.feed = Feed(
             loader,
@@ -148,6 +150,7 @@ class Run:
             augmentation=recipe.augmentation,
             condition_dropout=recipe.train.condition_dropout,
             null_label=recipe.model.num_classes,
+            null_context=null_context,
             max_bad=recipe.data.max_bad,
         )
 
@@ -195,10 +198,13 @@ class Run:
             self.folder.cut_metrics(step)
         return step
 
-    def _count_data(self) -> tuple[list[list[Shard]], Marks]:
-        """The shards, counted by rank 0 for all and held against the checkpoint's. Collective."""
+    def _count_data(self) -> tuple[list[list[Shard]], Marks, Tensor | None]:
+        """The shards, counted by rank 0 for all and held against the checkpoint's; the context of "no caption".
 
-        def count() -> tuple[list[list[Shard]], Marks] | None:
+        Collective.
+        """
+
+        def count() -> tuple[list[list[Shard]], Marks, Tensor | None] | None:
             if self.env.rank:
                 return None
             index = load_index(self.recipe.data)
@@ -206,7 +212,7 @@ class Run:
             if self.marks:
                 note = check_unchanged(self.marks, marks, self.first_step, self.recipe.data.accept_changes)
                 self.notes += [note] if note else []
-            return index, marks
+            return index, marks, check_latents(self.recipe, index)
 
         counted = [everywhere(self.env, count)]
         dist.broadcast_object_list(counted)

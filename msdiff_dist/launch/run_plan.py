@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from msdiff_dist.data.loader import StepLoader
+from msdiff_dist.data.loader import StepLoader, load_index
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas
 from msdiff_dist.distributed.placement import Placement, plan
 from msdiff_dist.distributed.plan_report import Workload
 from msdiff_dist.distributed.topology import arrange
+from msdiff_dist.launch.latents import check_latents
 from msdiff_dist.models.flops import ModelCosts, costs
 from msdiff_dist.recipe import Recipe
 
@@ -82,11 +83,13 @@ def plan_warnings(recipe: Recipe, world_size: int) -> list[str]:
 
 
 def check_run(recipe: Recipe, world_size: int) -> RunPlan:
-    """Everything that can be refused before a process starts: placement, lanes and shards.
+    """Everything that can be refused before a process starts: placement, lanes, shards and their manifests.
 
     Raises:
         UserError: of the part that refuses.
     """
     run_plan = plan_run(recipe, world_size)
-    StepLoader(recipe.data, recipe.train.seed, run_plan.batch_size, 0, world_size)
+    index = load_index(recipe.data)
+    check_latents(recipe, index)
+    StepLoader(recipe.data, recipe.train.seed, run_plan.batch_size, 0, world_size, index=index)
     return run_plan

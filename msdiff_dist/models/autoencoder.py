@@ -44,7 +44,7 @@ class AutoencoderConfig:
         if self.kind in ("kl", "vq"):
             raise ConfigError(
                 "kind", self.kind, "latents of this kind are computed beforehand, not while training",
-                "Use data.kind: latent with data.latent_shape.",
+                "Use data.kind: latent with data.latent_shape; name the pictures in encode.data.",
             )  # fmt: skip
         return channels * self.factor**2, size // self.factor, size // self.factor
 

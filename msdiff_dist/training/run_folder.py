@@ -35,6 +35,7 @@ FREE_FIELDS = (
     "data.retries",
     "data.allow_pipe",
     "data.max_bad",
+    "encode.",
     "parallel.",
     "checkpoint.",
     "preview.",

@@ -59,6 +59,7 @@ class TrainStep:
         loss_kind: per-sample distance, as `diffusion.loss.sample_losses` names it.
         condition_dropout: probability of training a sample without its condition (for classifier-free guidance).
         null_label: the label that stands for "no class", None without classes.
+        null_context: the context that stands for "no caption", [T, D]; None: zeros.
         max_bad: damaged shards and samples that all ranks together may leave out.
     """
 
@@ -78,6 +79,7 @@ class TrainStep:
         augmentation: AugmentationConfig | None,
         condition_dropout: float,
         null_label: int | None,
+        null_context: Tensor | None,
         max_bad: int,
     ) -> None:
         self._feed = feed
@@ -89,6 +91,7 @@ class TrainStep:
         self._loss_kind, self._condition_dropout, self._null_label = loss_kind, condition_dropout, null_label
         self._augmentation = augmentation
         self._batch_size = int(quotas.quotas_K.sum())
+        self._null_context = torch.zeros(()) if null_context is None else null_context
         self._max_bad = max_bad
         self._damage: dict[tuple[str, str | None], Damage] = {}
 
@@ -166,7 +169,7 @@ class TrainStep:
             if label is not None and self._null_label is not None:
                 label = label.masked_fill(dropped_n, self._null_label)
             if context is not None:
-                context = context.masked_fill(dropped_n[:, None, None], 0.0)
+                context = torch.where(dropped_n[:, None, None], self._null_context.to(context), context)
         return context, label
 
     def _agree(

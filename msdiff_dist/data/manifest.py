@@ -1,0 +1,113 @@
+"""What a folder of latents says of itself: which pictures, by which networks, and a checksum of every file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from msdiff_dist.config import from_mapping, to_mapping
+from msdiff_dist.data.access import DEFAULT_ACCESS, AbsentError, Access, read_bytes
+from msdiff_dist.errors import ConfigError, DataError
+
+MANIFEST = "manifest.json"
+NULL_CONTEXT = "null_context.safetensors"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file beside the manifest, and the samples in it."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A frozen network. name: where it came from. identity: digest of its weights and settings."""
+
+    name: str
+    identity: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of manifest.json.
+
+    Attributes:
+        shape: (C, H, W) of a latent; with `moments` twice as many channels are stored, mean and log variance.
+        flip: the latents of the mirrored pictures are stored too.
+        scale_factor: by which latents are to be multiplied; measured is one over their standard deviation.
+        context_shape: (T, D) of the embedding of a caption. null_context: that of the empty caption.
+        source: marks of the shards of pictures. left_out: damaged ones.
+    """
+
+    samples: int
+    shape: tuple[int, int, int]
+    dtype: Literal["float16", "bfloat16", "float32"]
+    moments: bool
+    flip: bool
+    scale_factor: float
+    scale_measured: bool
+    autoencoder: Encoder
+    text_encoder: Encoder | None
+    context_shape: tuple[int, int] | None
+    null_context: StoredFile | None
+    source: tuple[str, ...]
+    left_out: tuple[str, ...]
+    shards: tuple[StoredFile, ...]
+    format: int = FORMAT
+
+    def dump(self) -> str:
+        """As JSON text."""
+        return json.dumps(to_mapping(self), indent=1, ensure_ascii=False) + "\n"
+
+
+def load_manifest(address: str, access: Access = DEFAULT_ACCESS) -> Manifest | None:
+    """Read a manifest; None if there is none.
+
+    Raises:
+        DataError: it is damaged or of a newer format.
+    """
+    try:
+        mapping = json.loads(read_bytes(address, access))
+        if isinstance(mapping, dict) and mapping.get("format", 0) > FORMAT:
+            problem = f"is of format {mapping['format']}, newer than {FORMAT}"
+            raise DataError("data.shards", address, problem, "Use a newer msdiff_dist.")
+        return from_mapping(Manifest, mapping)
+    except (AbsentError, FileNotFoundError):
+        return None
+    except (ValueError, OSError, ConfigError) as e:
+        raise DataError("data.shards", address, f"is not a manifest ({e})", "Encode again, or copy it again.") from e
+
+
+def load_null_context(address: str, manifest: Manifest, access: Access = DEFAULT_ACCESS) -> Tensor:
+    """The embedding of the empty caption, [T, D].
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    assert manifest.null_context is not None
+    try:
+        content = read_bytes(address, access)
+        if hashlib.sha256(content).hexdigest() != manifest.null_context.sha256:
+            raise ValueError("its checksum is not the manifest's")
+        return load(content)["context"]
+    except (OSError, ValueError, KeyError, SafetensorError) as e:
+        raise DataError("data.shards", address, f"cannot be used ({e})", "Copy it again, or encode again.") from e
+
+
+def stored_file(path: Path, samples: int = 0) -> StoredFile:
+    """Size and checksum of a file."""
+    with path.open("rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    return StoredFile(path.name, samples, path.stat().st_size, digest)
