@@ -66,3 +66,25 @@ def test_batch_sizes_obey_one_identity() -> None:
     assert both.batch_size(4) == 40
     with pytest.raises(ConfigError, match="5 x 3 x 2 = 30"):
         both.batch_size(3)
+
+
+EDM = DEBUG.parent / "fashion_mnist_edm_3stage.yaml"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        (["model.augment_labels=0"], "model.augment_labels"),
+        (["augmentation=null"], "model.augment_labels"),
+        (["augmentation.probability=2"], "augmentation.probability"),
+        (["autoencoder.kind=space_to_depth", "autoencoder.factor=2", "model.in_channels=4", "model.out_channels=4"],
+         "augmentation.probability"),
+        (["model.family=ldm"], "model.augment_labels"),
+        (["model.family=dpm"], "model.family"),
+        (["ema.decay=0.999"], "ema.halflife_images"),
+    ],
+)  # fmt: skip
+def test_contradictions_of_the_pixel_systems(overrides: list[str], field: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(EDM, overrides)
+    assert caught.value.field == field
