@@ -1,0 +1,163 @@
+#!/usr/bin/env python
+"""Kill a run again and again at random moments, and compare what becomes of it with a run that nobody disturbed.
+
+    python tools/fault_campaign.py OUT --kills 50 --steps 400
+
+One rank is killed, or all, or the run is asked to stop, while it starts, trains or saves; the same command is then
+given again. At the end every step's loss must be there once and equal, and the last checkpoint's parameters, averages
+and moments too: bit for bit, or with --elastic (other ranks, ZeRO stage or accumulation at every start) within 1e-5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from msdiff_dist.checkpoint.compare import compare
+from msdiff_dist.checkpoint.load import CheckpointReader
+
+ROOT = Path(__file__).parents[1]
+TOLERANCE = 1e-5
+BASE = ["optimizer.eps=1e-6", "optimizer.lr=1e-4", "checkpoint.every=3", "checkpoint.keep_last=2"]
+PLAIN = ["--nproc", "2"]
+LAYOUTS = [
+    PLAIN,
+    ["--nproc", "1", "train.gradient_accumulation_steps=2"],
+    ["--nproc", "3", "parallel.zero_shared=3"],
+    ["--nproc", "2", "parallel.zero_shared=2", "parallel.zero_stage=2"],
+]
+# Exit statuses that a blow may have: it may come too late, and a signal before anybody listens.
+ENDINGS = {
+    "finished": (0,),
+    "one rank killed": (1, 0),
+    "all killed": (-signal.SIGKILL, 1, 0),
+    "SIGTERM": (0, -signal.SIGTERM),
+    "SIGUSR2": (0, -signal.SIGUSR2),
+}
+
+
+def start(run: Path, steps: int, layout: list[str]) -> subprocess.Popen[str]:
+    """Give the command."""
+    command = [sys.executable, "-m", "msdiff_dist.cli.main", "train", str(ROOT / "recipes/debug.yaml")]
+    command += [f"train.steps={steps}", *BASE, *layout, "--run-dir", str(run)]
+    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+
+
+def steps_done(run: Path) -> int:
+    """Lines in the run's metrics."""
+    path = run / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def ranks_of(run: Path) -> list[int]:
+    """The processes whose output is a log of the run."""
+    found = []
+    for process in Path("/proc").iterdir():
+        try:
+            if process.name.isdigit() and os.readlink(process / "fd/2").startswith(f"{run}/logs/rank_"):
+                found.append(int(process.name))
+        except OSError:
+            continue
+    return found
+
+
+def disturb(run: Path, process: subprocess.Popen[str], draw: random.Random) -> str:
+    """Wait for a random moment and strike. Returns how; `finished` where there was nothing left to strike."""
+    if draw.random() < 0.2:  # while it starts
+        time.sleep(draw.uniform(0, 6))
+    else:
+        target = steps_done(run) + draw.randint(1, 10)
+        while steps_done(run) < target and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.1))
+    if process.poll() is not None:
+        return "finished"
+    how = draw.choice(["one rank killed", "one rank killed", "all killed", "all killed", "SIGTERM", "SIGUSR2"])
+    ranks = ranks_of(run)
+    if how == "all killed" or not ranks:
+        how = "all killed"
+        for victim in [*ranks, process.pid]:
+            _kill(victim, signal.SIGKILL)
+    elif how == "one rank killed":
+        _kill(draw.choice(ranks), signal.SIGKILL)
+    else:
+        process.send_signal(signal.Signals[how])
+    return how
+
+
+def settle(run: Path, process: subprocess.Popen[str], how: str) -> None:
+    """Wait for the end of a struck run, which must be the one that such a blow has."""
+    _, message = process.communicate(timeout=300)
+    expected = {"finished": (0,), "one rank killed": (0, 1), "all killed": (-signal.SIGKILL, 0, 1)}.get(
+        how, (0, -15, -12)
+    )
+    if process.returncode not in expected:
+        raise SystemExit(f"after `{how}` the command ended with status {process.returncode}:\n{message}")
+    deadline = time.monotonic() + 60
+    while left := ranks_of(run):
+        if time.monotonic() > deadline:
+            raise SystemExit(f"processes {left} outlived `{how}`")
+        time.sleep(0.05)
+
+
+def check(run: Path, whole: Path, tolerance: float) -> float:
+    """Compare the two runs; returns the greatest relative difference of any tensor."""
+    lines, reference = ([json.loads(x) for x in (r / "metrics.jsonl").read_text().splitlines()] for r in (run, whole))
+    if [m["step"] for m in lines] != [m["step"] for m in reference]:
+        raise SystemExit("steps are missing or repeated in metrics.jsonl")
+    for m, expected in zip(lines, reference, strict=True):
+        if abs(m["loss"] - expected["loss"]) > tolerance * abs(expected["loss"]):
+            raise SystemExit(f"step {m['step']}: loss {m['loss']}, undisturbed {expected['loss']}")
+    last = f"checkpoints/step_{len(lines):08d}"
+    readers = [CheckpointReader(r / last) for r in (whole, run)]
+    for reader in readers:
+        reader.verify()
+    worst = max(compare(*readers), key=lambda d: d.relative)
+    if worst.relative > tolerance:
+        raise SystemExit(f"{worst.kind} of {worst.name} differs by {worst.relative:.2g} of its greatest value")
+    return worst.relative
+
+
+def _kill(pid: int, signum: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signum)
+
+
+def main() -> None:
+    """Run the campaign; exit status 0 if nothing was lost."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="new folder for both runs")
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--elastic", action="store_true", help="another layout at every start")
+    options = parser.parse_args()
+    draw, out = random.Random(options.seed), options.out.resolve()
+    whole, run = out / "whole", out / "disturbed"
+    settle(whole, start(whole, options.steps, PLAIN), "finished")
+    blows: Counter[str] = Counter()
+    while True:
+        process = start(run, options.steps, draw.choice(LAYOUTS) if options.elastic else PLAIN)
+        how = disturb(run, process, draw) if blows.total() < options.kills else "finished"
+        settle(run, process, how)
+        if how == "finished":
+            break
+        blows[how] += 1
+        print(f"{blows.total()}: {how} at step {steps_done(run)}", flush=True)
+    worst = check(run, whole, TOLERANCE if options.elastic else 0.0)
+    print(f"{dict(blows)}: every step there once, greatest relative difference {worst:.2g}")
+    if blows.total() < options.kills:
+        raise SystemExit(f"the run was over after {blows.total()} of {options.kills} blows: give it more --steps")
+
+
+if __name__ == "__main__":
+    main()
