@@ -14,6 +14,8 @@ from msdiff_dist.checkpoint.convert.diffusers_folder import read_diffusers, writ
 from msdiff_dist.checkpoint.convert.export_folder import read_export, write_export
 from msdiff_dist.checkpoint.convert.ldm import read_ldm, write_ldm_file
 from msdiff_dist.checkpoint.convert.model_weights import ModelWeights, Written
+from msdiff_dist.checkpoint.convert.official_edm import read_edm, write_edm
+from msdiff_dist.checkpoint.convert.official_scoresde import read_scoresde, write_scoresde
 from msdiff_dist.checkpoint.convert.options import ConvertOptions
 from msdiff_dist.checkpoint.convert.sources import open_source
 from msdiff_dist.checkpoint.convert.stages import extract_stage
@@ -28,6 +30,8 @@ Writer = Callable[[ModelWeights, Path, ConvertOptions, Mapping[str, str]], Writt
 READERS: dict[str, Reader] = {
     "ldm": lambda path, options: read_ldm(open_source(path), options),
     "official-ldm": lambda path, options: read_ldm(open_source(path), options, multistage=True),
+    "official-edm": lambda path, options: read_edm(open_source(path), options),
+    "official-scoresde": read_scoresde,
     "diffusers": read_diffusers,
     "deepspeed": read_deepspeed,
     "msdiff": read_export,
@@ -35,12 +39,10 @@ READERS: dict[str, Reader] = {
 WRITERS: dict[str, Writer] = {
     "ldm": lambda weights, path, options, metadata: write_ldm_file(weights, path, options, metadata),
     "official-ldm": lambda weights, path, options, metadata: write_ldm_file(weights, path, options, metadata, True),
+    "official-edm": lambda weights, path, options, metadata: write_edm(weights, path, metadata),
+    "official-scoresde": lambda weights, path, options, metadata: write_scoresde(weights, path, metadata),
     "diffusers": lambda weights, path, options, metadata: write_diffusers(weights, path, metadata),
     "msdiff": lambda weights, path, options, metadata: write_export(weights, path, metadata),
-}
-_NOT_YET = {
-    "official-edm": "networks of the EDM family",
-    "official-scoresde": "networks of the NCSN++ family",
 }
 
 
@@ -154,8 +156,6 @@ def _distinct(weights: ModelWeights) -> list[Path]:
 
 
 def _choose(option: str, name: str, known: Mapping[str, Any]) -> Any:
-    if name in _NOT_YET:
-        raise ConfigError(option, name, f"{_NOT_YET[name]} are not built yet", f"Choose from: {', '.join(known)}.")
     if name not in known:
         raise ConfigError(option, name, "is not a known format", did_you_mean(name, known))
     return known[name]

@@ -14,12 +14,12 @@ _OTHERS = (
     ("a ControlNet", ("control_model.", "controlnet_cond_embedding.")),
     ("a LoRA", ("lora_unet_", "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora")),
 )
-_OURS = (
+_OURS = (  # the first whose marks are there: both multi-stage codes have de_modules
+    ("official-scoresde", ("en_modules.", "all_modules.", "module.en_modules.", "module.all_modules.")),
     ("official-ldm", ("model.diffusion_model.de_modules.", "de_modules.", "diffusion_model.de_modules.")),
     ("ldm", ("model.diffusion_model.input_blocks.", "input_blocks.", "diffusion_model.input_blocks.")),
     ("msdiff", ("shared.", "stages.0.")),
     ("diffusers", ("down_blocks.", "conv_in.")),
-    ("official-scoresde", ("en_modules.", "all_modules.", "module.en_modules.", "module.all_modules.")),
     ("official-edm", ("model.enc.", "enc.", "model.decs.", "decs.")),
 )
 

@@ -20,6 +20,7 @@ class ConvertOptions:
         stage: convert this stage alone, as a unified model.
         num_heads, head_channels: attention heads by number, or by channels each.
         boundaries: inner stage boundaries.
+        norm_groups: the most groups of a norm, in families whose shapes do not tell.
         prediction_type, scale_factor: what the network predicts, and the factor on latents.
         null_class: the table of classes ends in the row of the dropped class; without, a row of zeros is added (or
             the last one dropped, on the way out).
@@ -30,6 +31,7 @@ class ConvertOptions:
     stage: int | None = None
     num_heads: int | None = None
     head_channels: int | None = None
+    norm_groups: int | None = None
     boundaries: tuple[float, ...] | None = None
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     scale_factor: float | None = None

@@ -69,7 +69,7 @@ class Filter(nn.Module):
     def __init__(self, taps: tuple[int, ...]) -> None:
         super().__init__()
         self.taps = taps
-        row = torch.tensor(taps, dtype=torch.float32) / sum(taps)
+        row = torch.tensor(taps, dtype=torch.float32, device="cpu") / sum(taps)  # a model may be built on no device
         self.register_buffer("kernel", torch.outer(row, row)[None, None], persistent=False)
 
     def forward(self, x_BCHW: Tensor, padding: int) -> Tensor:
