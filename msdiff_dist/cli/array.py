@@ -26,7 +26,7 @@ def array(
     from msdiff_dist.launch import launcher, watch
     from msdiff_dist.launch.cluster import load_cluster
 
-    commands = [[w.replace("{part}", str(i)).replace("{parts}", str(parts)) for w in command] for i in range(parts)]
+    commands = launcher.parts_of(command, parts)
     record = launcher.launch_commands(commands, load_cluster(cluster, {"time": time}), folder, folder.name)
     if record is None:
         typer.echo(f"all {parts} parts are done already")

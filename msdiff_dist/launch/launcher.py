@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import sys
 import time
@@ -149,6 +150,16 @@ def launch(runs: Sequence[Run], cluster: ClusterConfig, folder: Path, name: str)
         tasks.append(TrainJob(run_dir, str(snapshot / recipe), cluster.signal_delay_s, cluster.max_restarts))
     jobs = submit(make_executor(cluster, name, folder, snapshot / "code"), tasks)
     return [_record(cluster, run.folder, [job]) for run, job in zip(runs, jobs, strict=True)]
+
+
+def parts_of(command: Sequence[str], parts: int) -> list[list[str]]:
+    """A command once for each part, with `{part}` (0, 1, ...), `{part:05d}` (00000, ...) and `{parts}` filled in."""
+
+    def filled(word: str, part: int) -> str:
+        word = re.sub(r"\{part(?::(\d+)d)?\}", lambda m: format(part, f"{m[1]}d" if m[1] else "d"), word)
+        return word.replace("{parts}", str(parts))
+
+    return [[filled(word, part) for word in command] for part in range(parts)]
 
 
 def launch_commands(
