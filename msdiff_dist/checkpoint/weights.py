@@ -66,7 +66,11 @@ class ExportWeights(Weights):
     """
 
     def __init__(self, folder: Path) -> None:
-        self.description = _read_description(folder / CONFIG)
+        description = _read_description(folder / CONFIG)
+        autoencoder = description.autoencoder
+        if autoencoder.path and (folder / autoencoder.path).is_dir():  # it came along with the export
+            autoencoder = replace(autoencoder, path=str(folder / autoencoder.path))
+        self.description = replace(description, autoencoder=autoencoder)
         self._reader = TensorReader(folder / MODEL)
 
     def names(self) -> list[str]:

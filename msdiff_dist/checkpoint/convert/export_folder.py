@@ -91,6 +91,8 @@ def write_export(weights: ModelWeights, folder: Path, metadata: Mapping[str, str
     written = Written(names={k: [k] for k in weights.tensors.names()})
     written.files[MODEL] = write_safetensors(folder / MODEL, weights.tensors, metadata)
     description = replace(weights.description, version=__version__)
+    if weights.autoencoder_weights is not None:
+        description = replace(description, autoencoder=replace(description.autoencoder, path="autoencoder"))
     (folder / CONFIG).write_text(json.dumps(to_mapping(description), indent=1) + "\n")
     vae = weights.autoencoder_weights
     if vae is not None:

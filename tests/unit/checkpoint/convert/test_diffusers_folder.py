@@ -11,6 +11,7 @@ from convert_helpers import export_tensors, files_below, inputs, randomise, same
 from msdiff_dist.checkpoint.convert.conversion import convert
 from msdiff_dist.checkpoint.convert.diffusers_folder import read_diffusers
 from msdiff_dist.checkpoint.convert.options import ConvertOptions
+from msdiff_dist.checkpoint.weights import open_weights
 from msdiff_dist.diffusion.config import DiffusionConfig, DiscreteConfig, StagesConfig, VPConfig
 from msdiff_dist.diffusion.process import build_process
 from msdiff_dist.diffusion.sampling import Condition, image_generators, sample
@@ -157,6 +158,10 @@ def test_latents_are_decoded_by_the_pipeline(tmp_path: Path, make_export: Any) -
     convert(tmp_path / "theirs", tmp_path / "back", "diffusers", "msdiff")
     mine, back = (json.loads((f / "config.json").read_text()) for f in (export, tmp_path / "back"))
     assert mine["autoencoder"] == back["autoencoder"]
+    codec = open_weights(tmp_path / "back").description.autoencoder
+    assert codec.path == str(tmp_path / "back" / "autoencoder")
+    found = LatentCodec(codec, False, torch.device("cpu")).to_images(x)
+    assert (found / 255 - expected).abs().max() <= 0.5 / 255 + 1e-4
 
 
 def test_space_to_depth_is_undone_by_the_pipeline(tmp_path: Path, make_export: Any) -> None:
