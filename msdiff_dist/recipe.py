@@ -58,6 +58,7 @@ class Recipe:
         _check_shapes(self)
         _check_conditions(self)
         _check_augmentation(self)
+        _check_preview(self)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -174,3 +175,12 @@ def _check_augmentation(recipe: Recipe) -> None:
             "only works on pictures: a transformed latent is not the latent of a transformed picture",
             "Remove the augmentation.",
         )  # fmt: skip
+
+
+def _check_preview(recipe: Recipe) -> None:
+    if not recipe.preview.every:
+        return
+    try:
+        recipe.preview.sampler.for_process(recipe.process())
+    except ConfigError as e:
+        raise ConfigError(f"preview.sampler.{e.field}", e.value, e.problem, e.remedy) from None
