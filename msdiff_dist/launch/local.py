@@ -92,7 +92,8 @@ def _watch(ranks: Sequence[_Rank], logs: Path) -> None:
     """Wait for all ranks; at the first failure give the others a moment to fail too, then end them all."""
     running = {r.process.sentinel: r for r in ranks}
     while running:
-        ended = [running.pop(sentinel) for sentinel in list(running) if sentinel in wait(list(running))]
+        ready = wait(list(running))
+        ended = [running.pop(sentinel) for sentinel in list(running) if sentinel in ready]
         if all(r.process.exitcode == 0 for r in ended):
             continue
         time.sleep(GRACE_S)
