@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from http_server import Behaviour, http_server
+from tests.unit.data.http_server import Behaviour, http_server
 
 from msdiff_dist.data.shard_writer import write_index, write_shard
 
