@@ -18,6 +18,7 @@ from torch import Tensor
 from msdiff_dist.checkpoint.tensor_file import TensorReader
 from msdiff_dist.errors import CheckpointError
 
+_RESIDENT = 1 << 26
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -111,6 +112,29 @@ class NpzSource(TensorSource):
         return torch.from_numpy(self._archive[key])
 
 
+class TorchSource(TensorSource):
+    """A torch checkpoint, mapped from its file. Mapped again after every few tensors, for what was read stays resident
+    as long as the mapping does."""
+
+    def __init__(self, path: Path) -> None:
+        self.files = (path,)
+        self._tensors, self.left_out = _weights_in(path)
+        self._meta = {k: v.to("meta") for k, v in self._tensors.items()}
+        self._mapped, self._resident = zipfile.is_zipfile(path), 0
+
+    def names(self) -> list[str]:
+        return list(self._meta)
+
+    def meta(self, key: str) -> Tensor:
+        return self._meta[key]
+
+    def read(self, key: str) -> Tensor:
+        if self._mapped and self._resident > _RESIDENT:
+            self._tensors, self._resident = _weights_in(self.files[0])[0], 0
+        self._resident += self._meta[key].nbytes
+        return self._tensors[key]
+
+
 class RenamedSource(TensorSource):
     """Some tensors of another source under other names."""
 
@@ -149,7 +173,7 @@ def open_source(path: Path) -> TensorSource:
     if path.suffix == ".npz":
         return NpzSource(path)
     if path.suffix in PICKLES:
-        return _torch_source(path)
+        return TorchSource(path)
     if path.suffix == ".pkl":
         raise code_refused(path, "a Python pickle")
     raise CheckpointError(
@@ -188,7 +212,8 @@ def code_refused(path: Path, what: str) -> CheckpointError:
     )  # fmt: skip
 
 
-def _torch_source(path: Path) -> MemorySource:
+def _weights_in(path: Path) -> tuple[Mapping[str, Any], dict[str, str]]:
+    """The weights of a torch checkpoint and what else is in it."""
     content = load_pickle(path)
     if not isinstance(content, Mapping):
         raise CheckpointError(str(path), type(content).__name__, "holds no state dict", "Save a state dict.")
@@ -196,7 +221,7 @@ def _torch_source(path: Path) -> MemorySource:
     weights = content if inside is None else content[inside]
     left_out = {str(name): "of the training, no weights" for name in content if inside and name != inside}
     left_out |= {str(name): "no tensor" for name, value in weights.items() if not isinstance(value, Tensor)}
-    return MemorySource({k: v for k, v in weights.items() if isinstance(v, Tensor)}, [path], left_out)
+    return {k: v for k, v in weights.items() if isinstance(v, Tensor)}, left_out
 
 
 def _parts(folder: Path) -> list[Path]:

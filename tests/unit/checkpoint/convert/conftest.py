@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from convert_helpers import randomise
 from safetensors.torch import save_file
 
 from msdiff_dist import __version__
@@ -15,6 +14,7 @@ from msdiff_dist.checkpoint.description import ModelDescription
 from msdiff_dist.config import to_mapping
 from msdiff_dist.diffusion.config import DiffusionConfig, DiscreteConfig, StagesConfig
 from msdiff_dist.models import ModelConfig, build_model
+from tests.unit.checkpoint.convert.convert_helpers import randomise
 
 Exporter = Callable[..., Path]
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from convert_helpers import files_below, inputs, randomise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -19,6 +18,7 @@ from msdiff_dist.cli.main import app
 from msdiff_dist.errors import CheckpointError, ConfigError
 from msdiff_dist.models import build_model
 from msdiff_dist.models.ldm.config import LDMConfig
+from tests.unit.checkpoint.convert.convert_helpers import files_below, inputs, randomise
 
 STAGED = LDMConfig(
     encoder_channels=32, decoder_channels=(64, 32, 32), channel_mult=(1, 2), num_res_blocks=1,

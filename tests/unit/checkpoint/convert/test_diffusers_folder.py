@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from convert_helpers import export_tensors, files_below, inputs, randomise, same_tensors
 
 from msdiff_dist.checkpoint.convert.conversion import convert
 from msdiff_dist.checkpoint.convert.diffusers_folder import read_diffusers
@@ -21,6 +20,7 @@ from msdiff_dist.errors import CheckpointError
 from msdiff_dist.models import MultistageUNet, build_model
 from msdiff_dist.models.autoencoder import AutoencoderConfig, LatentCodec
 from msdiff_dist.models.ldm.config import LDMConfig
+from tests.unit.checkpoint.convert.convert_helpers import export_tensors, files_below, inputs, randomise, same_tensors
 
 BASE: dict[str, Any] = {
     "encoder_channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_downsamples": (2,),

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from convert_helpers import inputs, loaded, randomise, same_tensors
 
 from msdiff_dist.checkpoint.convert.conversion import convert
 from msdiff_dist.checkpoint.convert.diffusers_folder import read_diffusers
@@ -15,6 +14,7 @@ from msdiff_dist.checkpoint.convert.options import ConvertOptions
 from msdiff_dist.errors import CheckpointError
 from msdiff_dist.models import build_model
 from msdiff_dist.models.ldm.config import LDMConfig
+from tests.unit.checkpoint.convert.convert_helpers import inputs, loaded, randomise, same_tensors
 
 SMALL: dict[str, Any] = {
     "encoder_channels": 32, "decoder_channels": (32,), "channel_mult": (1, 2, 3), "num_res_blocks": 1,

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from convert_helpers import randomise
 from torch import Tensor
 
 from msdiff_dist.checkpoint.convert.autoencoder import read_first_stage, write_first_stage
@@ -15,6 +14,7 @@ from msdiff_dist.checkpoint.convert.key_map import TheirsFromOurs
 from msdiff_dist.checkpoint.convert.model_weights import AutoencoderWeights
 from msdiff_dist.checkpoint.convert.sources import MemorySource
 from msdiff_dist.errors import CheckpointError
+from tests.unit.checkpoint.convert.convert_helpers import randomise
 
 COMMON: dict[str, Any] = {"block_out_channels": (32, 64), "layers_per_block": 1, "latent_channels": 3}
 PLAIN = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2

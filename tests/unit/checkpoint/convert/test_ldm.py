@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from convert_helpers import export_tensors, files_below, inputs, loaded, randomise, same_tensors
 from torch import Tensor
 
 from msdiff_dist.checkpoint.convert.conversion import convert
@@ -20,6 +19,14 @@ from msdiff_dist.diffusion.config import DiscreteConfig
 from msdiff_dist.errors import CheckpointError, ConfigError
 from msdiff_dist.models import build_model
 from msdiff_dist.models.ldm.config import LDMConfig
+from tests.unit.checkpoint.convert.convert_helpers import (
+    export_tensors,
+    files_below,
+    inputs,
+    loaded,
+    randomise,
+    same_tensors,
+)
 
 PLAIN = LDMConfig(
     encoder_channels=32, decoder_channels=(32,), channel_mult=(1, 2), num_res_blocks=1, attention_downsamples=(2,),

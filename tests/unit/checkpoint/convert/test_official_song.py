@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from convert_helpers import export_tensors, randomise, same_tensors
 from safetensors.torch import load_file, save_file
 
 from msdiff_dist import load_model
@@ -20,6 +19,7 @@ from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
 from msdiff_dist.errors import CheckpointError
 from msdiff_dist.models import build_model
 from msdiff_dist.models.song.config import SongConfig
+from tests.unit.checkpoint.convert.convert_helpers import export_tensors, randomise, same_tensors
 
 SHAPE: dict[str, Any] = {
     "encoder_channels": 16, "channel_mult": (1, 2), "num_res_blocks": 2, "attention_downsamples": (2,),

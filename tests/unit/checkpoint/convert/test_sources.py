@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from msdiff_dist.checkpoint.convert import sources
 from msdiff_dist.checkpoint.convert.sources import MemorySource, NpzSource, SafetensorsSource, open_source
 from msdiff_dist.checkpoint.convert.writing import appearing, sha256_of, write_safetensors, write_state_dict
 from msdiff_dist.errors import CheckpointError
@@ -143,3 +144,12 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "old").write_text("x")
     with pytest.raises(CheckpointError, match="exists already"), appearing(tmp_path / "old"):
         pass
+
+
+def test_tensors_outlive_the_mapping_that_they_were_read_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_RESIDENT", 0)
+    expected = {str(i): torch.randn(100) for i in range(5)}
+    torch.save({"state_dict": expected}, tmp_path / "x.ckpt")
+    source = open_source(tmp_path / "x.ckpt")
+    found = {name: source.read(name) for name in source.names()}
+    assert all(torch.equal(found[k], v) for k, v in expected.items())

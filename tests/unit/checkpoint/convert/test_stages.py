@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from convert_helpers import inputs, loaded, randomise
 
 from msdiff_dist.checkpoint.convert.conversion import read
 from msdiff_dist.checkpoint.convert.model_weights import ModelWeights
@@ -16,6 +15,7 @@ from msdiff_dist.checkpoint.convert.widths import Channels, resized_decoder
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.models import build_model
 from msdiff_dist.models.ldm.config import LDMConfig
+from tests.unit.checkpoint.convert.convert_helpers import inputs, loaded, randomise
 
 BASE: dict[str, Any] = {
     "encoder_channels": 32, "decoder_channels": (32,), "channel_mult": (1, 2), "num_res_blocks": 1,

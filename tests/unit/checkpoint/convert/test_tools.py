@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from convert_helpers import export_tensors
 
 from msdiff_dist.models.ldm.config import LDMConfig
+from tests.unit.checkpoint.convert.convert_helpers import export_tensors
 
 TOOLS = Path(__file__).parents[4] / "tools"
 
