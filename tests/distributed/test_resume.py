@@ -34,7 +34,9 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("optimizer", [ADAM, MOMENTUM], ids=["adamw", "momentum"])
+@pytest.mark.parametrize(
+    "optimizer", [pytest.param(ADAM, id="adamw"), pytest.param(MOMENTUM, id="momentum", marks=pytest.mark.slow)]
+)
 def test_every_layout_continues_every_other(tmp_path: Path, optimizer: dict[str, Any]) -> None:
     """One run through all layouts, two steps in each, against one process that never stops."""
     steps = 2 * len(LAYOUTS)
