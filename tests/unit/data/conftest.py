@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.unit.data.http_server import Behaviour, http_server
 
 from msdiff_dist.data.shard_writer import write_index, write_shard
+from tests.unit.data.http_server import Behaviour, http_server
 
 MakeShards = Callable[..., list[str]]
 
