@@ -14,6 +14,7 @@ from msdiff_dist.diffusion.stage_partition import StagePartition, build_partitio
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.models.autoencoder import AutoencoderConfig
 from msdiff_dist.models.config import ModelConfig
+from msdiff_dist.models.text_encoder import TextEncoderConfig
 
 FORMAT = 1
 
@@ -22,6 +23,7 @@ FORMAT = 1
 class ModelDescription:
     """Everything needed to rebuild and sample a model.
 
+    text_encoder: what turns captions into context, where the model takes some of context_shape, (T, D).
     sample_size: height and width of what the diffusion sees, one number where they are equal; None where unknown.
     precision: it was trained in. weights: `ema`, the average, or `raw`, the last ones. step: optimizer steps done.
     """
@@ -30,6 +32,8 @@ class ModelDescription:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     stages: StagesConfig = field(default_factory=StagesConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    text_encoder: TextEncoderConfig | None = None
+    context_shape: tuple[int, int] | None = None
     sample_size: int | tuple[int, int] | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     weights: Literal["ema", "raw"] | None = None
@@ -67,6 +71,7 @@ def describe(recipe: Mapping[str, Any], step: int) -> ModelDescription:
     shape = data.x_shape
     _, height, width = autoencoder.latent_shape(shape[0], shape[1]) if data.kind == "image" else shape
     parts = {part: recipe[part] for part in ("model", "diffusion", "stages", "autoencoder", "name")}
+    parts |= {"text_encoder": recipe.get("text_encoder"), "context_shape": data.context_shape}
     size = height if height == width else [height, width]
     more = {"sample_size": size, "precision": recipe["train"]["precision"], "step": step}
     return from_mapping(ModelDescription, parts | more)

@@ -25,6 +25,9 @@ def sample(
     ] = None,
     clip: Annotated[bool, typer.Option(help="Keep x0 in [-1, 1]: for pixels, not latents.")] = False,
     class_: Annotated[int | None, typer.Option("--class", help="Only this class; default all in turn.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text of the pictures; several take turns. Default: no caption.")
+    ] = None,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Pictures depend on it and their number alone.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 64,
@@ -38,5 +41,5 @@ def sample(
     from msdiff_dist.launch.sample import sample_run
 
     config = SamplerConfig(sampler, steps, eta, spacing, clip=clip, guidance_scale=guidance, churn=ChurnConfig(churn))
-    sample_run(run, out, num, config, class_, seed, batch_size, ema=not raw)
+    sample_run(run, out, num, config, class_, seed, batch_size, ema=not raw, prompts=prompt or ())
     typer.echo(f"{num} pictures and grid.png in {out}")

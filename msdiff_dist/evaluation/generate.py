@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from msdiff_dist.checkpoint.weights import Weights
 from msdiff_dist.diffusion.sampling import Condition, SamplerConfig, sample
+from msdiff_dist.evaluation.prompts import Prompter
 from msdiff_dist.models.autoencoder import LatentCodec
 from msdiff_dist.models.multistage_unet import build_parts
 
@@ -26,12 +27,27 @@ class Generator:
         self._dtype = torch.bfloat16 if bf16 else torch.float32
         self._shared = self._load(build_parts(self._model, [])[0], "shared.")
         self._stages: dict[int, nn.Module] = {}
+        self._prompter = Prompter(description, device)
 
     def __call__(
-        self, index_n: Sequence[int], sampler: SamplerConfig, seed: int, label_n: Tensor | None = None
+        self,
+        index_n: Sequence[int],
+        sampler: SamplerConfig,
+        seed: int,
+        label_n: Tensor | None = None,
+        prompts: Sequence[str] = (),
     ) -> Tensor:
-        """uint8 pictures [n, C, H, W] numbered `index_n`; each depends on (weights, seed, its number) alone."""
+        """uint8 pictures [n, C, H, W] numbered `index_n`; each depends on (weights, seed, its number) alone.
+
+        Args:
+            prompts: for the pictures by number, in turn; none: pictures of no caption.
+
+        Raises:
+            ConfigError: prompts for a model that takes none.
+        """
         null = None if label_n is None else torch.full_like(label_n, self._model.num_classes or 0)
+        context, null_context = self._prompter(index_n, prompts)
+        unconditional = Condition(None if null is None else null.to(self._device), null_context)
         x0 = sample(
             self._network,
             self._process,
@@ -41,10 +57,14 @@ class Generator:
             index_n=index_n,
             shape=self._latent_shape,
             device=self._device,
-            condition=Condition(label_n=None if label_n is None else label_n.to(self._device)),
-            unconditional=Condition(label_n=null.to(self._device)) if null is not None else None,
+            condition=Condition(None if label_n is None else label_n.to(self._device), context),
+            unconditional=None if null is None and null_context is None else unconditional,
         )
         return self._codec.to_images(x0)
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts that the model cannot take, before anything is drawn. Raises as a call does."""
+        self._prompter([0], prompts)
 
     @property
     def loaded_stages(self) -> list[int]:
@@ -54,6 +74,7 @@ class Generator:
     def _network(self, x_in: Tensor, t_in: Tensor, stage: int, label: Tensor | None, context: Tensor | None) -> Tensor:
         if stage not in self._stages:
             self._stages[stage] = self._load(build_parts(self._model, [stage])[1][stage], f"stages.{stage}.")
+        context = None if context is None else context.to(self._dtype)
         features = self._shared(x_in.to(self._dtype), t_in, context, label)
         return self._stages[stage](*features)
 

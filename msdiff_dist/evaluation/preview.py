@@ -17,11 +17,13 @@ _GRID_SIDE = 900
 
 @dataclass(frozen=True)
 class PreviewConfig:
-    """every: steps between sample grids, 0 for none (else one at the end too). num: pictures in a grid."""
+    """every: steps between sample grids, 0 for none (else one at the end too). num: pictures in a grid. prompts: of a
+    model that takes text, in turn."""
 
     every: int = 0
     num: int = 64
     seed: int = 0
+    prompts: tuple[str, ...] = ()
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
     def __post_init__(self) -> None:

@@ -24,7 +24,8 @@ def write_preview(recipe: Recipe, weights: Path, target: Path, env: Environment)
     images: Tensor | None = None
     if own:
         generator = Generator(CheckpointWeights(CheckpointReader(weights)), env.device)
-        images = generator(own, config.sampler, config.seed, class_labels(own, recipe.model.num_classes))
+        labels = class_labels(own, recipe.model.num_classes)
+        images = generator(own, config.sampler, config.seed, labels, config.prompts)
     gathered: list[Tensor | None] | None = [None] * env.world_size if env.rank == 0 else None
     dist.gather_object(images, gathered, dst=0)
     if gathered is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,12 +18,21 @@ from msdiff_dist.evaluation.preview import class_labels, write_grid
 
 
 def sample_run(
-    run: Path, out: Path, num: int, sampler: SamplerConfig, class_: int | None, seed: int, batch_size: int, ema: bool
+    run: Path,
+    out: Path,
+    num: int,
+    sampler: SamplerConfig,
+    class_: int | None,
+    seed: int,
+    batch_size: int,
+    ema: bool,
+    prompts: Sequence[str] = (),
 ) -> None:
     """Write `num` PNG files and grid.png into the new folder `out`.
 
     Args:
         run: a run folder, whose newest checkpoint is taken, one checkpoint, or an export.
+        prompts: of the pictures in turn.
         ema: with the averaged weights, else with the last ones.
 
     Raises:
@@ -39,11 +49,12 @@ def sample_run(
         option = "sampler" if e.field == "name" else e.field
         raise ConfigError(f"--{option}", e.value, e.problem, e.remedy) from None
     generator = Generator(weights, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    generator.check_prompts(prompts)
     out.mkdir(parents=True, exist_ok=True)
     grid: list[Tensor] = []
     batches = [list(range(i, min(i + batch_size, num))) for i in range(0, num, batch_size)]
     for index_n in track(batches, description="sampling", transient=True):
-        images = generator(index_n, sampler, seed, class_labels(index_n, num_classes, class_))
+        images = generator(index_n, sampler, seed, class_labels(index_n, num_classes, class_), prompts)
         for i, image in zip(index_n, images, strict=True):
             pixels = image.permute(1, 2, 0).squeeze(-1).numpy()
             Image.fromarray(pixels).save(out / f"{i:05d}.png")
