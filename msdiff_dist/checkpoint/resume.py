@@ -77,7 +77,8 @@ def _check_fits(reader: CheckpointReader, shapes: Shapes, batch_size: int) -> No
         raise CheckpointError(
             "checkpoint", str(reader.folder),
             f"was trained with a global batch of {reader.index.batch_size} and this run has {batch_size}",
-            f"Set train.global_batch_size={reader.index.batch_size}, or name another --run-dir.",
+            f"Set train.global_batch_size={reader.index.batch_size} and train.micro_batch_size=null, or name another "
+            "--run-dir.",
         )  # fmt: skip
 
 

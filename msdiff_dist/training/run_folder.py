@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -27,6 +28,8 @@ from msdiff_dist.errors import RunFolderError
 FREE_FIELDS = (
     "train.steps",
     "train.gradient_accumulation_steps",
+    "train.global_batch_size",  # the checkpoint holds the batch size itself, and is held against it
+    "train.micro_batch_size",
     "train.threads",
     "train.timeout_s",
     "data.workers",
@@ -94,6 +97,8 @@ class RunFolder:
                 folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for leftover in self.samples.glob(".*"):  # of a preview that a kill cut short
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             replace_text(self.recipe_file, OmegaConf.to_yaml(OmegaConf.create(dict(recipe))))
         except BlockingIOError:
             raise RunFolderError(

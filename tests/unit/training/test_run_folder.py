@@ -32,6 +32,17 @@ def test_one_user_at_a_time(tmp_path: Path) -> None:
     second.close()
 
 
+def test_what_a_killed_preview_left_is_removed(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    (folder.samples / ".weights_00000010").mkdir(parents=True)
+    (folder.samples / ".step_00000010.png").write_text("")
+    (folder.samples / "step_00000005.png").write_text("")
+    folder.recipe_file.write_text("name: a\n")
+    folder.open({"name": "a"})
+    folder.close()
+    assert [p.name for p in folder.samples.iterdir()] == ["step_00000005.png"]
+
+
 def test_a_path_that_cannot_be_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="cannot be written"):
