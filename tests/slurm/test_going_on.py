@@ -154,4 +154,4 @@ def test_time_limits_preemption_power_cut_and_requeue_in_one_run(
     assert starts_of(run)[-1].outcome == "finished"
     found, expected = losses(run), undisturbed(tmp_path / "alone", *changes)
     assert list(found) == list(range(1, 801))
-    assert found == pytest.approx(expected, rel=1e-3)
+    assert found == pytest.approx(expected, rel=1e-5)
