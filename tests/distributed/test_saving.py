@@ -96,6 +96,7 @@ def refusals(rank: int, checkpoints: Path) -> list[str]:
         index.write_text(json.dumps(json.loads(index.read_text()) | {"format": 99}))
     torch.distributed.barrier()
     expect(SHAPES, 8)
+    torch.distributed.barrier()  # the other rank may still be reading the offer
     if rank == 0:
         for folder in complete_checkpoints(checkpoints):
             cut_index(folder)
