@@ -9,6 +9,7 @@ and captions (`txt`).
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 
 BLOCK_FIELD = "latents.safetensors"
 CHECKSUMS = "crc32"
+_DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "I64": "<i8", "BOOL": "?"}
 
 
 class BlockError(Exception):
@@ -61,10 +63,10 @@ def block_samples(content: bytes, url: str) -> Iterator[dict[str, Any]]:
     Raises:
         BlockError: it is not a block.
     """
-    lists, tensors = _lists(content), _tensors(content)
+    lists = _lists(content)
     columns: dict[str, Any] = {"__key__": lists["__key__"]}
     columns |= {name: [value.encode() for value in values] for name, values in lists.items() if name != "__key__"}
-    columns |= {name: _array(tensor) for name, tensor in tensors.items() if name != CHECKSUMS}
+    columns |= {name: array for name, array in _views(content).items() if name != CHECKSUMS}
     names = ("__url__", *columns)
     return (dict(zip(names, (url, *row), strict=True)) for row in zip(*columns.values(), strict=True))
 
@@ -99,6 +101,22 @@ def _tensors(content: bytes) -> dict[str, Tensor]:
         return load(content)
     except (SafetensorError, ValueError, RuntimeError) as e:
         raise BlockError(f"is not a block of latents ({e})") from e
+
+
+def _views(content: bytes) -> dict[str, NDArray[Any]]:
+    """The tensors without copying them, as safetensors lays them out: a header's length, the header, the values."""
+    try:
+        start = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:start])
+        return {
+            name: np.frombuffer(
+                content, _DTYPES[entry["dtype"]], math.prod(entry["shape"]), start + entry["data_offsets"][0]
+            ).reshape(entry["shape"])
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError) as e:
+        raise BlockError(f"is not a block of latents ({e!r})") from e
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:

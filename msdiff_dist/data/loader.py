@@ -224,13 +224,14 @@ class _RankDataset(IterableDataset):
         streams: dict[tuple[int, int], _Lane] = {}
         for step in itertools.count(self.start_step):
             (source_B, lane_B), first = schedule.locate(step), step * schedule.global_batch_size
-            index_n = [i for i, lane in enumerate(lane_B.tolist()) if lane in lanes]
+            places = list(zip(source_B.tolist(), lane_B.tolist(), strict=True))
+            index_n = [i for i, (_, lane) in enumerate(places) if lane in lanes]
             samples = []
             for i in index_n:
                 if schedule.mixture is None:
                     samples.append(synthesize(schedule.config, schedule.seed, first + i))
                     continue
-                place = int(source_B[i]), int(lane_B[i])
+                place = places[i]
                 if place not in streams:
                     streams[place] = schedule.lane(*place, self.start_step, damage)
                 samples.append(streams[place].take(first + i))
@@ -250,7 +251,7 @@ def _start(dataset: _RankDataset, workers: int) -> Iterator[StepSamples | UserEr
                 num_workers=workers,
                 prefetch_factor=2 if workers else None,
                 multiprocessing_context="forkserver" if workers else None,
-                worker_init_fn=_set_up_worker,
+                worker_init_fn=set_up_worker,
                 generator=torch.Generator(),  # its own: must not draw from torch's global one
             )
         )
@@ -268,7 +269,7 @@ def _start_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _set_up_worker(worker: int) -> None:
+def set_up_worker(worker: int) -> None:
     """Leave a cluster's signals, which go to every process of a job, to the rank; end when the rank ends."""
     for number in _CLUSTER_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -286,8 +287,8 @@ def _collate(step: int, index_n: Ints, samples: list[Sample], config: DataConfig
     def stack(arrays: list[np.ndarray], shape: tuple[int, ...], dtype: str) -> Tensor:
         out = torch.empty((len(arrays), *shape), dtype=getattr(torch, dtype))
         rows = (out.view(torch.uint16) if dtype == "bfloat16" else out).numpy()
-        for row, array in enumerate(arrays):
-            rows[row] = array
+        if arrays:
+            np.concatenate(arrays, out=rows.reshape(-1, *shape[1:]))
         return out
 
     context_nTC = None

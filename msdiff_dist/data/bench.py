@@ -1,0 +1,186 @@
+"""`msdiff data bench`: how fast this stream reads a recipe's shards, beside plain ways of reading the same files."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import itertools
+import random
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset
+from PIL import Image
+from safetensors.torch import load
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from msdiff_dist.data.access import is_local
+from msdiff_dist.data.config import DataConfig
+from msdiff_dist.data.index import Shard
+from msdiff_dist.data.latent_blocks import BLOCK_FIELD
+from msdiff_dist.data.loader import StepLoader, load_index, set_up_worker
+from msdiff_dist.data.samples import IMAGE_FIELDS
+from msdiff_dist.errors import DataError
+
+Batches = Any  # an iterator of batches
+_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one worker: samples a second, and the megabytes of shards that hold them."""
+
+    reader: str
+    samples: float
+    megabytes: float
+
+
+def bench(config: DataConfig, batch_size: int, seconds: float) -> list[Speed]:
+    """Measure every reader that can be had, in turns of `seconds`, and keep its best turn.
+
+    Raises:
+        DataError: there is nothing to read, or the shards are damaged.
+    """
+    index = load_index(config)
+    if not index:
+        raise DataError("data.kind", config.kind, "has no shards to read", "Bench a recipe that has.")
+    shards = [shard for source in index for shard in source]
+    known_size = all(shard.size for shard in shards)
+    per_sample = sum(shard.size or 0 for shard in shards) / sum(shard.num_samples for shard in shards)
+    with ExitStack() as stack:
+        running = {name: start() for name, start in _readers(config, batch_size, index, shards, stack).items()}
+        best = dict.fromkeys(running, 0.0)
+        for _ in range(_ROUNDS):
+            for name, batches in running.items():
+                rate = _rate(batches, config.workers, batch_size, seconds) / max(config.workers, 1)
+                best[name] = max(best[name], rate)
+        running["msdiff"].close()
+    return [Speed(name, rate, rate * per_sample / 1e6 if known_size else float("nan")) for name, rate in best.items()]
+
+
+def _rate(batches: Batches, workers: int, batch_size: int, seconds: float) -> float:
+    """Samples a second, once the batches are used up that waited for this turn."""
+    for _ in range(1 + 2 * workers):
+        next(batches)
+    begun, count = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - begun) < seconds:
+        next(batches)
+        count += 1
+    return count * batch_size / elapsed
+
+
+def _readers(
+    config: DataConfig, batch_size: int, index: list[list[Shard]], shards: list[Shard], stack: ExitStack
+) -> dict[str, Callable[[], Batches]]:
+    readers: dict[str, Callable[[], Batches]] = {
+        "msdiff": lambda: iter(StepLoader(config, 0, batch_size, index=index)),
+    }
+    paths = [shard.path for shard in shards if shard.num_samples]
+    if not all(map(is_local, paths)):
+        return readers
+    workers = min(config.workers, len(paths))
+    readers["torch DataLoader"] = lambda: _loaded(_TarFiles(paths, config), batch_size, workers)
+    readers["webdataset"] = lambda: _loaded(_WebDataset(paths, config), batch_size, workers)
+    if importlib.util.find_spec("streaming"):
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        readers["mosaicml-streaming"] = _streaming(paths, config, batch_size, workers, Path(folder))
+    return readers
+
+
+def _loaded(dataset: Any, batch_size: int, workers: int) -> Batches:
+    loader: DataLoader = DataLoader(
+        dataset,
+        batch_size,
+        num_workers=workers,
+        multiprocessing_context="forkserver" if workers else None,
+        worker_init_fn=set_up_worker,
+    )
+    return itertools.chain.from_iterable(itertools.repeat(loader))
+
+
+class _TarFiles(IterableDataset):
+    """What one writes first: tarfile, PIL or numpy, shards in random order."""
+
+    def __init__(self, paths: list[str], config: DataConfig) -> None:
+        self._paths, self._config = paths, config
+
+    def __iter__(self) -> Iterator[Tensor]:
+        worker = get_worker_info()
+        paths = self._paths[worker.id :: worker.num_workers] if worker else list(self._paths)
+        random.shuffle(paths)
+        for path in paths:
+            with tarfile.open(path) as archive:
+                for member in archive:
+                    extension = member.name.rsplit("/", 1)[-1].split(".", 1)[-1]
+                    content = archive.extractfile(member)
+                    if content and _is_sample(extension, self._config):
+                        yield from _decoded(extension, content.read(), self._config)
+
+
+class _WebDataset(IterableDataset):
+    """webdataset as its documentation has it, with the recipe's shuffle window; packed samples are shuffled singly."""
+
+    def __init__(self, paths: list[str], config: DataConfig) -> None:
+        self._paths, self._config = paths, config
+
+    def __iter__(self) -> Iterator[Tensor]:
+        dataset = webdataset.WebDataset(self._paths, shardshuffle=len(self._paths), empty_check=False)
+        if self._config.kind == "image":
+            yield from self._samples(dataset.shuffle(self._config.shuffle))
+        else:
+            yield from webdataset.filters.shuffle(self._config.shuffle)(self._samples(dataset))
+
+    def _samples(self, dataset: Iterable[dict[str, Any]]) -> Iterator[Tensor]:
+        for sample in dataset:
+            for extension, content in sample.items():
+                if _is_sample(extension, self._config):
+                    yield from _decoded(extension, content, self._config)
+
+
+def _streaming(
+    paths: list[str], config: DataConfig, batch_size: int, workers: int, folder: Path
+) -> Callable[[], Batches]:
+    """mosaicml-streaming over its own copy of the samples' files."""
+    from streaming import MDSWriter, StreamingDataset
+
+    with MDSWriter(out=str(folder), columns={"extension": "str", "content": "bytes"}) as writer:
+        for path in paths:
+            for sample in webdataset.WebDataset([path], shardshuffle=False):
+                for extension, content in sample.items():
+                    if _is_sample(extension, config):
+                        writer.write({"extension": extension, "content": content})
+
+    dataset = StreamingDataset(local=str(folder), shuffle=True, batch_size=batch_size)
+    return lambda: _loaded(_Decoded(dataset, config), batch_size, workers)
+
+
+class _Decoded(IterableDataset):
+    def __init__(self, records: Iterable[dict[str, Any]], config: DataConfig) -> None:
+        self._records, self._config = records, config
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for record in self._records:
+            yield from _decoded(record["extension"], record["content"], self._config)
+
+
+def _is_sample(extension: str, config: DataConfig) -> bool:
+    known = IMAGE_FIELDS if config.kind == "image" else (config.latent_field, BLOCK_FIELD)
+    return extension in known
+
+
+def _decoded(extension: str, content: bytes, config: DataConfig) -> Iterable[Tensor]:
+    if extension == BLOCK_FIELD:
+        return load(content)[config.latent_field]
+    if config.kind == "latent":
+        return [torch.from_numpy(np.load(io.BytesIO(content)))]
+    image = Image.open(io.BytesIO(content)).convert("L" if config.channels == 1 else "RGB")
+    return [torch.from_numpy(np.array(image).reshape(*image.size[::-1], -1)).movedim(-1, 0)]
