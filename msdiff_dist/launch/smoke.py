@@ -22,13 +22,16 @@ def smoke(recipe: Recipe) -> Recipe:
     Samples are random numbers in the shape of the recipe's pictures or latents, no larger than its levels need.
     """
     data, model = _data(recipe), _model(recipe.model)
-    pictures = data.x_shape[0] in (1, 3)
+    folds = recipe.autoencoder.kind == "space_to_depth"
+    autoencoder = recipe.autoencoder if folds else AutoencoderConfig()
+    pictures = data.x_shape[0] in (autoencoder.factor**2, 3 * autoencoder.factor**2)
     steps = 3 if recipe.preview.sampler.name == "dpm_3s" else 2
     return replace(
         recipe,
         name=f"{recipe.name}_smoke",
         data=data,
-        autoencoder=AutoencoderConfig(),
+        autoencoder=autoencoder,
+        text_encoder=None,
         model=model,
         train=replace(
             recipe.train,
@@ -44,6 +47,7 @@ def smoke(recipe: Recipe) -> Recipe:
             recipe.preview,
             every=STEPS if pictures else 0,
             num=2,
+            prompts=(),
             sampler=replace(recipe.preview.sampler, steps=steps),
         ),
     )
