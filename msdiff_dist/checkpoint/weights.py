@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from abc import ABC, abstractmethod
@@ -38,6 +39,10 @@ class Weights(ABC):
             DamagedError: it is not there in full.
         """
 
+    @abstractmethod
+    def identity(self) -> str:
+        """Hex digest that other weights would not have."""
+
     def module_state(self, prefix: str) -> dict[str, Tensor]:
         """State dict of the part of the model under `prefix` (`shared.`, `stages.1.`), prefix removed."""
         return {name.removeprefix(prefix): self.tensor(name) for name in self.names() if name.startswith(prefix)}
@@ -56,6 +61,10 @@ class CheckpointWeights(Weights):
 
     def tensor(self, name: str) -> Tensor:
         return self.reader.tensor(self._kind, name)
+
+    def identity(self) -> str:
+        digests = sorted(f"{stored.name} {stored.sha256}" for stored in self.reader.index.files)
+        return hashlib.sha256("\n".join([self._kind, *digests]).encode()).hexdigest()
 
 
 class ExportWeights(Weights):
@@ -78,6 +87,10 @@ class ExportWeights(Weights):
 
     def tensor(self, name: str) -> Tensor:
         return self._reader.tensor(name)
+
+    def identity(self) -> str:
+        with self._reader.path.open("rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def open_weights(path: Path, step: int | None = None, ema: bool = True) -> Weights:

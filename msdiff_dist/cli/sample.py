@@ -10,7 +10,7 @@ import typer
 
 def sample(
     run: Annotated[Path, typer.Argument(help="Run folder, one checkpoint of it, or an export.")],
-    out: Annotated[Path, typer.Option(help="New folder for the pictures.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pictures: new, or of the same command, cut short.")],
     num: Annotated[int, typer.Option(min=1, help="Pictures to make.")] = 64,
     sampler: Annotated[
         Literal["ddim", "dpmpp_2m", "ddpm", "dpm_3s", "heun"] | None,
@@ -35,11 +35,13 @@ def sample(
 ) -> None:
     """Make pictures with a run's newest checkpoint: PNG files 00000.png ... and grid.png.
 
+    The same command goes on where it was ended.
+
     Example: msdiff sample runs/quickstart --num 100 --steps 50 --sampler ddim --out samples
     """
     from msdiff_dist.diffusion.solvers import ChurnConfig, SamplerConfig
     from msdiff_dist.launch.sample import sample_run
 
     config = SamplerConfig(sampler, steps, eta, spacing, clip=clip, guidance_scale=guidance, churn=ChurnConfig(churn))
-    sample_run(run, out, num, config, class_, seed, batch_size, ema=not raw, prompts=prompt or ())
-    typer.echo(f"{num} pictures and grid.png in {out}")
+    there = sample_run(run, out, num, config, class_, seed, batch_size, ema=not raw, prompts=prompt or ())
+    typer.echo(f"{num} pictures and grid.png in {out}" + (f" ({there} were there already)" if there else ""))

@@ -1,20 +1,36 @@
-"""Pictures from a run folder or an export."""
+"""Pictures from a run folder or an export, into a folder that remembers what it is being filled with.
+
+out/
+  sampling.json   what is sampled: only the same command goes on with the folder
+  00000.png ...   written aside and renamed: whole or not there
+  grid.png        of the first hundred, when all are there
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import fcntl
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
 from msdiff_dist.checkpoint.weights import open_weights
+from msdiff_dist.config import differences, to_mapping
 from msdiff_dist.diffusion.sampling import SamplerConfig
 from msdiff_dist.errors import ConfigError, RunFolderError
 from msdiff_dist.evaluation.generate import Generator
 from msdiff_dist.evaluation.preview import class_labels, write_grid
+
+_RECORD = "sampling.json"
+_GRID = "grid.png"
+_IN_GRID = 100
 
 
 def sample_run(
@@ -27,37 +43,85 @@ def sample_run(
     batch_size: int,
     ema: bool,
     prompts: Sequence[str] = (),
-) -> None:
-    """Write `num` PNG files and grid.png into the new folder `out`.
+) -> int:
+    """Write `num` PNG files and grid.png into `out`, or those that an earlier call, cut short, did not.
 
     Args:
         run: a run folder, whose newest checkpoint is taken, one checkpoint, or an export.
         prompts: of the pictures in turn.
-        ema: with the averaged weights, else with the last ones.
+
+    Returns:
+        How many pictures were there already.
 
     Raises:
-        CheckpointError: no such weights there, or damaged. RunFolderError: `out` holds files already.
+        CheckpointError: no such weights there, or damaged. RunFolderError: `out` holds anything but these pictures, or
+            another process is at work on it.
     """
     weights = open_weights(run, ema=ema)
-    num_classes = weights.description.model.num_classes
-    if out.exists() and any(out.iterdir()):
-        raise RunFolderError("--out", str(out), "is not empty", "Name a new folder.")
+    description = weights.description
+    num_classes = description.model.num_classes
     class_labels([0], num_classes, class_)
     try:
-        sampler = sampler.for_process(weights.description.process())
+        sampler = sampler.for_process(description.process())
     except ConfigError as e:
         option = "sampler" if e.field == "name" else e.field
         raise ConfigError(f"--{option}", e.value, e.problem, e.remedy) from None
+    settings = {"num": num, "seed": seed, "class": class_, "prompts": list(prompts), "sampler": to_mapping(sampler)}
+    source = {"step": description.step, "weights": description.weights, "sha256": weights.identity()}
     generator = Generator(weights, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     generator.check_prompts(prompts)
+    paths = [out / f"{i:05d}.png" for i in range(num)]
+    with _opened(out, {"source": source, **settings}, paths):
+        there = sum(path.exists() for path in paths)
+        batches = [list(range(i, min(i + batch_size, num))) for i in range(0, num, batch_size)]
+        for index_n in track(batches, description="sampling", transient=True):
+            if all(paths[i].exists() for i in index_n):
+                continue  # a batch is made again whole: rounding depends on what is computed together
+            images = generator(index_n, sampler, seed, class_labels(index_n, num_classes, class_), prompts)
+            for i, image in zip(index_n, images, strict=True):
+                _write(image, paths[i])
+        columns = num_classes if class_ is None and (num_classes or 99) <= 20 else None
+        write_grid(torch.stack([_read(path) for path in paths[:_IN_GRID]]), out / _GRID, columns)
+    return there
+
+
+@contextmanager
+def _opened(out: Path, settings: Mapping[str, Any], paths: Sequence[Path]) -> Iterator[None]:
+    """Take the folder for this process; refuse one that holds anything but this sampling."""
+    ours = {_RECORD, *(p.name for path in [*paths, out / _GRID] for p in (path, _aside(path)))}
+    there = {p.name for p in out.iterdir()} if out.exists() else set()
+    if there and _RECORD not in there:
+        raise RunFolderError("--out", str(out), "is not empty", "Name a new folder.")
     out.mkdir(parents=True, exist_ok=True)
-    grid: list[Tensor] = []
-    batches = [list(range(i, min(i + batch_size, num))) for i in range(0, num, batch_size)]
-    for index_n in track(batches, description="sampling", transient=True):
-        images = generator(index_n, sampler, seed, class_labels(index_n, num_classes, class_), prompts)
-        for i, image in zip(index_n, images, strict=True):
-            pixels = image.permute(1, 2, 0).squeeze(-1).numpy()
-            Image.fromarray(pixels).save(out / f"{i:05d}.png")
-        grid += [image for image in images if len(grid) < 100]
-    classes = num_classes if class_ is None else None
-    write_grid(torch.stack(grid[:100]), out / "grid.png", classes if (classes or 99) <= 20 else None)
+    with (out / _RECORD).open("a+") as record:
+        try:
+            fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunFolderError("--out", str(out), "is being filled by another process", "Wait for it.") from None
+        record.seek(0)
+        if text := record.read():
+            changed = "; ".join(f"{f} was {a!r}, now {b!r}" for f, a, b in differences(json.loads(text), settings))
+            if changed:
+                problem = f"holds the pictures of another command ({changed})"
+                raise RunFolderError("--out", str(out), problem, "Give that command, or name a new folder.")
+        if foreign := sorted(there - ours):
+            raise RunFolderError("--out", str(out), f"holds {foreign[0]} too", "Remove it, or name a new folder.")
+        if not text:
+            record.write(json.dumps(settings, indent=1) + "\n")
+            record.flush()
+        yield
+
+
+def _write(image_CHW: Tensor, path: Path) -> None:
+    aside = _aside(path)
+    Image.fromarray(image_CHW.permute(1, 2, 0).squeeze(-1).numpy()).save(aside, format="PNG")
+    aside.rename(path)
+
+
+def _read(path: Path) -> Tensor:
+    pixels = np.asarray(Image.open(path))
+    return torch.from_numpy(pixels.copy()).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}")

@@ -67,6 +67,43 @@ def test_digits_from_shards_to_pictures(msdiff: Msdiff, digits: Path, tmp_path: 
     assert msdiff("sample", whole, "--class", 10, "--out", out / "none").status == 2
 
 
+def test_sampling_that_is_killed_goes_on_to_the_same_pictures(msdiff: Msdiff, digits: Path, tmp_path: Path) -> None:
+    run, whole, cut = tmp_path / "run", tmp_path / "whole", tmp_path / "cut"
+    assert msdiff("train", *_quickstart(digits, 2), "preview.every=0", "--run-dir", run).status == 0
+    options = ["--steps", "3", "--num", "60", "--batch-size", "3", "--eta", "1"]
+    assert msdiff("sample", run, *options, "--out", whole).status == 0
+    expected = {path.name: path.read_bytes() for path in whole.iterdir()}
+    assert len(expected) == 62
+
+    command = [sys.executable, "-m", "msdiff_dist.cli.main", "sample", str(run), *options, "--out", str(cut)]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 120
+    while len(list(cut.glob("[0-9]*.png"))) < 10:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    there = {path.name: path.read_bytes() for path in cut.glob("[0-9]*.png")}
+    assert 10 <= len(there) < 60
+    assert there.items() <= expected.items()
+    (cut / "00004.png").unlink()  # one of a batch
+
+    for other, named in ((["--seed", "1"], "seed was 0, now 1"), (["--steps", "4"], "sampler.steps was 3, now 4")):
+        refused = msdiff("sample", run, *options, *other, "--out", cut)
+        assert refused.status == 2
+        assert named in refused.output
+    (cut / "mine.txt").touch()
+    assert "mine.txt" in msdiff("sample", run, *options, "--out", cut).output
+    (cut / "mine.txt").unlink()
+
+    again = msdiff("sample", run, *options, "--out", cut)
+    assert again.status == 0, again.output
+    assert f"({len(there) - 1} were there already)" in again.output
+    assert {path.name: path.read_bytes() for path in cut.iterdir()} == expected
+    assert msdiff("sample", run, *options, "--out", run).status == 2
+
+
 def _start(run: Path, *args: str) -> subprocess.Popen[str]:
     command = [
         sys.executable,
