@@ -12,10 +12,13 @@ LOSS_WINDOW = 100
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """every: steps between checkpoints, 0 for the last step only.
+    """When a run saves, and what it keeps.
 
-    Kept are the newest `keep_last`, those of every `keep_every` steps (0: none), and with `keep_best` the one with the
-    lowest smoothed training loss.
+    Args:
+        every: steps between checkpoints, 0 for the last step only.
+        keep_last: how many of the newest stay.
+        keep_every: those of every so many steps stay too, 0 for none.
+        keep_best: the one with the lowest smoothed training loss stays too.
     """
 
     every: int = 1000

@@ -17,8 +17,13 @@ _GRID_SIDE = 900
 
 @dataclass(frozen=True)
 class PreviewConfig:
-    """every: steps between sample grids, 0 for none (else one at the end too). num: pictures in a grid. prompts: of a
-    model that takes text, in turn."""
+    """Grids of samples while training, drawn with the averaged weights.
+
+    Args:
+        every: steps between grids, 0 for none (else one at the end too).
+        num: pictures in a grid.
+        prompts: of a model that takes text, in turn.
+    """
 
     every: int = 0
     num: int = 64

@@ -51,6 +51,9 @@ class UNetConfig:
         num_classes: labels 0 .. num_classes - 1; label num_classes is the dropped one.
         dropout: probability in residual blocks. Its masks are the one thing in training that depends on how samples
             are spread over ranks: the same run on other ranks draws others.
+        norm_groups: groups of a GroupNorm; divides every width.
+        share_encoder: false gives every stage a whole U-Net of its own.
+        attention_backend: `auto` is `sdpa`, but `math` for few bf16 keys on a CPU.
     """
 
     encoder_channels: int | tuple[int, ...]

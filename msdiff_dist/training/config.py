@@ -12,9 +12,20 @@ from msdiff_dist.errors import ConfigError
 class TrainConfig:
     """How long and in what portions to train.
 
-    steps: optimizer steps. global_batch_size: samples per optimizer step over all ranks; or micro_batch_size: the mean
-    number of samples per rank in a micro batch. With both, global = micro x ranks x accumulation must hold.
-    threads: CPU threads per rank, 0 to share the cores evenly. timeout_s: how long a collective may wait.
+    With both batch sizes, global = micro x ranks x accumulation must hold.
+
+    Args:
+        steps: optimizer steps.
+        global_batch_size: samples per optimizer step over all ranks.
+        micro_batch_size: instead: the mean number of samples per rank in a micro batch.
+        gradient_accumulation_steps: micro batches per optimizer step.
+        precision: of the computation; masters, moments and averages are always fp32.
+        seed: of weights, sample order, times and noise.
+        condition_dropout: probability of training a sample without its class and caption, for guidance.
+        loss: of each element.
+        channels_last: memory format of the network's inputs; faster convolutions on most GPUs.
+        threads: CPU threads per rank, 0 to share the cores evenly.
+        timeout_s: how long a collective may wait.
     """
 
     steps: int

@@ -15,7 +15,15 @@ from msdiff_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """lr: as it is used, never scaled by the number of GPUs. grad_clip: greatest global gradient norm, 0 for none."""
+    """The optimizer of every engine.
+
+    Args:
+        lr: as it is used, never scaled by the number of GPUs.
+        betas, eps: of adamw and adam.
+        weight_decay: decoupled from the gradient in adamw, added to it in adam and sgd.
+        momentum: of sgd.
+        grad_clip: greatest global gradient norm, 0 for none.
+    """
 
     lr: float
     name: Literal["adamw", "adam", "sgd"] = "adamw"
@@ -38,7 +46,13 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class LrScheduleConfig:
-    """Linear warm-up over `warmup_steps`, then constant, or a cosine from 1 to `final_fraction` at the last step."""
+    """Linear warm-up over `warmup_steps`, then constant, or a cosine from 1 to `final_fraction` at the last step.
+
+    Args:
+        kind: what follows the warm-up.
+        warmup_steps: 0 for none.
+        final_fraction: of `optimizer.lr`, at the last step of a cosine.
+    """
 
     kind: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,10 @@ def test_contradictions_of_the_pixel_systems(overrides: list[str], field: str) -
     with pytest.raises(ConfigError) as caught:
         load_recipe(EDM, overrides)
     assert caught.value.field == field
+
+
+def test_reference_of_fields_is_current() -> None:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "tools/recipe_reference.py"]
+    page = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    assert (root / "docs/recipe.md").read_text() == page, "python tools/recipe_reference.py > docs/recipe.md"

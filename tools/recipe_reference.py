@@ -1,0 +1,108 @@
+"""Write the reference of all recipe fields, from the dataclasses they belong to.
+
+Example: python tools/recipe_reference.py > docs/recipe.md
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import types
+from collections.abc import Iterator
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from msdiff_dist.recipe import Recipe
+
+INTRODUCTION = """# Recipe fields
+
+Written by `tools/recipe_reference.py` from the code that takes the fields. A recipe has a `name` and the sections
+`data`, `stages`, `model`, `optimizer` and `train`; the others are optional. On the command line a field goes by its
+dotted name: `msdiff train RECIPE train.steps=1000 'stages.boundaries=[442,631]'`.
+"""
+
+
+def main() -> None:
+    print(reference(), end="")
+
+
+def reference() -> str:
+    """The whole page, in Markdown."""
+    hints = get_type_hints(Recipe)
+    pages: list[str] = [INTRODUCTION]
+    known: dict[type, str] = {}
+    for field in dataclasses.fields(Recipe):
+        for cls in _dataclasses(hints[field.name]):
+            pages += _section(field.name, cls, known)
+    return "\n".join(pages)
+
+
+def _section(path: str, cls: type, known: dict[type, str]) -> Iterator[str]:
+    """A heading, the class's own words, its fields; then the sections inside it."""
+    hints = get_type_hints(cls)
+    yield f"## `{path}`" + (f" ({_type(hints['family'])})" if "family" in hints else "") + "\n"
+    if cls in known:
+        yield f"As `{known[cls]}`.\n"
+        return
+    known[cls] = path
+    prose, meanings = _words(cls)
+    yield f"{prose}\n\n| field | type | default | |\n|---|---|---|---|"
+    for field in dataclasses.fields(cls):
+        meaning = meanings.get(field.name, "").replace("|", "\\|")
+        yield f"| `{field.name}` | {_type(hints[field.name])} | {_default(field)} | {meaning} |"
+    yield ""
+    for field in dataclasses.fields(cls):
+        for inner in _dataclasses(hints[field.name]):
+            yield from _section(f"{path}.{field.name}", inner, known)
+
+
+def _words(cls: type) -> tuple[str, dict[str, str]]:
+    """What the docstrings of a class, and of the configurations it extends, say of it and of each field."""
+    names = "|".join(field.name for field in dataclasses.fields(cls))
+    entry = re.compile(rf"(?:^|(?<=[.;] ))((?:{names})(?:, (?:{names}))*): ")
+    prose, meanings = [], {}
+    bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
+    for paragraph in "\n\n".join(inspect.cleandoc(base.__dict__["__doc__"]) for base in bases).split("\n\n"):
+        text = " ".join(re.sub(r"^(Args|Attributes):", "", paragraph).split())
+        before, *entries = entry.split(text)
+        prose += [before] if before else []
+        for name, meaning in zip(entries[::2], entries[1::2], strict=True):
+            meanings |= dict.fromkeys(name.split(", "), meaning.strip().rstrip(";"))
+    return "\n\n".join(prose), meanings
+
+
+def _dataclasses(hint: Any) -> list[type]:
+    """The dataclasses in a type, also inside unions and tuples."""
+    if dataclasses.is_dataclass(hint):
+        return [hint]  # type: ignore[list-item]
+    return [cls for arg in get_args(hint) for cls in _dataclasses(arg)]
+
+
+def _type(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in args)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_type(arg) for arg in args))
+    if origin is tuple:
+        return f"list of {_type(args[0])}" if args[-1] is Ellipsis else f"list of {len(args)} {_type(args[0])}"
+    if dataclasses.is_dataclass(hint):
+        return "section"
+    names = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(hint, str(hint))
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        return "`" + yaml.safe_dump(_plain(field.default), default_flow_style=True).split("\n")[0] + "`"
+    return "required" if field.default_factory is dataclasses.MISSING else "the section's own"
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+if __name__ == "__main__":
+    main()
