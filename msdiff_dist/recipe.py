@@ -81,27 +81,32 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ConfigError: the file is missing or not YAML, or a field is unknown, missing, mistyped or contradictory.
     """
-    path = Path(path)
+    return recipe_from(read_mapping(Path(path), overrides))
+
+
+def read_mapping(path: Path, overrides: Sequence[str], field: str = "RECIPE") -> Any:
+    """The content of a YAML file with dotted overrides applied, as plain data.
+
+    Raises:
+        ConfigError: the file, which the command line calls `field`, is missing or not YAML, or an override is none.
+    """
     if not path.is_file():
         known = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         remedy = f"Choose from: {', '.join(known)}." if known else "Name a YAML file, as in recipes/quickstart.yaml."
-        raise ConfigError("RECIPE", str(path), "no such file", remedy)
+        raise ConfigError(field, str(path), "no such file", remedy)
     try:
         loaded = OmegaConf.load(path)
     except yaml.YAMLError as e:
-        raise ConfigError(
-            "RECIPE", str(path), f"is not YAML ({' '.join(str(e).split())})", "Correct the file."
-        ) from None
+        raise ConfigError(field, str(path), f"is not YAML ({' '.join(str(e).split())})", "Correct the file.") from None
     for override in overrides:
         name, equals, _ = override.partition("=")
         if not equals or not name or name.startswith("-"):
             raise ConfigError("override", override, "is not of the form key=value", "Write train.steps=100, say.")
     try:
         merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
-        mapping = OmegaConf.to_container(merged, resolve=True)
+        return OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError) as e:
-        raise ConfigError("RECIPE", str(path), " ".join(str(e).split()), "Correct the file or the overrides.") from None
-    return recipe_from(mapping)
+        raise ConfigError(field, str(path), " ".join(str(e).split()), "Correct the file or the overrides.") from None
 
 
 def recipe_from(mapping: Any) -> Recipe:

@@ -19,17 +19,21 @@ class CheckpointConfig:
         keep_last: how many of the newest stay.
         keep_every: those of every so many steps stay too, 0 for none.
         keep_best: the one with the lowest smoothed training loss stays too.
+        at: further steps that are saved, and stay.
     """
 
     every: int = 1000
     keep_last: int = 3
     keep_every: int = 0
     keep_best: bool = False
+    at: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("every", "keep_every"):
             if getattr(self, field) < 0:
                 raise ConfigError(field, getattr(self, field), "must not be negative", "Use 0 for none.")
+        if any(step < 1 for step in self.at):
+            raise ConfigError("at", list(self.at), "steps are counted from 1", "Correct it.")
         if self.keep_last < 1:
             raise ConfigError("keep_last", self.keep_last, "must be at least 1", "Keep at least the newest.")
         if self.every and self.keep_every % self.every:
@@ -37,6 +41,10 @@ class CheckpointConfig:
                 "keep_every", self.keep_every, f"is not a multiple of every = {self.every}",
                 f"Use {-(-self.keep_every // self.every) * self.every}.",
             )  # fmt: skip
+
+    def due(self, step: int) -> bool:
+        """Whether there is to be a checkpoint after `step` steps, be it the last or not."""
+        return step in self.at or (self.every > 0 and step % self.every == 0)
 
 
 @dataclass
@@ -56,7 +64,7 @@ def kept(losses: Mapping[int, float | None], config: CheckpointConfig) -> set[in
     losses: smoothed loss by step.
     """
     steps = sorted(losses)
-    keep = set(steps[-config.keep_last :])
+    keep = set(steps[-config.keep_last :]) | (losses.keys() & set(config.at))
     if config.keep_every:
         keep |= {s for s in steps if s % config.keep_every == 0}
     known = {s: v for s, v in losses.items() if v is not None}

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from msdiff_dist import __version__
 from msdiff_dist.cli import (
+    ablate,
     array,
     attach,
     cancel,
@@ -42,6 +43,7 @@ for verb in (
     flops.flops,
     train.train,
     sample.sample,
+    ablate.ablate,
     export.export,
     convert.convert,
     launch.launch,

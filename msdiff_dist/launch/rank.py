@@ -83,7 +83,7 @@ def run_rank(
             run.loss_average,
             recipe.optimizer.lr,
             recipe.lr_schedule,
-            Occasions(run.save, recipe.checkpoint.every, run.preview, recipe.preview.every),
+            Occasions(run.save, recipe.checkpoint.due, run.preview, recipe.preview.every),
             writer,
             lambda: stop.requested_at is not None or run.saver.failed,
             run.batch_size,

@@ -20,10 +20,10 @@ Outcome = Literal["finished", "preempted"]
 
 @dataclass(frozen=True)
 class Occasions:
-    """What happens every so many steps; 0 is never. Both are collective."""
+    """What happens after some steps: saving when it is due, previews every so many (0: never). Both are collective."""
 
     save: Callable[[int], None]
-    save_every: int
+    save_due: Callable[[int], bool]
     preview: Callable[[int], None]
     preview_every: int
 
@@ -79,20 +79,16 @@ def train(
             )
         saving = 0.0
         last = done == config.steps or outcome.stop_requested
-        if last or _due(done, occasions.save_every):
+        if last or occasions.save_due(done):
             start = time.perf_counter()
             occasions.save(done)
             saved, saving = done, time.perf_counter() - start
         if outcome.stop_requested and done < config.steps:
             return "preempted"
-        if occasions.preview_every and (done == config.steps or _due(done, occasions.preview_every)):
+        if occasions.preview_every and (done == config.steps or done % occasions.preview_every == 0):
             occasions.preview(done)
     assert saved == config.steps or first_step >= config.steps
     if writer:
         images = config.steps * batch_size
         writer.say(f"trained {config.steps} steps on {images} images, {config.steps * step_petaflops:.4g} PFLOP")
     return "finished"
-
-
-def _due(step: int, every: int) -> bool:
-    return bool(every) and step % every == 0

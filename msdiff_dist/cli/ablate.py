@@ -1,0 +1,42 @@
+"""`msdiff ablate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def ablate(
+    sweep: Annotated[Path, typer.Argument(help="Ablation YAML: recipe, variants, budget, seeds, points, score.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, as key=value.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of all runs; default runs/NAME of the file.")] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Ranks of a run, on this machine.")] = 1,
+    part: Annotated[int, typer.Option(min=0, help="Only this share of the runs, from 0.")] = 0,
+    parts: Annotated[int, typer.Option(min=1, help="Shares that the runs are split into.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the runs, do nothing.")] = False,
+) -> None:
+    """Train variants of a recipe with the same compute and several seeds; one table and plot of quality by compute.
+
+    The same command on the same folder skips what is done and goes on. Parts may run at the same time:
+    msdiff array --parts 9 ... -- ablate SWEEP --out FOLDER --part {part} --parts {parts}
+
+    Example: msdiff ablate recipes/ablations/fashion_mnist_efficiency.yaml --out runs/efficiency
+    """
+    from msdiff_dist.errors import ConfigError
+    from msdiff_dist.launch.ablation import load_ablation, plan_ablation, run_ablation, score_settings
+    from msdiff_dist.launch.ablation_report import write_report
+
+    if part >= parts:
+        raise ConfigError("--part", part, f"parts are numbered 0 to {parts - 1}", "Choose one of them.")
+    config, folder = load_ablation(sweep, overrides or []), out or Path("runs") / sweep.stem
+    trials = plan_ablation(config, sweep.parent, folder, nproc)
+    if dry_run:
+        for t in trials[part::parts]:
+            petaflops = t.step_petaflops * t.steps[-1]
+            typer.echo(f"{t.folder}: {t.steps[-1]} steps, {petaflops:.4g} PFLOP, scored after {list(t.steps)}")
+        return
+    settings = score_settings(config.score)
+    run_ablation(config, trials[part::parts], nproc, lambda: write_report(trials, settings, folder))
+    typer.echo(write_report(trials, settings, folder))

@@ -1,0 +1,126 @@
+"""A small classifier of pictures, trained in a minute: its features are where sets of pictures are compared."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from msdiff_dist.data.config import DataConfig
+from msdiff_dist.data.pictures import read_pictures
+from msdiff_dist.data.samples import to_model_range
+from msdiff_dist.errors import CheckpointError, ConfigError, DataError
+from msdiff_dist.randomness import generator
+
+_KEY = "feature_classifier"
+_HELD_OUT = 10  # one in so many pictures
+
+
+@dataclass(frozen=True)
+class ClassifierInfo:
+    """What a classifier is: the metadata of its file.
+
+    image_shape: [C, H, W]. channels: of its convolutions, each of which halves the picture. features: width of the
+    layer before the classes. accuracy: on a tenth of the pictures that it was not trained on. steps, batch_size, seed:
+    of its training.
+    """
+
+    image_shape: tuple[int, int, int]
+    classes: int
+    channels: tuple[int, ...] = (32, 64, 128)
+    features: int = 64
+    steps: int = 0
+    batch_size: int = 128
+    seed: int = 0
+    accuracy: float = 0.0
+
+
+class FeatureClassifier(nn.Module):
+    """Strided convolutions, a layer of features, and classes."""
+
+    def __init__(self, info: ClassifierInfo) -> None:
+        super().__init__()
+        self.info = info
+        channels, height, width = info.image_shape
+        layers: list[nn.Module] = []
+        for out in info.channels:
+            layers += [nn.Conv2d(channels, out, 3, stride=2, padding=1), nn.ReLU()]
+            channels, height, width = out, -(-height // 2), -(-width // 2)
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * height * width, info.features))
+        self.head = nn.Linear(info.features, info.classes)
+
+    def features(self, images_NCHW: Tensor) -> Tensor:
+        """Features [N, D] of uint8 pictures: the layer before the classes, before its ReLU."""
+        return self.body(to_model_range(images_NCHW))
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        """Logits [N, classes] of uint8 pictures."""
+        return self.head(F.relu(self.features(images_NCHW)))
+
+
+def train_classifier(data: DataConfig, steps: int, batch_size: int = 128, seed: int = 0) -> FeatureClassifier:
+    """Train on nine tenths of the labelled pictures of `data`, and measure the accuracy on the others.
+
+    Raises:
+        ConfigError: the data have no classes or no pictures. DataError: too few pictures, or damaged shards.
+    """
+    if data.num_classes is None:
+        raise ConfigError("data.num_classes", None, "a classifier needs labelled pictures", "Give the recipe classes.")
+    batches = list(read_pictures(data))
+    x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches if y is not None])
+    if len(x) < 10 * _HELD_OUT:
+        problem = f"holds {len(x)} pictures"
+        raise DataError("data.shards", data.shards, problem, f"Use at least {10 * _HELD_OUT}.")
+    rng = generator(seed, "feature classifier")
+    order = torch.from_numpy(rng.permutation(len(x)))
+    test, train = order[: len(x) // _HELD_OUT], order[len(x) // _HELD_OUT :]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = FeatureClassifier(ClassifierInfo(data.x_shape, data.num_classes))
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in track(range(steps), description="classifier", console=Console(stderr=True), transient=True):
+        rows = train[torch.from_numpy(rng.integers(len(train), size=batch_size))]
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[rows]), y[rows]).backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        right = sum(int((model(x[rows]).argmax(1) == y[rows]).sum()) for rows in test.split(1000))
+    model.info = ClassifierInfo(
+        data.x_shape, data.num_classes, steps=steps, batch_size=batch_size, seed=seed, accuracy=right / len(test)
+    )
+    return model.eval()
+
+
+def save_classifier(model: FeatureClassifier, path: Path) -> None:
+    """Write weights and `ClassifierInfo` as one safetensors file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(model.state_dict(), path, {_KEY: json.dumps(asdict(model.info))})
+
+
+def load_classifier(path: Path) -> FeatureClassifier:
+    """Read what `save_classifier` wrote.
+
+    Raises:
+        CheckpointError: there is no such file, or it is no classifier.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {})[_KEY])
+            about |= {name: tuple(about[name]) for name in ("image_shape", "channels")}
+            model = FeatureClassifier(ClassifierInfo(**about))
+            model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as e:
+        problem = f"is no feature classifier ({' '.join(str(e).split())[:200]})" if path.is_file() else "no such file"
+        remedy = "Make one with tools/train_feature_classifier.py."
+        raise CheckpointError("classifier", str(path), problem, remedy) from None
+    return model.eval()

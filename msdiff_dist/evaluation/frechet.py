@@ -1,0 +1,102 @@
+"""Fréchet distance between sets of pictures, in the features of a small classifier (1706.08500 with other features)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from msdiff_dist.data.config import DataConfig
+from msdiff_dist.data.pictures import read_pictures
+from msdiff_dist.diffusion.sampling import SamplerConfig
+from msdiff_dist.errors import ConfigError, DataError
+from msdiff_dist.evaluation.feature_classifier import load_classifier
+from msdiff_dist.evaluation.generate import Generator
+from msdiff_dist.evaluation.preview import class_labels
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """How a model is scored.
+
+    Args:
+        classifier: file that tools/train_feature_classifier.py wrote.
+        reference: shards of the pictures to compare with.
+        pictures: to generate, class after class in turn. Distances compare at equal numbers only.
+        sampler: that makes them.
+        batch_size: pictures at once.
+    """
+
+    classifier: str
+    reference: str | tuple[str, ...]
+    pictures: int = 2000
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    batch_size: int = 250
+
+    def __post_init__(self) -> None:
+        if self.pictures < 2:
+            raise ConfigError("pictures", self.pictures, "has no covariance", "Use 2000.")
+        if self.batch_size < 1:
+            raise ConfigError("batch_size", self.batch_size, "must be at least 1", "Use 250.")
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean [D] and covariance [D, D] of features, float64."""
+
+    mean_D: np.ndarray
+    covariance_DD: np.ndarray
+
+
+def fit(features_ND: np.ndarray) -> Gaussian:
+    """Mean and unbiased covariance of N >= 2 features."""
+    features_ND = np.asarray(features_ND, np.float64)
+    return Gaussian(features_ND.mean(0), np.atleast_2d(np.cov(features_ND, rowvar=False)))
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) for covariances A, B: the squared 2-Wasserstein distance.
+
+    The eigenvalues of A B are those of the symmetric A^(1/2) B A^(1/2), so no complex numbers come up.
+    """
+    values, vectors = np.linalg.eigh(a.covariance_DD)
+    root_a = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    product = np.linalg.eigvalsh(root_a @ b.covariance_DD @ root_a)
+    traces = np.trace(a.covariance_DD) + np.trace(b.covariance_DD) - 2 * np.sqrt(product.clip(0)).sum()
+    return float(((a.mean_D - b.mean_D) ** 2).sum() + traces)
+
+
+class Scorer:
+    """Fréchet distance of pictures to the reference pictures of `config`, whose features are taken once.
+
+    Raises:
+        CheckpointError: no such classifier. DataError: no such reference, too few pictures or of another shape.
+    """
+
+    def __init__(self, config: ScoreConfig, device: torch.device) -> None:
+        self.config, self._device = config, device
+        self._classifier = load_classifier(Path(config.classifier)).to(device)
+        channels, size, _ = self._classifier.info.image_shape
+        data = DataConfig(shards=config.reference, image_size=size, channels=channels)
+        reference = self.features(images for images, _ in read_pictures(data))
+        if len(reference) < 2:
+            raise DataError("score.reference", config.reference, "has no covariance", "Name more pictures.")
+        self._reference = fit(reference)
+
+    def __call__(self, generator: Generator, num_classes: int | None, seed: int) -> float:
+        """Score the pictures numbered 0 to `pictures` - 1 that `generator` makes with `seed`."""
+        return frechet_distance(fit(self.features(self._generate(generator, num_classes, seed))), self._reference)
+
+    @torch.no_grad()
+    def features(self, batches: Iterable[Tensor]) -> np.ndarray:
+        """Features [N, D] of batches of uint8 pictures [n, C, H, W]."""
+        return torch.cat([self._classifier.features(x.to(self._device)).cpu() for x in batches]).double().numpy()
+
+    def _generate(self, generator: Generator, num_classes: int | None, seed: int) -> Iterable[Tensor]:
+        for first in range(0, self.config.pictures, self.config.batch_size):
+            index_n = list(range(first, min(first + self.config.batch_size, self.config.pictures)))
+            yield generator(index_n, self.config.sampler, seed, class_labels(index_n, num_classes))
