@@ -20,8 +20,8 @@ def array(
 
     A part that is stopped is queued again; the same command on the same folder runs those parts that are not done.
 
-    Example: msdiff array --parts 16 --cluster slurm/gpu.yaml --folder /shared/fid -- sample runs/cin --num 3125
-    --seed {part} --out /shared/fid/{part}
+    Example: msdiff array --parts 16 --cluster slurm/gpu.yaml --folder /shared/jobs -- sample runs/cin --num 50000
+    --part {part} --parts {parts} --out /shared/fid
     """
     from msdiff_dist.launch import launcher, watch
     from msdiff_dist.launch.cluster import load_cluster

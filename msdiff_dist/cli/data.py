@@ -67,15 +67,21 @@ def encode(
     out: Annotated[Path, typer.Option(help="Folder for the latents: new, or of the same encoding, cut short.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as key=value.")] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    part: Annotated[int, typer.Option(min=0, help="Encode this part of the shards only.")] = 0,
+    parts: Annotated[int, typer.Option(min=1, help="Parts that fill the folder; the last one completes it.")] = 1,
 ) -> None:
     """Write latents, and embeddings of captions, of a recipe's pictures. The same command goes on where it ended.
 
     [bold]Example:[/bold] msdiff data encode recipes/emoji_text2img_3stage.yaml --out data/emoji-latents --nproc 2
     """
     from msdiff_dist.launch.encode import encode as encode_recipe
+    from msdiff_dist.launch.parts import Part
     from msdiff_dist.recipe import load_recipe
 
-    manifest = encode_recipe(load_recipe(recipe, overrides or []), out, nproc)
+    manifest = encode_recipe(load_recipe(recipe, overrides or []), out, nproc, Part(part, parts))
+    if manifest is None:
+        typer.echo(f"part {part} is done; the last of the {parts} parts completes {out}")
+        return
     table = Table(show_header=False, title=str(out), title_justify="left")
     table.add_row("samples", f"{manifest.samples:,} in {len(manifest.shards)} shards")
     table.add_row("latents", f"{manifest.dtype} {list(manifest.shape)}{', moments' if manifest.moments else ''}")

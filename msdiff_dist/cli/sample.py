@@ -31,6 +31,8 @@ def sample(
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Pictures depend on it and their number alone.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 64,
+    part: Annotated[int, typer.Option(min=0, help="Make this part of the pictures only.")] = 0,
+    parts: Annotated[int, typer.Option(min=1, help="Parts that fill the folder; the last one draws the grid.")] = 1,
     raw: Annotated[bool, typer.Option("--raw", help="The last weights instead of their average.")] = False,
 ) -> None:
     """Make pictures with a run's newest checkpoint: PNG files 00000.png ... and grid.png.
@@ -40,8 +42,12 @@ def sample(
     Example: msdiff sample runs/quickstart --num 100 --steps 50 --sampler ddim --out samples
     """
     from msdiff_dist.diffusion.solvers import ChurnConfig, SamplerConfig
+    from msdiff_dist.launch.parts import Part
     from msdiff_dist.launch.sample import sample_run
 
     config = SamplerConfig(sampler, steps, eta, spacing, clip=clip, guidance_scale=guidance, churn=ChurnConfig(churn))
-    there = sample_run(run, out, num, config, class_, seed, batch_size, ema=not raw, prompts=prompt or ())
-    typer.echo(f"{num} pictures and grid.png in {out}" + (f" ({there} were there already)" if there else ""))
+    before, complete = sample_run(
+        run, out, num, config, class_, seed, batch_size, not raw, prompt or (), Part(part, parts)
+    )
+    made = f"{num} pictures and grid.png in {out}" if complete else f"part {part} of {parts} is done"
+    typer.echo(made + (f" ({before} were there already)" if before else ""))

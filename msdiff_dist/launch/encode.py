@@ -1,13 +1,13 @@
 """`msdiff data encode`: a recipe's pictures and captions -> shards of latents and embeddings, on several processes.
 
 Shards are written aside and renamed; the folder's `.encode` holds one record per finished shard, so that the same
-command goes on where it was ended, and `manifest.json` comes last.
+command goes on where it was ended, several processes can each encode a part, and `manifest.json` comes last: with the
+scale factor of the whole.
 """
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import json
 import multiprocessing
 import os
@@ -33,6 +33,7 @@ from msdiff_dist.data.loader import load_index
 from msdiff_dist.data.manifest import MANIFEST, NULL_CONTEXT, Encoder, Manifest, StoredFile, stored_file
 from msdiff_dist.data.shard_writer import write_index
 from msdiff_dist.errors import ConfigError, DataError, MsdiffError
+from msdiff_dist.launch.parts import Part, alone, working
 from msdiff_dist.models.autoencoder import LatentCodec
 from msdiff_dist.models.text_encoder import TextEncoder
 from msdiff_dist.recipe import Recipe, recipe_from, recipe_mapping
@@ -41,8 +42,11 @@ _RECORDS = ".encode"
 _PR_SET_PDEATHSIG = 1
 
 
-def encode(recipe: Recipe, out: Path, nproc: int) -> Manifest:
-    """Encode the recipe's pictures into the folder `out`, or what of them is not encoded yet.
+def encode(recipe: Recipe, out: Path, nproc: int, part: Part | None = None) -> Manifest | None:
+    """Encode the recipe's pictures, or this part of the shards, into the folder `out`: what is not encoded yet.
+
+    Returns:
+        The manifest; None while shards of other parts are missing.
 
     Raises:
         ConfigError: the recipe has no pictures to encode. DataError: they are damaged, or `out` holds something else.
@@ -52,15 +56,22 @@ def encode(recipe: Recipe, out: Path, nproc: int) -> Manifest:
     (shards,) = load_index(source)
     (marks,) = mark_shards([shards])
     tools = _Tools(recipe, torch.device("cpu"))
-    with _opened(out, _settings(recipe, tools, marks)):
-        known = {i: record for i, mark in enumerate(marks) if (record := _finished(out, i, mark))}
-        left = [i for i in range(len(marks)) if i not in known]
-        known |= _encode_shards(recipe, tools, shards, marks, left, out, nproc)
-        records = [known[i] for i in range(len(marks))]
-        _check_damage(records, source.max_bad)
-        manifest = _manifest(recipe, tools, records, tuple(marks), out)
-        write_index(out, recipe.name, {record.file.name: record.file.samples for record in records})
-        replace_text(out / MANIFEST, manifest.dump())
+    part = part or Part()
+    with _opened(out, _settings(recipe, tools, marks), part):
+        mine = part.share(range(len(marks)))
+        for leftover in (path for i in mine for path in out.glob(f".{i:05d}.tar.*.partial")):
+            leftover.unlink()
+        left = [i for i in mine if not _finished(out, i, marks[i])]
+        _encode_shards(recipe, tools, shards, marks, left, out, nproc)
+        with alone(out / _RECORDS):
+            found = [_finished(out, i, mark) for i, mark in enumerate(marks)]
+            records = [record for record in found if record]
+            _check_damage(records, source.max_bad)
+            if len(records) < len(marks):
+                return None
+            manifest = _manifest(recipe, tools, records, tuple(marks), out)
+            write_index(out, recipe.name, {record.file.name: record.file.samples for record in records})
+            replace_text(out / MANIFEST, manifest.dump())
     return manifest
 
 
@@ -99,24 +110,21 @@ def _settings(recipe: Recipe, tools: _Tools, marks: list[str]) -> dict[str, Any]
 
 
 @contextmanager
-def _opened(out: Path, settings: dict[str, Any]) -> Iterator[None]:
-    """Take the folder for this process; refuse one that holds anything but this encoding."""
+def _opened(out: Path, settings: dict[str, Any], part: Part) -> Iterator[None]:
+    """Take the folder, or this part of it, for this process; refuse one that holds anything but this encoding."""
     records = out / _RECORDS
     if out.exists() and not records.is_dir() and any(out.iterdir()):
         raise DataError("--out", str(out), "exists and holds something else", "Name another folder, or remove it.")
     try:
-        records.mkdir(parents=True, exist_ok=True)
-        with (records / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            before, now = records / "settings.json", json.dumps(settings, sort_keys=True)
-            if before.exists() and before.read_text() != now:
-                old = json.loads(before.read_text())
-                differing = ", ".join(name for name in settings if old.get(name) != json.loads(now)[name])
-                problem = f"holds latents that were encoded otherwise (differing: {differing})"
-                raise DataError("--out", str(out), problem, "Name another folder, or remove it.")
-            replace_text(before, now)
-            for leftover in out.glob(".*.partial"):
-                leftover.unlink()
+        with working(records, part):
+            with alone(records):
+                before, now = records / "settings.json", json.dumps(settings, sort_keys=True)
+                if before.exists() and before.read_text() != now:
+                    old = json.loads(before.read_text())
+                    differing = ", ".join(name for name in settings if old.get(name) != json.loads(now)[name])
+                    problem = f"holds latents that were encoded otherwise (differing: {differing})"
+                    raise DataError("--out", str(out), problem, "Name another folder, or remove it.")
+                replace_text(before, now)
             yield
     except BlockingIOError:
         raise DataError("--out", str(out), "is being written by another process", "Wait for it.") from None
@@ -134,12 +142,11 @@ def _finished(out: Path, number: int, mark: str) -> ShardRecord | None:
 
 def _encode_shards(
     recipe: Recipe, tools: _Tools, shards: list[Shard], marks: list[str], left: list[int], out: Path, nproc: int
-) -> dict[int, ShardRecord]:
-    records: dict[int, ShardRecord] = {}
+) -> None:
     if nproc == 1 and not torch.cuda.is_available():
         for i in track(left, description="encoding", transient=True):
-            records[i] = _encode_one(tools, i, shards[i], marks[i], out)
-        return records
+            _encode_one(tools, i, shards[i], marks[i], out)
+        return
     context = multiprocessing.get_context("forkserver")
     devices: SimpleQueue[str] = context.SimpleQueue()
     for i in range(nproc):
@@ -147,16 +154,17 @@ def _encode_shards(
     threads = max(1, len(os.sched_getaffinity(0)) // nproc)
     start = (recipe_mapping(recipe), devices, threads)
     with ProcessPoolExecutor(nproc, context, _start_process, start) as pool:
-        futures = {pool.submit(_encode_here, i, shards[i], marks[i], out): i for i in left}
+        futures = [pool.submit(_encode_here, i, shards[i], marks[i], out) for i in left]
+        done = 0
         try:
             for future in track(as_completed(futures), "encoding", len(futures), transient=True):
-                records[futures[future]] = future.result()
+                future.result()
+                done += 1
         except BrokenProcessPool:
-            problem = f"an encoding process died; {len(records)} shards were finished"
+            problem = f"an encoding process died; {done} shards were finished"
             raise MsdiffError(f"{problem}. Give the same command again to go on") from None
         finally:
             pool.shutdown(cancel_futures=True)
-    return records
 
 
 _own: _Tools | None = None  # of an encoding process
@@ -169,15 +177,14 @@ def _start_process(recipe: dict[str, Any], devices: SimpleQueue[str], threads: i
     _own = _Tools(recipe_from(recipe), torch.device(devices.get()))
 
 
-def _encode_here(number: int, shard: Shard, mark: str, out: Path) -> ShardRecord:
+def _encode_here(number: int, shard: Shard, mark: str, out: Path) -> None:
     assert _own
-    return _encode_one(_own, number, shard, mark, out)
+    _encode_one(_own, number, shard, mark, out)
 
 
-def _encode_one(tools: _Tools, number: int, shard: Shard, mark: str, out: Path) -> ShardRecord:
+def _encode_one(tools: _Tools, number: int, shard: Shard, mark: str, out: Path) -> None:
     record = tools.encode_shard(number, shard, mark, out / f"{number:05d}.tar")
     replace_text(out / _RECORDS / f"{number:05d}.json", record.dump())
-    return record
 
 
 def _check_damage(records: list[ShardRecord], max_bad: int) -> None:

@@ -4,11 +4,11 @@ out/
   sampling.json   what is sampled: only the same command goes on with the folder
   00000.png ...   written aside and renamed: whole or not there
   grid.png        of the first hundred, when all are there
+  .parts/         locks of the processes at work
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,9 +27,12 @@ from msdiff_dist.diffusion.sampling import SamplerConfig
 from msdiff_dist.errors import ConfigError, RunFolderError
 from msdiff_dist.evaluation.generate import Generator
 from msdiff_dist.evaluation.preview import class_labels, write_grid
+from msdiff_dist.launch.parts import Part, alone, working
+from msdiff_dist.training.run_folder import replace_text
 
 _RECORD = "sampling.json"
 _GRID = "grid.png"
+_LOCKS = ".parts"
 _IN_GRID = 100
 
 
@@ -43,15 +46,17 @@ def sample_run(
     batch_size: int,
     ema: bool,
     prompts: Sequence[str] = (),
-) -> int:
-    """Write `num` PNG files and grid.png into `out`, or those that an earlier call, cut short, did not.
+    part: Part | None = None,
+) -> tuple[int, bool]:
+    """Write `num` PNG files and grid.png into `out`, or this part of them: those that are not there yet.
 
     Args:
         run: a run folder, whose newest checkpoint is taken, one checkpoint, or an export.
+        batch_size: pictures made together; the last bits of a picture depend on it.
         prompts: of the pictures in turn.
 
     Returns:
-        How many pictures were there already.
+        How many pictures were there before, and whether all are there now.
 
     Raises:
         CheckpointError: no such weights there, or damaged. RunFolderError: `out` holds anything but these pictures, or
@@ -66,50 +71,59 @@ def sample_run(
     except ConfigError as e:
         option = "sampler" if e.field == "name" else e.field
         raise ConfigError(f"--{option}", e.value, e.problem, e.remedy) from None
-    settings = {"num": num, "seed": seed, "class": class_, "prompts": list(prompts), "sampler": to_mapping(sampler)}
-    source = {"step": description.step, "weights": description.weights, "sha256": weights.identity()}
+    settings = {
+        "source": {"step": description.step, "weights": description.weights, "sha256": weights.identity()},
+        "num": num,
+        "seed": seed,
+        "class": class_,
+        "prompts": list(prompts),
+        "sampler": to_mapping(sampler),
+        "batch_size": batch_size,
+    }
     generator = Generator(weights, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     generator.check_prompts(prompts)
     paths = [out / f"{i:05d}.png" for i in range(num)]
-    with _opened(out, {"source": source, **settings}, paths):
-        there = sum(path.exists() for path in paths)
-        batches = [list(range(i, min(i + batch_size, num))) for i in range(0, num, batch_size)]
-        for index_n in track(batches, description="sampling", transient=True):
+    batches = [list(range(i, min(i + batch_size, num))) for i in range(0, num, batch_size)]
+    with _opened(out, settings, paths, part or Part()):
+        before = sum(path.exists() for path in paths)
+        for index_n in track((part or Part()).share(batches), description="sampling", transient=True):
             if all(paths[i].exists() for i in index_n):
-                continue  # a batch is made again whole: rounding depends on what is computed together
+                continue
             images = generator(index_n, sampler, seed, class_labels(index_n, num_classes, class_), prompts)
             for i, image in zip(index_n, images, strict=True):
                 _write(image, paths[i])
-        columns = num_classes if class_ is None and (num_classes or 99) <= 20 else None
-        write_grid(torch.stack([_read(path) for path in paths[:_IN_GRID]]), out / _GRID, columns)
-    return there
+        with alone(out / _LOCKS):
+            complete = all(path.exists() for path in paths)
+            if complete:
+                columns = num_classes if class_ is None and (num_classes or 99) <= 20 else None
+                write_grid(torch.stack([_read(path) for path in paths[:_IN_GRID]]), out / _GRID, columns)
+    return before, complete
 
 
 @contextmanager
-def _opened(out: Path, settings: Mapping[str, Any], paths: Sequence[Path]) -> Iterator[None]:
-    """Take the folder for this process; refuse one that holds anything but this sampling."""
-    ours = {_RECORD, *(p.name for path in [*paths, out / _GRID] for p in (path, _aside(path)))}
+def _opened(out: Path, settings: Mapping[str, Any], paths: Sequence[Path], part: Part) -> Iterator[None]:
+    """Take the folder, or this part of it, for this process; refuse one that holds anything but this sampling."""
+    ours = {_RECORD, _LOCKS, *(p.name for path in [*paths, out / _GRID] for p in (path, _aside(path)))}
     there = {p.name for p in out.iterdir()} if out.exists() else set()
-    if there and _RECORD not in there:
+    if there - {_LOCKS} and _RECORD not in there:
         raise RunFolderError("--out", str(out), "is not empty", "Name a new folder.")
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / _RECORD).open("a+") as record:
-        try:
-            fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunFolderError("--out", str(out), "is being filled by another process", "Wait for it.") from None
-        record.seek(0)
-        if text := record.read():
-            changed = "; ".join(f"{f} was {a!r}, now {b!r}" for f, a, b in differences(json.loads(text), settings))
-            if changed:
-                problem = f"holds the pictures of another command ({changed})"
-                raise RunFolderError("--out", str(out), problem, "Give that command, or name a new folder.")
-        if foreign := sorted(there - ours):
-            raise RunFolderError("--out", str(out), f"holds {foreign[0]} too", "Remove it, or name a new folder.")
-        if not text:
-            record.write(json.dumps(settings, indent=1) + "\n")
-            record.flush()
-        yield
+    record = out / _RECORD
+    try:
+        with working(out / _LOCKS, part):
+            with alone(out / _LOCKS):
+                if text := record.read_text() if record.exists() else "":
+                    changed = [f"{f} was {a!r}, now {b!r}" for f, a, b in differences(json.loads(text), settings)]
+                    if changed:
+                        problem = f"holds the pictures of another command ({'; '.join(changed)})"
+                        raise RunFolderError("--out", str(out), problem, "Give that command, or name a new folder.")
+                if foreign := sorted(there - ours):
+                    remedy = "Remove it, or name a new folder."
+                    raise RunFolderError("--out", str(out), f"holds {foreign[0]} too", remedy)
+                if not text:
+                    replace_text(record, json.dumps(settings, indent=1) + "\n")
+            yield
+    except BlockingIOError:
+        raise RunFolderError("--out", str(out), "is being filled by another process", "Wait for it.") from None
 
 
 def _write(image_CHW: Tensor, path: Path) -> None:

@@ -23,6 +23,7 @@ from msdiff_dist.data.tar_members import samples
 from msdiff_dist.errors import ConfigError, DataError, UserError
 from msdiff_dist.launch.encode import encode
 from msdiff_dist.launch.latents import check_latents
+from msdiff_dist.launch.parts import Part, working
 from msdiff_dist.models.text_encoder import TextEncoder
 from msdiff_dist.recipe import recipe_from, recipe_mapping
 
@@ -179,12 +180,32 @@ def test_a_killed_encoding_goes_on_and_any_number_of_processes_gives_the_same(pi
         path: path.stat().st_mtime_ns for path in out.glob("0*.tar") if (out / f".encode/{path.stem}.json").exists()
     }
     assert done
-    (out / ".00009.tar.1.partial").write_bytes(b"half")
+    (out / ".00002.tar.1.partial").write_bytes(b"half")
     assert encode(recipe, out, nproc=1) == reference
     assert {path: path.stat().st_mtime_ns for path in done} == done
     assert not list(out.glob(".*.partial"))
     for path in filter(Path.is_file, whole.iterdir()):
         assert (out / path.name).read_bytes() == path.read_bytes()
+
+
+def test_parts_fill_one_folder_and_measure_the_scale_of_the_whole(pictures, tmp_path):
+    recipe = recipe_of(pictures, measure_scale=True)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    reference = encode(recipe, whole, 1)
+    assert encode(recipe, out, 1, Part(1, 2)) is None
+    assert sorted(path.name for path in out.glob("0*.tar")) == ["00001.tar"]
+    with pytest.raises(DataError, match="not encoded to its end"):
+        check_folder(out)
+    with working(out / ".encode", Part(1, 2)):
+        for other in (Part(1, 2), Part(), Part(0, 3)):
+            with pytest.raises(DataError, match="being written by another process"):
+                encode(recipe, out, 1, other)
+        assert encode(recipe, out, 1, Part(0, 2)) == reference
+    assert {p.name: p.read_bytes() for p in whole.iterdir() if p.is_file()} == {
+        p.name: p.read_bytes() for p in out.iterdir() if p.is_file()
+    }
+    with pytest.raises(ConfigError, match=r"--part.*0 to 1"):
+        Part(2, 2)
 
 
 def test_damaged_pictures_are_left_out_up_to_the_limit(pictures, tmp_path):

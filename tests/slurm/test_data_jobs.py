@@ -1,0 +1,104 @@
+"""Data jobs as arrays: parts that are killed or cancelled go on, and the whole is what one process would have made."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cluster import SlurmCluster
+from runs import ClusterFile, Msdiff
+
+from msdiff_dist.checkpoint.convert.export_folder import write_export
+from msdiff_dist.checkpoint.convert.model_weights import ModelWeights
+from msdiff_dist.checkpoint.convert.sources import MemorySource
+from msdiff_dist.checkpoint.description import describe
+from msdiff_dist.data.sources import prepare
+from msdiff_dist.models import build_model
+from msdiff_dist.recipe import load_recipe, recipe_mapping
+
+pytestmark = pytest.mark.slurm
+QUICKSTART = Path(__file__).parents[2] / "recipes/quickstart.yaml"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def wait_for(ready: Callable[[], object], pause: float = 0.02) -> None:
+    end = time.monotonic() + 120
+    while not ready():
+        assert time.monotonic() < end
+        time.sleep(pause)
+
+
+def command_of(*words: str) -> int | None:
+    """The process on this machine whose command line holds all `words`."""
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                command = (folder / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if all(word.encode() in command for word in words):
+                return int(folder.name)
+    return None
+
+
+def test_parts_that_were_stopped_go_on_to_what_one_process_makes(
+    slurm: SlurmCluster, cluster_file: ClusterFile, msdiff: Msdiff, tmp_path: Path
+) -> None:
+    digits, export = tmp_path / "digits", tmp_path / "export"
+    prepare("digits", digits, None, "train", 6)
+    small = ["model.encoder_channels=16", "model.decoder_channels=[24,16,8]", f"data.shards={digits}"]
+    recipe = load_recipe(QUICKSTART, small)
+    description = replace(describe(recipe_mapping(recipe), 0), weights="raw")
+    write_export(ModelWeights(description, MemorySource(build_model(recipe.model).state_dict())), export, {})
+    (tmp_path / "mine.yaml").write_text(QUICKSTART.read_text())
+
+    encode = ["data", "encode", QUICKSTART, *small, "encode.measure_scale=true", "encode.batch_size=1"]
+    sample = ["sample", export, "--raw", "--num", 120, "--batch-size", 2, "--steps", 4]
+    part = ["--part", "{part}", "--parts", "{parts}"]
+    latents, pictures = tmp_path / "latents", tmp_path / "pictures"
+    jobs = {
+        "encode": [2, *encode, *part, "--out", latents],
+        "sample": [2, *sample, *part, "--out", pictures],
+        "stages": [1, "stages", "cluster", "--data", digits, "--samples", 50, "--write", tmp_path / "mine.yaml"],
+    }
+
+    def submit(name: str) -> list[str]:
+        parts, *command = jobs[name]
+        array = ["array", "--parts", parts, "--cluster", cluster_file(), "--folder", tmp_path / name, "--", *command]
+        status, printed = msdiff(*array)
+        assert status == 0, printed
+        return json.loads((tmp_path / name / "launch/job.json").read_text())["job_ids"]
+
+    submitted = {name: submit(name) for name in jobs}
+    wait_for(lambda: command_of("encode", "--part", "1"))
+    process = command_of("encode", "--part", "1")
+    assert process
+    wait_for(lambda: (latents / ".encode/00001.json").exists(), pause=0.001)
+    os.kill(process, signal.SIGKILL)
+    wait_for(lambda: len(list(pictures.glob("[0-9]*.png"))) > 10)
+    slurm.run("scancel", submitted["sample"][0])
+    states = {name: [slurm.wait_job(j, "COMPLETED", "FAILED", "CANCELLED") for j in submitted[name]] for name in jobs}
+    assert states == {"encode": ["COMPLETED", "FAILED"], "sample": ["CANCELLED", "COMPLETED"], "stages": ["COMPLETED"]}
+    assert not (latents / "manifest.json").exists()
+    assert not (pictures / "grid.png").exists()
+    assert "# boundaries found by" in (tmp_path / "mine.yaml").read_text()
+    made = {path: path.stat().st_mtime_ns for path in [*latents.glob("0*.tar"), *pictures.glob("[0-9]*.png")]}
+
+    for name in ("encode", "sample"):
+        (again,) = submit(name)
+        assert slurm.wait_job(again, "COMPLETED", "FAILED", "CANCELLED") == "COMPLETED"
+        assert json.loads(msdiff("jobs", tmp_path / name, "--json")[1])["step"] == 2
+    assert made.items() <= {path: path.stat().st_mtime_ns for path in made}.items()
+    for command, out in ((encode, latents), (sample, pictures)):
+        alone = tmp_path / "alone" / out.name
+        assert msdiff(*command, "--out", alone)[0] == 0
+        assert files(out) == files(alone)
