@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -144,6 +145,16 @@ class TensorReader:
         out = torch.empty_like(self.like[name], device="cpu")
         self.read(name, 0, out)
         return out
+
+    def mapped(self) -> tuple[mmap.mmap, dict[str, Tensor]]:
+        """The file as private memory, and every tensor in it, each with a storage of its own."""
+        memory = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+        tensors = {n: torch.empty_like(like, device="cpu") for n, like in self.like.items() if not like.numel()}
+        for name, like in self.like.items():
+            if name not in tensors:
+                flat = torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=self._offsets[name])
+                tensors[name] = flat.view(like.shape)
+        return memory, tensors
 
     def _header(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         size, length = os.fstat(self._file.fileno()).st_size, int.from_bytes(self._file.read(8), "little")

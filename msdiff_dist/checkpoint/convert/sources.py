@@ -18,7 +18,7 @@ from torch import Tensor
 from msdiff_dist.checkpoint.tensor_file import TensorReader
 from msdiff_dist.errors import CheckpointError
 
-_RESIDENT = 1 << 26
+RESIDENT = 1 << 26  # bytes of mapped memory to keep
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -129,7 +129,7 @@ class TorchSource(TensorSource):
         return self._meta[key]
 
     def read(self, key: str) -> Tensor:
-        if self._mapped and self._resident > _RESIDENT:
+        if self._mapped and self._resident > RESIDENT:
             self._tensors, self._resident = _weights_in(self.files[0])[0], 0
         self._resident += self._meta[key].nbytes
         return self._tensors[key]

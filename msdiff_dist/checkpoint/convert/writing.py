@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import mmap
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
 
-from msdiff_dist.checkpoint.convert.sources import PICKLES, TensorSource
-from msdiff_dist.checkpoint.tensor_file import TensorWriter
+from msdiff_dist.checkpoint.convert.sources import PICKLES, RESIDENT, TensorSource
+from msdiff_dist.checkpoint.tensor_file import TensorReader, TensorWriter
 from msdiff_dist.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 
 def write_safetensors(path: Path, source: TensorSource, metadata: Mapping[str, str]) -> str:
@@ -38,15 +43,31 @@ def write_state_dict(path: Path, source: TensorSource, metadata: Mapping[str, st
             "DST", path.name, "is to be one file of LDM's",
             "Let its name end in .safetensors or .ckpt.",
         )  # fmt: skip
-    # torch.save wants all tensors at once: let them be mapped from a file.
+    # torch.save wants all tensors at once: let them be mapped from a file, and drop pages that were written.
     mapped = path.with_name(f"{path.name}.safetensors")
     try:
         write_safetensors(mapped, source, metadata)
-        with safe_open(mapped, "pt") as f:
-            torch.save({"state_dict": {k: f.get_tensor(k) for k in source.names()}, **metadata}, path)
+        memory, tensors = TensorReader(mapped).mapped()
+        with _Dropping(path, memory) as f:
+            torch.save({"state_dict": {k: tensors[k] for k in source.names()}, **metadata}, f)
     finally:
         mapped.unlink(missing_ok=True)
     return sha256_of(path)
+
+
+class _Dropping(io.BufferedWriter):
+    """A file to write mapped memory to, which does not stay resident."""
+
+    def __init__(self, path: Path, memory: mmap.mmap) -> None:
+        super().__init__(io.FileIO(path, "w"))
+        self._memory, self._resident = memory, 0
+
+    def write(self, data: Buffer) -> int:
+        self._resident += memoryview(data).nbytes
+        if self._resident > RESIDENT:
+            self._memory.madvise(mmap.MADV_DONTNEED)
+            self._resident = 0
+        return super().write(data)
 
 
 def sha256_of(path: Path) -> str:

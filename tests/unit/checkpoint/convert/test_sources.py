@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from msdiff_dist.checkpoint.convert import sources
+from msdiff_dist.checkpoint.convert import sources, writing
 from msdiff_dist.checkpoint.convert.sources import MemorySource, NpzSource, SafetensorsSource, open_source
 from msdiff_dist.checkpoint.convert.writing import appearing, sha256_of, write_safetensors, write_state_dict
 from msdiff_dist.errors import CheckpointError
@@ -48,11 +48,17 @@ def test_safetensors_are_written_bitwise(tmp_path: Path) -> None:
     assert source.meta("b.half").device.type == "meta"
 
 
-def test_torch_files_are_written_as_state_dicts(tmp_path: Path) -> None:
-    path = tmp_path / "x.ckpt"
-    write_state_dict(path, MemorySource({"a": torch.arange(3)}), {"licence": "mine"})
+def test_torch_files_are_written_as_state_dicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "RESIDENT", 0)  # let go of memory at every write
+    path, expected = tmp_path / "x.ckpt", tensors() | {"long": torch.randn(300, 100)}
+    digest = write_state_dict(path, MemorySource(expected), {"licence": "mine"})
     content = torch.load(path, weights_only=True)
-    assert torch.equal(content["state_dict"]["a"], torch.arange(3))
+    found = content["state_dict"]
+    assert list(found) == list(expected)
+    assert all(found[k].dtype == v.dtype and torch.equal(found[k], v) for k, v in expected.items())
+    assert content["licence"] == "mine"
+    assert digest == sha256_of(path)
+    assert path.stat().st_size < 2 * expected["long"].nbytes, "no storage is written twice"
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -147,7 +153,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 
 def test_tensors_outlive_the_mapping_that_they_were_read_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_RESIDENT", 0)
+    monkeypatch.setattr(sources, "RESIDENT", 0)
     expected = {str(i): torch.randn(100) for i in range(5)}
     torch.save({"state_dict": expected}, tmp_path / "x.ckpt")
     source = open_source(tmp_path / "x.ckpt")
