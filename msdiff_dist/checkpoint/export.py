@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from msdiff_dist import __version__
 from msdiff_dist.checkpoint.tensor_file import TensorWriter
@@ -43,7 +45,9 @@ def export(run: Path, out: Path, step: int | None = None, ema: bool = True) -> l
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        _write_tensors(weights, aside)
+        shapes = weights.reader.index.shapes
+        like = {name: torch.empty(shapes[name], device="meta") for name in weights.names()}
+        write_tensors(aside, like, weights.tensor, {})
         description = replace(weights.description, version=__version__)
         (aside / CONFIG).write_text(json.dumps(to_mapping(description), indent=1) + "\n")
         if out.exists():
@@ -57,17 +61,30 @@ def export(run: Path, out: Path, step: int | None = None, ema: bool = True) -> l
     return sorted(out.iterdir())
 
 
-def _write_tensors(weights: CheckpointWeights, folder: Path) -> None:
-    shapes = weights.reader.index.shapes
-    like = {name: torch.empty(shapes[name], device="meta") for name in weights.names()}
-    with TensorWriter(folder / MODEL, like, _METADATA) as whole:
-        for file, names_of_part in groupby(like, _part_file):
-            names = list(names_of_part)
-            with TensorWriter(folder / file, {name: like[name] for name in names}, _METADATA) as part:
-                for name in names:
-                    tensor = weights.tensor(name)
-                    whole.write(name, tensor)
-                    part.write(name, tensor)
+def write_tensors(
+    folder: Path, like: Mapping[str, Tensor], read: Callable[[str], Tensor], metadata: Mapping[str, str]
+) -> dict[str, str]:
+    """Write every file of parameters of an export, reading each parameter once; returns their sha256 by name.
+
+    Args:
+        like: every parameter's type and shape.
+    """
+    names = sorted(like, key=lambda name: (-like[name].element_size(), name))  # aligned, as the format asks
+    files = {MODEL: names}
+    for name in names:
+        files.setdefault(_part_file(name), []).append(name)
+    with ExitStack() as stack:
+        writers = {
+            file: stack.enter_context(
+                TensorWriter(folder / file, {n: like[n] for n in held}, {**_METADATA, **metadata})
+            )
+            for file, held in files.items()
+        }
+        for name in names:
+            tensor = read(name)
+            writers[MODEL].write(name, tensor)
+            writers[_part_file(name)].write(name, tensor)
+    return {file: writer.stored.sha256 for file, writer in writers.items()}
 
 
 def _part_file(name: str) -> str:

@@ -1,4 +1,4 @@
-"""An export folder: config.json and model.safetensors with the model's own names."""
+"""An export folder, as `msdiff export` writes it, with the autoencoder that came along."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from msdiff_dist.checkpoint.convert.model_weights import AutoencoderWeights, Mod
 from msdiff_dist.checkpoint.convert.options import ConvertOptions
 from msdiff_dist.checkpoint.convert.sources import SafetensorsSource, TensorSource
 from msdiff_dist.checkpoint.convert.writing import write_safetensors
+from msdiff_dist.checkpoint.export import write_tensors
 from msdiff_dist.checkpoint.weights import CONFIG, MODEL, CheckpointWeights, open_checkpoint, open_weights
 from msdiff_dist.config import to_mapping
 from msdiff_dist.errors import CheckpointError
@@ -89,7 +90,8 @@ def write_export(weights: ModelWeights, folder: Path, metadata: Mapping[str, str
     """Write an export folder."""
     folder.mkdir(parents=True, exist_ok=True)
     written = Written(names={k: [k] for k in weights.tensors.names()})
-    written.files[MODEL] = write_safetensors(folder / MODEL, weights.tensors, metadata)
+    like = {name: weights.tensors.meta(name) for name in weights.tensors.names()}
+    written.files |= write_tensors(folder, like, weights.tensors.read, metadata)
     description = replace(weights.description, version=__version__)
     if weights.autoencoder_weights is not None:
         description = replace(description, autoencoder=replace(description.autoencoder, path="autoencoder"))

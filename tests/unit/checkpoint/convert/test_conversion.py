@@ -71,6 +71,10 @@ def test_converted_models_are_loaded(tmp_path: Path, make_export: Any) -> None:
     model, expected = load_model(tmp_path / "ours"), randomise(build_model(STAGED))
     x, t, _ = inputs(STAGED, batch=3)
     assert torch.equal(model(x, t), expected(x, t, torch.tensor([0, 1, 2])))
+    whole = load_file(tmp_path / "ours/model.safetensors")
+    parts = [load_file(tmp_path / f"ours/{part}.safetensors") for part in ("shared", "stage_0", "stage_1", "stage_2")]
+    assert sorted(k for part in parts for k in part) == sorted(whole)
+    assert all(torch.equal(v, whole[k]) for part in parts for k, v in part.items())
 
 
 def test_the_command(tmp_path: Path, make_export: Any) -> None:
