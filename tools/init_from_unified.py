@@ -4,6 +4,7 @@ The encoder is copied, and each decoder is the unified model's: the same where i
 channel rule of msdiff_dist/checkpoint/convert/widths.py.
 
 Example: python tools/init_from_unified.py unified grown --boundaries 442,631 --widths 256,192,128
+then:    msdiff train recipes/celebahq256_ldm_3stage.yaml train.init_from=grown
 """
 
 from __future__ import annotations

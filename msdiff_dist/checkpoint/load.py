@@ -111,3 +111,21 @@ def restore(reader: CheckpointReader, state: Mapping[str, ShardedState], ema: Ma
         shards.restore(read, reader.index.moments, reader.index.step)
         for f in shards.fragments:
             ema[prefix][f.flat][f.offset : f.offset + f.numel].copy_(read("ema", f))
+
+
+def start_from(
+    stretch: Callable[[str, int, int], Tensor], state: Mapping[str, ShardedState], ema: Mapping[str, list[Tensor]]
+) -> None:
+    """Put weights into this rank's shards and their averages. Collective: weights are gathered.
+
+    Args:
+        stretch: (name, start, numel) -> elements of the flattened parameter, float32.
+    """
+    for prefix, shards in state.items():
+
+        def read(kind: str, f: Fragment, prefix: str = prefix) -> Tensor:
+            return stretch(prefix + f.name, f.start, f.numel)
+
+        shards.restore(read, [], 0)
+        for average, flat in zip(ema[prefix], shards.flats(), strict=True):
+            average.copy_(flat)

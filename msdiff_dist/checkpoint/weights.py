@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from msdiff_dist.checkpoint.description import FORMAT, ModelDescription, describe
@@ -87,6 +88,12 @@ class ExportWeights(Weights):
 
     def tensor(self, name: str) -> Tensor:
         return self._reader.tensor(name)
+
+    def stretch(self, name: str, start: int, numel: int) -> Tensor:
+        """Elements [start, start + numel) of the flattened parameter `name`, float32."""
+        out = torch.empty(numel, dtype=self._reader.like[name].dtype)
+        self._reader.read(name, start, out)
+        return out.float()
 
     def identity(self) -> str:
         with self._reader.path.open("rb") as f:

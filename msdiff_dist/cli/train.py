@@ -23,6 +23,7 @@ def train(
     """
     from msdiff_dist.distributed.environment import is_rank_process
     from msdiff_dist.launch.run_plan import check_run
+    from msdiff_dist.launch.warm_start import start_weights
     from msdiff_dist.recipe import load_recipe, recipe_mapping
     from msdiff_dist.training.run_folder import RunFolder
 
@@ -32,6 +33,7 @@ def train(
 
         parsed = in_small(parsed)
     folder = run_dir or Path("runs") / parsed.name
+    start_weights(parsed, RunFolder(folder).checkpoints)
     if is_rank_process():
         from msdiff_dist.launch.rank import run_rank
 

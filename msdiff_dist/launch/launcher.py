@@ -25,6 +25,7 @@ from msdiff_dist.launch.run_plan import check_run, plan_run, workload
 from msdiff_dist.launch.snapshot import next_snapshot, take_snapshot
 from msdiff_dist.launch.submit import check, make_executor, sbatch_text, submit
 from msdiff_dist.launch.sweep import load_sweep, overrides_of, run_names
+from msdiff_dist.launch.warm_start import start_weights
 from msdiff_dist.launch.watch import JobRecord, done_file, last_metrics, register_run, states
 from msdiff_dist.recipe import Recipe, load_recipe, recipe_mapping
 from msdiff_dist.training.run_folder import RunFolder
@@ -71,6 +72,7 @@ def check_runs(runs: Sequence[Run], cluster: ClusterConfig) -> None:
             check_run(run.recipe, world_size)
         _check_elastic(run.recipe, cluster)
         RunFolder(run.folder).check(recipe_mapping(run.recipe))
+        start_weights(run.recipe, RunFolder(run.folder).checkpoints)
     records = [record for run in runs if (record := JobRecord.load(run.folder))]
     for record in (record for record, state in zip(records, states(records), strict=True) if state.active):
         raise RunFolderError(

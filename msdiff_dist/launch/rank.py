@@ -15,7 +15,7 @@ from torch import Tensor
 
 from msdiff_dist.checkpoint.background import BackgroundSaver
 from msdiff_dist.checkpoint.layout import CheckpointIndex
-from msdiff_dist.checkpoint.load import restore
+from msdiff_dist.checkpoint.load import restore, start_from
 from msdiff_dist.checkpoint.policy import LossAverage
 from msdiff_dist.checkpoint.resume import open_newest_intact
 from msdiff_dist.checkpoint.save import HostCopy, gather_shapes, moment_kinds, write_checkpoint
@@ -31,6 +31,7 @@ from msdiff_dist.launch.costs import step_petaflops
 from msdiff_dist.launch.latents import check_latents
 from msdiff_dist.launch.preview import write_preview
 from msdiff_dist.launch.run_plan import plan_run
+from msdiff_dist.launch.warm_start import start_weights
 from msdiff_dist.models.activation_checkpointing import checkpoint_activations
 from msdiff_dist.models.autoencoder import LatentCodec
 from msdiff_dist.models.multistage_unet import build_parts
@@ -157,7 +158,8 @@ class Run:
     def describe(self) -> str:
         """One line on what is about to run."""
         params = sum(int(torch.Size(s).numel()) for s in self.shapes.values())
-        start = f"from step {self.first_step}" if self.first_step else "from scratch"
+        scratch = f"from {self.recipe.train.init_from}" if self.recipe.train.init_from else "from scratch"
+        start = f"from step {self.first_step}" if self.first_step else scratch
         return (
             f"{self.recipe.name}: {params / 1e6:.1f} M parameters, {self.placement.num_stages} stages on "
             f"{self.env.world_size} ranks {list(map(list, self.placement.stages_of_rank))[:8]}, {start}, "
@@ -188,8 +190,11 @@ class Run:
         )
 
     def _resume(self) -> int:
+        weights = everywhere(self.env, lambda: start_weights(self.recipe, self.folder.checkpoints))
         reader, self.notes = open_newest_intact(self.folder.checkpoints, self.shapes, self.batch_size)
         step = 0
+        if weights:
+            start_from(weights.stretch, self.state, self.ema.shards)
         if reader:
             restore(reader, self.state, self.ema.shards)
             step, self.loss_average.value = reader.index.step, reader.index.loss

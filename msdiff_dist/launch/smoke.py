@@ -38,6 +38,7 @@ def smoke(recipe: Recipe) -> Recipe:
             steps=STEPS,
             global_batch_size=6 * model.num_stages,
             micro_batch_size=None,
+            init_from=None,
             gradient_accumulation_steps=1,
         ),
         lr_schedule=replace(recipe.lr_schedule, warmup_steps=min(1, recipe.lr_schedule.warmup_steps)),

@@ -26,9 +26,10 @@ class ReferenceRun:
     ema: dict[str, torch.Tensor]
 
 
-def train_reference(recipe: Recipe, steps: int) -> ReferenceRun:
+def train_reference(recipe: Recipe, steps: int, model: torch.nn.Module | None = None) -> ReferenceRun:
+    """model: to train; None: the recipe's, with its first weights."""
     seed, B = recipe.train.seed, recipe.train.batch_size(1)
-    model, process = build_model(recipe.model, seed), recipe.process()
+    model, process = model or build_model(recipe.model, seed), recipe.process()
     parameters = list(model.parameters())
     optimizer = optimizer_factory(recipe.optimizer, fused=False)(parameters)
     quotas = StageQuotas(process, recipe.partition(), recipe.stages.sampling, B)
