@@ -192,12 +192,13 @@ def render(report: dict[str, Any], title: str) -> RenderableType:
             " ".join(map(str, first["stages"])),
             "  ".join(samples),
             f"{max(r['load'] for r in neighbours):.2f}",
-            _size(max(r["state_bytes"] for r in neighbours)),
+            size(max(r["state_bytes"] for r in neighbours)),
         )
     traffic = report["bytes_per_step"]
     lines = [
         f"balance {report['balance']:.1%} of {report['world_size']} ranks, global batch {report['global_batch_size']}",
-        f"each step {_size(traffic['routed'])} of samples routed, {_size(traffic['reduced'])} reduced and gathered",
+        "state: weights, fp32 masters, moments and average of a rank; gradients and activations come on top",
+        f"each step {size(traffic['routed'])} of samples routed, {size(traffic['reduced'])} reduced and gathered",
         *_node_lines(report),
         *(f"[yellow]warning[/] {warning}" for warning in report["warnings"]),
     ]
@@ -212,7 +213,7 @@ def _node_lines(report: dict[str, Any]) -> list[str]:
     ours, replicated = nodes["reduced_between"], nodes["reduced_between_replicated"]
     return [
         f"{nodes['count']} nodes of {nodes['ranks_per_node']} ranks; the stages' groups span {spans} of them",
-        f"{_size(ours)} of these bytes pass between nodes; with every decoder on every rank {_size(replicated)} would",
+        f"{size(ours)} of these bytes pass between nodes; with every decoder on every rank {size(replicated)} would",
     ]
 
 
@@ -233,7 +234,8 @@ def _span(numbers: Iterable[int]) -> str:
     return str(low) if low == high else f"{low}-{high}"
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
+    """Bytes as people read them: 2.92 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

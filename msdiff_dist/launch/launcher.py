@@ -16,7 +16,7 @@ import submitit
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from msdiff_dist.distributed.plan_report import plan_report, render
+from msdiff_dist.distributed.plan_report import plan_report, render, size
 from msdiff_dist.errors import ConfigError, RunFolderError
 from msdiff_dist.launch.cluster import ClusterConfig, one_rank
 from msdiff_dist.launch.job import STOPPED, CommandJob, TrainJob
@@ -92,12 +92,18 @@ def _check_elastic(recipe: Recipe, cluster: ClusterConfig) -> None:
 
 
 def plan_report_of(run: Run, cluster: ClusterConfig, world_size: int) -> dict[str, Any]:
-    """The plan on `world_size` ranks; with `images_per_second` where the run folder holds steps trained before."""
+    """The plan on `world_size` ranks; with `images_per_second` where the run folder holds steps of its last start.
+
+    They are what that start did, times the ranks and the balance of this plan over those of that one.
+    """
     plan = plan_run(run.recipe, world_size, cluster.ranks_per_node)
     report = plan_report(plan.placement, workload(run.recipe, plan), (), cluster.ranks_per_node)
-    starts, steps = Diary(run.folder / "launch/starts.jsonl").starts(), last_metrics(run.folder)
-    if starts and steps:
-        measured = statistics.median(step["images_per_second"] for step in steps[-100:])
+    starts = Diary(run.folder / "launch/starts.jsonl").starts()
+    speeds = [
+        line["images_per_second"] for line in last_metrics(run.folder) if starts and line["step"] > starts[-1].step
+    ]
+    if speeds:
+        measured = statistics.median(speeds[-100:])
         before = plan_run(run.recipe, starts[-1].ranks, cluster.ranks_per_node)
         faster = report["balance"] * world_size / (before.placement.balance(before.cost_K) * starts[-1].ranks)
         report["images_per_second"] = measured * faster
@@ -112,11 +118,11 @@ def show_plan(run: Run, cluster: ClusterConfig) -> None:
         if world_size == cluster.world_sizes[-1]:
             console.print(render(report, run.recipe.name))
         groups = ", ".join(str(len(stage["ranks"])) for stage in report["stages"])
-        state = max(rank["state_bytes"] for rank in report["ranks"]) / 1e9
-        speed = f", expected {report['images_per_second']:.0f} img/s" if "images_per_second" in report else ""
+        state = size(max(rank["state_bytes"] for rank in report["ranks"]))
+        speed = f", {report['images_per_second']:.3g} img/s expected" if "images_per_second" in report else ""
         nodes = f"{world_size // cluster.ranks_per_node} nodes x {cluster.ranks_per_node} ranks"
         console.print(
-            f"{nodes}: stages on {groups} ranks, balance {report['balance']:.1%}, state {state:.3g} GB{speed}"
+            f"{nodes}: stages on {groups} ranks, balance {report['balance']:.1%}, state {state} a rank{speed}"
         )
 
 
