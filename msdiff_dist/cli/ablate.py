@@ -24,19 +24,18 @@ def ablate(
 
     Example: msdiff ablate recipes/ablations/fashion_mnist_efficiency.yaml --out runs/efficiency
     """
-    from msdiff_dist.errors import ConfigError
     from msdiff_dist.launch.ablation import load_ablation, plan_ablation, run_ablation, score_settings
     from msdiff_dist.launch.ablation_report import write_report
+    from msdiff_dist.launch.parts import Part
 
-    if part >= parts:
-        raise ConfigError("--part", part, f"parts are numbered 0 to {parts - 1}", "Choose one of them.")
+    share = Part(part, parts)
     config, folder = load_ablation(sweep, overrides or []), out or Path("runs") / sweep.stem
     trials = plan_ablation(config, sweep.parent, folder, nproc)
     if dry_run:
-        for t in trials[part::parts]:
+        for t in share.share(trials):
             petaflops = t.step_petaflops * t.steps[-1]
             typer.echo(f"{t.folder}: {t.steps[-1]} steps, {petaflops:.4g} PFLOP, scored after {list(t.steps)}")
         return
     settings = score_settings(config.score)
-    run_ablation(config, trials[part::parts], nproc, lambda: write_report(trials, settings, folder))
+    run_ablation(config, share.share(trials), nproc, lambda: write_report(trials, settings, folder))
     typer.echo(write_report(trials, settings, folder))

@@ -16,7 +16,13 @@ def sample(
         Literal["ddim", "dpmpp_2m", "ddpm", "dpm_3s", "heun"] | None,
         typer.Option(help="Solver. Default: ddim, dpm_3s for a vp process, heun for edm."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Network evaluations a picture; heun takes 2 N - 1.")] = 50,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Network evaluations a picture; heun takes 2 N - 1. Default 50.")
+    ] = None,
+    nfe: Annotated[int | None, typer.Option(min=1, help="Instead of --steps: exactly so many evaluations.")] = None,
+    end: Annotated[
+        float | None, typer.Option(help="Last t or sigma, of a vp or edm process. Default: t_min, sigma_min.")
+    ] = None,
     eta: Annotated[float, typer.Option(min=0, max=1, help="Noise of ddim's steps.")] = 0.0,
     churn: Annotated[float, typer.Option(min=0, help="Noise of heun's steps, S_churn.")] = 0.0,
     spacing: Annotated[
@@ -42,12 +48,15 @@ def sample(
     Example: msdiff sample runs/quickstart --num 100 --steps 50 --sampler ddim --out samples
     """
     from msdiff_dist.diffusion.solvers import ChurnConfig, SamplerConfig
+    from msdiff_dist.errors import ConfigError
     from msdiff_dist.launch.parts import Part
     from msdiff_dist.launch.sample import sample_run
 
-    config = SamplerConfig(sampler, steps, eta, spacing, clip=clip, guidance_scale=guidance, churn=ChurnConfig(churn))
+    if nfe is not None and steps is not None:
+        raise ConfigError("--nfe", nfe, f"stands beside --steps {steps}", "Give one of the two.")
+    config = SamplerConfig(sampler, steps or 50, eta, spacing, end, clip, guidance, ChurnConfig(churn))
     before, complete = sample_run(
-        run, out, num, config, class_, seed, batch_size, not raw, prompt or (), Part(part, parts)
+        run, out, num, config, class_, seed, batch_size, not raw, prompt or (), Part(part, parts), nfe
     )
     made = f"{num} pictures and grid.png in {out}" if complete else f"part {part} of {parts} is done"
     typer.echo(made + (f" ({before} were there already)" if before else ""))

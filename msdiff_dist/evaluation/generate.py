@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -81,3 +83,25 @@ class Generator:
     def _load(self, module: nn.Module, prefix: str) -> nn.Module:
         module.load_state_dict(self._weights.module_state(prefix))
         return module.to(self._device, self._dtype).eval()
+
+
+class SplicedGenerator(Generator):
+    """`inside`'s network at times in [lo, hi), `outside`'s at all others, as in the paper's Figure 2.
+
+    Both must have the same process, latent shape and conditions; their stages may differ.
+    """
+
+    def __init__(self, inside: Generator, outside: Generator, lo: float, hi: float) -> None:
+        vars(self).update(vars(inside))
+        a, b = inside._partition, outside._partition
+        inner = {x for x in (*a.boundaries, *b.boundaries, lo, hi) if a.lo < x < a.hi}
+        self._partition = replace(a, boundaries=tuple(sorted(inner)))
+        self._owners: list[tuple[Generator, int]] = []
+        for k in range(self._partition.num_stages):
+            start, _ = self._partition.interval(k)
+            owner = inside if lo <= start < hi else outside
+            self._owners.append((owner, int(owner._partition.stage_of(np.array(start)))))
+
+    def _network(self, x_in: Tensor, t_in: Tensor, stage: int, label: Tensor | None, context: Tensor | None) -> Tensor:
+        owner, own_stage = self._owners[stage]
+        return owner._network(x_in, t_in, own_stage, label, context)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -171,7 +171,7 @@ def _check_folder(trial: Trial, settings: dict[str, Any]) -> None:
 
 
 def run_ablation(
-    config: AblationConfig, trials: list[Trial], nproc: int, after_trial: Callable[[], object] = lambda: None
+    config: AblationConfig, trials: Sequence[Trial], nproc: int, after_trial: Callable[[], object] = lambda: None
 ) -> None:
     """Train and score what is not yet trained and scored of `trials`.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from msdiff_dist.checkpoint.weights import open_weights
 from msdiff_dist.config import differences, to_mapping
-from msdiff_dist.diffusion.sampling import SamplerConfig
+from msdiff_dist.diffusion.solvers import SamplerConfig, steps_of_budget
 from msdiff_dist.errors import ConfigError, RunFolderError
 from msdiff_dist.evaluation.generate import Generator
 from msdiff_dist.evaluation.preview import class_labels, write_grid
@@ -47,6 +48,7 @@ def sample_run(
     ema: bool,
     prompts: Sequence[str] = (),
     part: Part | None = None,
+    evaluations: int | None = None,
 ) -> tuple[int, bool]:
     """Write `num` PNG files and grid.png into `out`, or this part of them: those that are not there yet.
 
@@ -54,6 +56,7 @@ def sample_run(
         run: a run folder, whose newest checkpoint is taken, one checkpoint, or an export.
         batch_size: pictures made together; the last bits of a picture depend on it.
         prompts: of the pictures in turn.
+        evaluations: exactly so many network evaluations a picture, in place of the sampler's steps.
 
     Returns:
         How many pictures were there before, and whether all are there now.
@@ -66,10 +69,15 @@ def sample_run(
     description = weights.description
     num_classes = description.model.num_classes
     class_labels([0], num_classes, class_)
+    process = description.process()
     try:
-        sampler = sampler.for_process(description.process())
+        if evaluations is not None:
+            name = sampler.name or process.samplers[0]
+            sampler = replace(sampler, name=name, steps=steps_of_budget(name, evaluations))
+        sampler = sampler.for_process(process)
     except ConfigError as e:
-        option = "sampler" if e.field == "name" else e.field
+        steps = "steps" if evaluations is None else "nfe"
+        option = {"name": "sampler", "steps": steps, "evaluations": "nfe"}.get(e.field, e.field)
         raise ConfigError(f"--{option}", e.value, e.problem, e.remedy) from None
     settings = {
         "source": {"step": description.step, "weights": description.weights, "sha256": weights.identity()},

@@ -1,0 +1,46 @@
+"""`msdiff interval-report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def interval_report(
+    run: Annotated[Path, typer.Argument(help="Run folder, one checkpoint of it, or an export.")],
+    reference: Annotated[Path, typer.Option(help="The same of the run whose network samples everywhere else.")],
+    classifier: Annotated[Path, typer.Option(help="File of tools/train_feature_classifier.py.")],
+    data: Annotated[str, typer.Option(help="Shards of pictures to compare with.")],
+    out: Annotated[Path, typer.Option(help="New folder for intervals.csv, .md and .png.")],
+    intervals: Annotated[
+        str | None, typer.Option(help="Inner edges of the intervals, as 442,631. Default: the run's stages.")
+    ] = None,
+    num: Annotated[int, typer.Option(min=2, help="Pictures for each score.")] = 2000,
+    sampler: Annotated[
+        Literal["ddim", "dpmpp_2m", "ddpm", "dpm_3s", "heun"] | None, typer.Option(help="Solver, as for sample.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Its steps.")] = 50,
+    clip: Annotated[bool, typer.Option(help="Keep x0 in [-1, 1]: for pixels, not latents.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the pictures.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 250,
+) -> None:
+    """Sample with RUN inside one interval of time and the reference elsewhere, interval by interval (paper, Figure 2).
+
+    Example: msdiff interval-report runs/multistage --reference runs/unified --classifier data/digits.safetensors
+    --data data/digits --out report
+    """
+    from msdiff_dist.checkpoint.convert.options import parse_boundaries
+    from msdiff_dist.diffusion.solvers import SamplerConfig
+    from msdiff_dist.errors import ConfigError
+    from msdiff_dist.evaluation.frechet import ScoreConfig
+    from msdiff_dist.launch.interval_report import interval_report as report
+    from msdiff_dist.launch.interval_report import markdown
+
+    try:
+        boundaries = parse_boundaries(intervals)
+    except ConfigError as e:
+        raise ConfigError("--intervals", e.value, e.problem, e.remedy) from None
+    score = ScoreConfig(str(classifier), data, num, SamplerConfig(sampler, steps, clip=clip), batch_size)
+    typer.echo(markdown(report(run, reference, boundaries, score, seed, out)))
