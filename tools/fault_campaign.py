@@ -23,6 +23,7 @@ from collections import Counter
 from pathlib import Path
 
 from msdiff_dist.checkpoint.compare import compare
+from msdiff_dist.checkpoint.layout import complete_checkpoints, step_of
 from msdiff_dist.checkpoint.load import CheckpointReader
 
 ROOT = Path(__file__).parents[1]
@@ -58,6 +59,16 @@ def steps_done(run: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
+def steps_kept(run: Path) -> int:
+    """Steps in the run's newest checkpoint."""
+    return max(map(step_of, complete_checkpoints(run / "checkpoints")), default=0)
+
+
+def unfinished_saves(run: Path) -> list[Path]:
+    """Checkpoints that are being written, or were when the run ended."""
+    return list((run / "checkpoints").glob(".step_*.partial"))
+
+
 def ranks_of(run: Path) -> list[int]:
     """The processes whose output is a log of the run."""
     found = []
@@ -72,13 +83,16 @@ def ranks_of(run: Path) -> list[int]:
 
 def disturb(run: Path, process: subprocess.Popen[str], draw: random.Random) -> str:
     """Wait for a random moment and strike. Returns how; `finished` where there was nothing left to strike."""
-    if draw.random() < 0.2:  # while it starts
+    moment = draw.choices(["start", "step", "save"], [2, 5, 3])[0]
+    if moment == "start":
         time.sleep(draw.uniform(0, 6))
     else:
         target = steps_done(run) + draw.randint(1, 10)
         while steps_done(run) < target and process.poll() is None:
             time.sleep(0.005)
-        time.sleep(draw.uniform(0, 0.1))
+        while moment == "save" and not unfinished_saves(run) and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.01 if moment == "save" else 0.1))
     if process.poll() is not None:
         return "finished"
     how = draw.choice(["one rank killed", "one rank killed", "all killed", "all killed", "SIGTERM", "SIGUSR2"])
@@ -97,10 +111,7 @@ def disturb(run: Path, process: subprocess.Popen[str], draw: random.Random) -> s
 def settle(run: Path, process: subprocess.Popen[str], how: str) -> None:
     """Wait for the end of a struck run, which must be the one that such a blow has."""
     _, message = process.communicate(timeout=300)
-    expected = {"finished": (0,), "one rank killed": (0, 1), "all killed": (-signal.SIGKILL, 0, 1)}.get(
-        how, (0, -15, -12)
-    )
-    if process.returncode not in expected:
+    if process.returncode not in ENDINGS[how]:
         raise SystemExit(f"after `{how}` the command ended with status {process.returncode}:\n{message}")
     deadline = time.monotonic() + 60
     while left := ranks_of(run):
@@ -145,6 +156,7 @@ def main() -> None:
     whole, run = out / "whole", out / "disturbed"
     settle(whole, start(whole, options.steps, PLAIN), "finished")
     blows: Counter[str] = Counter()
+    cut_saves, lost = 0, [0]
     while True:
         process = start(run, options.steps, draw.choice(LAYOUTS) if options.elastic else PLAIN)
         how = disturb(run, process, draw) if blows.total() < options.kills else "finished"
@@ -152,9 +164,12 @@ def main() -> None:
         if how == "finished":
             break
         blows[how] += 1
-        print(f"{blows.total()}: {how} at step {steps_done(run)}", flush=True)
+        cut_saves += bool(unfinished_saves(run))
+        lost.append(max(steps_done(run) - steps_kept(run), 0))
+        print(f"{blows.total()}: {how} at step {steps_done(run)}, {lost[-1]} steps lost", flush=True)
     worst = check(run, whole, TOLERANCE if options.elastic else 0.0)
-    print(f"{dict(blows)}: every step there once, greatest relative difference {worst:.2g}")
+    print(f"{dict(blows)}; {cut_saves} cut a save short; steps lost: {sum(lost)}, at most {max(lost)} at once")
+    print(f"every step there once, greatest relative difference {worst:.2g}")
     if blows.total() < options.kills:
         raise SystemExit(f"the run was over after {blows.total()} of {options.kills} blows: give it more --steps")
 
