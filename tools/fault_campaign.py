@@ -110,7 +110,7 @@ def disturb(run: Path, process: subprocess.Popen[str], draw: random.Random) -> s
 
 def settle(run: Path, process: subprocess.Popen[str], how: str) -> None:
     """Wait for the end of a struck run, which must be the one that such a blow has."""
-    _, message = process.communicate(timeout=300)
+    _, message = process.communicate(timeout=3600 if how == "finished" else 300)
     if process.returncode not in ENDINGS[how]:
         raise SystemExit(f"after `{how}` the command ended with status {process.returncode}:\n{message}")
     deadline = time.monotonic() + 60

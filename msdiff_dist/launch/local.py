@@ -6,11 +6,11 @@ ranks can save before they end, and imports the heavy libraries once for all ran
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,6 @@ from msdiff_dist.errors import MsdiffError, TrainingError, UserError
 from msdiff_dist.recipe import recipe_from
 
 GRACE_S = 2.0  # after a failure, for the other ranks to tell what they saw of it
-_PR_SET_PDEATHSIG = 1
 # What every rank imports; all but the first are pulled in late, by DeepSpeed's and torch's first use.
 _PRELOAD = [
     "msdiff_dist.launch.rank",
@@ -143,7 +142,7 @@ def _passing_signals(ranks: Sequence[_Rank]) -> Iterator[None]:
 
 def _rank_main(rank: int, nproc: int, port: int, recipe: dict[str, Any], run_dir: Path, result: Connection) -> None:
     """Body of one rank's process."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # outlive the supervisor only to save
+    threading.Thread(target=_end_with_supervisor, daemon=True).start()
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -172,3 +171,11 @@ def _rank_main(rank: int, nproc: int, port: int, recipe: dict[str, Any], run_dir
             _Report(None, TrainingError(f"rank {rank} failed: {type(e).__name__}: {e} (see {log_file})"), time.time())
         )
         sys.exit(1)
+
+
+def _end_with_supervisor() -> None:
+    """Once the process that started this rank is gone, ask the rank to save and end; while it starts, end it."""
+    supervisor = multiprocessing.parent_process()
+    assert supervisor is not None
+    supervisor.join()
+    os.kill(os.getpid(), signal.SIGTERM)

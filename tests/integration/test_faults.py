@@ -69,6 +69,17 @@ def test_sigusr2_saves_and_ends_well(training: subprocess.Popen[str], tmp_path: 
     assert step_of(complete_checkpoints(tmp_path / "run/checkpoints")[-1]) == steps
 
 
+def test_ranks_without_their_supervisor_save_and_end(training: subprocess.Popen[str], tmp_path: Path) -> None:
+    training.kill()
+    training.communicate(timeout=120)  # the ranks hold the other end
+    deadline = time.monotonic() + 60
+    while rank_processes(tmp_path / "run"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    steps = (tmp_path / "run/metrics.jsonl").read_text().count("\n")
+    assert step_of(complete_checkpoints(tmp_path / "run/checkpoints")[-1]) == steps
+
+
 @pytest.mark.slow
 def test_short_campaign(tmp_path: Path) -> None:
     command = [sys.executable, "tools/fault_campaign.py", str(tmp_path / "campaign"), "--kills", "4", "--steps", "60"]
