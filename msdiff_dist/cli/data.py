@@ -114,6 +114,9 @@ def bench(
 ) -> None:
     """Measure how fast a recipe's shards are read, beside a plain torch DataLoader and webdataset on the same files.
 
+    The plain DataLoader shuffles shards only, or samples too in the recipe's window; neither reads labels or keys. If
+    mosaicml-streaming is installed, it reads a copy in its own format.
+
     [bold]Example:[/bold] msdiff data bench recipes/fashion_mnist_3stage.yaml data.workers=2
     """
     from msdiff_dist.data.bench import bench as bench_data

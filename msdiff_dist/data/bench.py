@@ -89,6 +89,7 @@ def _readers(
         return readers
     workers = min(config.workers, len(paths))
     readers["torch DataLoader"] = lambda: _loaded(_TarFiles(paths, config), batch_size, workers)
+    readers["torch DataLoader, shuffled"] = lambda: _loaded(_TarFiles(paths, config, True), batch_size, workers)
     readers["webdataset"] = lambda: _loaded(_WebDataset(paths, config), batch_size, workers)
     if importlib.util.find_spec("streaming"):
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -108,12 +109,16 @@ def _loaded(dataset: Any, batch_size: int, workers: int) -> Batches:
 
 
 class _TarFiles(IterableDataset):
-    """What one writes first: tarfile, PIL or numpy, shards in random order."""
+    """What one writes first: tarfile, PIL or numpy, shards in random order; samples too, if in the recipe's window."""
 
-    def __init__(self, paths: list[str], config: DataConfig) -> None:
-        self._paths, self._config = paths, config
+    def __init__(self, paths: list[str], config: DataConfig, shuffled: bool = False) -> None:
+        self._paths, self._config, self._shuffled = paths, config, shuffled
 
     def __iter__(self) -> Iterator[Tensor]:
+        read = self._read()
+        yield from webdataset.filters.shuffle(self._config.shuffle)(read) if self._shuffled else read
+
+    def _read(self) -> Iterator[Tensor]:
         worker = get_worker_info()
         paths = self._paths[worker.id :: worker.num_workers] if worker else list(self._paths)
         random.shuffle(paths)

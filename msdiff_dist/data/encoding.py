@@ -20,9 +20,9 @@ from msdiff_dist.data.damage import Damage, DamageReport
 from msdiff_dist.data.index import FIELD, Shard
 from msdiff_dist.data.latent_blocks import BLOCK_FIELD, pack_block
 from msdiff_dist.data.manifest import StoredFile, stored_file
-from msdiff_dist.data.samples import Sample, decode
+from msdiff_dist.data.samples import Samples, decode
 from msdiff_dist.data.shard_writer import Fields, write_shard
-from msdiff_dist.data.tar_members import TarError, samples
+from msdiff_dist.data.tar_members import TarError, chunks
 from msdiff_dist.errors import ConfigError, DataError
 from msdiff_dist.randomness import generator
 
@@ -125,36 +125,38 @@ class ShardEncoder:
         file = stored_file(target, totals.samples)
         return ShardRecord(file, mark, totals.shape, totals.count, totals.sum, totals.squares, left_out)
 
-    def _decoded(self, shard: Shard, report: DamageReport) -> Iterator[Sample]:
+    def _decoded(self, shard: Shard, report: DamageReport) -> Iterator[Samples]:
         def duplicate(key: str, what: str) -> None:
             report.add(Damage(shard.path, key, what), DataError(FIELD, shard.path, f"{key!r}: {what}", "Repair it."))
 
         try:
-            for raw in samples(shard.path, self._source.access, duplicate):
-                try:
-                    yield decode(raw, self._source, 0, 0)
-                except DataError as e:
-                    report.add(Damage(shard.path, raw["__key__"], f"{e.field}: {e.problem}"), e)
+            for chunk in chunks(shard.path, self._source.access, duplicate):
+                for row, key in enumerate(chunk["__key__"]):
+                    sample = {name: column[row : row + 1] for name, column in chunk.items()}
+                    try:
+                        yield decode(sample, self._source, 0, np.zeros(1, np.int64))
+                    except DataError as e:
+                        report.add(Damage(shard.path, key, f"{e.field}: {e.problem}"), e)
         except (TarError, OSError) as e:
             error = DataError(FIELD, shard.path, f"cannot be read to its end ({e})", "Copy or make it again.")
             report.add(Damage(shard.path, None, error.problem), error)
 
-    def _block(self, rows: list[Sample], number: int, first: int, totals: _Totals) -> bytes:
+    def _block(self, rows: list[Samples], number: int, first: int, totals: _Totals) -> bytes:
         dtype = getattr(torch, self._config.dtype)
-        images = torch.from_numpy(np.stack([row.x_CHW for row in rows]))
+        images = torch.from_numpy(np.concatenate([row.x_nCHW for row in rows]))
         latents, drawn = self._latents(images, "encode", number, first)
         totals.add(drawn)
         tensors = {"latent.npy": latents.to(dtype)}
         if self._config.flip:
             tensors["latent_flip.npy"] = self._latents(images.flip(-1), "encode flipped", number, first)[0].to(dtype)
-        if rows[0].label is not None:
-            tensors["cls"] = torch.tensor([row.label for row in rows])
-        captions = [row.caption or "" for row in rows] if self._source.captions else None
+        if self._source.num_classes is not None:
+            tensors["cls"] = torch.from_numpy(np.concatenate([row.label_n for row in rows if row.label_n is not None]))
+        captions = [row.caption_n[0] for row in rows if row.caption_n is not None] if self._source.captions else None
         if self._networks.embed and captions is not None:
             parts = [self._networks.embed(captions[i]) for i in self._batches(len(rows))]
             tensors["context.npy"] = torch.cat([context for context, _ in parts]).to(dtype)
             tensors["context_mask.npy"] = torch.cat([mask for _, mask in parts])
-        return pack_block([row.key for row in rows], tensors, captions)
+        return pack_block([row.key_n[0] for row in rows], tensors, captions)
 
     def _latents(self, images: Tensor, purpose: str, number: int, first: int) -> tuple[Tensor, Tensor]:
         """(what is stored, latents) of pictures first, first + 1, ... of a shard."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
+
+Chunk = dict[str, NDArray[Any]]
+"""n samples that were read together: `__key__`, `__url__` and a column [n, ...] for each file extension; of strings or
+contents of files they are of type object."""
 
 BLOCK_FIELD = "latents.safetensors"
 CHECKSUMS = "crc32"
@@ -52,23 +56,30 @@ def block_keys(content: bytes) -> list[str]:
     Raises:
         BlockError: it is not a block.
     """
-    return _lists(content)["__key__"]
+    return _lists(_header(content))["__key__"]
 
 
-def block_samples(content: bytes, url: str) -> Iterator[dict[str, Any]]:
-    """A block's samples as if each had been read by itself, with arrays instead of file contents.
-
-    bfloat16, which numpy lacks, comes as the uint16 of the same bits.
+def read_block(content: bytes, url: str) -> Chunk:
+    """A block's samples. Their tensors are views of `content`, bfloat16, which numpy lacks, as uint16 of the same bits.
 
     Raises:
         BlockError: it is not a block.
     """
-    lists = _lists(content)
-    columns: dict[str, Any] = {"__key__": lists["__key__"]}
-    columns |= {name: [value.encode() for value in values] for name, values in lists.items() if name != "__key__"}
-    columns |= {name: array for name, array in _views(content).items() if name != CHECKSUMS}
-    names = ("__url__", *columns)
-    return (dict(zip(names, (url, *row), strict=True)) for row in zip(*columns.values(), strict=True))
+    header = _header(content)
+    lists = _lists(header)
+    keys = lists.pop("__key__")
+    chunk = {"__key__": objects(keys), "__url__": objects([url] * len(keys))}
+    chunk |= {name: objects([value.encode() for value in values]) for name, values in lists.items()}
+    chunk |= _views(content, header)
+    for name, column in chunk.items():
+        if len(column) != len(keys):
+            raise BlockError(f"has {len(column)} of {name} for {len(keys)} samples")
+    return chunk
+
+
+def objects(values: Sequence[object]) -> NDArray[Any]:
+    """A column of strings or contents of files."""
+    return np.array(values, dtype=object)
 
 
 def check_block(content: bytes) -> tuple[list[str], dict[str, Tensor]]:
@@ -77,7 +88,7 @@ def check_block(content: bytes) -> tuple[list[str], dict[str, Tensor]]:
     Raises:
         BlockError: naming the first damaged sample's row, if that is all that is damaged.
     """
-    lists, tensors = _lists(content), _tensors(content)
+    lists, tensors = _lists(_header(content)), _tensors(content)
     stated = tensors.pop(CHECKSUMS).tolist()
     for row, (found, expected) in enumerate(zip(_checksums(lists, tensors), stated, strict=True)):
         if found != expected:
@@ -85,14 +96,23 @@ def check_block(content: bytes) -> tuple[list[str], dict[str, Tensor]]:
     return lists["__key__"], tensors
 
 
-def _lists(content: bytes) -> dict[str, list[str]]:
+def _header(content: bytes) -> dict[str, Any]:
     try:
-        size = int.from_bytes(content[:8], "little")
-        metadata = json.loads(content[8 : 8 + size])["__metadata__"]
-        return {name: json.loads(text) for name, text in metadata.items()} | {
-            "__key__": json.loads(metadata["__key__"])
-        }
+        header = json.loads(content[8 : _values_start(content)])
+        header["__metadata__"]["__key__"]
     except (ValueError, KeyError, TypeError) as e:
+        raise BlockError(f"is not a block of latents ({e!r})") from e
+    return header
+
+
+def _values_start(content: bytes) -> int:
+    return 8 + int.from_bytes(content[:8], "little")
+
+
+def _lists(header: Mapping[str, Any]) -> dict[str, list[str]]:
+    try:
+        return {name: json.loads(text) for name, text in header["__metadata__"].items()}
+    except (ValueError, TypeError) as e:
         raise BlockError(f"is not a block of latents ({e!r})") from e
 
 
@@ -103,17 +123,16 @@ def _tensors(content: bytes) -> dict[str, Tensor]:
         raise BlockError(f"is not a block of latents ({e})") from e
 
 
-def _views(content: bytes) -> dict[str, NDArray[Any]]:
-    """The tensors without copying them, as safetensors lays them out: a header's length, the header, the values."""
+def _views(content: bytes, header: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    """The samples' tensors without copying them, as safetensors lays them out: a header and the values."""
+    start = _values_start(content)
     try:
-        start = 8 + int.from_bytes(content[:8], "little")
-        header = json.loads(content[8:start])
         return {
             name: np.frombuffer(
                 content, _DTYPES[entry["dtype"]], math.prod(entry["shape"]), start + entry["data_offsets"][0]
             ).reshape(entry["shape"])
             for name, entry in header.items()
-            if name != "__metadata__"
+            if name not in ("__metadata__", CHECKSUMS)
         }
     except (ValueError, KeyError, TypeError) as e:
         raise BlockError(f"is not a block of latents ({e!r})") from e

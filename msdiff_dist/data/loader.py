@@ -24,10 +24,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.damage import Damage, DamageReport
 from msdiff_dist.data.index import Shard, read_index, resolve_shards
+from msdiff_dist.data.latent_blocks import Chunk
 from msdiff_dist.data.mixture import Mixture
-from msdiff_dist.data.order import Ints, StreamOrder
-from msdiff_dist.data.samples import Sample, decode, synthesize
-from msdiff_dist.data.stream import RawSample, lane_stream
+from msdiff_dist.data.order import Ints, StreamOrder, grouped
+from msdiff_dist.data.samples import Samples, decode, synthesize
+from msdiff_dist.data.stream import LaneStream, Picked
 from msdiff_dist.errors import ConfigError, DataError, UserError
 from msdiff_dist.randomness import generator
 
@@ -170,7 +171,7 @@ class _Schedule:
         assert self.mixture is not None
         number = int(self.mixture.taken_before(step * self.global_batch_size)[source])
         order = self.orders[source]
-        stream = lane_stream(self.index[source], order, lane, number, self.config.access, damage)
+        stream = LaneStream(self.index[source], order, lane, number, self.config.access, damage)
         return _Lane(stream, order.num_samples, self.config, self.seed, damage)
 
 
@@ -182,24 +183,53 @@ class _Lane:
     """Decodes a lane's samples. The place of one that cannot be decoded is filled with the next that can, which comes
     again in its own place: so what a place holds depends on the data alone, wherever reading starts."""
 
-    def __init__(
-        self, stream: Iterator[RawSample], longest: int, config: DataConfig, seed: int, damage: DamageReport
-    ) -> None:
+    def __init__(self, stream: LaneStream, longest: int, config: DataConfig, seed: int, damage: DamageReport) -> None:
         self._stream, self._longest, self._config, self._seed, self._damage = stream, longest, config, seed, damage
-        self._ahead: deque[RawSample] = deque()
+        self._ahead: deque[Chunk] = deque()
 
-    def take(self, g: int) -> Sample:
-        """The lane's next sample, number g of the run."""
-        own = raw = self._ahead.popleft() if self._ahead else next(self._stream)
+    def take(self, g_n: Ints) -> Iterator[tuple[Ints, Samples]]:
+        """The lane's next samples, numbers g_n of the run, in parts: places in g_n, and the samples there."""
+        done = 0
+        while done < len(g_n):
+            if not self._ahead:
+                picked = self._stream.take(len(g_n) - done)
+                try:
+                    parts = [(done + p.place_n, self._decode(p.chunk, g_n[done + p.place_n])) for p in picked]
+                except DataError:
+                    self._ahead.extend(_one_by_one(picked))
+                else:
+                    yield from parts
+                    done += sum(len(p.place_n) for p in picked)
+                    continue
+            yield np.array([done]), self._mended(g_n[done : done + 1])
+            done += 1
+
+    def _mended(self, g_1: Ints) -> Samples:
+        """The next sample, or the first after it that can be decoded."""
+        own = sample = self._ahead.popleft()
         for at in range(self._longest):
             try:
-                return decode(raw, self._config, self._seed, g)
+                return self._decode(sample, g_1)
             except DataError as e:
-                self._damage.add(Damage(raw["__url__"], raw["__key__"], f"{e.field}: {e.problem}"), e)
+                damage = Damage(sample["__url__"][0], sample["__key__"][0], f"{e.field}: {e.problem}")
+                self._damage.add(damage, e)
             if at == len(self._ahead):
-                self._ahead.append(next(self._stream))
-            raw = self._ahead[at]
-        raise DataError("data.shards", own["__url__"], "no sample of the lane can be used", "Repair the shards.")
+                self._ahead.extend(_one_by_one(self._stream.take(1)))
+            sample = self._ahead[at]
+        raise DataError("data.shards", own["__url__"][0], "no sample of the lane can be used", "Repair the shards.")
+
+    def _decode(self, chunk: Chunk, g_n: Ints) -> Samples:
+        return decode(chunk, self._config, self._seed, g_n)
+
+
+def _one_by_one(picked: list[Picked]) -> list[Chunk]:
+    """Each sample by itself, in order."""
+    single = [
+        (place, {name: column[row : row + 1] for name, column in p.chunk.items()})
+        for p in picked
+        for row, place in enumerate(p.place_n)
+    ]
+    return [chunk for _, chunk in sorted(single, key=lambda one: one[0])]
 
 
 class _RankDataset(IterableDataset):
@@ -221,22 +251,22 @@ class _RankDataset(IterableDataset):
         """The samples of these lanes, step by step."""
         schedule = self.schedule
         damage = DamageReport(schedule.config.max_bad)
-        streams: dict[tuple[int, int], _Lane] = {}
+        streams: dict[int, _Lane] = {}
+        mine_L = np.isin(np.arange(schedule.config.lanes), list(lanes))
         for step in itertools.count(self.start_step):
             (source_B, lane_B), first = schedule.locate(step), step * schedule.global_batch_size
-            places = list(zip(source_B.tolist(), lane_B.tolist(), strict=True))
-            index_n = [i for i, (_, lane) in enumerate(places) if lane in lanes]
-            samples = []
-            for i in index_n:
-                if schedule.mixture is None:
-                    samples.append(synthesize(schedule.config, schedule.seed, first + i))
-                    continue
-                place = places[i]
-                if place not in streams:
-                    streams[place] = schedule.lane(*place, self.start_step, damage)
-                samples.append(streams[place].take(first + i))
-            part = _collate(step, np.array(index_n, dtype=np.int64), samples, schedule.config)
-            yield replace(part, damage=damage.take())
+            index_n = np.flatnonzero(mine_L[lane_B])
+            part = _Part(schedule.config, len(index_n))
+            if schedule.mixture is None:
+                part.put(np.arange(len(index_n)), synthesize(schedule.config, schedule.seed, first + index_n))
+            else:
+                for place, at_n in grouped(source_B[index_n] * schedule.config.lanes + lane_B[index_n]):
+                    if place not in streams:
+                        source, lane = divmod(place, schedule.config.lanes)
+                        streams[place] = schedule.lane(source, lane, self.start_step, damage)
+                    for where_n, samples in streams[place].take(first + index_n[at_n]):
+                        part.put(at_n[where_n], samples)
+            yield part.samples(step, index_n, damage.take())
 
 
 def _start(dataset: _RankDataset, workers: int) -> Iterator[StepSamples | UserError]:
@@ -283,27 +313,40 @@ def _end_with_rank() -> None:
     os._exit(1)
 
 
-def _collate(step: int, index_n: Ints, samples: list[Sample], config: DataConfig) -> StepSamples:
-    def stack(arrays: list[np.ndarray], shape: tuple[int, ...], dtype: str) -> Tensor:
-        out = torch.empty((len(arrays), *shape), dtype=getattr(torch, dtype))
-        rows = (out.view(torch.uint16) if dtype == "bfloat16" else out).numpy()
-        if arrays:
-            np.concatenate(arrays, out=rows.reshape(-1, *shape[1:]))
-        return out
+class _Part:
+    """Room for n samples of a step."""
 
-    context_nTC = None
-    if config.context_shape is not None:
-        contexts = [s.context_TC for s in samples if s.context_TC is not None]
-        context_nTC = stack(contexts, config.context_shape, config.latent_dtype)
-    return StepSamples(
-        step,
-        index_n,
-        stack([s.x_CHW for s in samples], config.x_shape, config.x_dtype),
-        None if config.num_classes is None else torch.tensor([s.label for s in samples], dtype=torch.int64),
-        context_nTC,
-        [s.caption or "" for s in samples] if config.captions else None,
-        [s.key for s in samples],
-    )
+    def __init__(self, config: DataConfig, n: int) -> None:
+        def room(shape: tuple[int, ...], dtype: str) -> Tensor:
+            return torch.empty((n, *shape), dtype=getattr(torch, dtype))
+
+        context = config.context_shape
+        self._x_nCHW = room(config.x_shape, config.x_dtype)
+        self._label_n = None if config.num_classes is None else room((), "int64")
+        self._context_nTC = None if context is None else room(context, config.latent_dtype)
+        self._key_n = np.empty(n, object)
+        self._caption_n = np.empty(n, object) if config.captions else None
+        views = (_view(self._x_nCHW), _view(self._label_n), self._caption_n, _view(self._context_nTC))
+        self._rooms = Samples(self._key_n, *views)
+
+    def put(self, at_n: Ints, samples: Samples) -> None:
+        """Put samples in places at_n."""
+        room: Any
+        for room, values in zip(self._rooms, samples, strict=True):
+            if room is not None:
+                room[at_n] = values
+
+    def samples(self, step: int, index_n: Ints, damage: tuple[Damage, ...]) -> StepSamples:
+        """When all places are filled."""
+        captions = None if self._caption_n is None else self._caption_n.tolist()
+        return StepSamples(
+            step, index_n, self._x_nCHW, self._label_n, self._context_nTC, captions, self._key_n.tolist(), damage
+        )
+
+
+def _view(tensor: Tensor | None) -> Any:
+    """The same memory as an array; of bfloat16, which numpy lacks, the bits."""
+    return None if tensor is None else (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def _merge(parts: list[StepSamples]) -> StepSamples:

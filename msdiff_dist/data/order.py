@@ -9,6 +9,7 @@ g % N of epoch g // N, so every epoch holds each sample exactly once and batches
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,18 @@ from numpy.typing import NDArray
 from msdiff_dist.randomness import generator
 
 Ints = NDArray[np.int64]
+
+
+def grouped(value_n: Ints) -> list[tuple[int, Ints]]:
+    """Each value that occurs, ascending, and the places where it stands, ascending."""
+    if not len(value_n):
+        return []
+    if (value_n == value_n[0]).all():
+        return [(int(value_n[0]), np.arange(len(value_n)))]
+    place_n = np.argsort(value_n, kind="stable")
+    edges = np.flatnonzero(np.diff(value_n[place_n])) + 1
+    bounds = [0, *edges.tolist(), len(place_n)]
+    return [(int(value_n[place_n[a]]), place_n[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
 class EpochPlan:

@@ -1,4 +1,4 @@
-"""Raw bytes of a sample to arrays."""
+"""Undecoded samples to arrays."""
 
 from __future__ import annotations
 
@@ -13,24 +13,32 @@ from PIL import Image
 from torch import Tensor
 
 from msdiff_dist.data.config import DataConfig
-from msdiff_dist.data.stream import RawSample
+from msdiff_dist.data.latent_blocks import Chunk, objects
+from msdiff_dist.data.order import Ints
 from msdiff_dist.errors import DataError
 from msdiff_dist.randomness import generator
 
 IMAGE_FIELDS = ("png", "jpg", "jpeg", "webp", "bmp", "ppm", "pgm")
 Array = NDArray[Any]
 _FLIPS = 1024  # drawn at once
-_DTYPES = {"float16": np.dtype("float16"), "float32": np.dtype("float32"), "bfloat16": np.dtype("uint16")}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "float16": np.dtype("float16"),
+    "float32": np.dtype("float32"),
+    "bfloat16": np.dtype("uint16"),
+}
 
 
-class Sample(NamedTuple):
-    """One decoded sample: x_CHW (uint8 picture or floating latent) and what the configuration asks for besides."""
+class Samples(NamedTuple):
+    """n decoded samples: x_nCHW (uint8 pictures or floating latents) and what the configuration asks for besides.
 
-    key: str
-    x_CHW: Array
-    label: int | None = None
-    caption: str | None = None
-    context_TC: Array | None = None
+    Keys and captions are strings; bfloat16, which numpy lacks, is uint16 of the same bits.
+    """
+
+    key_n: Array
+    x_nCHW: Array
+    label_n: Ints | None = None
+    caption_n: Array | None = None
+    context_nTC: Array | None = None
 
 
 def to_model_range(x: Tensor) -> Tensor:
@@ -38,78 +46,95 @@ def to_model_range(x: Tensor) -> Tensor:
     return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x.float()
 
 
-def decode(raw: RawSample, config: DataConfig, seed: int, g: int) -> Sample:
-    """Decode a raw sample that is number g of the run.
+def decode(chunk: Chunk, config: DataConfig, seed: int, g_n: Ints) -> Samples:
+    """Decode samples that are numbers g_n of the run.
 
     Raises:
         DataError: a field that is missing, damaged or of the wrong size; names shard, key and field.
     """
-    flipped = config.flip and bool(_flips(seed, g // _FLIPS)[g % _FLIPS])
+    flipped_n = _flips(seed, g_n) if config.flip else np.zeros(len(g_n), np.bool_)
     if config.kind == "image":
-        x_CHW = _picture(raw, config)
-        if flipped:
-            x_CHW = x_CHW[:, :, ::-1]
+        x_nCHW = np.stack([_picture(chunk, row, config) for row in range(len(g_n))])
+        x_nCHW[flipped_n] = x_nCHW[flipped_n][..., ::-1]
     else:
-        x_CHW = _latent(raw, config, flipped, seed, g)
-    context_TC = None
+        x_nCHW = _latents(chunk, config, flipped_n, seed, g_n)
+    context_nTC = caption_n = None
     if config.context_shape is not None:
-        context_TC = _array(raw, config.context_field, config.context_shape, "data.context_shape", config.latent_dtype)
-    caption = _field(raw, "txt").decode("utf-8", "replace").strip() if config.captions else None
-    return Sample(raw["__key__"], x_CHW, _label(raw, config), caption, context_TC)
+        field, shape = config.context_field, config.context_shape
+        context_nTC = _arrays(chunk, field, shape, "data.context_shape", config.latent_dtype)
+    if config.captions:
+        caption_n = objects([text.decode("utf-8", "replace").strip() for text in _column(chunk, "txt")])
+    return Samples(chunk["__key__"], x_nCHW, _labels(chunk, config), caption_n, context_nTC)
+
+
+def _flips(seed: int, g_n: Ints) -> NDArray[np.bool_]:
+    return np.array([_coins(seed, g // _FLIPS)[g % _FLIPS] for g in g_n.tolist()])
 
 
 @functools.lru_cache(maxsize=64)
-def _flips(seed: int, number: int) -> NDArray[np.bool_]:
+def _coins(seed: int, number: int) -> NDArray[np.bool_]:
     return generator(seed, "flip", number).random(_FLIPS) < 0.5
 
 
-def synthesize(config: DataConfig, seed: int, g: int) -> Sample:
-    """Sample number g of kind `synthetic`: standard normal latent and context, uniform label."""
-    rng = generator(seed, "synthetic sample", g)
-    x_CHW = to_dtype(rng.standard_normal(config.x_shape, dtype=np.float32), config.latent_dtype)
-    label = None if config.num_classes is None else int(rng.integers(config.num_classes))
-    context_TC = None
-    if config.context_shape is not None:
-        context_TC = to_dtype(rng.standard_normal(config.context_shape, dtype=np.float32), config.latent_dtype)
-    return Sample(f"synthetic-{g}", x_CHW, label, None, context_TC)
+def synthesize(config: DataConfig, seed: int, g_n: Ints) -> Samples:
+    """Samples number g_n of kind `synthetic`: standard normal latents and contexts, uniform labels."""
+    numbers = g_n.tolist()
+    x_nCHW = np.empty((len(numbers), *config.x_shape), np.float32)
+    label_n = None if config.num_classes is None else np.empty(len(numbers), np.int64)
+    context_nTC = None if config.context_shape is None else np.empty((len(numbers), *config.context_shape), np.float32)
+    for i, g in enumerate(numbers):
+        rng = generator(seed, "synthetic sample", g)
+        rng.standard_normal(dtype=np.float32, out=x_nCHW[i])
+        if label_n is not None:
+            label_n[i] = rng.integers(config.num_classes or 0)
+        if context_nTC is not None:
+            rng.standard_normal(dtype=np.float32, out=context_nTC[i])
+    context_nTC = None if context_nTC is None else to_dtype(context_nTC, config.latent_dtype)
+    key_n = objects([f"synthetic-{g}" for g in numbers])
+    return Samples(key_n, to_dtype(x_nCHW, config.latent_dtype), label_n, None, context_nTC)
 
 
-def _picture(raw: RawSample, config: DataConfig) -> Array:
-    field = next((name for name in IMAGE_FIELDS if name in raw), "png")
-    data = _field(raw, field)
+def _picture(chunk: Chunk, row: int, config: DataConfig) -> Array:
+    field = next((name for name in IMAGE_FIELDS if name in chunk), "png")
+    data = _column(chunk, field, row)[row]
     try:
         with Image.open(io.BytesIO(data)) as image:
             mode = "L" if config.channels == 1 else "RGB"
             pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise _bad(raw, field, f"is not a readable picture ({e})", "Make the shard again without it.") from e
+        raise _bad(chunk, row, field, f"is not a readable picture ({e})", "Make the shard again without it.") from e
     height, width = pixels.shape[:2]
     if (height, width) != (config.image_size, config.image_size):
         remedy = f"Make shards of that size (`msdiff data pack --size {config.image_size}`)"
         if height == width:
             remedy = f"Set data.image_size to {height}, or m{remedy[1:]}"
-        problem = f"the picture of sample {raw['__key__']!r} in {raw['__url__']} is {width}x{height} pixels"
+        problem = f"the picture of {_name(chunk, row)} is {width}x{height} pixels"
         raise DataError("data.image_size", config.image_size, problem, remedy + ".")
     return pixels[None] if config.channels == 1 else np.moveaxis(pixels, -1, 0)
 
 
-def _latent(raw: RawSample, config: DataConfig, flipped: bool, seed: int, g: int) -> Array:
+def _latents(chunk: Chunk, config: DataConfig, flipped_n: NDArray[np.bool_], seed: int, g_n: Ints) -> Array:
     C, H, W = config.x_shape
-    field = config.latent_field
-    if flipped:
+    field, shape = config.latent_field, (2 * C, H, W) if config.latent_moments else (C, H, W)
+    dtype = "float32" if config.latent_moments else config.latent_dtype
+    if not flipped_n.any():
+        stored = _arrays(chunk, field, shape, "data.latent_shape", dtype)
+    else:
         stem, dot, extension = field.rpartition(".")
-        field = f"{stem}_flip{dot}{extension}"
-        if field not in raw:
+        flipped = f"{stem}_flip{dot}{extension}"
+        if flipped not in chunk:
             raise DataError(
-                "data.flip", True, f"shard {raw['__url__']} has no {field}: a mirrored latent is not the latent of a "
-                "mirrored picture", "Remove data.flip, or encode the pictures with encode.flip: true.",
+                "data.flip", True, f"shard {chunk['__url__'][0]} has no {flipped}: a mirrored latent is not the "
+                "latent of a mirrored picture", "Remove data.flip, or encode the pictures with encode.flip: true.",
             )  # fmt: skip
+        stored = _arrays(chunk, field, shape, "data.latent_shape", dtype).copy()
+        stored[flipped_n] = _arrays(chunk, flipped, shape, "data.latent_shape", dtype)[flipped_n]
     if not config.latent_moments:
-        return _array(raw, field, (C, H, W), "data.latent_shape", config.latent_dtype)
-    moments = _array(raw, field, (2 * C, H, W), "data.latent_shape", "float32")
-    mean, log_variance = moments[:C], moments[C:]
-    noise = generator(seed, "posterior", g).standard_normal((C, H, W), dtype=np.float32)
-    return to_dtype(mean + np.exp(log_variance / 2) * noise, config.latent_dtype)
+        return stored
+    noise = np.stack(
+        [generator(seed, "posterior", g).standard_normal((C, H, W), dtype=np.float32) for g in g_n.tolist()]
+    )
+    return to_dtype(stored[:, :C] + np.exp(stored[:, C:] / 2) * noise, config.latent_dtype)
 
 
 def to_dtype(array: Array, dtype: str) -> Array:
@@ -123,41 +148,61 @@ def to_dtype(array: Array, dtype: str) -> Array:
     return array.astype(dtype)
 
 
-def _array(raw: RawSample, field: str, shape: tuple[int, ...], setting: str, dtype: str) -> Array:
-    content, types = _field(raw, field), "efdH"  # packed bfloat16 comes as uint16
-    if isinstance(content, bytes):
-        types = "efd"
+def _arrays(chunk: Chunk, field: str, shape: tuple[int, ...], setting: str, dtype: str) -> Array:
+    """[n, *shape] of a field, in the floating type asked for."""
+
+    def check(row: int, found: tuple[int, ...], kind: np.dtype[Any], types: str) -> None:
+        if found != shape or kind.char not in types:
+            problem = f"{field!r} of {_name(chunk, row)} is {kind}{list(found)}"
+            remedy = f"Correct {setting} or the shards."
+            raise DataError(setting, list(shape), f"{problem}, not float{list(shape)}", remedy)
+
+    column_n = _column(chunk, field)
+    if column_n.dtype != object:
+        check(0, column_n.shape[1:], column_n.dtype, "efdH")  # packed bfloat16 comes as uint16
+        return to_dtype(column_n, dtype)
+    arrays = []
+    for row, content in enumerate(column_n):
         try:
-            content = np.load(io.BytesIO(content), allow_pickle=False)
+            arrays.append(np.load(io.BytesIO(content), allow_pickle=False))
         except (ValueError, OSError, EOFError) as e:
-            raise _bad(raw, field, f"is not a readable .npy array ({e})", "Make the shard again.") from e
-    if content.shape != shape or content.dtype.char not in types:
-        problem = f"{field!r} of sample {raw['__key__']!r} in {raw['__url__']} is {content.dtype}{list(content.shape)}"
-        raise DataError(setting, list(shape), f"{problem}, not float{list(shape)}", f"Correct {setting} or the shards.")
-    return to_dtype(content, dtype)
+            raise _bad(chunk, row, field, f"is not a readable .npy array ({e})", "Make the shard again.") from e
+        check(row, arrays[-1].shape, arrays[-1].dtype, "efd")
+    return np.stack([to_dtype(array, dtype) for array in arrays])
 
 
-def _label(raw: RawSample, config: DataConfig) -> int | None:
+def _labels(chunk: Chunk, config: DataConfig) -> Ints | None:
     if config.num_classes is None:
         return None
-    text = _field(raw, "cls")
-    try:
-        label = int(text)
-    except ValueError:
-        label = -1
-    if not 0 <= label < config.num_classes:
+    column_n = _column(chunk, "cls")
+    label_n = np.array([_number(text) for text in column_n]) if column_n.dtype == object else column_n
+    if not 0 <= label_n.min() <= label_n.max() < config.num_classes:
+        wrong_n = np.flatnonzero((label_n < 0) | (label_n >= config.num_classes))
+        text = column_n[wrong_n[0]]
         shown = text[:20].decode("utf-8", "replace") if isinstance(text, bytes) else int(text)
-        problem = f"sample {raw['__key__']!r} in {raw['__url__']} has class {shown!r}"
+        problem = f"{_name(chunk, wrong_n[0])} has class {shown!r}"
         raise DataError("data.num_classes", config.num_classes, problem, "Set data.num_classes above every label.")
-    return label
+    return label_n
 
 
-def _field(raw: RawSample, field: str) -> Any:
-    if field not in raw:
-        present = ", ".join(sorted(name for name in raw if not name.startswith("__")))
-        raise _bad(raw, field, f"is missing (the sample has: {present})", "Use shards that have it.")
-    return raw[field]
+def _number(text: bytes) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        return -1
 
 
-def _bad(raw: RawSample, field: str, problem: str, remedy: str) -> DataError:
-    return DataError("data.shards", raw["__url__"], f"field {field!r} of sample {raw['__key__']!r} {problem}", remedy)
+def _column(chunk: Chunk, field: str, row: int = 0) -> Array:
+    if field not in chunk:
+        present = ", ".join(sorted(name for name in chunk if not name.startswith("__")))
+        raise _bad(chunk, row, field, f"is missing (the sample has: {present})", "Use shards that have it.")
+    return chunk[field]
+
+
+def _bad(chunk: Chunk, row: int, field: str, problem: str, remedy: str) -> DataError:
+    key, url = chunk["__key__"][row], chunk["__url__"][row]
+    return DataError("data.shards", url, f"field {field!r} of sample {key!r} {problem}", remedy)
+
+
+def _name(chunk: Chunk, row: int) -> str:
+    return f"sample {chunk['__key__'][row]!r} in {chunk['__url__'][row]}"

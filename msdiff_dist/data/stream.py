@@ -1,62 +1,136 @@
-"""The stream of one lane: raw samples, window by window, from any position on."""
+"""The stream of one lane: undecoded samples, window by window, from any position on."""
 
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+
+import numpy as np
 
 from msdiff_dist.data.access import DEFAULT_ACCESS, Access
 from msdiff_dist.data.damage import Damage, DamageReport
 from msdiff_dist.data.index import FIELD, STRICT, Shard
-from msdiff_dist.data.order import StreamOrder
+from msdiff_dist.data.latent_blocks import Chunk
+from msdiff_dist.data.order import Ints, StreamOrder, Window, grouped
 from msdiff_dist.data.shard_writer import INDEX_NAME
-from msdiff_dist.data.tar_members import TarError, samples
+from msdiff_dist.data.tar_members import TarError, chunks
 from msdiff_dist.errors import DataError
 
-RawSample = dict[str, Any]
+Rows = tuple[Chunk, range]
 
 
-def lane_stream(
-    shards: Sequence[Shard],
-    order: StreamOrder,
-    lane: int,
-    g: int,
-    access: Access = DEFAULT_ACCESS,
-    damage: DamageReport = STRICT,
-) -> Iterator[RawSample]:
+@dataclass(frozen=True)
+class Picked:
+    """Samples at place_n of what was asked for."""
+
+    chunk: Chunk
+    place_n: Ints
+
+
+class LaneStream:
     """The lane's undecoded samples from sample number g of the order on, without end.
 
     Opens only the shard in which the current window starts and those after it. While a window is given out, the next
-    one is read sample by sample, so that reading is spread evenly and about one window is held in memory.
-
-    Raises:
-        DataError: while reading, more damage than `damage` bears.
+    one is read chunk by chunk, so that reading is spread evenly and at most two windows are held in memory.
     """
-    windows = order.windows(lane, g)
-    first = next(windows)
-    source = _reading_order(_Reader(shards, access, damage), order, lane, first.epoch, first.start)
-    ahead: deque[RawSample] = deque()
-    for window in itertools.chain([first], windows):
-        while len(ahead) < window.size:
-            ahead.append(next(source))
-        held: list[RawSample | None] = [ahead.popleft() for _ in range(window.size)]
-        for at in window.order[window.skip :].tolist():
-            sample, held[at] = held[at], None
-            assert sample is not None
-            yield sample
-            if len(ahead) < order.shuffle:
-                ahead.append(next(source))
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        order: StreamOrder,
+        lane: int,
+        g: int,
+        access: Access = DEFAULT_ACCESS,
+        damage: DamageReport = STRICT,
+    ) -> None:
+        self._windows = order.windows(lane, g)
+        first = next(self._windows)
+        self._source = _reading_order(_Reader(shards, access, damage), order, lane, first.epoch, first.start)
+        self._given, self._at = _Filled(first), first.skip
+        self._coming = _Filled(next(self._windows))
+        self._over: Rows | None = None
+
+    def take(self, most: int) -> list[Picked]:
+        """The next `most` samples, or fewer where a window ends, but at least one.
+
+        Raises:
+            DataError: more damage than is borne.
+        """
+        if self._at == self._given.size:
+            self._given, self._at = self._coming, 0
+            self._coming = _Filled(next(self._windows))
+        self._read(self._given, self._given.size)
+        self._read(self._coming, self._at)
+        start, self._at = self._at, min(self._at + most, self._given.size)
+        return self._given.take(start, self._at)
+
+    def _read(self, window: _Filled, samples: int) -> None:
+        """Fill that many places of a window, if it has them, and no more than it has."""
+        while window.filled < min(samples, window.size):
+            chunk, rows = self._over or next(self._source)
+            room = window.size - window.filled
+            window.put(chunk, rows[:room])
+            self._over = (chunk, rows[room:]) if len(rows) > room else None
 
 
-def _reading_order(reader: _Reader, order: StreamOrder, lane: int, epoch: int, start: int) -> Iterator[RawSample]:
+class _Filled:
+    """A window as it is read: samples of blocks are put where their turn will be, other chunks are kept as they are."""
+
+    def __init__(self, window: Window) -> None:
+        self.size, self.filled = window.size, 0
+        self._place_n = np.argsort(window.order)  # of the samples in reading order
+        self._chunks: list[Chunk] = [{}]  # the first is of blocks' samples, every row in its place
+        self._chunk_n, self._row_n = np.zeros(self.size, np.int64), np.arange(self.size)
+        self._left = [0]  # of each chunk, not yet given
+
+    def put(self, chunk: Chunk, rows: range) -> None:
+        """Take in the next samples read."""
+        place_n = self._place_n[self.filled : self.filled + len(rows)]
+        self.filled += len(rows)
+        number = 0
+        if len(chunk["__key__"]) > 1 and self._fits(chunk):
+            for name, column in chunk.items():
+                self._chunks[0][name][place_n] = column[rows.start : rows.stop]
+        else:
+            number = len(self._chunks)
+            self._chunks.append(chunk)
+            self._left.append(0)
+            self._chunk_n[place_n], self._row_n[place_n] = number, rows
+        self._left[number] += len(rows)
+
+    def _fits(self, block: Chunk) -> bool:
+        if not self._chunks[0]:
+            self._chunks[0] = {n: np.empty((self.size, *c.shape[1:]), c.dtype) for n, c in block.items()}
+        laid = self._chunks[0]
+        return laid.keys() == block.keys() and all(
+            laid[n].dtype == c.dtype and laid[n].shape[1:] == c.shape[1:] for n, c in block.items()
+        )
+
+    def take(self, start: int, stop: int) -> list[Picked]:
+        """The samples in places start to stop - 1; what nobody needs any more is let go."""
+        picked = []
+        for number, place_n in grouped(self._chunk_n[start:stop]):
+            rows = self._row_n[start:stop][place_n] if number or len(place_n) < stop - start else slice(start, stop)
+            chunk = self._chunks[number]
+            picked.append(Picked({name: column[rows] for name, column in chunk.items()}, place_n))
+            self._left[number] -= len(place_n)
+            if not self._left[number]:
+                self._chunks[number] = {}
+        return picked
+
+
+def _reading_order(reader: _Reader, order: StreamOrder, lane: int, epoch: int, start: int) -> Iterator[Rows]:
     """The lane's samples shard after shard, epoch after epoch, from position `start` of `epoch` on."""
     for epoch in itertools.count(epoch):  # noqa: B020
         for number in order.epoch(epoch).shards[lane]:
-            if start < order.counts[number]:
-                yield from itertools.islice(reader.places(number), start, None)
-            start = max(start - order.counts[number], 0)
+            if start >= order.counts[number]:
+                start -= order.counts[number]
+                continue
+            for chunk, rows in reader.places(number):
+                if start < len(rows):
+                    yield chunk, rows[start:]
+                start = max(start - len(rows), 0)
 
 
 class _Reader:
@@ -65,23 +139,24 @@ class _Reader:
     def __init__(self, shards: Sequence[Shard], access: Access, damage: DamageReport) -> None:
         self._shards, self._access, self._damage = shards, access, damage
 
-    def places(self, number: int) -> Iterator[RawSample]:
+    def places(self, number: int) -> Iterator[Rows]:
         """As many samples as the shard was counted to hold: if it lost some, its own again from the first on; if it
         lost all, those of the shards after it."""
         places, given, source = self._shards[number].num_samples, 0, number
         while given < places:
             before = given
-            for sample in self._readable(source):
+            for chunk, rows in self._readable(source):
                 if given == places:
                     break
-                given += 1
-                yield sample
+                rows = rows[: places - given]
+                given += len(rows)
+                yield chunk, rows
             if given == before:
                 source = (source + 1) % len(self._shards)
                 if source == number:
                     raise DataError(FIELD, self._shards[number].path, "nor any other shard can be read", "Repair them.")
 
-    def _readable(self, number: int) -> Iterator[RawSample]:
+    def _readable(self, number: int) -> Iterator[Rows]:
         """The samples of a shard up to its end or the first damage."""
         shard, found = self._shards[number], 0
 
@@ -90,10 +165,14 @@ class _Reader:
             self._damage.add(Damage(shard.path, key, what), error)
 
         try:
-            for found, sample in enumerate(samples(shard.path, self._access, duplicate), start=1):
+            for chunk in chunks(shard.path, self._access, duplicate):
+                n = len(chunk["__key__"])
+                rows = range(min(n, shard.num_samples - found))
+                if rows:
+                    yield chunk, rows
+                found += n
                 if found > shard.num_samples:
                     break
-                yield sample
         except (TarError, OSError) as e:
             problem, remedy = f"cannot be read after {found} samples ({e})", "Copy or make the shard again."
         else:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from webdataset.tariterators import group_by_keys
 
 from msdiff_dist.data.access import DEFAULT_ACCESS, Access, open_address
-from msdiff_dist.data.latent_blocks import BLOCK_FIELD, BlockError, block_keys, block_samples
+from msdiff_dist.data.latent_blocks import BLOCK_FIELD, BlockError, Chunk, block_keys, objects, read_block
 
 OnDuplicate = Callable[[str, str], None]
 BLOCK = 512
@@ -30,9 +30,14 @@ class TarError(Exception):
 def samples(
     path: str, access: Access = DEFAULT_ACCESS, on_duplicate: OnDuplicate | None = None
 ) -> Iterator[dict[str, Any]]:
-    """A shard's samples as WebDataset groups them: `__key__`, `__url__` and one entry of bytes per file extension.
+    """The samples of `chunks` one by one, as WebDataset has them: `__key__`, `__url__` and an entry per extension."""
+    for chunk in chunks(path, access, on_duplicate):
+        for row in zip(*chunk.values(), strict=True):
+            yield dict(zip(chunk, row, strict=True))
 
-    Samples packed in blocks come one by one, with arrays where there are tensors.
+
+def chunks(path: str, access: Access = DEFAULT_ACCESS, on_duplicate: OnDuplicate | None = None) -> Iterator[Chunk]:
+    """A shard's samples, grouped from files by WebDataset's rules or in blocks as they were packed.
 
     Args:
         on_duplicate: told (key, what) of a file name or key that comes a second time, which is then passed over.
@@ -43,16 +48,16 @@ def samples(
     """
     for sample in _grouped(path, access, on_duplicate or _refuse, with_data=True):
         if BLOCK_FIELD not in sample:
-            yield sample
+            yield {name: objects([value]) for name, value in sample.items()}
             continue
         try:
-            yield from block_samples(sample[BLOCK_FIELD], path)
+            yield read_block(sample[BLOCK_FIELD], path)
         except BlockError as e:
             raise TarError(f"block {sample['__key__']} {e}") from e
 
 
 def sample_keys(path: str, access: Access = DEFAULT_ACCESS, on_duplicate: OnDuplicate | None = None) -> Iterator[str]:
-    """The keys of a shard's samples; reads headers only, but whole blocks. Arguments and errors as for `samples`."""
+    """The keys of a shard's samples; reads headers only, but whole blocks. Arguments and errors as for `chunks`."""
     for sample in _grouped(path, access, on_duplicate or _refuse, with_data=False):
         if BLOCK_FIELD not in sample:
             yield sample["__key__"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import itertools
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.index import read_index, resolve_shards
-from msdiff_dist.data.latent_blocks import BLOCK_FIELD, BlockError, block_keys, block_samples, check_block, pack_block
+from msdiff_dist.data.latent_blocks import BLOCK_FIELD, BlockError, block_keys, check_block, pack_block, read_block
 from msdiff_dist.data.loader import StepLoader
 from msdiff_dist.data.shard_writer import write_shard
 from msdiff_dist.data.tar_members import TarError, sample_keys, samples
@@ -52,13 +53,16 @@ def config_of(folder, **fields):
 
 def test_samples_of_a_block_are_those_packed():
     tensors = tensors_of()
-    read = list(block_samples(pack_block(keys_of(), tensors, ["a", "b", "c", "d", "ß"]), "url"))
-    assert [s["__key__"] for s in read] == keys_of()
-    assert [s["txt"].decode() for s in read] == ["a", "b", "c", "d", "ß"]
-    assert {s["__url__"] for s in read} == {"url"}
+    read = read_block(pack_block(keys_of(), tensors, ["a", "b", "c", "d", "ß"]), "url")
+    assert read["__key__"].tolist() == keys_of()
+    assert [text.decode() for text in read["txt"]] == ["a", "b", "c", "d", "ß"]
+    assert set(read["__url__"]) == {"url"}
     for name, tensor in tensors.items():
-        assert np.array_equal(np.stack([s[name] for s in read]), tensor.numpy())
-    assert "txt" not in next(block_samples(pack_block(keys_of(), tensors), "url"))
+        assert np.array_equal(read[name], tensor.numpy())
+    assert "txt" not in read_block(pack_block(keys_of(), tensors), "url")
+    last = ', \\"ä4\\"'.encode()
+    with pytest.raises(BlockError, match=r"has 5 of .* for 4 samples"):
+        read_block(pack_block(keys_of(), tensors).replace(last, b" " * len(last)), "url")
 
 
 def test_shards_of_blocks_are_read_sample_by_sample(shards):
@@ -80,6 +84,34 @@ def test_the_loader_hands_on_any_type_as_any_other(shards, dtype):
         assert torch.equal(step.context_nTC.float(), numbers.view(-1, 1, 1).expand(-1, 2, 3).float())
         assert torch.equal(step.label_n, numbers % 3)
         assert step.captions == [f"no {n}" for n in numbers.tolist()]
+
+
+def test_packed_and_single_samples_give_the_same_steps(tmp_path):
+    """Also blocks of another type than those before, and where a label is out of range."""
+    rng = np.random.default_rng(0)
+    latents = torch.from_numpy(rng.standard_normal((60, 2, 3, 3), dtype=np.float32)).half()
+    labels = torch.arange(60) % 3
+    labels[17] = 9
+    singles, packed = [], []
+    for first, size in ((0, 20), (20, 1), (21, 15), (36, 24)):
+        rows = slice(first, first + size)
+        tensors = {"latent.npy": latents[rows].to(torch.float32 if size == 15 else torch.float16), "cls": labels[rows]}
+        packed.append((f"b{first}", {BLOCK_FIELD: pack_block([f"{i:03d}" for i in range(60)[rows]], tensors)}))
+        for i in range(60)[rows]:
+            stream = io.BytesIO()
+            np.save(stream, latents[i].numpy())
+            singles.append((f"{i:03d}", {"latent.npy": stream.getvalue(), "cls": str(int(labels[i])).encode()}))
+    for name, content in (("singles", singles), ("packed", packed)):
+        (tmp_path / name).mkdir()
+        write_shard(tmp_path / name / "0.tar", content)
+    for shuffle, start in ((1, 0), (7, 3), (25, 11), (100, 1)):
+        configs = [config_of(tmp_path / n, lanes=1, shuffle=shuffle, max_bad=1) for n in ("singles", "packed")]
+        a, b = ([*itertools.islice(StepLoader(c, 0, 13, start_step=start), 12)] for c in configs)
+        assert [step.keys for step in a] == [step.keys for step in b]
+        for single, row in zip(a, b, strict=True):
+            assert torch.equal(single.x_nCHW, row.x_nCHW)
+            assert torch.equal(single.label_n, row.label_n)
+        assert sum(len(step.damage) for step in b) == 1
 
 
 def test_flip_takes_the_stored_mirrored_latent_for_half_of_the_samples(shards):
@@ -123,7 +155,7 @@ def test_a_changed_bit_is_found_in_its_sample():
 
 @pytest.mark.parametrize("harmed", [b"", b"abc", b"\xff" * 50, b"\x02\0\0\0\0\0\0\0{}"])
 def test_what_is_not_a_block_is_an_error(tmp_path, harmed):
-    for read in (block_keys, check_block, lambda content: list(block_samples(content, ""))):
+    for read in (block_keys, check_block, lambda content: read_block(content, "")):
         with pytest.raises(BlockError, match="is not a block"):
             read(harmed)
     write_shard(tmp_path / "0.tar", [("000000", {BLOCK_FIELD: harmed})])

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from msdiff_dist.data.config import DataConfig
-from msdiff_dist.data.samples import decode, synthesize, to_model_range
+from msdiff_dist.data.latent_blocks import Chunk, objects
+from msdiff_dist.data.samples import Samples, decode, synthesize, to_model_range
 from msdiff_dist.errors import DataError
 
 RGB = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
@@ -27,8 +28,13 @@ def npy(array: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def raw(**fields: bytes) -> dict:
-    return {"__key__": "k7", "__url__": "a/3.tar", **{name.replace("__", "."): data for name, data in fields.items()}}
+def raw(**fields: bytes) -> Chunk:
+    named = {"__key__": "k7", "__url__": "a/3.tar", **{name.replace("__", "."): data for name, data in fields.items()}}
+    return {name: objects([value]) for name, value in named.items()}
+
+
+def decode_one(chunk: Chunk, config: DataConfig, g: int = 0) -> Samples:
+    return decode(chunk, config, 0, np.array([g]))
 
 
 def images(**fields) -> DataConfig:
@@ -40,18 +46,18 @@ def latents(**fields) -> DataConfig:
 
 
 def test_pictures_keep_every_pixel():
-    x_CHW = decode(raw(png=png(RGB)), images(), 0, 0).x_CHW
+    x_CHW = decode_one(raw(png=png(RGB)), images(), 0).x_nCHW[0]
     assert x_CHW.dtype == np.uint8
     assert (x_CHW == RGB.transpose(2, 0, 1)).all()
     grey = RGB[..., 0]
-    assert (decode(raw(png=png(grey)), images(channels=1), 0, 0).x_CHW == grey[None]).all()
+    assert (decode_one(raw(png=png(grey)), images(channels=1), 0).x_nCHW[0] == grey[None]).all()
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "LA", "1"])
 def test_pictures_of_any_mode_become_what_channels_says(mode):
     data = png(RGB, mode)
-    assert decode(raw(png=data), images(), 0, 0).x_CHW.shape == (3, 4, 4)
-    assert decode(raw(png=data), images(channels=1), 0, 0).x_CHW.shape == (1, 4, 4)
+    assert decode_one(raw(png=data), images(), 0).x_nCHW[0].shape == (3, 4, 4)
+    assert decode_one(raw(png=data), images(channels=1), 0).x_nCHW[0].shape == (1, 4, 4)
 
 
 def test_flip_mirrors_about_half_and_depends_on_seed_and_number_only():
@@ -59,10 +65,10 @@ def test_flip_mirrors_about_half_and_depends_on_seed_and_number_only():
     straight = RGB.transpose(2, 0, 1)
     flipped = []
     for g in range(200):
-        x_CHW = decode(sample, images(flip=True), 0, g).x_CHW
+        x_CHW = decode_one(sample, images(flip=True), g).x_nCHW[0]
         flipped.append((x_CHW == straight[:, :, ::-1]).all())
         assert flipped[-1] or (x_CHW == straight).all()
-        assert (x_CHW == decode(sample, images(flip=True), 0, g).x_CHW).all()
+        assert (x_CHW == decode_one(sample, images(flip=True), g).x_nCHW[0]).all()
     assert 70 < sum(flipped) < 130
 
 
@@ -76,24 +82,24 @@ def test_latents_labels_captions_contexts():
     latent = np.random.default_rng(0).standard_normal((2, 3, 3)).astype(np.float16)
     context = np.ones((5, 4), np.float32)
     fields = raw(latent__npy=npy(latent), context__npy=npy(context), cls=b"3\n", txt="à b\n".encode())
-    sample = decode(fields, latents(num_classes=4, captions=True, context_shape=(5, 4)), 0, 0)
-    assert (sample.x_CHW == latent).all()
-    assert (sample.label, sample.caption, sample.key) == (3, "à b", "k7")
-    assert sample.context_TC is not None
-    assert sample.context_TC.dtype == np.float16
-    assert (sample.context_TC == 1).all()
-    plain = decode(fields, latents(), 0, 0)
-    assert (plain.label, plain.caption, plain.context_TC) == (None, None, None)
+    sample = decode_one(fields, latents(num_classes=4, captions=True, context_shape=(5, 4)), 0)
+    assert (sample.x_nCHW[0] == latent).all()
+    assert (sample.label_n, sample.caption_n, sample.key_n) == ([3], ["à b"], ["k7"])
+    assert sample.context_nTC is not None
+    assert sample.context_nTC.dtype == np.float16
+    assert (sample.context_nTC == 1).all()
+    plain = decode_one(fields, latents(), 0)
+    assert (plain.label_n, plain.caption_n, plain.context_nTC) == (None, None, None)
 
 
 def test_moments_are_sampled_anew_at_each_visit_with_their_mean_and_deviation():
     mean, deviation = np.full((2, 3, 3), 3.0, np.float32), 0.5
     moments = np.concatenate([mean, np.full_like(mean, 2 * np.log(deviation))])
     config = latents(latent_moments=True, latent_dtype="float32")
-    draws = np.stack([decode(raw(latent__npy=npy(moments)), config, 0, g).x_CHW for g in range(400)])
+    draws = np.stack([decode_one(raw(latent__npy=npy(moments)), config, g).x_nCHW[0] for g in range(400)])
     assert draws.mean() == pytest.approx(3.0, abs=0.03)
     assert draws.std() == pytest.approx(deviation, abs=0.02)
-    again = decode(raw(latent__npy=npy(moments)), config, 0, 7).x_CHW
+    again = decode_one(raw(latent__npy=npy(moments)), config, 7).x_nCHW[0]
     assert (again == draws[7]).all()
 
 
@@ -118,18 +124,19 @@ def test_moments_are_sampled_anew_at_each_visit_with_their_mean_and_deviation():
 )
 def test_bad_samples_are_named(fields, config, words):
     with pytest.raises(DataError) as caught:
-        decode(raw(**fields), config, 0, 0)
+        decode_one(raw(**fields), config, 0)
     for word in words:
         assert word in str(caught.value)
 
 
 def test_synthetic_samples_depend_on_seed_and_number_only():
     config = DataConfig(kind="synthetic", latent_shape=(3, 8, 8), num_classes=5, context_shape=(2, 4))
-    first, again, other = (synthesize(config, 1, g) for g in (9, 9, 10))
-    assert first.x_CHW.shape == (3, 8, 8)
-    assert first.x_CHW.dtype == np.float16
-    assert (first.x_CHW == again.x_CHW).all()
-    assert (first.x_CHW != other.x_CHW).any()
-    assert first.context_TC is not None
-    assert first.context_TC.shape == (2, 4)
-    assert {synthesize(config, 1, g).label for g in range(100)} == set(range(5))
+    every = synthesize(config, 1, np.arange(100))
+    assert every.x_nCHW.shape == (100, 3, 8, 8)
+    assert every.x_nCHW.dtype == np.float16
+    again = synthesize(config, 1, np.array([9]))
+    assert (again.x_nCHW[0] == every.x_nCHW[9]).all()
+    assert (again.x_nCHW[0] != every.x_nCHW[10]).any()
+    assert every.context_nTC is not None
+    assert every.context_nTC.shape == (100, 2, 4)
+    assert set(every.label_n) == set(range(5))

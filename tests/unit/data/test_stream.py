@@ -7,7 +7,7 @@ import pytest
 
 from msdiff_dist.data.index import Shard
 from msdiff_dist.data.order import StreamOrder
-from msdiff_dist.data.stream import lane_stream
+from msdiff_dist.data.stream import LaneStream
 from msdiff_dist.errors import DataError
 
 
@@ -16,7 +16,12 @@ def shards_in(folder, sizes):
 
 
 def keys_of(shards, order, lane, g, n):
-    return [sample["__key__"] for sample in itertools.islice(lane_stream(shards, order, lane, g), n)]
+    stream, keys, asked = LaneStream(shards, order, lane, g), [], itertools.cycle([1, 3, 8])
+    while len(keys) < n:
+        picked = stream.take(min(next(asked), n - len(keys)))
+        placed = {place: key for p in picked for place, key in zip(p.place_n, p.chunk["__key__"], strict=True)}
+        keys += [placed[place] for place in range(len(placed))]
+    return keys
 
 
 @pytest.mark.parametrize("shuffle", [1, 4, 7, 100])
