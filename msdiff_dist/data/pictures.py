@@ -11,8 +11,8 @@ from torch import Tensor
 
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.loader import load_index
-from msdiff_dist.data.samples import decode
-from msdiff_dist.data.tar_members import TarError, samples
+from msdiff_dist.data.samples import Samples, decode
+from msdiff_dist.data.tar_members import TarError, chunks
 from msdiff_dist.errors import ConfigError, DataError
 
 _BATCH = 1000
@@ -27,21 +27,21 @@ def read_pictures(config: DataConfig) -> Iterator[tuple[Tensor, Tensor | None]]:
     if config.kind != "image":
         raise ConfigError("data.kind", config.kind, "holds no pictures", "Name shards of pictures, kind image.")
     config = replace(config, flip=False, captions=False, context_shape=None)
-    pictures, labels = [], []
+    read: list[Samples] = []
     for path in (shard.path for shards in load_index(config) for shard in shards):
         try:
-            for raw in samples(path, config.access):
-                sample = decode(raw, config, 0, 0)
-                pictures.append(sample.x_CHW)
-                labels.append(sample.label)
-                if len(pictures) == _BATCH:
-                    yield _batch(pictures, labels)
-                    pictures, labels = [], []
+            for chunk in chunks(path, config.access):
+                read.append(decode(chunk, config, 0, np.zeros(len(chunk["__key__"]), np.int64)))
+                if len(read) == _BATCH:
+                    yield _batch(read)
+                    read = []
         except (TarError, OSError) as e:
             raise DataError("data.shards", path, f"is damaged ({e})", "Copy or make the shard again.") from e
-    if pictures:
-        yield _batch(pictures, labels)
+    if read:
+        yield _batch(read)
 
 
-def _batch(pictures: list[np.ndarray], labels: list[int | None]) -> tuple[Tensor, Tensor | None]:
-    return torch.from_numpy(np.stack(pictures)), None if labels[0] is None else torch.tensor(labels)
+def _batch(read: list[Samples]) -> tuple[Tensor, Tensor | None]:
+    labels = [part.label_n for part in read if part.label_n is not None]
+    pictures = torch.from_numpy(np.concatenate([part.x_nCHW for part in read]))
+    return pictures, torch.from_numpy(np.concatenate(labels)) if labels else None
