@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -40,10 +41,11 @@ class ModelCosts:
         return self.encoder.macs + sum(share * d.macs for share, d in zip(shares, self.decoders, strict=True))
 
 
+@lru_cache(maxsize=64)
 def costs(config: ModelConfig, latent_size: tuple[int, int], context_tokens: int = 77) -> ModelCosts:
     """Count a model on inputs of `latent_size` (height, width), attending to `context_tokens` where it takes context.
 
-    Nothing is allocated.
+    Nothing is allocated. Counts are kept, for variants of one model.
     """
     config.check_latent_size(*latent_size)
     with torch.device("meta"), torch.no_grad():
