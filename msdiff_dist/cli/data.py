@@ -72,6 +72,9 @@ def encode(
 ) -> None:
     """Write latents, and embeddings of captions, of a recipe's pictures. The same command goes on where it ended.
 
+    Training attends to all tokens of an embedding, padding too, as Stable Diffusion does. The masks of padding that are
+    stored beside it are for other programs.
+
     [bold]Example:[/bold] msdiff data encode recipes/emoji_text2img_3stage.yaml --out data/emoji-latents --nproc 2
     """
     from msdiff_dist.launch.encode import encode as encode_recipe

@@ -29,7 +29,9 @@ class DataConfig:
 
     Attributes:
         shards: WebDataset shards: a folder, a path with braces (`{00000..00007}`) or globs, an address (`https://...`,
-            `s3://...`), `pipe:command`, a text file of such (`@list.txt`), or a list of such.
+            `s3://...`), `pipe:command`, a text file of such (`@list.txt`), or a list of such. An `index.json` beside
+            them (`msdiff data` writes it) tells how many samples they hold; shards without one are counted first,
+            which for remote ones takes about as long as reading them.
         sources: instead of `shards`: several, mixed by weight. Each is shuffled and begins again by itself.
         allow_pipe: let `pipe:` run commands of this recipe.
         retries: further tries after a connection breaks, with waits that double.
@@ -51,7 +53,7 @@ class DataConfig:
         latent_dtype: floating type in which latents and contexts are handed on.
         latent_moments: shards hold [mean, log variance], (2C, H, W), and each visit draws a new posterior sample.
         latent_field: file extension of latents.
-        context_shape: (T, C) of a context embedding; None: contexts are not read.
+        context_shape: (T, C) of a context embedding, attended to in full, padding too; None: contexts are not read.
         context_field: file extension of contexts.
     """
 

@@ -2,8 +2,8 @@
 
 A member `NNNNNN.latents.safetensors` holds one tensor per field of a sample, named as the file extension would be in an
 unpacked shard and stacked along the first axis: `latent.npy`, `latent_flip.npy` (of the mirrored picture),
-`context.npy`, `context_mask.npy`, `cls`; `crc32` is each sample's checksum; the metadata has lists of keys (`__key__`)
-and captions (`txt`).
+`context.npy`, `context_mask.npy` (false at padding; for other programs: training attends to padding too), `cls`;
+`crc32` is each sample's checksum; the metadata has lists of keys (`__key__`) and captions (`txt`).
 """
 
 from __future__ import annotations

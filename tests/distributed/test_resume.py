@@ -31,6 +31,7 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (3, {"parallel__zero_shared": 3}),
     (2, {"parallel__placement": [[2, 1], [0]], "parallel__zero_stage": 2, "train__gradient_accumulation_steps": 4}),
     (2, {"parallel__zero_shared": 3, "parallel__placement": [[0, 1], [0, 1, 2]]}),
+    (6, {"parallel__zero_shared": 1, "parallel__placement": [[0], [0], [0, 1], [1], [2], [2]], "data__workers": 1}),
 ]
 
 
