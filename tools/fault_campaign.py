@@ -164,9 +164,11 @@ def main() -> None:
         if how == "finished":
             break
         blows[how] += 1
-        cut_saves += bool(unfinished_saves(run))
+        cut = bool(unfinished_saves(run))
+        cut_saves += cut
         lost.append(max(steps_done(run) - steps_kept(run), 0))
-        print(f"{blows.total()}: {how} at step {steps_done(run)}, {lost[-1]} steps lost", flush=True)
+        during = " during a save" if cut else ""
+        print(f"{blows.total()}: {how} at step {steps_done(run)}{during}, {lost[-1]} steps lost", flush=True)
     worst = check(run, whole, TOLERANCE if options.elastic else 0.0)
     print(f"{dict(blows)}; {cut_saves} cut a save short; steps lost: {sum(lost)}, at most {max(lost)} at once")
     print(f"every step there once, greatest relative difference {worst:.2g}")
