@@ -44,5 +44,8 @@ def launch(
     for record in records:
         typer.echo(f"job {', '.join(record.job_ids)}: {record.run}")
     if wait:
-        failed = watch.wait_for([Path(record.run) for record in records])
-        raise typer.Exit(1 if failed else 0)
+        unfinished = watch.wait_for([Path(record.run) for record in records])
+        for status in unfinished:
+            stands = f"{status.state.state} at step {status.step or 0} of {status.total_steps}"
+            typer.echo(f"not finished: {status.run}, {stands}; see `msdiff logs {status.run}`", err=True)
+        raise typer.Exit(1 if unfinished else 0)

@@ -77,11 +77,16 @@ def states(records: Sequence[JobRecord]) -> list[JobState]:
 
 
 def _local_controller(job_id: str) -> bool:
-    """Whether process `job_id` is the shell around the controller of one of submitit's local jobs."""
+    """Whether process `job_id` is the shell around the controller of one of submitit's local jobs.
+
+    For a moment after its start a process has a program, but no command line yet; an ended one has neither.
+    """
+    process = Path(f"/proc/{job_id}")
     try:
-        return b"submitit" in Path(f"/proc/{job_id}/cmdline").read_bytes()
+        command = (process / "cmdline").read_bytes()
     except OSError:
         return False
+    return b"submitit" in command or (not command and (process / "exe").exists())
 
 
 def _descendants(process: int) -> list[int]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from msdiff_dist.launch.watch import (
     register_run,
     run_statuses,
     runs_in,
+    states,
 )
 
 
@@ -103,3 +106,14 @@ def test_cancelling_what_does_not_run_is_refused(run: Path) -> None:
     with pytest.raises(RunFolderError, match="nothing was launched"):
         cancel(run.parent, now=False)
     assert not os.path.exists(run / "launch/cancelled")
+
+
+def test_a_local_job_is_at_work_from_its_start_to_its_end(tmp_path: Path) -> None:
+    for _ in range(20):
+        with subprocess.Popen(f"{sys.executable} -S -c pass submitit", shell=True) as shell:
+            record = JobRecord(str(tmp_path), [str(shell.pid)], "local", str(tmp_path), 0.0)
+            looks = [states([record])[0].active for _ in range(60)]
+            shell.wait()
+            assert looks[0]
+            assert looks == sorted(looks, reverse=True), "at work, then ended for good"
+        assert not states([record])[0].active
