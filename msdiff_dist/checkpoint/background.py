@@ -11,15 +11,24 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from msdiff_dist.checkpoint.layout import CheckpointIndex, complete_checkpoints, remove, step_folder, step_of
+from msdiff_dist.checkpoint.layout import (
+    CheckpointIndex,
+    complete_checkpoints,
+    parse_key,
+    remove,
+    step_folder,
+    step_of,
+)
 from msdiff_dist.checkpoint.policy import CheckpointConfig, kept
-from msdiff_dist.checkpoint.save import HostCopy, write_checkpoint
+from msdiff_dist.checkpoint.save import Averages, HostCopy, write_checkpoint
 from msdiff_dist.distributed.zero_state import ShardedState
 from msdiff_dist.errors import MsdiffError
 
 
 class BackgroundSaver:
-    """Makes the checkpoints of a run in `checkpoints`, at most one at a time. Collective: every rank calls it alike.
+    """Makes a run's checkpoints, and snapshots of its averages other than `ema`, at most one save at a time.
+
+    Collective: every rank calls it alike.
 
     The ranks agree on a finished checkpoint through a process group of their own, so nothing of it meets training.
     """
@@ -27,25 +36,29 @@ class BackgroundSaver:
     def __init__(
         self,
         checkpoints: Path,
+        snapshots: Path,
         state: Mapping[str, ShardedState],
-        ema: Mapping[str, list[Tensor]],
+        averages: Averages,
         config: CheckpointConfig,
     ) -> None:
-        self._checkpoints, self._config = checkpoints, config
-        self._copy = HostCopy(state, ema)
+        self._checkpoints, self._snapshots, self._config = checkpoints, snapshots, config
+        self._copy = HostCopy(state, averages)
+        self._snapshot_kinds = averages.keys() - {"ema"}
         self._group: Any = dist.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def save(self, index: CheckpointIndex) -> None:
-        """Copy the state of this moment and begin to write it. Waits for the save before it, if that still goes on.
+    def save(self, index: CheckpointIndex, *, checkpoint: bool = True, snapshot: bool = False) -> None:
+        """Copy the state of this moment and begin to write it: a snapshot, then a checkpoint.
+
+        Waits for the save before it, if that still goes on.
 
         Raises:
             CheckpointError: on every rank, if the save before it failed.
         """
         self.finish()
-        pieces = self._copy.take()
-        self._thread = threading.Thread(target=self._write, args=(pieces, index), daemon=True)
+        pieces = self._copy.take(None if checkpoint else self._snapshot_kinds)
+        self._thread = threading.Thread(target=self._write, args=(pieces, index, checkpoint, snapshot), daemon=True)
         self._thread.start()
 
     @property
@@ -72,10 +85,14 @@ class BackgroundSaver:
         if kind is None or issubclass(kind, MsdiffError):  # after anything else the other ranks may be gone
             self.finish()
 
-    def _write(self, pieces: Mapping[str, Tensor], index: CheckpointIndex) -> None:
+    def _write(self, pieces: Mapping[str, Tensor], index: CheckpointIndex, checkpoint: bool, snapshot: bool) -> None:
         try:
-            write_checkpoint(step_folder(self._checkpoints, index.step), pieces, index, self._group)
-            if dist.get_rank() == 0:
+            if snapshot:  # first: the run that goes on from a checkpoint finds every snapshot before it
+                chosen = {k: piece for k, piece in pieces.items() if parse_key(k)[0] in self._snapshot_kinds}
+                write_checkpoint(step_folder(self._snapshots, index.step), chosen, index, self._group)
+            if checkpoint:
+                write_checkpoint(step_folder(self._checkpoints, index.step), pieces, index, self._group)
+            if checkpoint and dist.get_rank() == 0:
                 remove_old(self._checkpoints, self._config)
         except Exception as e:
             self._error = e

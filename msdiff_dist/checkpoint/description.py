@@ -25,7 +25,8 @@ class ModelDescription:
 
     text_encoder: what turns captions into context, where the model takes some of context_shape, (T, D).
     sample_size: height and width of what the diffusion sees, one number where they are equal; None where unknown.
-    precision: it was trained in. weights: `ema`, the average, or `raw`, the last ones. step: optimizer steps done.
+    precision: it was trained in. weights: `ema`, the average, or `raw`, the last ones. ema_length: of an average made
+    after training, relative to it. step: optimizer steps done.
     """
 
     model: ModelConfig
@@ -37,6 +38,7 @@ class ModelDescription:
     sample_size: int | tuple[int, int] | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     weights: Literal["ema", "raw"] | None = None
+    ema_length: float | None = None
     name: str = ""
     step: int | None = None
     format: int = FORMAT

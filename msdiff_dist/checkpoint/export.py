@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from msdiff_dist import __version__
+from msdiff_dist.checkpoint.posthoc import open_posthoc
 from msdiff_dist.checkpoint.tensor_file import TensorWriter
 from msdiff_dist.checkpoint.weights import CONFIG, MODEL, CheckpointWeights, open_checkpoint
 from msdiff_dist.config import to_mapping
@@ -29,16 +30,25 @@ from msdiff_dist.errors import CheckpointError
 _METADATA = {"format": "pt"}  # what the libraries that read such files look for
 
 
-def export(run: Path, out: Path, step: int | None = None, ema: bool = True) -> list[Path]:
+def export(
+    run: Path, out: Path, step: int | None = None, ema: bool = True, ema_length: float | None = None
+) -> list[Path]:
     """Write the folder `out`, complete or not at all; returns its files. Holds one parameter in memory at a time.
 
     Args:
         run: a run folder, or one checkpoint.
+        ema_length: of an average made from the run's snapshots, relative to the training so far.
 
     Raises:
-        CheckpointError: no such checkpoint, it is damaged, or `out` holds files or cannot be written.
+        CheckpointError: no such checkpoint, it is damaged, or `out` holds files or cannot be written; or an average of
+            that length cannot be made.
     """
-    weights = CheckpointWeights(open_checkpoint(run, step, verify=True), ema)
+    if ema_length is None:
+        weights = CheckpointWeights(open_checkpoint(run, step, verify=True), ema)
+    elif ema:
+        weights = open_posthoc(run, ema_length, step)
+    else:
+        raise CheckpointError("--ema-length", ema_length, "--raw asks for weights that are no average", "Keep one.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError("--out", str(out), "exists already", "Name a new folder.")
     aside = out.with_name(f".{out.name}.partial")

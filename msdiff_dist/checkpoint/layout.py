@@ -4,7 +4,8 @@ checkpoints/step_00000100/
   checkpoint.json               `CheckpointIndex`: step, recipe, every file with size, sha256 and keys
   rank_00000.safetensors ...    one file per rank that wrote; keys are KIND/NAME@START, values 1-D float32
 
-KIND is `param` (fp32 weights), an optimizer moment (`exp_avg`, `exp_avg_sq`, `momentum_buffer`) or `ema`. NAME is the
+KIND is `param` (fp32 weights), an optimizer moment (`exp_avg`, `exp_avg_sq`, `momentum_buffer`), `ema`, or, with
+`ema.power`, `ema_LENGTH`; `ema_snapshots/step_XXXXXXXX` are checkpoints of these last alone. NAME is the
 parameter's name in the whole model and START where in the flattened parameter the stretch begins, so that nothing
 depends on world size, ZeRO stage or placement. The position in the data is the step: sample numbers begin at
 step x batch_size.

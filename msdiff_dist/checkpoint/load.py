@@ -12,24 +12,26 @@ import torch
 from torch import Tensor
 
 from msdiff_dist.checkpoint.layout import CheckpointIndex, parse_key
+from msdiff_dist.checkpoint.save import Averages
 from msdiff_dist.checkpoint.tensor_file import TensorReader, check_content, check_size, damaged
 from msdiff_dist.distributed.zero_state import Fragment, ShardedState
 from msdiff_dist.errors import CheckpointError
-
-_OPEN_FILES = 64
 
 
 class CheckpointReader:
     """Stretches and whole tensors of one checkpoint. Opens and reads no more than what is asked for.
 
+    Args:
+        open_files: that it holds open at a time.
+
     Raises:
         DamagedError: a file is missing, cut short or changed. CheckpointError: it is of a newer format.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, open_files: int = 64) -> None:
         self.folder = folder
         self.index = CheckpointIndex.load(folder)
-        self._open: Callable[[str], TensorReader] = lru_cache(_OPEN_FILES)(lambda name: TensorReader(folder / name))
+        self._open: Callable[[str], TensorReader] = lru_cache(open_files)(lambda name: TensorReader(folder / name))
         self._pieces: dict[tuple[str, str], list[tuple[int, int, str, str]]] = defaultdict(list)
         for stored in self.index.files:
             check_size(folder / stored.name, stored)
@@ -97,8 +99,8 @@ def check_architecture(reader: CheckpointReader, shapes: Mapping[str, tuple[int,
         )  # fmt: skip
 
 
-def restore(reader: CheckpointReader, state: Mapping[str, ShardedState], ema: Mapping[str, list[Tensor]]) -> None:
-    """Put weights, moments and EMA of a checkpoint into this rank's shards. Collective: weights are gathered.
+def restore(reader: CheckpointReader, state: Mapping[str, ShardedState], averages: Averages) -> None:
+    """Put weights, moments and averages of a checkpoint into this rank's shards. Collective: weights are gathered.
 
     Raises:
         DamagedError: an element is missing.
@@ -109,12 +111,13 @@ def restore(reader: CheckpointReader, state: Mapping[str, ShardedState], ema: Ma
             return reader.stretch(kind, prefix + f.name, f.start, f.numel)
 
         shards.restore(read, reader.index.moments, reader.index.step)
-        for f in shards.fragments:
-            ema[prefix][f.flat][f.offset : f.offset + f.numel].copy_(read("ema", f))
+        for kind, average in averages.items():
+            for f in shards.fragments:
+                average[prefix][f.flat][f.offset : f.offset + f.numel].copy_(read(kind, f))
 
 
 def start_from(
-    stretch: Callable[[str, int, int], Tensor], state: Mapping[str, ShardedState], ema: Mapping[str, list[Tensor]]
+    stretch: Callable[[str, int, int], Tensor], state: Mapping[str, ShardedState], averages: Averages
 ) -> None:
     """Put weights into this rank's shards and their averages. Collective: weights are gathered.
 
@@ -127,5 +130,5 @@ def start_from(
             return stretch(prefix + f.name, f.start, f.numel)
 
         shards.restore(read, [], 0)
-        for average, flat in zip(ema[prefix], shards.flats(), strict=True):
-            average.copy_(flat)
+        for average in averages.values():
+            torch._foreach_copy_(average[prefix], [f.detach() for f in shards.flats()])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from msdiff_dist.checkpoint.layout import complete_checkpoints, remove_leftovers
+from msdiff_dist.checkpoint.layout import complete_checkpoints, remove, remove_leftovers, step_of
 from msdiff_dist.checkpoint.load import CheckpointReader, check_architecture
 from msdiff_dist.checkpoint.tensor_file import DamagedError
 from msdiff_dist.errors import CheckpointError
@@ -53,6 +53,14 @@ def open_newest_intact(checkpoints: Path, shapes: Shapes, batch_size: int) -> tu
             "Bring one back from a copy, or name another --run-dir to start from scratch.",
         )  # fmt: skip
     return None, notes
+
+
+def remove_later(snapshots: Path, step: int) -> None:
+    """Delete snapshots past `step`, which are about to be made again, and what a killed run left of others."""
+    remove_leftovers(snapshots)
+    for folder in complete_checkpoints(snapshots):
+        if step_of(folder) > step:
+            remove(folder)
 
 
 def _opened(folder: Path, shapes: Shapes, batch_size: int) -> tuple[CheckpointReader | None, CheckpointError | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,26 +17,28 @@ from msdiff_dist.checkpoint.tensor_file import StoredFile, TensorWriter
 from msdiff_dist.distributed.zero_state import ShardedState
 from msdiff_dist.errors import CheckpointError
 
+Averages = Mapping[str, Mapping[str, list[Tensor]]]
+
 
 class HostCopy:
-    """This rank's weights, optimizer moments and EMA, copied to host memory that is kept for the next time.
+    """This rank's weights, optimizer moments and averages, copied to host memory that is kept for the next time.
 
     Args:
-        state, ema: by prefix of the parameter names (`shared.`, `stages.0.`).
-        ema_only: for previews.
+        state: by prefix of the parameter names (`shared.`, `stages.0.`).
+        averages: by kind (`ema`), then by prefix.
     """
 
-    def __init__(
-        self, state: Mapping[str, ShardedState], ema: Mapping[str, list[Tensor]], *, ema_only: bool = False
-    ) -> None:
-        self._state, self._ema, self._ema_only = state, ema, ema_only
+    def __init__(self, state: Mapping[str, ShardedState], averages: Averages) -> None:
+        self._state, self._averages = state, averages
         self._buffers: dict[tuple[str, int, str], Tensor] = {}
 
     @torch.no_grad()
-    def take(self) -> dict[str, Tensor]:
-        """Copy everything as it is now. The stretches by key; they change with the next `take`."""
+    def take(self, kinds: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Copy everything, or these kinds, as it is now. The stretches by key; they change with the next `take`."""
         on_gpu = False
         for prefix, flat, kind, source in self._sources():
+            if kinds is not None and kind not in kinds:
+                continue
             buffer = self._buffers.get((prefix, flat, kind))
             if buffer is None:
                 buffer = torch.empty(source.shape, pin_memory=source.is_cuda)
@@ -47,6 +49,8 @@ class HostCopy:
             torch.cuda.synchronize()
         pieces: dict[str, Tensor] = {}
         for (prefix, flat, kind), buffer in self._buffers.items():
+            if kinds is not None and kind not in kinds:
+                continue
             for f in self._state[prefix].fragments:
                 if f.flat == flat:
                     pieces[key_of(kind, prefix + f.name, f.start)] = buffer[f.offset : f.offset + f.numel]
@@ -54,12 +58,12 @@ class HostCopy:
 
     def _sources(self) -> Iterator[tuple[str, int, str, Tensor]]:
         for prefix, shards in self._state.items():
-            for i, ema in enumerate(self._ema[prefix]):
-                yield prefix, i, "ema", ema
-            if not self._ema_only:
-                for i, (weights, moments) in enumerate(zip(shards.flats(), shards.moments(), strict=True)):
-                    for kind, source in ({"param": weights} | moments).items():
-                        yield prefix, i, kind, source
+            for kind, average in self._averages.items():
+                for i, source in enumerate(average[prefix]):
+                    yield prefix, i, kind, source
+            for i, (weights, moments) in enumerate(zip(shards.flats(), shards.moments(), strict=True)):
+                for kind, source in ({"param": weights} | moments).items():
+                    yield prefix, i, kind, source
 
 
 def write_checkpoint(

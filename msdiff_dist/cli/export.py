@@ -11,7 +11,13 @@ import typer
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder, or one checkpoint of it.")],
     out: Annotated[Path, typer.Option(help="New folder for the weights.")],
-    step: Annotated[int | None, typer.Option(help="This checkpoint; default the newest.")] = None,
+    step: Annotated[
+        int | None, typer.Option(help="This checkpoint (or snapshot of averages); default the newest.")
+    ] = None,
+    ema_length: Annotated[
+        float | None,
+        typer.Option(help="Instead the average of this relative length, 0.07 say, of a run with ema.power."),
+    ] = None,
     ema: Annotated[bool, typer.Option("--ema/--raw", help="The averaged weights, or the last ones.")] = True,
 ) -> None:
     """Write a run's weights as safetensors, whole and by stage, with a config.json that rebuilds the model.
@@ -22,5 +28,5 @@ def export(
     """
     from msdiff_dist.checkpoint.export import export as run_export
 
-    for file in run_export(run, out, step, ema):
+    for file in run_export(run, out, step, ema, ema_length):
         typer.echo(f"{file}  {file.stat().st_size / 1e6:.2f} MB")

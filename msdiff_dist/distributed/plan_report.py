@@ -24,7 +24,7 @@ class Workload:
     cost_K: cost of one sample of each stage, encoder and decoder, in any unit.
     shared_params, stage_params_K: parameters of the shared encoder and of each stage decoder.
     payload_bytes: bytes of one routed sample, its conditions included.
-    moments: tensors of a parameter's size that the optimizer keeps (AdamW: 2).
+    moments: tensors of a parameter's size that the optimizer keeps (AdamW: 2). averages: the same of the EMA.
     """
 
     cost_K: Sequence[float]
@@ -35,6 +35,7 @@ class Workload:
     zero_shared: int = 1
     zero_stage: int = 1
     moments: int = 2
+    averages: int = 1
 
     @property
     def param_bytes(self) -> int:
@@ -104,7 +105,9 @@ def state_bytes_W(placement: Placement, workload: Workload) -> np.ndarray:
 
     def on_one_rank(params: int, group_size: int, zero: int) -> int:
         shard = -(-params // group_size)
-        return (params if zero < 3 else shard) * workload.param_bytes + shard * 4 * (1 + workload.moments + 1)
+        return (params if zero < 3 else shard) * workload.param_bytes + shard * 4 * (
+            1 + workload.moments + workload.averages
+        )
 
     total_W = np.full(
         placement.world_size, on_one_rank(workload.shared_params, placement.world_size, workload.zero_shared)

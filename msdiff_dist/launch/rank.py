@@ -17,7 +17,7 @@ from msdiff_dist.checkpoint.background import BackgroundSaver
 from msdiff_dist.checkpoint.layout import CheckpointIndex
 from msdiff_dist.checkpoint.load import restore, start_from
 from msdiff_dist.checkpoint.policy import LossAverage
-from msdiff_dist.checkpoint.resume import open_newest_intact
+from msdiff_dist.checkpoint.resume import open_newest_intact, remove_later
 from msdiff_dist.checkpoint.save import HostCopy, gather_shapes, moment_kinds, write_checkpoint
 from msdiff_dist.data.fingerprint import Marks, check_unchanged, mark_shards
 from msdiff_dist.data.index import Shard
@@ -84,7 +84,7 @@ def run_rank(
             run.loss_average,
             recipe.optimizer.lr,
             recipe.lr_schedule,
-            Occasions(run.save, recipe.checkpoint.due, run.preview, recipe.preview.every),
+            Occasions(run.save, recipe.checkpoint.due, run.snapshot_due, run.preview, recipe.preview.every),
             writer,
             lambda: stop.requested_at is not None or run.saver.failed,
             run.batch_size,
@@ -126,7 +126,9 @@ class Run:
         self.notes: list[str] = []
         self.marks: Marks = []
         self.first_step = self._resume()
-        self.saver = BackgroundSaver(folder.checkpoints, self.state, self.ema.shards, recipe.checkpoint)
+        self.saver = BackgroundSaver(
+            folder.checkpoints, folder.snapshots, self.state, self.ema.averages, recipe.checkpoint
+        )
         index, self.marks, null_context = self._count_data()
         loader = everywhere(env, lambda: self._loader(index))
         self.feed = Feed(
@@ -166,14 +168,22 @@ class Run:
             f"run folder {self.folder.path}"
         )
 
-    def save(self, step: int) -> None:
-        """Begin the checkpoint of `step` steps done; `saver.finish` waits for it. Collective."""
-        self.saver.save(self._index(step))
+    def snapshot_due(self, step: int) -> bool:
+        """Whether the averages of `ema.power` are to be kept as they are after `step` steps."""
+        power = self.recipe.ema.power
+        return power is not None and step % power.snapshot_every == 0
+
+    def save(self, step: int, checkpoint: bool = True) -> None:
+        """Begin the checkpoint of `step` steps done, if wanted, and the snapshot of averages, if due.
+
+        `saver.finish` waits for them. Collective.
+        """
+        self.saver.save(self._index(step), checkpoint=checkpoint, snapshot=self.snapshot_due(step))
 
     def preview(self, step: int) -> None:
         """Sample a grid with the EMA weights of this moment, every rank its share. Collective."""
         weights = self.folder.samples / f".weights_{step:08d}"
-        write_checkpoint(weights, HostCopy(self.state, self.ema.shards, ema_only=True).take(), self._index(step))
+        write_checkpoint(weights, HostCopy(self.state, self.ema.averages).take(["ema"]), self._index(step))
         write_preview(self.recipe, weights, self.folder.samples / f"step_{step:08d}.png", self.env)
 
     def _index(self, step: int) -> CheckpointIndex:
@@ -194,13 +204,14 @@ class Run:
         reader, self.notes = open_newest_intact(self.folder.checkpoints, self.shapes, self.batch_size)
         step = 0
         if weights:
-            start_from(weights.stretch, self.state, self.ema.shards)
+            start_from(weights.stretch, self.state, self.ema.averages)
         if reader:
-            restore(reader, self.state, self.ema.shards)
+            restore(reader, self.state, self.ema.averages)
             step, self.loss_average.value = reader.index.step, reader.index.loss
             self.marks = reader.index.data
         if self.env.rank == 0:
             self.folder.cut_metrics(step)
+            remove_later(self.folder.snapshots, step)
         return step
 
     def _count_data(self) -> tuple[list[list[Shard]], Marks, Tensor | None]:

@@ -71,6 +71,7 @@ def workload(recipe: Recipe, run_plan: RunPlan) -> Workload:
         recipe.parallel.zero_shared,
         recipe.parallel.zero_stage,
         moments=2 if optimizer.name != "sgd" else int(optimizer.momentum > 0),
+        averages=1 + (len(recipe.ema.power.lengths) if recipe.ema.power else 0),
     )
 
 

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, kept element by element on the ZeRO shards: no gather, no full copy."""
+"""Moving averages of the weights, kept element by element on the ZeRO shards: no gather, no full copy."""
 
 from __future__ import annotations
 
@@ -8,8 +8,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from msdiff_dist.checkpoint.posthoc import LONGEST, exponent, kind_of
 from msdiff_dist.distributed.zero_state import ShardedState
 from msdiff_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class PowerEmaConfig:
+    """EDM2's averages, from which `msdiff export --ema-length` makes that of any length when training is over.
+
+    snapshot_every: steps between snapshots in the run's `ema_snapshots`, each as large as the model times the number of
+    lengths; all are kept. lengths: of the averages, relative to the training so far, one more copy of the weights each.
+    """
+
+    snapshot_every: int
+    lengths: tuple[float, ...] = (0.05, 0.10)
+
+    def __post_init__(self) -> None:
+        if self.snapshot_every < 1:
+            raise ConfigError("snapshot_every", self.snapshot_every, "must be at least 1", "Use 1000, say.")
+        usable = {s for s in self.lengths if 0 < s < LONGEST}
+        if not usable or len(usable) < len(self.lengths):
+            problem = f"must be different numbers in (0, {LONGEST:.4f})"
+            raise ConfigError("lengths", list(self.lengths), problem, "EDM2 uses 0.05 and 0.1.")
 
 
 @dataclass(frozen=True)
@@ -18,13 +39,14 @@ class EmaConfig:
 
     decay: the limit of the decay; 0.9999 unless there is a half-life. halflife_images: 500,000 in EDM. warmup: smaller
     decays at first: min(decay, (1 + n) / (10 + n)) at the n-th update (LDM's), or a half-life of at most
-    `warmup_ratio` of the images seen.
+    `warmup_ratio` of the images seen. power: further averages, whose length is chosen after training.
     """
 
     decay: float | None = None
     halflife_images: float | None = None
     warmup: bool = True
     warmup_ratio: float = 0.05
+    power: PowerEmaConfig | None = None
 
     def __post_init__(self) -> None:
         if self.decay is not None and not 0 <= self.decay < 1:
@@ -50,18 +72,25 @@ class EmaConfig:
 
 
 class ShardedEma:
-    """The average of every fp32 shard on this rank.
+    """The averages of every fp32 shard on this rank.
 
-    `shards[prefix][i]` averages `state[prefix].flats()[i]`, prefixes as in `StageParallelEngines.state`.
+    `averages[kind][prefix][i]` averages `state[prefix].flats()[i]`, prefixes as in `StageParallelEngines.state`. Kinds
+    are `ema` and, for each of the config's further lengths, that of `kind_of`.
     """
 
     def __init__(self, config: EmaConfig, state: Mapping[str, ShardedState], batch_size: int) -> None:
         self._config, self._state, self._batch_size = config, state, batch_size
-        self.shards: dict[str, list[Tensor]] = {p: [f.detach().clone() for f in s.flats()] for p, s in state.items()}
+        self._exponents = {kind_of(s): exponent(s) for s in (config.power.lengths if config.power else ())}
+        self.averages: dict[str, dict[str, list[Tensor]]] = {
+            kind: {p: [f.detach().clone() for f in s.flats()] for p, s in state.items()}
+            for kind in ("ema", *self._exponents)
+        }
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Average in the weights after optimizer step number `step`, counted from 1."""
-        weight = 1 - self._config.decay_at(step, self._batch_size)
-        for prefix, state in self._state.items():
-            torch._foreach_lerp_(self.shards[prefix], [f.detach() for f in state.flats()], weight)
+        weights = {"ema": 1 - self._config.decay_at(step, self._batch_size)}
+        weights |= {kind: 1 - (1 - 1 / step) ** (gamma + 1) for kind, gamma in self._exponents.items()}
+        for kind, weight in weights.items():
+            for prefix, state in self._state.items():
+                torch._foreach_lerp_(self.averages[kind][prefix], [f.detach() for f in state.flats()], weight)

@@ -20,10 +20,14 @@ Outcome = Literal["finished", "preempted"]
 
 @dataclass(frozen=True)
 class Occasions:
-    """What happens after some steps: saving when it is due, previews every so many (0: never). Both are collective."""
+    """What happens after some steps: saving when it is due, previews every so many (0: never). Both are collective.
 
-    save: Callable[[int], None]
+    save: of the averages alone, or a whole checkpoint.
+    """
+
+    save: Callable[[int, bool], None]
     save_due: Callable[[int], bool]
+    snapshot_due: Callable[[int], bool]
     preview: Callable[[int], None]
     preview_every: int
 
@@ -79,9 +83,10 @@ def train(
             )
         saving = 0.0
         last = done == config.steps or outcome.stop_requested
-        if last or occasions.save_due(done):
+        checkpoint = last or occasions.save_due(done)
+        if checkpoint or occasions.snapshot_due(done):
             start = time.perf_counter()
-            occasions.save(done)
+            occasions.save(done, checkpoint)
             saved, saving = done, time.perf_counter() - start
         if outcome.stop_requested and done < config.steps:
             return "preempted"

@@ -5,6 +5,7 @@ run/
   metrics.jsonl       one line a step
   tensorboard/        the same for TensorBoard
   checkpoints/        step_XXXXXXXX/, complete or absent
+  ema_snapshots/      the same, of the averages of ema.power
   samples/            step_XXXXXXXX.png, one grid each
   logs/               rank_N.log of the last start, and older ones
 """
@@ -21,6 +22,7 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
+from msdiff_dist.checkpoint.posthoc import SNAPSHOTS
 from msdiff_dist.config import differences
 from msdiff_dist.errors import RunFolderError
 
@@ -41,6 +43,7 @@ FREE_FIELDS = (
     "encode.",
     "parallel.",
     "checkpoint.",
+    "ema.power.snapshot_every",
     "preview.",
     "model.attention_backend",
     "activation_checkpointing.",
@@ -56,6 +59,7 @@ class RunFolder:
         self.metrics_file = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
+        self.snapshots = path / SNAPSHOTS
         self.samples = path / "samples"
         self.logs = path / "logs"
         self._lock: IO[str] | None = None

@@ -66,7 +66,7 @@ def held_bytes(rank: int, precision: Literal["fp32", "bf16"], zero_shared: int, 
     tensors = [getattr(p, "ds_tensor", p) for part in parts for p in part.parameters()]
     for sharded in state.values():
         tensors += [*sharded.flats(), *(t for moments in sharded.moments() for t in moments.values())]
-    tensors += [t for shards in ema.shards.values() for t in shards]
+    tensors += [t for shards in ema.averages["ema"].values() for t in shards]
     distinct = {t.untyped_storage().data_ptr() + t.storage_offset() * t.element_size(): t for t in tensors}
     return sum(t.numel() * t.element_size() for t in distinct.values())
 

@@ -53,8 +53,8 @@ def trained(
     for step in range(run.first_step + 1, stops[-1] + 1):
         losses.append(run.train_step(mapping["optimizer"]["lr"], False).loss)
         run.ema.update(step)
-        if step in stops:
-            run.save(step)
+        if step in stops or run.snapshot_due(step):
+            run.save(step, step in stops)
     run.saver.finish()
     run.feed.close()
     engines = {"shared.": run.engines.shared, **{f"stages.{k}.": e for k, e in run.engines.stages.items()}}

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msdiff_dist.checkpoint.layout import complete_checkpoints
+from msdiff_dist.checkpoint.layout import complete_checkpoints, step_of
 from tests.integration.conftest import ROOT, Msdiff
 
 pytestmark = pytest.mark.integration
@@ -32,7 +32,8 @@ def _quickstart(digits: Path, steps: int) -> list[str]:
 
 def test_digits_from_shards_to_pictures(msdiff: Msdiff, digits: Path, tmp_path: Path) -> None:
     whole, parts, out = tmp_path / "whole", tmp_path / "parts", tmp_path / "out"
-    assert msdiff("train", *_quickstart(digits, 6), "--nproc", 3, "--run-dir", whole).status == 0
+    averages = ["ema.power.snapshot_every=2", "checkpoint.keep_last=1"]
+    assert msdiff("train", *_quickstart(digits, 6), *averages, "--nproc", 3, "--run-dir", whole).status == 0
     lines = _metrics(whole)
     assert [m["step"] for m in lines] == [1, 2, 3, 4, 5, 6]
     keys = {"loss", "loss_per_stage", "grad_norm", "lr", "images_seen", "images_per_second", "seconds", "balance"}
@@ -42,7 +43,11 @@ def test_digits_from_shards_to_pictures(msdiff: Msdiff, digits: Path, tmp_path: 
     assert all(0 < m["balance"] <= 1 for m in lines)
     assert (whole / "samples/step_00000006.png").exists()
     assert list((whole / "tensorboard").iterdir())
-    assert len(complete_checkpoints(whole / "checkpoints")) == 2
+    assert len(complete_checkpoints(whole / "checkpoints")) == 1
+    assert [step_of(p) for p in complete_checkpoints(whole / "ema_snapshots")] == [2, 4, 6]
+    made = msdiff("export", whole, "--ema-length", 0.07, "--step", 4, "--out", out / "export")
+    assert made.status == 0, made.output
+    assert json.loads((out / "export/config.json").read_text())["ema_length"] == 0.07
 
     # Other ranks, workers and accumulation: the same training.
     other = ["data.workers=1", "train.gradient_accumulation_steps=2", "preview.every=0"]

@@ -87,6 +87,12 @@ def test_refused(run: Path, tmp_path: Path) -> None:
         export(tmp_path / "nothing", tmp_path / "out")
     with pytest.raises(CheckpointError, match="exists already"):
         export(run, run)
+    with pytest.raises(CheckpointError, match=r"--ema-length.*holds no ema_snapshots.*Train with ema\.power"):
+        export(run, tmp_path / "out", ema_length=0.07)
+    with pytest.raises(CheckpointError, match=r"--ema-length.*0\.3.*must lie in \(0, 0\.2887\)"):
+        export(run, tmp_path / "out", ema_length=0.3)
+    with pytest.raises(CheckpointError, match=r"--ema-length.*--raw"):
+        export(run, tmp_path / "out", ema=False, ema_length=0.07)
     path = run / "checkpoints/step_00000005/rank_00001.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
