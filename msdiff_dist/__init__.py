@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from msdiff_dist.checkpoint.timed_model import TimedModel
+    from msdiff_dist.export.timed_model import TimedModel
 
 __version__ = "0.1.0"
 
 
 def load_model(path: Path | str, ema: bool = True) -> TimedModel:
-    """A trained model on the CPU: see `msdiff_dist.checkpoint.timed_model.load_model`."""
-    from msdiff_dist.checkpoint import timed_model  # torch is imported when a model is
+    """A trained model on the CPU: see `msdiff_dist.export.timed_model.load_model`."""
+    from msdiff_dist.export import timed_model  # torch is imported when a model is
 
     return timed_model.load_model(path, ema)

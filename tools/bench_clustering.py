@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_tensor
 
-from msdiff_dist.data.blocks import DataBlocks, image_parts
-from msdiff_dist.diffusion.clustering import clock_times
 from msdiff_dist.diffusion.config import VPConfig
-from msdiff_dist.diffusion.optimal_denoiser import Draws, draw_samples, limit_similarities, optimal_noise
 from msdiff_dist.diffusion.process import VPProcess
-from msdiff_dist.evaluation.stage_division import float_blocks
+from msdiff_dist.stage_division.image_blocks import DataBlocks, image_parts
+from msdiff_dist.stage_division.intervals import clock_times
+from msdiff_dist.stage_division.methods import float_blocks
+from msdiff_dist.stage_division.optimal_denoiser import Draws, draw_samples, limit_similarities, optimal_noise
 
 ETA = 2 / 256
 

@@ -25,8 +25,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from msdiff_dist.apps.train.rank import Run
 from msdiff_dist.distributed.environment import Environment
-from msdiff_dist.launch.rank import Run
 from msdiff_dist.models.multistage_unet import build_model
 from msdiff_dist.recipe import Recipe, load_recipe, recipe_from, recipe_mapping
 from msdiff_dist.testing import run_distributed

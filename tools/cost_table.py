@@ -13,7 +13,7 @@ import argparse
 import re
 from pathlib import Path
 
-from msdiff_dist.launch.costs import CostReport, cost_report
+from msdiff_dist.apps.train.costs import CostReport, cost_report
 from msdiff_dist.recipe import Recipe, load_recipe
 
 HEADER = ["recipe", "parameters", "steps", "GMAC", "paper's PFLOP", "of baseline", "PFLOP, all"]

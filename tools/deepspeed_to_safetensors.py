@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from command import run
 
-from msdiff_dist.checkpoint.convert.conversion import convert
+from msdiff_dist.convert.conversion import convert
 
 
 def deepspeed_to_safetensors(

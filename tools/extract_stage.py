@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 from command import run
 
-from msdiff_dist.checkpoint.convert.conversion import convert
-from msdiff_dist.checkpoint.convert.options import ConvertOptions
+from msdiff_dist.convert.conversion import convert
+from msdiff_dist.convert.options import ConvertOptions
 
 
 def extract_stage(

@@ -1,7 +1,7 @@
 """Grow a multi-stage model from a unified one, so that training starts warm.
 
 The encoder is copied, and each decoder is the unified model's: the same where its width and attention are, else by the
-channel rule of msdiff_dist/checkpoint/convert/widths.py.
+channel rule of msdiff_dist/convert/edit/widths.py.
 
 Example: python tools/init_from_unified.py unified grown --boundaries 442,631 --widths 256,192,128
 then:    msdiff train recipes/celebahq256_ldm_3stage.yaml train.init_from=grown
@@ -15,9 +15,9 @@ from typing import Annotated
 import typer
 from command import numbers, run
 
-from msdiff_dist.checkpoint.convert.conversion import read, write
-from msdiff_dist.checkpoint.convert.options import ConvertOptions, parse_boundaries
-from msdiff_dist.checkpoint.convert.stages import grow
+from msdiff_dist.convert.conversion import read, write
+from msdiff_dist.convert.edit.stages import grow
+from msdiff_dist.convert.options import ConvertOptions, parse_boundaries
 
 
 def init_from_unified(

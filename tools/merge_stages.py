@@ -13,9 +13,9 @@ from typing import Annotated
 import typer
 from command import run
 
-from msdiff_dist.checkpoint.convert.conversion import read, write
-from msdiff_dist.checkpoint.convert.options import ConvertOptions, parse_boundaries
-from msdiff_dist.checkpoint.convert.stages import merge
+from msdiff_dist.convert.conversion import read, write
+from msdiff_dist.convert.edit.stages import merge
+from msdiff_dist.convert.options import ConvertOptions, parse_boundaries
 
 
 def merge_stages(

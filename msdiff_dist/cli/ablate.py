@@ -24,9 +24,9 @@ def ablate(
 
     Example: msdiff ablate recipes/ablations/fashion_mnist_efficiency.yaml --out runs/efficiency
     """
-    from msdiff_dist.launch.ablation import load_ablation, plan_ablation, run_ablation, score_settings
-    from msdiff_dist.launch.ablation_report import write_report
-    from msdiff_dist.launch.parts import Part
+    from msdiff_dist.apps.ablation.report import write_report
+    from msdiff_dist.apps.ablation.run import load_ablation, plan_ablation, run_ablation, score_settings
+    from msdiff_dist.files.work_share import Part
 
     share = Part(part, parts)
     config, folder = load_ablation(sweep, overrides or []), out or Path("runs") / sweep.stem

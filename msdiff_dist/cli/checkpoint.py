@@ -93,8 +93,8 @@ def diff(
     from rich.table import Table
 
     from msdiff_dist.checkpoint.compare import compare
-    from msdiff_dist.checkpoint.weights import open_checkpoint
     from msdiff_dist.config import differences
+    from msdiff_dist.export.weights import open_checkpoint
 
     first, second = open_checkpoint(a), open_checkpoint(b)
     fields = [(f"recipe.{f}", x, y) for f, x, y in differences(first.index.recipe, second.index.recipe)]

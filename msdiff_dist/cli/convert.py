@@ -75,8 +75,8 @@ def convert(
 
     Example: msdiff convert model.ckpt exported --from ldm --to msdiff
     """
-    from msdiff_dist.checkpoint.convert.conversion import convert as run
-    from msdiff_dist.checkpoint.convert.options import ConvertOptions, parse_boundaries
+    from msdiff_dist.convert.conversion import convert as run
+    from msdiff_dist.convert.options import ConvertOptions, parse_boundaries
 
     options = ConvertOptions(
         weights=weights.value,

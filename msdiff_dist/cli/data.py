@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from msdiff_dist.data.shard_writer import WrittenDataset
+    from msdiff_dist.data.make.shard_writer import WrittenDataset
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich", help="Make WebDataset shards to train from, and check them."
@@ -32,7 +32,7 @@ def prepare(
 
     [bold]Example:[/bold] msdiff data prepare fashion-mnist --out data/fashion-mnist
     """
-    from msdiff_dist.data.sources import prepare as prepare_dataset
+    from msdiff_dist.data.make.datasets import prepare as prepare_dataset
 
     written = prepare_dataset(dataset, out, source, split, shards, size)
     _report(written)
@@ -50,7 +50,7 @@ def pack(
 
     [bold]Example:[/bold] msdiff data pack photos --out data/photos --size 256
     """
-    from msdiff_dist.data.folder import pack as pack_folder
+    from msdiff_dist.data.make.pack import pack as pack_folder
 
     packed = pack_folder(images_dir, out, size, samples_per_shard, max_bad)
     _report(packed.dataset)
@@ -77,8 +77,8 @@ def encode(
 
     [bold]Example:[/bold] msdiff data encode recipes/emoji_text2img_3stage.yaml --out data/emoji-latents --nproc 2
     """
-    from msdiff_dist.launch.encode import encode as encode_recipe
-    from msdiff_dist.launch.parts import Part
+    from msdiff_dist.apps.encode import encode as encode_recipe
+    from msdiff_dist.files.work_share import Part
     from msdiff_dist.recipe import load_recipe
 
     manifest = encode_recipe(load_recipe(recipe, overrides or []), out, nproc, Part(part, parts))
@@ -103,7 +103,7 @@ def check(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of 
 
     [bold]Example:[/bold] msdiff data check data/emoji-latents
     """
-    from msdiff_dist.data.check import check_folder
+    from msdiff_dist.data.make.check import check_folder
 
     typer.echo(f"{folder}: {check_folder(folder):,} samples, no damage")
 
@@ -122,7 +122,7 @@ def bench(
 
     [bold]Example:[/bold] msdiff data bench recipes/fashion_mnist_3stage.yaml data.workers=2
     """
-    from msdiff_dist.data.bench import bench as bench_data
+    from msdiff_dist.data.make.bench import bench as bench_data
     from msdiff_dist.recipe import load_recipe
 
     table = Table("reader", "samples/s per worker", "MB/s per worker")

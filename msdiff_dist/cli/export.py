@@ -26,7 +26,7 @@ def export(
 
     Example: msdiff export runs/quickstart --out exported
     """
-    from msdiff_dist.checkpoint.export import export as run_export
+    from msdiff_dist.export.export import export as run_export
 
     for file in run_export(run, out, step, ema, ema_length):
         typer.echo(f"{file}  {file.stat().st_size / 1e6:.2f} MB")

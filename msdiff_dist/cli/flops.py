@@ -22,7 +22,7 @@ def flops(
 
     Example: msdiff flops recipes/celebahq256_ldm_3stage.yaml --json
     """
-    from msdiff_dist.launch.costs import GIGA, cost_report
+    from msdiff_dist.apps.train.costs import GIGA, cost_report
     from msdiff_dist.recipe import load_recipe
 
     parsed = load_recipe(recipe, overrides or [])

@@ -31,12 +31,12 @@ def interval_report(
     Example: msdiff interval-report runs/multistage --reference runs/unified --classifier data/digits.safetensors
     --data data/digits --out report
     """
-    from msdiff_dist.checkpoint.convert.options import parse_boundaries
+    from msdiff_dist.convert.options import parse_boundaries
     from msdiff_dist.diffusion.solvers import SamplerConfig
     from msdiff_dist.errors import ConfigError
     from msdiff_dist.evaluation.frechet import ScoreConfig
-    from msdiff_dist.launch.interval_report import interval_report as report
-    from msdiff_dist.launch.interval_report import markdown
+    from msdiff_dist.evaluation.interval_report import interval_report as report
+    from msdiff_dist.evaluation.interval_report import markdown
 
     try:
         boundaries = parse_boundaries(intervals)

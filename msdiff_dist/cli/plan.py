@@ -24,8 +24,8 @@ def plan(
 
     Example: msdiff plan recipes/celebahq256_ldm_3stage.yaml --world-size 64 --json
     """
+    from msdiff_dist.apps.train.plan import plan_run, plan_warnings, workload
     from msdiff_dist.distributed.plan_report import plan_report, render
-    from msdiff_dist.launch.run_plan import plan_run, plan_warnings, workload
     from msdiff_dist.recipe import load_recipe
 
     parsed = load_recipe(recipe, overrides or [])

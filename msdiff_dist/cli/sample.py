@@ -49,8 +49,8 @@ def sample(
     """
     from msdiff_dist.diffusion.solvers import ChurnConfig, SamplerConfig
     from msdiff_dist.errors import ConfigError
-    from msdiff_dist.launch.parts import Part
-    from msdiff_dist.launch.sample import sample_run
+    from msdiff_dist.evaluation.sample_folder import sample_run
+    from msdiff_dist.files.work_share import Part
 
     if nfe is not None and steps is not None:
         raise ConfigError("--nfe", nfe, f"stands beside --steps {steps}", "Give one of the two.")

@@ -44,9 +44,9 @@ def cluster(
 
     Example: msdiff stages cluster --method optimal-denoiser --process vp --stages 3 --data data/fashion-mnist --json
     """
-    from msdiff_dist.evaluation.stage_division import DenoiserOptions
-    from msdiff_dist.launch.stage_division import ClusterRequest
-    from msdiff_dist.launch.stage_division import cluster as find_boundaries
+    from msdiff_dist.apps.divide_stages import ClusterRequest
+    from msdiff_dist.apps.divide_stages import cluster as find_boundaries
+    from msdiff_dist.stage_division.methods import DenoiserOptions
 
     options = DenoiserOptions(eta, alpha, samples, value_range, last_limit, seed)
     command = "msdiff " + shlex.join(sys.argv[1:])

@@ -21,27 +21,27 @@ def train(
 
     Example: msdiff train recipes/quickstart.yaml train.steps=300 --nproc 4 --run-dir runs/digits
     """
+    from msdiff_dist.apps.train.plan import check_run
+    from msdiff_dist.apps.train.warm_start import start_weights
     from msdiff_dist.distributed.environment import is_rank_process
-    from msdiff_dist.launch.run_plan import check_run
-    from msdiff_dist.launch.warm_start import start_weights
     from msdiff_dist.recipe import load_recipe, recipe_mapping
     from msdiff_dist.training.run_folder import RunFolder
 
     parsed = load_recipe(recipe, overrides or [])
     if smoke:
-        from msdiff_dist.launch.smoke import smoke as in_small
+        from msdiff_dist.apps.train.smoke import smoke as in_small
 
         parsed = in_small(parsed)
     folder = run_dir or Path("runs") / parsed.name
     start_weights(parsed, RunFolder(folder).checkpoints)
     if is_rank_process():
-        from msdiff_dist.launch.rank import run_rank
+        from msdiff_dist.apps.train.rank import run_rank
 
         outcome: str = run_rank(parsed, folder)
     else:
         check_run(parsed, nproc)
         RunFolder(folder).check(recipe_mapping(parsed))
-        from msdiff_dist.launch.local import run_local
+        from msdiff_dist.apps.train.local import run_local
 
         outcome = run_local(recipe_mapping(parsed), folder, nproc)
     if outcome == "preempted":

@@ -22,12 +22,12 @@ from msdiff_dist.data.access import (
     matching,
     read_bytes,
 )
-from msdiff_dist.data.damage import Damage, DamageReport
-from msdiff_dist.data.shard_writer import INDEX_NAME
+from msdiff_dist.data.corruption import Damage, DamageReport
 from msdiff_dist.data.tar_members import TarError, sample_keys
 from msdiff_dist.errors import DataError
 
 FIELD = "data.shards"
+INDEX_NAME = "index.json"
 STRICT = DamageReport(max_bad=0)
 
 

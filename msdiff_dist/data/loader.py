@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from msdiff_dist.data.config import DataConfig
-from msdiff_dist.data.damage import Damage, DamageReport
+from msdiff_dist.data.corruption import Damage, DamageReport
 from msdiff_dist.data.index import Shard, read_index, resolve_shards
 from msdiff_dist.data.latent_blocks import Chunk
 from msdiff_dist.data.mixture import Mixture

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from msdiff_dist.data.access import DEFAULT_ACCESS, Access
-from msdiff_dist.data.damage import Damage, DamageReport
-from msdiff_dist.data.index import FIELD, STRICT, Shard
+from msdiff_dist.data.corruption import Damage, DamageReport
+from msdiff_dist.data.index import FIELD, INDEX_NAME, STRICT, Shard
 from msdiff_dist.data.latent_blocks import Chunk
 from msdiff_dist.data.order import Ints, StreamOrder, Window, grouped
-from msdiff_dist.data.shard_writer import INDEX_NAME
 from msdiff_dist.data.tar_members import TarError, chunks
 from msdiff_dist.errors import DataError
 

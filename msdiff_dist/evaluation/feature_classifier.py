@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from msdiff_dist.data.config import DataConfig
-from msdiff_dist.data.pictures import read_pictures
+from msdiff_dist.data.make.images import read_pictures
 from msdiff_dist.data.samples import to_model_range
 from msdiff_dist.errors import CheckpointError, ConfigError, DataError
 from msdiff_dist.randomness import generator

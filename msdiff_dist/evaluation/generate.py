@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from msdiff_dist.checkpoint.weights import Weights
 from msdiff_dist.diffusion.sampling import Condition, SamplerConfig, sample
 from msdiff_dist.evaluation.prompts import Prompter
+from msdiff_dist.export.weights import Weights
 from msdiff_dist.models.autoencoder import LatentCodec
 from msdiff_dist.models.multistage_unet import build_parts
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from msdiff_dist.checkpoint.description import ModelDescription
 from msdiff_dist.errors import ConfigError
+from msdiff_dist.export.description import ModelDescription
 from msdiff_dist.models.text_encoder import TextEncoder
 
 

@@ -81,7 +81,7 @@ class TrainJob:
         """Outcome, and seconds from the signal to stop until everything was saved."""
         from omegaconf import OmegaConf
 
-        from msdiff_dist.launch.rank import run_rank
+        from msdiff_dist.apps.train.rank import run_rank
         from msdiff_dist.recipe import recipe_from
         from msdiff_dist.training.preemption import StopRequest
 

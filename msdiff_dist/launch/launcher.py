@@ -16,18 +16,18 @@ import submitit
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from msdiff_dist.apps.train.plan import check_run, plan_run, workload
+from msdiff_dist.apps.train.warm_start import start_weights
 from msdiff_dist.distributed.plan_report import plan_report, render, size
 from msdiff_dist.errors import ConfigError, RunFolderError
 from msdiff_dist.launch.cluster import ClusterConfig, one_rank
 from msdiff_dist.launch.job import STOPPED, CommandJob, TrainJob
 from msdiff_dist.launch.restarts import Diary
-from msdiff_dist.launch.run_plan import check_run, plan_run, workload
 from msdiff_dist.launch.snapshot import next_snapshot, take_snapshot
 from msdiff_dist.launch.submit import check, make_executor, sbatch_text, submit
-from msdiff_dist.launch.sweep import load_sweep, overrides_of, run_names
-from msdiff_dist.launch.warm_start import start_weights
 from msdiff_dist.launch.watch import JobRecord, done_file, last_metrics, register_run, states
 from msdiff_dist.recipe import Recipe, load_recipe, recipe_mapping
+from msdiff_dist.sweep import load_sweep, overrides_of, run_names
 from msdiff_dist.training.run_folder import RunFolder
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from msdiff_dist.checkpoint.posthoc import LONGEST, exponent, kind_of
+from msdiff_dist.checkpoint.power_profile import LONGEST, exponent, kind_of
 from msdiff_dist.distributed.zero_state import ShardedState
 from msdiff_dist.errors import ConfigError
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msdiff_dist.data.damage import Damage
+from msdiff_dist.data.corruption import Damage
 from msdiff_dist.data.loader import StepLoader, StepSamples
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas, StepDraw
 from msdiff_dist.distributed.router import Assignment, PendingBatch, RoutedBatch, Router

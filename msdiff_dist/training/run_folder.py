@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
-from msdiff_dist.checkpoint.posthoc import SNAPSHOTS
+from msdiff_dist.checkpoint.power_profile import SNAPSHOTS
 from msdiff_dist.config import differences
 from msdiff_dist.errors import RunFolderError
 

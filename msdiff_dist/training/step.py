@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from msdiff_dist.data.damage import Damage, check_limit
+from msdiff_dist.data.corruption import Damage, check_limit
 from msdiff_dist.diffusion.augmentation import AugmentationConfig, augment
 from msdiff_dist.diffusion.loss import LossKind, sample_losses
 from msdiff_dist.diffusion.process import Process

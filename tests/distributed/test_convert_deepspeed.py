@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from msdiff_dist import load_model
-from msdiff_dist.checkpoint.convert.conversion import convert
-from msdiff_dist.checkpoint.convert.deepspeed import DeepspeedSource
-from msdiff_dist.checkpoint.convert.options import ConvertOptions
+from msdiff_dist.convert.conversion import convert
+from msdiff_dist.convert.formats.deepspeed import DeepspeedSource
+from msdiff_dist.convert.options import ConvertOptions
 from msdiff_dist.errors import CheckpointError
 from msdiff_dist.models import build_model
 from msdiff_dist.models.ldm.config import LDMConfig

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from msdiff_dist.data.shard_writer import write_index, write_shard
+from msdiff_dist.data.make.shard_writer import write_index, write_shard
 from msdiff_dist.errors import DataError
 from msdiff_dist.testing import run_distributed
 from tests.distributed.tiny_run import ADAM, open_run, recipe_of

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from msdiff_dist.apps.train.local import run_local
 from msdiff_dist.checkpoint.load import CheckpointReader
-from msdiff_dist.launch.local import run_local
 from msdiff_dist.recipe import Recipe, load_recipe, recipe_from, recipe_mapping
 from tests.distributed.reference import train_reference
 from tests.distributed.test_parity import DEBUG, OPTIMIZERS, SMALL, STEPS, check_equal

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from msdiff_dist.apps.train.local import run_local
 from msdiff_dist.checkpoint.layout import complete_checkpoints
-from msdiff_dist.data.shard_writer import write_index, write_shard
+from msdiff_dist.data.make.shard_writer import write_index, write_shard
 from msdiff_dist.errors import TrainingError
-from msdiff_dist.launch.local import run_local
 from msdiff_dist.testing import run_distributed
 from tests.distributed.tiny_run import ADAM, open_run, recipe_of
 

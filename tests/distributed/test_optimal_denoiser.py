@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from msdiff_dist.diffusion.optimal_denoiser import draw_samples, optimal_noise
+from msdiff_dist.stage_division.optimal_denoiser import draw_samples, optimal_noise
 from msdiff_dist.testing import run_distributed
 
 SIGMAS = torch.tensor([1e-3, 0.05, 0.3, 1.0, 5.0, 100.0], dtype=torch.float64)

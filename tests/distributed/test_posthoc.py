@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from msdiff_dist.checkpoint.export import export
 from msdiff_dist.checkpoint.layout import complete_checkpoints, step_of
 from msdiff_dist.checkpoint.load import CheckpointReader
 from msdiff_dist.errors import CheckpointError
+from msdiff_dist.export.export import export
 from msdiff_dist.testing import run_distributed
 from tests.distributed.tiny_run import ADAM, recipe_of, trained
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from msdiff_dist.launch.local import run_local
-from msdiff_dist.launch.smoke import STEPS, smoke
+from msdiff_dist.apps.train.local import run_local
+from msdiff_dist.apps.train.smoke import STEPS, smoke
 from msdiff_dist.recipe import load_recipe, recipe_mapping
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from msdiff_dist.data.shard_writer import encode_picture, write_shard
+from msdiff_dist.apps.encode import encode
+from msdiff_dist.data.make.shard_writer import encode_picture, write_shard
 from msdiff_dist.diffusion.timestep_sampler import dropout_mask
-from msdiff_dist.launch.encode import encode
 from msdiff_dist.models.text_encoder import TextEncoder
 from msdiff_dist.recipe import recipe_from
 from msdiff_dist.testing import run_distributed

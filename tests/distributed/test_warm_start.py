@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from msdiff_dist.checkpoint.convert.export_folder import read_export, write_export
-from msdiff_dist.checkpoint.convert.model_weights import ModelWeights
-from msdiff_dist.checkpoint.convert.options import ConvertOptions
-from msdiff_dist.checkpoint.convert.sources import MemorySource
-from msdiff_dist.checkpoint.convert.stages import grow
-from msdiff_dist.checkpoint.description import describe
+from msdiff_dist.apps.train.warm_start import start_weights
 from msdiff_dist.checkpoint.load import CheckpointReader
+from msdiff_dist.convert.edit.stages import grow
+from msdiff_dist.convert.formats.export_folder import read_export, write_export
+from msdiff_dist.convert.model_weights import ModelWeights
+from msdiff_dist.convert.options import ConvertOptions
+from msdiff_dist.convert.sources import MemorySource
 from msdiff_dist.errors import ConfigError
-from msdiff_dist.launch.warm_start import start_weights
+from msdiff_dist.export.description import describe
 from msdiff_dist.models import build_model
 from msdiff_dist.recipe import recipe_from, recipe_mapping
 from msdiff_dist.testing import run_distributed

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from msdiff_dist.apps.train.rank import Run
 from msdiff_dist.distributed.environment import Environment
-from msdiff_dist.launch.rank import Run
 from msdiff_dist.recipe import recipe_from
 from msdiff_dist.training.run_folder import RunFolder
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from msdiff_dist.data.latent_blocks import BLOCK_FIELD, pack_block
-from msdiff_dist.data.shard_writer import Fields, encode_picture, write_index, write_shard
+from msdiff_dist.data.make.shard_writer import Fields, encode_picture, write_index, write_shard
 from msdiff_dist.recipe import Recipe, recipe_from
 
 SIZES = (7, 5, 9, 6, 8, 4)  # uneven, so that lanes end at different times; three batches of 20 reach into epoch 1

@@ -15,9 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
+from msdiff_dist.apps.train.local import run_local
 from msdiff_dist.checkpoint.load import CheckpointReader
-from msdiff_dist.checkpoint.posthoc import SNAPSHOTS, open_posthoc
-from msdiff_dist.launch.local import run_local
+from msdiff_dist.checkpoint.power_profile import SNAPSHOTS
+from msdiff_dist.export.posthoc import open_posthoc
 from msdiff_dist.recipe import Recipe, recipe_mapping
 from tests.golden.cases import STEPS, recipe_of
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from msdiff_dist.launch.local import run_local
+from msdiff_dist.apps.train.local import run_local
 from msdiff_dist.recipe import load_recipe, recipe_mapping
 
 pytestmark = [

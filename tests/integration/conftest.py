@@ -47,7 +47,7 @@ def msdiff(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of the digits data set."""
-    from msdiff_dist.data.sources import prepare
+    from msdiff_dist.data.make.datasets import prepare
 
     out = tmp_path_factory.mktemp("data") / "digits"
     prepare("digits", out, None, "train", 12)

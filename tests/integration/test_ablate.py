@@ -14,12 +14,12 @@ import torch
 import yaml
 from scipy.linalg import sqrtm
 
-from msdiff_dist.checkpoint.weights import open_weights
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.loader import StepLoader
 from msdiff_dist.diffusion.sampling import SamplerConfig
 from msdiff_dist.evaluation.feature_classifier import load_classifier, save_classifier, train_classifier
 from msdiff_dist.evaluation.generate import Generator
+from msdiff_dist.export.weights import open_weights
 from tests.integration.conftest import ROOT, Msdiff
 
 pytestmark = pytest.mark.integration

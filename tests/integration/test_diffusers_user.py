@@ -13,15 +13,15 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DModel, VQModel
 from PIL import Image
 
-from msdiff_dist.checkpoint.convert.export_folder import write_export
-from msdiff_dist.checkpoint.convert.model_weights import ModelWeights
-from msdiff_dist.checkpoint.convert.sources import MemorySource
-from msdiff_dist.checkpoint.description import ModelDescription
-from msdiff_dist.checkpoint.weights import open_weights
+from msdiff_dist.convert.formats.export_folder import write_export
+from msdiff_dist.convert.model_weights import ModelWeights
+from msdiff_dist.convert.sources import MemorySource
 from msdiff_dist.diffusion.config import DiffusionConfig, DiscreteConfig, StagesConfig
 from msdiff_dist.diffusion.sampling import Condition, image_generators, sample
 from msdiff_dist.diffusion.solvers import SamplerConfig
 from msdiff_dist.evaluation.generate import Generator
+from msdiff_dist.export.description import ModelDescription
+from msdiff_dist.export.weights import open_weights
 from msdiff_dist.models import build_model
 from msdiff_dist.models.autoencoder import AutoencoderConfig
 from msdiff_dist.models.ldm.config import LDMConfig

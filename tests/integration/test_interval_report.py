@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from msdiff_dist.checkpoint.weights import open_weights
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.diffusion.sampling import Condition, SamplerConfig, sample
 from msdiff_dist.evaluation.feature_classifier import save_classifier, train_classifier
 from msdiff_dist.evaluation.frechet import ScoreConfig, Scorer
 from msdiff_dist.evaluation.generate import Generator, SplicedGenerator
+from msdiff_dist.export.weights import open_weights
 from msdiff_dist.models.multistage_unet import MultistageUNet, build_parts
 from tests.integration.conftest import Msdiff
 
@@ -29,7 +29,7 @@ LABELS = torch.arange(6)
 @pytest.fixture(scope="module")
 def runs(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the runs `stages` (three), `unified` and `vp`, two steps each, and a classifier."""
-    from msdiff_dist.launch.local import run_local
+    from msdiff_dist.apps.train.local import run_local
     from msdiff_dist.recipe import load_recipe, recipe_mapping
 
     folder = tmp_path_factory.mktemp("runs")

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent))
-from cluster import SlurmCluster, why_not
+from tests.slurm.cluster import SlurmCluster, why_not
 
 
 @pytest.fixture(scope="session")

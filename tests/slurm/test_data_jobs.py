@@ -11,16 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cluster import SlurmCluster
-from runs import ClusterFile, Msdiff
 
-from msdiff_dist.checkpoint.convert.export_folder import write_export
-from msdiff_dist.checkpoint.convert.model_weights import ModelWeights
-from msdiff_dist.checkpoint.convert.sources import MemorySource
-from msdiff_dist.checkpoint.description import describe
-from msdiff_dist.data.sources import prepare
+from msdiff_dist.convert.formats.export_folder import write_export
+from msdiff_dist.convert.model_weights import ModelWeights
+from msdiff_dist.convert.sources import MemorySource
+from msdiff_dist.data.make.datasets import prepare
+from msdiff_dist.export.description import describe
 from msdiff_dist.models import build_model
 from msdiff_dist.recipe import load_recipe, recipe_mapping
+from tests.slurm.cluster import SlurmCluster
+from tests.slurm.runs import ClusterFile, Msdiff
 
 pytestmark = pytest.mark.slurm
 QUICKSTART = Path(__file__).parents[2] / "recipes/quickstart.yaml"

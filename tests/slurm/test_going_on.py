@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import SlurmCluster
-from runs import RECIPE, ClusterFile, Msdiff, losses, wait_for_step
 
 from msdiff_dist.launch.restarts import Diary, Start
+from tests.slurm.cluster import SlurmCluster
+from tests.slurm.runs import RECIPE, ClusterFile, Msdiff, losses, wait_for_step
 
 pytestmark = pytest.mark.slurm
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster import SlurmCluster
-from runs import RECIPE, ClusterFile, Msdiff, losses
 
 import msdiff_dist
+from tests.slurm.cluster import SlurmCluster
+from tests.slurm.runs import RECIPE, ClusterFile, Msdiff, losses
 
 pytestmark = pytest.mark.slurm
 

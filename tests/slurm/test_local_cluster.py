@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import submitit
-from cluster import SlurmCluster
+
+from tests.slurm.cluster import SlurmCluster
 
 pytestmark = pytest.mark.slurm
 

@@ -62,8 +62,8 @@ def test_export(run: Path, tmp_path: Path) -> None:
 
 MEASURE = """
 import sys, pathlib, msdiff_dist
-from msdiff_dist.checkpoint.export import export
-from msdiff_dist.checkpoint.timed_model import load_model
+from msdiff_dist.export.export import export
+from msdiff_dist.export.timed_model import load_model
 
 def growth(action):
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far

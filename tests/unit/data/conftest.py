@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from msdiff_dist.data.shard_writer import write_index, write_shard
+from msdiff_dist.data.make.shard_writer import write_index, write_shard
 from tests.unit.data.http_server import Behaviour, http_server
 
 MakeShards = Callable[..., list[str]]

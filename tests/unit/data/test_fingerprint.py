@@ -7,7 +7,7 @@ import pytest
 
 from msdiff_dist.data.fingerprint import changes, check_unchanged, mark_shards
 from msdiff_dist.data.index import Shard, read_index, resolve_shards
-from msdiff_dist.data.shard_writer import write_shard
+from msdiff_dist.data.make.shard_writer import write_shard
 from msdiff_dist.errors import DataError
 
 

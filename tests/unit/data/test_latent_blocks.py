@@ -11,7 +11,7 @@ from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.index import read_index, resolve_shards
 from msdiff_dist.data.latent_blocks import BLOCK_FIELD, BlockError, block_keys, check_block, pack_block, read_block
 from msdiff_dist.data.loader import StepLoader
-from msdiff_dist.data.shard_writer import write_shard
+from msdiff_dist.data.make.shard_writer import write_shard
 from msdiff_dist.data.tar_members import TarError, sample_keys, samples
 from msdiff_dist.errors import DataError
 

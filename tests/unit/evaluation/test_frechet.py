@@ -9,12 +9,12 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
+from msdiff_dist.apps.ablation.report import compute_to_reach
 from msdiff_dist.data.config import DataConfig
-from msdiff_dist.data.sources import prepare
+from msdiff_dist.data.make.datasets import prepare
 from msdiff_dist.errors import CheckpointError, ConfigError
 from msdiff_dist.evaluation.feature_classifier import load_classifier, save_classifier, train_classifier
 from msdiff_dist.evaluation.frechet import Gaussian, fit, frechet_distance
-from msdiff_dist.launch.ablation_report import compute_to_reach
 
 
 def test_diagonal_gaussians() -> None:

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from msdiff_dist.checkpoint.description import ModelDescription
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.evaluation.prompts import Prompter
+from msdiff_dist.export.description import ModelDescription
 from msdiff_dist.models import LDMConfig
 from msdiff_dist.models.text_encoder import TextEncoder, TextEncoderConfig
 

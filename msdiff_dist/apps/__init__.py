@@ -1,0 +1,1 @@
+"""Programs over a whole recipe: training, encoding, dividing time into stages, ablations."""

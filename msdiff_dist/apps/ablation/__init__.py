@@ -1,0 +1,1 @@
+"""Variants and seeds under one compute budget, and the report of them."""

@@ -1,0 +1,130 @@
+"""What an ablation found: one table as CSV and Markdown, one plot of quality against training compute."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from msdiff_dist.apps.ablation.run import Trial
+from msdiff_dist.training.run_folder import replace_text
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A variant's scores after each point's compute: petaflops_P, score_PS with a column a seed, NaN where missing."""
+
+    first: Trial
+    seeds: list[int]
+    petaflops_P: np.ndarray
+    score_PS: np.ndarray
+
+    @property
+    def mean_P(self) -> np.ndarray:
+        """Mean over the seeds that are there, NaN where none is."""
+        count = (~np.isnan(self.score_PS)).sum(1)
+        return np.where(count > 0, np.nansum(self.score_PS, 1) / np.maximum(count, 1), np.nan)
+
+    @property
+    def std_P(self) -> np.ndarray:
+        """Sample standard deviation over seeds, NaN for fewer than two."""
+        count = (~np.isnan(self.score_PS)).sum(1)
+        square = np.nansum((self.score_PS - self.mean_P[:, None]) ** 2, 1)
+        return np.where(count > 1, np.sqrt(square / np.maximum(count - 1, 1)), np.nan)
+
+
+def curves(trials: Sequence[Trial], settings: dict[str, Any]) -> list[Curve]:
+    """One curve a variant, in the order of the ablation file."""
+    found = []
+    for variant in dict.fromkeys(t.variant for t in trials):
+        own = [t for t in trials if t.variant == variant]
+        scores = [t.scores(settings) for t in own]
+        table = np.array([[s.get(step, np.nan) for s in scores] for step in own[0].steps])
+        petaflops = own[0].step_petaflops * np.array(own[0].steps)
+        found.append(Curve(own[0], [t.seed for t in own], petaflops, table))
+    return found
+
+
+def compute_to_reach(target: float, petaflops_P: np.ndarray, score_P: np.ndarray) -> float | None:
+    """Petaflops at which a falling curve, straight between its points, first is at `target`; None if nowhere.
+
+    The compute of the first point if that is already as good.
+    """
+    for i, (at, score) in enumerate(zip(petaflops_P, score_P, strict=True)):
+        if score <= target:
+            before, worse = (petaflops_P[i - 1], score_P[i - 1]) if i else (at, score)
+            share = (worse - target) / (worse - score) if worse > score else 0.0
+            return float(before + share * (at - before))
+    return None
+
+
+def write_report(trials: Sequence[Trial], settings: dict[str, Any], out: Path) -> str:
+    """Write results.csv, results.md and quality.png of what has been scored so far; returns the Markdown table."""
+    found = curves(trials, settings)
+    replace_text(out / "results.csv", _csv(found))
+    markdown = _markdown(found)
+    replace_text(out / "results.md", markdown)
+    _plot(found, out / "quality.png")
+    return markdown
+
+
+def _csv(found: Sequence[Curve]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    seeds = [f"score_seed_{seed}" for seed in found[0].seeds]
+    writer.writerow(["variant", "params", "gmacs", "step", "petaflops", "score_mean", "score_std", *seeds])
+    for curve in found:
+        costs = curve.first.costs
+        about = [curve.first.variant, costs.costs.total_params, costs.gmacs(costs.interval_K)]
+        for p, step in enumerate(curve.first.steps):
+            numbers = [curve.mean_P[p], curve.std_P[p], *curve.score_PS[p]]
+            cells = ["" if np.isnan(n) else float(n) for n in numbers]
+            writer.writerow([*about, step, float(curve.petaflops_P[p]), *cells])
+    return text.getvalue()
+
+
+def _markdown(found: Sequence[Curve]) -> str:
+    baseline = found[0]
+    target, whole = baseline.mean_P[-1], baseline.petaflops_P[-1]
+    points = [f"at {petaflops / whole:.0%}" for petaflops in baseline.petaflops_P]
+    header = ["variant", "parameters", "GMAC", "steps", "PFLOP", *points, "compute to baseline's last score"]
+    lines = [header, ["---"] * len(header)]
+    for curve in found:
+        costs = curve.first.costs
+        scores = [
+            "" if np.isnan(mean) else f"{mean:.2f}" + ("" if np.isnan(std) else f" ± {std:.2f}")
+            for mean, std in zip(curve.mean_P, curve.std_P, strict=True)
+        ]
+        reached = compute_to_reach(target, curve.petaflops_P, curve.mean_P)
+        lines.append([
+            curve.first.variant, f"{costs.costs.total_params / 1e6:.3f} M", f"{costs.gmacs(costs.interval_K):.4g}",
+            str(curve.first.steps[-1]), f"{curve.petaflops_P[-1]:.4g}", *scores,
+            "not reached" if reached is None else f"{reached / whole:.2f}",
+        ])  # fmt: skip
+    seeds = int((~np.isnan(baseline.score_PS[-1])).sum())
+    note = f"Fréchet distance, mean ± standard deviation over {seeds} of {len(baseline.seeds)} seeds."
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + f"\n{note}\n"
+
+
+def _plot(found: Sequence[Curve], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for curve in found:
+        (line,) = axes.plot(curve.petaflops_P, curve.mean_P, "o-", label=curve.first.variant)
+        spread = np.nan_to_num(curve.std_P)
+        axes.fill_between(
+            curve.petaflops_P, curve.mean_P - spread, curve.mean_P + spread, color=line.get_color(), alpha=0.2
+        )
+    axes.set_xlabel("training PFLOP")
+    axes.set_ylabel("Fréchet distance")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path)

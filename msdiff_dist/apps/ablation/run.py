@@ -1,0 +1,205 @@
+"""Ablations: variants of a recipe, each trained with the same compute and several seeds, and scored on the way.
+
+OUT/
+  VARIANT/seed_N/          a run folder each, with its scores.json
+  results.csv results.md quality.png
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from msdiff_dist.apps.train.costs import CostReport, cost_report, step_petaflops
+from msdiff_dist.apps.train.local import run_local
+from msdiff_dist.apps.train.plan import check_run
+from msdiff_dist.checkpoint.layout import complete_checkpoints, step_folder, step_of
+from msdiff_dist.checkpoint.policy import CheckpointConfig
+from msdiff_dist.config import from_mapping, to_mapping
+from msdiff_dist.errors import ConfigError, RunFolderError, TrainingError, UserError
+from msdiff_dist.evaluation.feature_classifier import load_classifier
+from msdiff_dist.evaluation.frechet import ScoreConfig, Scorer
+from msdiff_dist.evaluation.generate import Generator
+from msdiff_dist.export.weights import open_weights
+from msdiff_dist.recipe import Recipe, load_recipe, read_mapping, recipe_mapping
+from msdiff_dist.sweep import overrides_of
+from msdiff_dist.training.run_folder import RunFolder, replace_text
+
+
+@dataclass(frozen=True)
+class AblationConfig:
+    """An ablation file.
+
+    recipe: path of the recipe, relative to this file.
+    variants: by name, the dotted recipe fields that each changes; its own `recipe` may stand in place of the common
+        one. The first is the baseline.
+    changes: dotted recipe fields that all variants change.
+    budget: training petaflops of every run, forward and backward; train.steps follows.
+    seeds: train.seed of each variant's runs, and the seed of the pictures made with them.
+    points: fractions of the budget after which a run is scored, up to 1.
+    """
+
+    recipe: str
+    variants: dict[str, dict[str, Any]]
+    budget: float
+    score: ScoreConfig
+    changes: dict[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    points: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+
+    def __post_init__(self) -> None:
+        for name, values in (("variants", self.variants), ("seeds", self.seeds), ("points", self.points)):
+            if not values:
+                raise ConfigError(name, values, "is empty", "Give at least one.")
+        for name in self.variants:
+            if not re.fullmatch(r"[\w+=-][\w.+=-]*", name):
+                raise ConfigError("variants", name, "cannot name a folder", "Use letters, digits, and any of _-+=.")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError("seeds", list(self.seeds), "names a seed twice", "Remove one.")
+        points = list(self.points)
+        if points != sorted(set(points)) or not 0 < points[0] <= points[-1] == 1:
+            raise ConfigError("points", points, "must ascend inside (0, 1] and end with 1", "Write [0.25, 0.5, 1].")
+        for fixed in ("train.steps", "train.seed"):
+            if any(fixed in change for change in (self.changes, *self.variants.values())):
+                raise ConfigError(fixed, "given", "follows from the budget and the seeds", "Remove it.")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run. steps: after which it is scored."""
+
+    variant: str
+    seed: int
+    recipe: Recipe
+    folder: Path
+    costs: CostReport
+    step_petaflops: float
+    steps: tuple[int, ...]
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def scores(self, settings: dict[str, Any]) -> dict[int, float]:
+        """Its scores by step, as far as there are, by these settings."""
+        path = self.folder / "scores.json"
+        stored = json.loads(path.read_text()) if path.is_file() else {}
+        return {int(k): v for k, v in stored["scores"].items()} if stored.get("settings") == settings else {}
+
+
+def load_ablation(path: Path, overrides: list[str]) -> AblationConfig:
+    """Read an ablation file and apply dotted overrides (`budget=0.01`).
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    return from_mapping(AblationConfig, read_mapping(path, overrides, "SWEEP"))
+
+
+def plan_ablation(config: AblationConfig, base: Path, out: Path, nproc: int) -> list[Trial]:
+    """All runs, the first seed of every variant first, each checked as far as can be without training.
+
+    Args:
+        base: folder that recipe paths are relative to.
+
+    Raises:
+        UserError: naming the variant and the field.
+    """
+    shape = load_classifier(Path(config.score.classifier)).info.image_shape
+    trials = [t for name in config.variants for t in _trials(config, name, base, out, nproc)]
+    for trial in trials:
+        _check_picture_shape(trial, shape, config.score.classifier)
+        _check_folder(trial, score_settings(config.score))
+    return sorted(trials, key=lambda t: config.seeds.index(t.seed))
+
+
+def _trials(config: AblationConfig, name: str, base: Path, out: Path, nproc: int) -> Iterator[Trial]:
+    changes = {**config.changes, **config.variants[name]}
+    path = base / str(changes.pop("recipe", config.recipe))
+    try:
+        recipe = load_recipe(path, overrides_of(changes))
+        config.score.sampler.for_process(recipe.process())
+        plan = check_run(recipe, nproc)
+    except UserError as e:
+        raise type(e)(f"variants.{name}: {e.field}", e.value, e.problem, e.remedy) from None
+    per_step = step_petaflops(plan.quotas, plan.cost_K)
+    last = int(config.budget / per_step * (1 + 1e-9))
+    if last < 1:
+        problem = f"is less than one step of {name}, {per_step:.3g}"
+        raise ConfigError("budget", config.budget, problem, "Raise it, or lower train.global_batch_size.")
+    steps = tuple(max(1, round(point * last)) for point in config.points)
+    if len(set(steps)) < len(steps):
+        problem = f"two of them are one step of {name}, which trains {last} steps"
+        raise ConfigError("points", list(config.points), problem, "Raise the budget, or leave some out.")
+    costs = cost_report(replace(recipe, preview=replace(recipe.preview, sampler=config.score.sampler)))
+    for seed in config.seeds:
+        planned = replace(
+            recipe,
+            name=f"{name}_seed_{seed}",
+            train=replace(recipe.train, steps=last, seed=seed),
+            checkpoint=CheckpointConfig(recipe.checkpoint.every, keep_last=1, at=steps),
+            preview=replace(recipe.preview, every=0),
+        )
+        yield Trial(name, seed, planned, out / name / f"seed_{seed}", costs, per_step, steps)
+
+
+def _check_picture_shape(trial: Trial, shape: tuple[int, int, int], classifier: str) -> None:
+    _, height, width = trial.recipe.latent_shape
+    factor, data = trial.recipe.autoencoder.factor, trial.recipe.data
+    made = (data.channels if data.kind == "image" else shape[0], height * factor, width * factor)
+    if made != shape:
+        problem = f"takes pictures of shape {list(shape)}, and {trial.variant} makes {list(made)}"
+        raise ConfigError("score.classifier", classifier, problem, "Train one on such pictures.")
+
+
+def _check_folder(trial: Trial, settings: dict[str, Any]) -> None:
+    """Refuse a folder of another run, and one that has gone past a step it should be scored at."""
+    RunFolder(trial.folder).check(recipe_mapping(trial.recipe))
+    done = [step_of(p) for p in complete_checkpoints(trial.checkpoints)]
+    scored = trial.scores(settings)
+    lost = [s for s in trial.steps if s not in scored and s not in done and s <= max(done, default=0)]
+    if lost:
+        problem = f"has trained {max(done)} steps, and kept no checkpoint of step {lost[0]}"
+        raise RunFolderError("--out", str(trial.folder), problem, "Name another --out, or restore budget and points.")
+
+
+def run_ablation(
+    config: AblationConfig, trials: Sequence[Trial], nproc: int, after_trial: Callable[[], object] = lambda: None
+) -> None:
+    """Train and score what is not yet trained and scored of `trials`.
+
+    Raises:
+        TrainingError: a run was stopped by a signal or failed; the same call goes on there.
+    """
+    settings = score_settings(config.score)
+    open_trials = [t for t in trials if not set(t.steps) <= t.scores(settings).keys()]
+    if not open_trials:
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scorer = Scorer(config.score, device)
+    for trial in open_trials:
+        scores = trial.scores(settings)
+        missing = [s for s in trial.steps if s not in scores]
+        if not all(step_folder(trial.checkpoints, s).is_dir() for s in missing):
+            outcome = run_local(recipe_mapping(trial.recipe), trial.folder, nproc)
+            if outcome != "finished":
+                raise TrainingError(f"{trial.folder} was stopped by a signal and saved; give the same command to go on")
+        for step in missing:
+            generator = Generator(open_weights(trial.folder, step), device)
+            scores[step] = scorer(generator, trial.recipe.model.num_classes, trial.seed)
+            stored = {"settings": settings, "scores": {str(k): scores[k] for k in sorted(scores)}}
+            replace_text(trial.folder / "scores.json", json.dumps(stored, indent=1) + "\n")
+        after_trial()
+
+
+def score_settings(config: ScoreConfig) -> dict[str, Any]:
+    """What makes scores comparable: the settings, and the classifier itself in place of its path."""
+    digest = hashlib.sha256(Path(config.classifier).read_bytes()).hexdigest()
+    return {**to_mapping(config), "classifier": digest}

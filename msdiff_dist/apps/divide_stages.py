@@ -1,0 +1,214 @@
+"""Stage division from the command line's words: which process, which data, and boundaries written into a recipe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import Progress
+
+from msdiff_dist.checkpoint.layout import CheckpointIndex, find_checkpoint
+from msdiff_dist.checkpoint.load import CheckpointReader
+from msdiff_dist.config import from_mapping
+from msdiff_dist.data.loader import StepLoader
+from msdiff_dist.diffusion.config import DiffusionConfig
+from msdiff_dist.diffusion.process import Process, build_process
+from msdiff_dist.diffusion.timestep_sampler import noise
+from msdiff_dist.distributed.environment import is_rank_process, process_group
+from msdiff_dist.errors import ConfigError
+from msdiff_dist.models.autoencoder import LatentCodec
+from msdiff_dist.models.multistage_unet import build_parts
+from msdiff_dist.recipe import load_recipe, recipe_from
+from msdiff_dist.stage_division.gradient_affinity import gradient_affinity
+from msdiff_dist.stage_division.image_blocks import Part, image_parts, shard_parts
+from msdiff_dist.stage_division.intervals import clock_grid
+from msdiff_dist.stage_division.methods import (
+    DenoiserOptions,
+    Division,
+    Method,
+    divide_by_affinity,
+    divide_by_optimal_denoiser,
+    divide_by_schedule,
+    float_blocks,
+    plot,
+)
+
+ProcessName = Literal["vp", "edm", "ldm"]
+
+_NAMES: dict[str, ProcessName] = {"vp": "vp", "edm": "edm", "discrete": "ldm"}
+GRADIENT_GRID, GRADIENT_BATCH = 100, 64
+_MARK = "# boundaries found by: "
+_BOUNDARIES = re.compile(r"boundaries:[ \t]*(?:\[[^\]]*\]|(?:\n[ \t]*-[^\n]*)+)")
+
+
+@dataclass(frozen=True)
+class ClusterRequest:
+    """What to divide and how: the options of `msdiff stages cluster` under their names.
+
+    fields: `key=value` changes to the process's section. command: how the boundaries' comment in a recipe names it.
+    """
+
+    method: Method
+    stages: int
+    process: ProcessName | None = None
+    fields: Sequence[str] = ()
+    data: str | None = None
+    images: Path | None = None
+    run: Path | None = None
+    options: DenoiserOptions = field(default_factory=DenoiserOptions)
+    plot: Path | None = None
+    write: Path | None = None
+    command: str = ""
+
+
+def cluster(request: ClusterRequest) -> Division | None:
+    """Find the boundaries, plot them and write them into a recipe, as asked. None on ranks that have nothing to report.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: options that do not go together, or no such boundaries.
+    """
+    _check(request)
+    if request.method == "optimal-denoiser":
+        division, reports = _divide_data(_process(request), _parts(request), request.stages, request.options)
+        if not reports:
+            return None
+    elif request.method == "gradient":
+        division = _divide_gradients(request)
+    else:
+        division = divide_by_schedule(_process(request), request.method, request.stages)
+    if request.plot:
+        plot(division, request.plot)
+    if request.write:
+        how = f"{request.command} ({division.found_by})" if division.found_by else request.command
+        write_boundaries(request.write, division.boundaries, how)
+    return division
+
+
+def _check(request: ClusterRequest) -> None:
+    options = {"data": ("optimal-denoiser",), "images": ("optimal-denoiser",), "run": ("gradient",)}
+    for name, methods in options.items():
+        value = getattr(request, name)
+        if value is not None and request.method not in methods:
+            problem = f"has no meaning for --method {request.method}"
+            raise ConfigError(f"--{name}", str(value), problem, f"Leave it out, or use --method {methods[0]}.")
+    if request.method == "gradient" and request.run is None:
+        raise ConfigError("--run", None, "gradients are those of a trained model", "Name a run folder.")
+    if request.method == "gradient" and (request.process or request.fields):
+        value = request.process or list(request.fields)
+        raise ConfigError("--process", value, "gradients are those of the run's own process", "Leave it out.")
+    if request.method == "optimal-denoiser" and (request.images is None) == (request.data is None):
+        problem = "there can be only one data set" if request.data else "the optimal denoiser is one of a data set"
+        raise ConfigError("--data", request.data, problem, "Give either --data SHARDS or --images FOLDER_OR_IDX.")
+
+
+def _process(request: ClusterRequest) -> Process:
+    """The process called `process` with its fields changed; without a name, the recipe's, or else vp."""
+    name = request.process or "vp"
+    if request.write is not None:
+        configured = load_recipe(request.write).diffusion
+        of_recipe = _NAMES[configured.process]
+        if request.process not in (None, of_recipe):
+            problem = f"{request.write} trains the process {of_recipe}"
+            raise ConfigError("--process", request.process, problem, f"Use --process {of_recipe}, or leave it out.")
+        if not request.fields:
+            return build_process(configured)
+        name = of_recipe
+    section = next(section for section, known in _NAMES.items() if known == name)
+    return build_process(from_mapping(DiffusionConfig, {"process": section, section: _parsed(request.fields)}))
+
+
+def _parts(request: ClusterRequest) -> list[Part]:
+    return image_parts(request.images) if request.images is not None else shard_parts(request.data or "")
+
+
+def _divide_data(process: Process, parts: list[Part], stages: int, options: DenoiserOptions) -> tuple[Division, bool]:
+    """Division by the optimal denoiser, with a progress bar, and whether this process is the one to report it.
+
+    Under torchrun or srun every rank takes its share of the parts, on its own device.
+    """
+    count = sum(part.count for part in parts)
+    if is_rank_process():
+        with process_group(timeout_s=1800) as env:
+            blocks = float_blocks(parts, options.value_range, env.device, env.rank, env.world_size)
+            return divide_by_optimal_denoiser(process, blocks, count, stages, options), env.rank == 0
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+
+        def track(blocks: Iterable[Any], count: int) -> Iterator[Any]:
+            task = progress.add_task("data", total=count)
+            for first, rows in blocks:
+                yield first, rows
+                progress.advance(task, len(rows))
+
+        blocks = float_blocks(parts, options.value_range, _device(), track=track)
+        return divide_by_optimal_denoiser(process, blocks, count, stages, options), True
+
+
+def _divide_gradients(request: ClusterRequest) -> Division:
+    """Division by the gradients of the run's newest averaged weights on a batch of its own data."""
+    assert request.run is not None
+    checkpoint, seed, device = find_checkpoint(request.run), request.options.seed, _device()
+    recipe = recipe_from(CheckpointIndex.load(checkpoint).recipe)
+    process, partition, reader = recipe.process(), recipe.partition(), CheckpointReader(checkpoint)
+    shared, decoders = build_parts(recipe.model, range(partition.num_stages))
+    for module, prefix in [(shared, "shared."), *((d, f"stages.{k}.") for k, d in decoders.items())]:
+        module.load_state_dict(reader.module_state("ema", prefix))
+        module.to(device).eval()
+    with StepLoader(recipe.data, seed, GRADIENT_BATCH) as loader:
+        samples = next(loader)
+    x0 = LatentCodec(recipe.autoencoder, recipe.data.kind != "image", device).to_latents(samples.x_nCHW.to(device))
+    eps = noise(seed, 0, samples.index_n, tuple(x0.shape[1:])).to(device)
+    label, context = (None if c is None else c.to(device) for c in (samples.label_n, samples.context_nTC))
+    grid = clock_grid(process, GRADIENT_GRID).tolist()
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        times = progress.track(grid, description="gradients")
+        affinity = gradient_affinity(shared, decoders, process, partition, x0, eps, times, label, context)
+    return divide_by_affinity(process, affinity, request.stages)
+
+
+def write_boundaries(recipe: Path, boundaries: Sequence[float], how: str) -> None:
+    """Put boundaries into a recipe file, with a comment that says how they were found; nothing else is touched.
+
+    Raises:
+        ConfigError: the recipe cannot have these boundaries (as many decoders as stages, its own process).
+    """
+    text, values = recipe.read_text(), f"boundaries: [{', '.join(map(str, boundaries))}]"
+    section = re.search(r"^stages:[^\n]*\n?(?:[ \t]+[^\n]*\n?|\n)*", text, re.MULTILINE)
+    if section is None:
+        edited = f"{text.rstrip()}\nstages:\n  {_MARK}{how}\n  {values}\n"
+    else:
+        edited = text[: section.start()] + _edit_section(section.group(), values, how) + text[section.end() :]
+    recipe_from(yaml.safe_load(edited))
+    aside = recipe.with_name(f".{recipe.name}.new")
+    aside.write_text(edited)
+    aside.rename(recipe)
+
+
+def _edit_section(section: str, values: str, how: str) -> str:
+    kept = "".join(line for line in section.splitlines(keepends=True) if not line.lstrip().startswith(_MARK))
+    found = _BOUNDARIES.search(kept)
+    if found is None:
+        head, rest = kept.split("\n", 1)
+        return f"{head}\n  {_MARK}{how}\n  {values}\n{rest}"
+    line_start = kept.rfind("\n", 0, found.start()) + 1
+    indent = re.match(r"[ \t]*", kept[line_start:]).group()  # type: ignore[union-attr]
+    return f"{kept[:line_start]}{indent}{_MARK}{how}\n{kept[line_start : found.start()]}{values}{kept[found.end() :]}"
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _parsed(fields: Sequence[str]) -> dict[str, Any]:
+    parsed = {}
+    for item in fields:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise ConfigError("override", item, "is not of the form key=value", "Write beta_max=10, say.")
+        parsed[key] = yaml.safe_load(value)
+    return parsed

@@ -1,0 +1,225 @@
+"""`msdiff data encode`: a recipe's pictures and captions -> shards of latents and embeddings, on several processes.
+
+Shards are written aside and renamed; the folder's `.encode` holds one record per finished shard, so that the same
+command goes on where it was ended, several processes can each encode a part, and `manifest.json` comes last: with the
+scale factor of the whole.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from safetensors.torch import save
+
+from msdiff_dist.config import to_mapping
+from msdiff_dist.data.config import DataConfig
+from msdiff_dist.data.fingerprint import mark_shards
+from msdiff_dist.data.index import Shard
+from msdiff_dist.data.loader import load_index
+from msdiff_dist.data.make.encoding import Networks, ShardEncoder, ShardRecord, measured_scale, replace_text
+from msdiff_dist.data.make.manifest import MANIFEST, NULL_CONTEXT, Encoder, Manifest, StoredFile, stored_file
+from msdiff_dist.data.make.shard_writer import write_index
+from msdiff_dist.errors import ConfigError, DataError, MsdiffError
+from msdiff_dist.files.work_share import Part, alone, working
+from msdiff_dist.models.autoencoder import LatentCodec
+from msdiff_dist.models.text_encoder import TextEncoder
+from msdiff_dist.recipe import Recipe, recipe_from, recipe_mapping
+
+_RECORDS = ".encode"
+_PR_SET_PDEATHSIG = 1
+
+
+def encode(recipe: Recipe, out: Path, nproc: int, part: Part | None = None) -> Manifest | None:
+    """Encode the recipe's pictures, or this part of the shards, into the folder `out`: what is not encoded yet.
+
+    Returns:
+        The manifest; None while shards of other parts are missing.
+
+    Raises:
+        ConfigError: the recipe has no pictures to encode. DataError: they are damaged, or `out` holds something else.
+        MsdiffError: a process died.
+    """
+    source = _source(recipe)
+    (shards,) = load_index(source)
+    (marks,) = mark_shards([shards])
+    tools = _Tools(recipe, torch.device("cpu"))
+    part = part or Part()
+    with _opened(out, _settings(recipe, tools, marks), part):
+        mine = part.share(range(len(marks)))
+        for leftover in (path for i in mine for path in out.glob(f".{i:05d}.tar.*.partial")):
+            leftover.unlink()
+        left = [i for i in mine if not _finished(out, i, marks[i])]
+        _encode_shards(recipe, tools, shards, marks, left, out, nproc)
+        with alone(out / _RECORDS):
+            found = [_finished(out, i, mark) for i, mark in enumerate(marks)]
+            records = [record for record in found if record]
+            _check_damage(records, source.max_bad)
+            if len(records) < len(marks):
+                return None
+            manifest = _manifest(recipe, tools, records, tuple(marks), out)
+            write_index(out, recipe.name, {record.file.name: record.file.samples for record in records})
+            replace_text(out / MANIFEST, manifest.dump())
+    return manifest
+
+
+class _Tools:
+    """The recipe's frozen networks on one device."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.codec = LatentCodec(recipe.autoencoder, True, device)
+        self.text = TextEncoder(recipe.text_encoder, device) if recipe.text_encoder else None
+        posterior = recipe.autoencoder.kind == "kl"
+        self.encode_shard = ShardEncoder(
+            recipe.encode, _source(recipe), Networks(self.codec.encode, posterior, self.text)
+        )
+
+
+def _source(recipe: Recipe) -> DataConfig:
+    source = recipe.encode.data or recipe.data
+    if source.kind != "image":
+        raise ConfigError("encode.data", None, "the recipe names no pictures to encode", "Give encode.data.shards.")
+    if len(source.mixed) > 1:
+        raise ConfigError("encode.data.sources", len(source.sources), "only one can be encoded", "Encode one by one.")
+    if recipe.encode.store == "moments" and recipe.autoencoder.kind != "kl":
+        problem = f"a {recipe.autoencoder.kind} autoencoder has no posterior"
+        raise ConfigError("encode.store", "moments", problem, "Use samples.")
+    return source
+
+
+def _settings(recipe: Recipe, tools: _Tools, marks: list[str]) -> dict[str, Any]:
+    """What must be the same when an encoding is taken up again."""
+    source = {**to_mapping(_source(recipe)), "shards": None, "sources": None}
+    for free in ("lanes", "workers", "shuffle", "retries", "allow_pipe", "max_bad", "accept_changes"):
+        source.pop(free)
+    chosen = {**to_mapping(recipe.encode), "data": source, "batch_size": None}
+    identities = [tools.codec.identity, tools.text.identity if tools.text else None]
+    return {"encode": chosen, "networks": identities, "source": marks}
+
+
+@contextmanager
+def _opened(out: Path, settings: dict[str, Any], part: Part) -> Iterator[None]:
+    """Take the folder, or this part of it, for this process; refuse one that holds anything but this encoding."""
+    records = out / _RECORDS
+    if out.exists() and not records.is_dir() and any(out.iterdir()):
+        raise DataError("--out", str(out), "exists and holds something else", "Name another folder, or remove it.")
+    try:
+        with working(records, part):
+            with alone(records):
+                before, now = records / "settings.json", json.dumps(settings, sort_keys=True)
+                if before.exists() and before.read_text() != now:
+                    old = json.loads(before.read_text())
+                    differing = ", ".join(name for name in settings if old.get(name) != json.loads(now)[name])
+                    problem = f"holds latents that were encoded otherwise (differing: {differing})"
+                    raise DataError("--out", str(out), problem, "Name another folder, or remove it.")
+                replace_text(before, now)
+            yield
+    except BlockingIOError:
+        raise DataError("--out", str(out), "is being written by another process", "Wait for it.") from None
+    except OSError as e:
+        raise DataError("--out", str(out), f"cannot be written ({e})", "Free space, or name another folder.") from e
+
+
+def _finished(out: Path, number: int, mark: str) -> ShardRecord | None:
+    record = ShardRecord.load(out / _RECORDS / f"{number:05d}.json")
+    if record is None or record.mark != mark:
+        return None
+    shard = out / record.file.name
+    return record if shard.exists() and shard.stat().st_size == record.file.bytes else None
+
+
+def _encode_shards(
+    recipe: Recipe, tools: _Tools, shards: list[Shard], marks: list[str], left: list[int], out: Path, nproc: int
+) -> None:
+    if nproc == 1 and not torch.cuda.is_available():
+        for i in track(left, description="encoding", transient=True):
+            _encode_one(tools, i, shards[i], marks[i], out)
+        return
+    context = multiprocessing.get_context("forkserver")
+    devices: SimpleQueue[str] = context.SimpleQueue()
+    for i in range(nproc):
+        devices.put(f"cuda:{i % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
+    threads = max(1, len(os.sched_getaffinity(0)) // nproc)
+    start = (recipe_mapping(recipe), devices, threads)
+    with ProcessPoolExecutor(nproc, context, _start_process, start) as pool:
+        futures = [pool.submit(_encode_here, i, shards[i], marks[i], out) for i in left]
+        done = 0
+        try:
+            for future in track(as_completed(futures), "encoding", len(futures), transient=True):
+                future.result()
+                done += 1
+        except BrokenProcessPool:
+            problem = f"an encoding process died; {done} shards were finished"
+            raise MsdiffError(f"{problem}. Give the same command again to go on") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_own: _Tools | None = None  # of an encoding process
+
+
+def _start_process(recipe: dict[str, Any], devices: SimpleQueue[str], threads: int) -> None:
+    global _own
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # finished shards stay; nobody would read the rest
+    torch.set_num_threads(threads)
+    _own = _Tools(recipe_from(recipe), torch.device(devices.get()))
+
+
+def _encode_here(number: int, shard: Shard, mark: str, out: Path) -> None:
+    assert _own
+    _encode_one(_own, number, shard, mark, out)
+
+
+def _encode_one(tools: _Tools, number: int, shard: Shard, mark: str, out: Path) -> None:
+    record = tools.encode_shard(number, shard, mark, out / f"{number:05d}.tar")
+    replace_text(out / _RECORDS / f"{number:05d}.json", record.dump())
+
+
+def _check_damage(records: list[ShardRecord], max_bad: int) -> None:
+    left_out = [damage for record in records for damage in record.left_out]
+    if len(left_out) > max_bad:
+        problem = f"{len(left_out)} damaged shards or samples were left out, the last: {left_out[-1]}"
+        raise DataError("data.max_bad", max_bad, problem, "Repair or remove them, or raise max_bad.")
+
+
+def _manifest(recipe: Recipe, tools: _Tools, records: list[ShardRecord], marks: tuple[str, ...], out: Path) -> Manifest:
+    shape = next((record.shape for record in records if record.shape), None)
+    if shape is None:
+        raise DataError("encode.data.shards", len(records), "hold no sample that can be used", "Check them.")
+    null_context: StoredFile | None = None
+    if tools.text:
+        context, mask = tools.text([""])
+        stored = {"context": context[0].to(getattr(torch, recipe.encode.dtype)), "mask": mask[0]}
+        aside = out / f".{NULL_CONTEXT}.partial"
+        aside.write_bytes(save(stored))
+        null_context = stored_file(aside.rename(out / NULL_CONTEXT))
+    measure, autoencoder, text_encoder = recipe.encode.measure_scale, recipe.autoencoder, recipe.text_encoder
+    C, H, W = shape
+    return Manifest(
+        samples=sum(record.file.samples for record in records),
+        shape=(C, H, W),
+        dtype=recipe.encode.dtype,
+        moments=recipe.encode.store == "moments",
+        flip=recipe.encode.flip,
+        scale_factor=measured_scale(records) if measure else autoencoder.scale_factor,
+        scale_measured=measure,
+        autoencoder=Encoder(autoencoder.path or autoencoder.kind, tools.codec.identity),
+        text_encoder=Encoder(text_encoder.name, tools.text.identity) if text_encoder and tools.text else None,
+        context_shape=tools.text.context_shape if tools.text else None,
+        null_context=null_context,
+        source=marks,
+        left_out=tuple(damage for record in records for damage in record.left_out),
+        shards=tuple(record.file for record in records),
+    )

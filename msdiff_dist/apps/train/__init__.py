@@ -1,0 +1,1 @@
+"""One training run: planned, started on this machine, put together on each rank."""

@@ -1,0 +1,121 @@
+"""What a recipe costs: one evaluation of its network, weighted in several ways, and its whole training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from msdiff_dist.apps.train.plan import recipe_costs
+from msdiff_dist.diffusion.sampling import sampler_times
+from msdiff_dist.diffusion.timestep_sampler import StageQuotas, stage_probabilities
+from msdiff_dist.errors import ConfigError
+from msdiff_dist.models.flops import ModelCosts
+from msdiff_dist.models.ldm.config import LDMConfig
+from msdiff_dist.recipe import Recipe
+from msdiff_dist.stage_division.intervals import clock_of
+
+GIGA, PETA = 1e9, 1e15
+
+
+@dataclass(frozen=True)
+class CostReport:
+    """Counts of a recipe's network, and the share of each stage among all evaluations.
+
+    interval_K: by the stages' lengths on the paper's clock. training_K: as training draws them. sampling_K: in
+    `evaluations` network calls of the recipe's preview sampler. unified_macs: of the same network with one decoder as
+    wide as the encoder; None where there is no such network. steps, batch_size: of the training, batch_size None where
+    it depends on the number of ranks.
+    """
+
+    costs: ModelCosts
+    interval_K: tuple[float, ...]
+    training_K: tuple[float, ...]
+    sampling_K: tuple[float, ...]
+    evaluations: int
+    unified_macs: int | None
+    steps: int
+    batch_size: int | None
+
+    def gmacs(self, shares: Sequence[float]) -> float:
+        """1e9 multiply-adds of the mean evaluation."""
+        return self.costs.equivalent_macs(shares) / GIGA
+
+    @property
+    def petaflops(self) -> float | None:
+        """Floating-point operations of the whole training, by `training_petaflops`."""
+        if self.batch_size is None:
+            return None
+        return training_petaflops(self.costs.equivalent_macs(self.training_K) * self.batch_size * self.steps)
+
+    @property
+    def paper_petaflops(self) -> float:
+        """The paper's measure of a training (Table 2): steps x GMACs by interval length, whatever the batch."""
+        return self.gmacs(self.interval_K) * self.steps / 1e6
+
+    def fields(self) -> dict[str, Any]:
+        """As `msdiff flops --json` prints it."""
+        return {
+            "total_params": self.costs.total_params,
+            "encoder": {"params": self.costs.encoder.params, "gmacs": self.costs.encoder.macs / GIGA},
+            "decoders": [{"params": d.params, "gmacs": d.macs / GIGA} for d in self.costs.decoders],
+            "equivalent_gmacs": self.gmacs(self.interval_K),
+            "equivalent_gmacs_training": self.gmacs(self.training_K),
+            "equivalent_gmacs_sampling": self.gmacs(self.sampling_K),
+            "unified_gmacs": None if self.unified_macs is None else self.unified_macs / GIGA,
+            "shares": {"interval": self.interval_K, "training": self.training_K, "sampling": self.sampling_K},
+            "sampling_evaluations": self.evaluations,
+            "training_petaflops": self.petaflops,
+            "paper_petaflops": self.paper_petaflops,
+        }
+
+
+def cost_report(recipe: Recipe) -> CostReport:
+    """Count `recipe`; nothing is allocated.
+
+    Raises:
+        ConfigError: the preview sampler does not fit the process.
+    """
+    process, partition = recipe.process(), recipe.partition()
+    K = partition.num_stages
+    edges = [0.0, *clock_of(process, partition.boundaries).tolist(), 1.0]
+    stages = [stage for _, stage in sampler_times(process, partition, recipe.preview.sampler)]
+    return CostReport(
+        recipe_costs(recipe),
+        tuple(np.diff(edges).tolist()),
+        tuple(stage_probabilities(process, partition, recipe.stages.sampling).tolist()),
+        tuple(stages.count(k) / len(stages) for k in range(K)),
+        len(stages),
+        _unified_macs(recipe),
+        recipe.train.steps,
+        recipe.train.batch_size(1) if recipe.train.micro_batch_size is None else recipe.train.global_batch_size,
+    )
+
+
+def step_petaflops(quotas: StageQuotas, cost_K: Sequence[int]) -> float:
+    """Of one optimizer step whose batch holds `quotas`, each sample of stage k taking `cost_K[k]` multiply-adds."""
+    return training_petaflops(float(np.dot(quotas.quotas_K, cost_K)))
+
+
+def training_petaflops(forward_macs: float) -> float:
+    """1e15 floating-point operations: two for each multiply-add, and a backward pass twice the forward's."""
+    return 6 * forward_macs / PETA
+
+
+def _unified_macs(recipe: Recipe) -> int | None:
+    model = recipe.model
+    if not isinstance(model.encoder_channels, int):
+        return None
+    changes: dict[str, Any] = {"decoder_channels": (model.encoder_channels,), "share_encoder": True}
+    if isinstance(model, LDMConfig):
+        changes["decoder_attention"] = None
+    try:
+        stages = dataclasses.replace(recipe.stages, boundaries=(), sampling="uniform")
+        unified = dataclasses.replace(recipe, model=dataclasses.replace(model, **changes), stages=stages)
+    except ConfigError:  # GroupNorms that fit the decoders' widths but not this one
+        return None
+    costs = recipe_costs(unified)
+    return costs.encoder.macs + costs.decoders[0].macs

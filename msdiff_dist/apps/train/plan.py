@@ -1,0 +1,96 @@
+"""What a recipe means on a given number of ranks: batch, quotas, costs and placement. Needs no device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from msdiff_dist.apps.train.latent_checks import check_latents
+from msdiff_dist.data.loader import StepLoader, load_index
+from msdiff_dist.diffusion.timestep_sampler import StageQuotas
+from msdiff_dist.distributed.placement import Placement, plan
+from msdiff_dist.distributed.plan_report import Workload
+from msdiff_dist.distributed.topology import arrange
+from msdiff_dist.models.flops import ModelCosts, costs
+from msdiff_dist.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """cost_K: multiply-adds of one sample of each stage, encoder and decoder."""
+
+    batch_size: int
+    quotas: StageQuotas
+    costs: ModelCosts
+    cost_K: list[int]
+    placement: Placement
+
+
+def plan_run(recipe: Recipe, world_size: int, ranks_per_node: int | None = None) -> RunPlan:
+    """Plan `recipe` on `world_size` ranks, `ranks_per_node` of which share a node (None: all).
+
+    Raises:
+        ConfigError: batch sizes contradict each other or are too small for the stages.
+        PlacementError: the stages cannot be placed on so many ranks, or the recipe's placement does not fit.
+    """
+    batch_size = recipe.train.batch_size(world_size)
+    quotas = StageQuotas(recipe.process(), recipe.partition(), recipe.stages.sampling, batch_size)
+    model_costs = recipe_costs(recipe)
+    cost_K = [model_costs.encoder.macs + d.macs for d in model_costs.decoders]
+    explicit = None if recipe.parallel.placement == "auto" else recipe.parallel.placement
+    micro_quotas = quotas.micro_quotas(recipe.train.gradient_accumulation_steps)
+    placement = plan(micro_quotas, cost_K, world_size, explicit)
+    if explicit is None and ranks_per_node is not None:
+        placement = arrange(placement, ranks_per_node, [d.params for d in model_costs.decoders])
+    return RunPlan(batch_size, quotas, model_costs, cost_K, placement)
+
+
+def recipe_costs(recipe: Recipe) -> ModelCosts:
+    """Parameters and multiply-adds of the recipe's model on its latents and context."""
+    _, height, width = recipe.latent_shape
+    tokens = recipe.data.context_shape[0] if recipe.data.context_shape else 1
+    return costs(recipe.model, (height, width), tokens)
+
+
+def workload(recipe: Recipe, run_plan: RunPlan) -> Workload:
+    """What a plan report needs to know of a recipe."""
+    data, optimizer = recipe.data, recipe.optimizer
+    payload = int(np.prod(data.x_shape)) * getattr(torch, data.x_dtype).itemsize
+    if data.num_classes is not None:
+        payload += 8
+    if data.context_shape is not None:
+        payload += int(np.prod(data.context_shape)) * getattr(torch, data.latent_dtype).itemsize
+    return Workload(
+        run_plan.cost_K,
+        run_plan.costs.encoder.params,
+        [d.params for d in run_plan.costs.decoders],
+        payload,
+        recipe.train.precision,
+        recipe.parallel.zero_shared,
+        recipe.parallel.zero_stage,
+        moments=2 if optimizer.name != "sgd" else int(optimizer.momentum > 0),
+        averages=1 + (len(recipe.ema.power.lengths) if recipe.ema.power else 0),
+    )
+
+
+def plan_warnings(recipe: Recipe, world_size: int) -> list[str]:
+    """What a plan leaves open and `check_run` would refuse."""
+    lanes = recipe.data.lanes
+    if lanes % world_size == 0:
+        return []
+    return [f"data.lanes = {lanes} cannot be shared evenly by {world_size} ranks: to train, make it a multiple"]
+
+
+def check_run(recipe: Recipe, world_size: int) -> RunPlan:
+    """Everything that can be refused before a process starts: placement, lanes, shards and their manifests.
+
+    Raises:
+        UserError: of the part that refuses.
+    """
+    run_plan = plan_run(recipe, world_size)
+    index = load_index(recipe.data)
+    check_latents(recipe, index)
+    StepLoader(recipe.data, recipe.train.seed, run_plan.batch_size, 0, world_size, index=index)
+    return run_plan

@@ -1,0 +1,1 @@
+"""Weights into and out of the formats that people already have."""

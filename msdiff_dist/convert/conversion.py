@@ -1,0 +1,161 @@
+"""From one format to another, through our own: `convert`, and the report that it leaves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from msdiff_dist import __version__
+from msdiff_dist.config import to_mapping
+from msdiff_dist.convert.edit.stages import extract_stage
+from msdiff_dist.convert.formats.deepspeed import DeepspeedSource, read_deepspeed
+from msdiff_dist.convert.formats.diffusers_folder import read_diffusers, write_diffusers
+from msdiff_dist.convert.formats.export_folder import read_export, write_export
+from msdiff_dist.convert.formats.ldm import read_ldm, write_ldm_file
+from msdiff_dist.convert.formats.official_edm import read_edm, write_edm
+from msdiff_dist.convert.formats.official_scoresde import read_scoresde, write_scoresde
+from msdiff_dist.convert.model_weights import ModelWeights, Written
+from msdiff_dist.convert.options import ConvertOptions
+from msdiff_dist.convert.sources import open_source
+from msdiff_dist.convert.writing import appearing, sha256_of, write_safetensors
+from msdiff_dist.errors import ConfigError, did_you_mean
+
+REPORT = "conversion_report.json"
+Reader = Callable[[Path, ConvertOptions], ModelWeights]
+Writer = Callable[[ModelWeights, Path, ConvertOptions, Mapping[str, str]], Written]
+
+READERS: dict[str, Reader] = {
+    "ldm": lambda path, options: read_ldm(open_source(path), options),
+    "official-ldm": lambda path, options: read_ldm(open_source(path), options, multistage=True),
+    "official-edm": lambda path, options: read_edm(open_source(path), options),
+    "official-scoresde": read_scoresde,
+    "diffusers": read_diffusers,
+    "deepspeed": read_deepspeed,
+    "msdiff": read_export,
+}
+WRITERS: dict[str, Writer] = {
+    "ldm": lambda weights, path, options, metadata: write_ldm_file(weights, path, options, metadata),
+    "official-ldm": lambda weights, path, options, metadata: write_ldm_file(weights, path, options, metadata, True),
+    "official-edm": lambda weights, path, options, metadata: write_edm(weights, path, metadata),
+    "official-scoresde": lambda weights, path, options, metadata: write_scoresde(weights, path, metadata),
+    "diffusers": lambda weights, path, options, metadata: write_diffusers(weights, path, metadata),
+    "msdiff": lambda weights, path, options, metadata: write_export(weights, path, metadata),
+}
+
+
+def convert(
+    src: Path, dst: Path, from_format: str, to_format: str, options: ConvertOptions | None = None
+) -> dict[str, Any]:
+    """Convert a checkpoint; returns the report that is written beside the result (inside it, for a folder).
+
+    Nothing appears at `dst` unless everything succeeded.
+
+    Raises:
+        ConfigError: an unknown format or contradictory options.
+        CheckpointError: the source cannot be read or carried exactly, or `dst` cannot be written.
+    """
+    options = options or ConvertOptions()
+    if to_format == "safetensors":
+        return _plain(src, dst, from_format)
+    weights = read(src, from_format, options)
+    return write(weights, dst, to_format, options, {"path": str(src), "format": from_format})
+
+
+def read(src: Path, from_format: str, options: ConvertOptions) -> ModelWeights:
+    """Open a checkpoint of any format, and keep the asked stage alone if one is asked for."""
+    weights = _choose("--from", from_format, READERS)(src, options)
+    return weights if options.stage is None else extract_stage(weights, options.stage)
+
+
+def write(
+    weights: ModelWeights, dst: Path, to_format: str, options: ConvertOptions, source: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write weights in any format, with the report. source: what the report and the metadata say of their origin."""
+    writer = _choose("--to", to_format, WRITERS)
+    digests = {p.name: sha256_of(p) for p in _distinct(weights)}
+    metadata = {
+        **_kept_metadata(weights),
+        "converter": f"msdiff_dist {__version__}",
+        "source_format": str(source["format"]),
+        "source_sha256": json.dumps(digests),
+    }
+    with appearing(dst) as aside:
+        written = writer(weights, aside, options, metadata)
+        report = _report(weights, written, dst, to_format, {**source, "sha256": digests})
+        if aside.is_dir():
+            for note in weights.notes:
+                shutil.copy(note, aside / (note.name if note.name.startswith("LICENSE") else f"SOURCE_{note.name}"))
+            _save(report, aside / REPORT)
+    if dst.is_file():
+        _save(report, dst.with_name(REPORT))
+    return report
+
+
+def _plain(src: Path, dst: Path, from_format: str) -> dict[str, Any]:
+    """Any network's weights under their own names, from a DeepSpeed folder."""
+    if from_format != "deepspeed":
+        raise ConfigError(
+            "--to", "safetensors", "writes the weights of a DeepSpeed folder under their own names",
+            "Use --from deepspeed, or another --to.",
+        )  # fmt: skip
+    if dst.suffix != ".safetensors":
+        raise ConfigError("DST", str(dst), "is to be one file", "Let its name end in .safetensors.")
+    source = DeepspeedSource(src)
+    with appearing(dst) as aside:
+        digest = write_safetensors(aside, source, {"converter": f"msdiff_dist {__version__}"})
+    report = {
+        "source": {"path": str(src), "format": from_format, "sha256": {p.name: sha256_of(p) for p in source.files}},
+        "result": {"path": str(dst), "format": "safetensors", "sha256": {dst.name: digest}},
+        "keys": {k: {"to": [k]} for k in source.names()} | {k: {"left_out": v} for k, v in source.left_out.items()},
+        "assumed": [],
+        "remarks": [],
+    }
+    _save(report, dst.with_name(REPORT))
+    return report
+
+
+def _report(
+    weights: ModelWeights, written: Written, dst: Path, to_format: str, source: Mapping[str, Any]
+) -> dict[str, Any]:
+    keys: dict[str, Any] = {
+        key: {"to": [target for name in names for target in written.names[name]]}
+        for key, names in weights.used.items()
+        if any(name in written.names for name in names)
+    }
+    keys |= {key: {"left_out": why} for key, why in weights.left_out.items()}
+    keys |= {key: {"left_out": "the target format has no place for it"} for key in weights.used if key not in keys}
+    return {
+        "source": dict(source),
+        "result": {"path": str(dst), "format": to_format, "sha256": written.files},
+        "description": to_mapping(weights.description),
+        "keys": keys,
+        "added": written.added,
+        "assumed": weights.assumed,
+        "remarks": written.remarks,
+        "licence_notes": [p.name for p in weights.notes],
+    }
+
+
+def _save(report: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _kept_metadata(weights: ModelWeights) -> dict[str, str]:
+    ours = ("format", "converter", "source_format", "source_sha256")
+    return {k: v for k, v in weights.tensors.metadata.items() if k not in ours}
+
+
+def _distinct(weights: ModelWeights) -> list[Path]:
+    files = [*weights.tensors.files]
+    if weights.autoencoder_weights is not None:
+        files += weights.autoencoder_weights.tensors.files
+    return list(dict.fromkeys(files))
+
+
+def _choose(option: str, name: str, known: Mapping[str, Any]) -> Any:
+    if name not in known:
+        raise ConfigError(option, name, "is not a known format", did_you_mean(name, known))
+    return known[name]

@@ -1,0 +1,251 @@
+"""DeepSpeed checkpoint folders: the fp32 weights of a ZeRO engine, put together from the ranks' partitions.
+
+FOLDER/latest                                       the newest tag
+FOLDER/TAG/mp_rank_00_model_states.pt               ZeRO 0-2: weights as computed with, shapes, buffers
+FOLDER/TAG/zero_pp_rank_R_mp_rank_00_model_states.pt    the same for each rank, ZeRO 3
+FOLDER/TAG/zero_pp_rank_R_mp_rank_00_optim_states.pt    rank R's stretch of the flattened fp32 weights
+
+Files are mapped, so that memory stays that of one tensor. Neither deepspeed nor a GPU is needed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msdiff_dist.checkpoint.layout import INDEX
+from msdiff_dist.convert.families import family_of
+from msdiff_dist.convert.formats.diffusers_folder import json_of, read_unet
+from msdiff_dist.convert.formats.export_folder import read_run
+from msdiff_dist.convert.formats.ldm import CLASS_TABLE, UNET, read_ldm
+from msdiff_dist.convert.model_weights import ModelWeights
+from msdiff_dist.convert.options import ConvertOptions
+from msdiff_dist.convert.sources import RenamedSource, TensorSource, load_pickle
+from msdiff_dist.errors import CheckpointError
+
+_OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
+
+
+def read_deepspeed(folder: Path, options: ConvertOptions) -> ModelWeights:
+    """A DeepSpeed folder of a network that this package has, told by its parameters' names; or a run of this package.
+
+    Raises:
+        CheckpointError: the folder is incomplete, or the network is another: `--to safetensors` writes any.
+    """
+    if (folder / INDEX).exists() or (folder / "checkpoints").is_dir():
+        return read_run(folder, options)
+    source = DeepspeedSource(folder)
+    family = family_of(source.names())
+    if family == "msdiff":
+        found = read_ldm(_as_official(source), options, multistage=True)
+        own = {theirs: ours for ours, theirs in _official_names(source).items()}
+        return replace(
+            found,
+            used={own.get(k, k): names for k, names in found.used.items()},
+            left_out={own.get(k, k): why for k, why in found.left_out.items()},
+        )
+    if family in ("ldm", "official-ldm"):
+        return read_ldm(source, options, multistage=family == "official-ldm")
+    if family == "diffusers" and options.config is not None:
+        return read_unet(json_of(options.config), source, options)
+    hint = "Give its config.json with --config" if family == "diffusers" else "Use --to safetensors"
+    raise CheckpointError(
+        "--from", "deepspeed", f"the parameters ({source.names()[0]}, ...) do not tell which network they are of",
+        f"{hint}.",
+    )  # fmt: skip
+
+
+class DeepspeedSource(TensorSource):
+    """Weights by the engine's own names, fp32 where ZeRO keeps them so.
+
+    Raises:
+        CheckpointError: a rank's file is missing or damaged, or the model is split other than by ZeRO.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder = _tag_folder(folder)
+        models, optimizers = _by_rank(folder, _MODEL), _by_rank(folder, _OPTIMIZER)
+        if not models:
+            raise CheckpointError("SRC", str(folder), "holds no *_model_states.pt", "Name a DeepSpeed checkpoint.")
+        self.files = (*models.values(), *optimizers.values())
+        states = {rank: load_pickle(path) for rank, path in models.items()}
+        self._pieces: dict[str, list[Tensor]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        first = states[min(states)]
+        if optimizers:
+            _check_ranks(optimizers, folder)
+            shards = [load_pickle(path)["optimizer_state_dict"] for path in optimizers.values()]
+            self._add_partitions(first["param_shapes"], shards)
+            self._add_frozen(list(states.values()))
+        self._add_rest(first, bool(optimizers))
+        skipped = "of the optimizer and the engine, no weights"
+        self.left_out = {f"{name}": skipped for name in first if name not in ("module", "buffer_names")}
+        self.left_out |= self._without_values(first)
+
+    def names(self) -> list[str]:
+        return list(self._shapes)
+
+    def meta(self, key: str) -> Tensor:
+        return torch.empty(self._shapes[key], dtype=self._pieces[key][0].dtype, device="meta")
+
+    def read(self, key: str) -> Tensor:
+        pieces = self._pieces[key]
+        flat = pieces[0].reshape(-1) if len(pieces) == 1 else torch.cat([p.reshape(-1) for p in pieces])
+        return flat[: math.prod(self._shapes[key])].view(self._shapes[key])
+
+    def _add(self, name: str, shape: Sequence[int], pieces: list[Tensor]) -> None:
+        found = sum(p.numel() for p in pieces)
+        if found < math.prod(shape):
+            raise CheckpointError(
+                name, list(shape), f"has {found} of {math.prod(shape)} elements in the ranks' files",
+                "Use a checkpoint that was written completely.",
+            )  # fmt: skip
+        self._shapes[name], self._pieces[name] = tuple(shape), pieces
+
+    def _add_partitions(self, groups: Sequence[Mapping[str, Sequence[int]]], shards: list[Mapping[str, Any]]) -> None:
+        if "fp32_flat_groups" in shards[0]:
+            self._add_whole_partitions(groups, [_tensors(s["fp32_flat_groups"]) for s in shards])
+        elif "param_slice_mappings" in shards[0]:
+            self._add_mapped_stretches(groups, shards)
+        else:
+            self._add_stretches(groups, [_tensors(s["single_partition_of_fp32_groups"]) for s in shards])
+
+    def _add_whole_partitions(self, groups: Sequence[Mapping[str, Sequence[int]]], ranks: list[list[Tensor]]) -> None:
+        """ZeRO 3: every parameter is dealt to all ranks in equal parts, the last one padded."""
+        cursors = [_Cursor(flats) for flats in ranks]
+        for name, shape in (item for group in groups for item in group.items()):
+            length = math.ceil(math.prod(shape) / len(ranks))
+            self._add(name, shape, [piece for cursor in cursors for piece in cursor.take(length)])
+
+    def _add_mapped_stretches(
+        self, groups: Sequence[Mapping[str, Sequence[int]]], shards: list[Mapping[str, Any]]
+    ) -> None:
+        """ZeRO 1 and 2: each rank says where in its stretch a parameter's elements lie."""
+        pieces: dict[str, list[Tensor]] = defaultdict(list)
+        for shard in shards:
+            flats = _tensors(shard["single_partition_of_fp32_groups"])
+            for flat, mapping in zip(flats, shard["param_slice_mappings"], strict=True):
+                for name, place in mapping.items():
+                    start = place.fields["start"]
+                    pieces[name].append(flat[start : start + place.fields["numel"]])
+        for name, shape in (item for group in groups for item in group.items()):
+            self._add(name, shape, pieces[name])
+
+    def _add_stretches(self, groups: Sequence[Mapping[str, Sequence[int]]], ranks: list[list[Tensor]]) -> None:
+        """ZeRO 1 and 2 of older versions: the ranks' stretches one after the other hold the parameters in order."""
+        for i, group in enumerate(groups):
+            cursor = _Cursor([flats[i] for flats in ranks])
+            for name, shape in group.items():
+                self._add(name, shape, cursor.take(math.prod(shape)))
+
+    def _add_frozen(self, states: list[Mapping[str, Any]]) -> None:
+        for name, shape in (states[0].get("frozen_param_shapes") or {}).items():
+            self._add(name, shape, [state["frozen_param_fragments"][name] for state in states])
+
+    def _add_rest(self, state: Mapping[str, Any], partitioned: bool) -> None:
+        for name, original in (state.get("shared_params") or {}).items():
+            self._shapes[name], self._pieces[name] = self._shapes[original], self._pieces[original]
+        # Under ZeRO 3 the module's parameters are empty; elsewhere those that ZeRO does not keep are there.
+        dealt = partitioned and any(p.numel() == 0 for p in state["module"].values())
+        for name in state.get("buffer_names") or [] if dealt else state["module"]:
+            tensor = state["module"].get(name)
+            if isinstance(tensor, Tensor) and name not in self._shapes:
+                self._add(name, tensor.shape, [tensor])
+
+    def _without_values(self, state: Mapping[str, Any]) -> dict[str, str]:
+        why = "has no values of its own in the checkpoint: it is shared with another parameter"
+        return {name: why for name in state["module"] if name not in self._shapes}
+
+
+def _official_names(source: TensorSource) -> dict[str, str]:
+    """Our own parameters' names -> those of the official multi-stage code, which say the same."""
+    places = {"output_blocks": "de_modules", "out": "outs"}
+    names = {}
+    for key in source.names():
+        part, _, rest = key.partition(".")
+        if part == "stages":
+            stage, block, rest = rest.split(".", 2)
+            rest = f"{places.get(block, block)}.{stage}.{rest}"
+        names[key] = UNET + rest
+    table = "shared.label_emb.weight"
+    if table in names and source.meta(table).shape[1] != source.meta("shared.time_embed.2.bias").shape[0]:
+        names[table] = CLASS_TABLE  # as wide as the context
+    return names
+
+
+def _as_official(source: TensorSource) -> RenamedSource:
+    return RenamedSource(source, {theirs: ours for ours, theirs in _official_names(source).items()})
+
+
+class _Cursor:
+    """Reads flat tensors one after the other."""
+
+    def __init__(self, flats: list[Tensor]) -> None:
+        self._flats, self._at = flats, 0
+
+    def take(self, numel: int) -> list[Tensor]:
+        pieces = []
+        start = self._at
+        for flat in self._flats:
+            low, high = max(start, 0), min(start + numel, flat.numel())
+            if low < high:
+                pieces.append(flat[low:high])
+                numel, start = numel - (high - low), 0
+            else:
+                start -= flat.numel()
+        self._at += sum(p.numel() for p in pieces)
+        return pieces
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """A list of tensors, from a list or a single one."""
+    return [value] if isinstance(value, Tensor) else list(value)
+
+
+def _tag_folder(folder: Path) -> Path:
+    if (folder / "latest").is_file():
+        tag = (folder / "latest").read_text().strip()
+        if not (folder / tag).is_dir():
+            raise CheckpointError(str(folder / "latest"), tag, "names a checkpoint that is missing", "Name its folder.")
+        return folder / tag
+    if not folder.is_dir():
+        raise CheckpointError("SRC", str(folder), "is no folder", "Name a DeepSpeed checkpoint folder.")
+    return folder
+
+
+def _by_rank(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
+    found = {}
+    for path in folder.iterdir():
+        match = pattern.fullmatch(path.name)
+        if match and int(match[2]) > 0:
+            raise CheckpointError(
+                str(path), None, "belongs to a model that is split between ranks other than by ZeRO",
+                "Merge it with the program that trained it.",
+            )  # fmt: skip
+        if match:
+            found[int(match[1] or 0)] = path
+    return dict(sorted(found.items()))
+
+
+def _check_ranks(paths: Mapping[int, Path], folder: Path) -> None:
+    count = load_pickle(next(iter(paths.values())))["optimizer_state_dict"]["partition_count"]
+    world = max(_numbers(count))
+    missing = sorted(set(range(world)) - set(paths))
+    if missing:
+        raise CheckpointError(
+            str(folder), missing, f"lacks the files of these of its {world} ranks", "Copy the whole folder."
+        )
+
+
+def _numbers(value: Any) -> list[int]:
+    """A list of numbers, from a list or a single one."""
+    return [int(value)] if isinstance(value, int) else [int(v) for v in value]

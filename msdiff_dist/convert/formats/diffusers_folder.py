@@ -1,0 +1,344 @@
+"""diffusers folders: one U-Net, or a pipeline of U-Net, scheduler and autoencoder.
+
+Written: model_index.json, unet/, scheduler/, vae/. A model that no stock class holds brings its own class and pipeline
+(`multistage_unet_2d.py`, `multistage_pipeline.py`), which diffusers loads with `trust_remote_code=True`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from msdiff_dist.convert import carried
+from msdiff_dist.convert.families import refuse_other_families
+from msdiff_dist.convert.formats.diffusers_unet import STOCK, model_of_stock, stock_config, unet_rules
+from msdiff_dist.convert.key_map import OursFromTheirs, TheirsFromOurs, check_complete
+from msdiff_dist.convert.model_weights import (
+    AutoencoderWeights,
+    ModelWeights,
+    Written,
+    empty_model,
+    ldm_model,
+)
+from msdiff_dist.convert.options import ConvertOptions
+from msdiff_dist.convert.sources import SafetensorsSource, TensorSource, open_source
+from msdiff_dist.convert.writing import write_safetensors
+from msdiff_dist.diffusion.config import DiffusionConfig, DiscreteConfig, StagesConfig
+from msdiff_dist.diffusion.noise_schedule import ScheduleName
+from msdiff_dist.errors import CheckpointError, ConfigError
+from msdiff_dist.export.description import ModelDescription
+from msdiff_dist.models.autoencoder import AutoencoderConfig
+from msdiff_dist.models.ldm.config import LDMConfig
+
+_CARRIED = Path(carried.__file__).parent
+OWN_CLASS, OWN_MODULE = "MultistageUNet2DModel", "multistage_unet_2d"
+PIPELINE_CLASS, PIPELINE_MODULE = "MultistagePipeline", "multistage_pipeline"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+_SCHEDULES: dict[ScheduleName, str] = {
+    "scaled_linear": "scaled_linear",
+    "linear": "linear",
+    "cosine": "squaredcos_cap_v2",
+}
+_NOTES = ("LICENSE*", "NOTICE*", "README.md")
+
+
+def read_diffusers(folder: Path, options: ConvertOptions) -> ModelWeights:
+    """A pipeline's folder, or that of its U-Net alone.
+
+    Raises:
+        CheckpointError: something is missing, or the network is none of ours.
+    """
+    if options.weights == "ema":
+        raise CheckpointError("--weights", "ema", "a diffusers folder holds one set of weights", "Leave --weights out.")
+    if not (folder / "model_index.json").exists():
+        return read_unet(json_of(folder / "config.json"), weights_of(folder), options)
+    index = json_of(folder / "model_index.json")
+    found = read_unet(json_of(folder / "unet" / "config.json"), weights_of(folder / "unet"), options)
+    discrete = _read_scheduler(folder / "scheduler" / "scheduler_config.json", options)
+    vae = next((folder / name for name in ("vae", "vqvae") if (folder / name).is_dir()), None)
+    autoencoder, vae_weights, said = _read_autoencoder(vae, index, options)
+    for name, value in index.items():
+        converted = ("_class_name", "unet", "scheduler", vae.name if vae else None)
+        if isinstance(value, list) and value[0] is not None and name not in converted:
+            found.left_out[f"{name}/"] = "a part of the pipeline that is not the network"
+    if vae and vae_weights:
+        found.used |= {f"{vae.name}/{k}": [f"autoencoder/{k}"] for k in vae_weights.tensors.names()}
+    return replace(
+        found,
+        description=replace(found.description, diffusion=DiffusionConfig(discrete=discrete), autoencoder=autoencoder),
+        autoencoder_weights=vae_weights,
+        assumed=said,
+        notes=[p for pattern in _NOTES for p in sorted(folder.glob(pattern))],
+    )
+
+
+def read_unet(config: Mapping[str, Any], source: TensorSource, options: ConvertOptions) -> ModelWeights:
+    """A U-Net by its config.json; its noise schedule is taken to be Stable Diffusion's.
+
+    Raises:
+        CheckpointError: the network is none of ours, or the tensors do not fit it.
+    """
+    if config.get("_class_name") in STOCK:
+        model, boundaries = model_of_stock(config), tuple[float, ...]()
+    elif config.get("_class_name") == OWN_CLASS:
+        model, boundaries = _model_of_own(config), tuple(float(b) for b in config["stage_boundaries"])
+    else:
+        raise CheckpointError(
+            "config.json", config.get("_class_name"), "is a class that this package has no model for",
+            f"Convert one of {', '.join([*STOCK, OWN_CLASS])}.",
+        )  # fmt: skip
+    refuse_other_families(source.names(), "diffusers")
+    old = any(".attentions.0.query.weight" in k for k in source.names())
+    rules = unet_rules(model, config["_class_name"] == OWN_CLASS, old)
+    check_complete(source, rules, source.left_out, dict(empty_model(model).named_parameters()), "diffusers")
+    prediction = options.prediction_type or "epsilon"
+    discrete = DiscreteConfig(beta_start=0.00085, beta_end=0.012, prediction_type=prediction)
+    size = config.get("sample_size")
+    description = ModelDescription(
+        model=model,
+        diffusion=DiffusionConfig(discrete=discrete),
+        stages=StagesConfig(options.boundaries or boundaries),
+        autoencoder=AutoencoderConfig(scale_factor=options.scale_factor or 1.0),
+        sample_size=tuple(size) if isinstance(size, list) else size,
+    )
+    return ModelWeights(
+        description=description,
+        tensors=OursFromTheirs(source, rules),
+        used={k: [r.ours] for r in rules for k in r.theirs},
+        left_out=dict(source.left_out),
+        assumed=[f"noise schedule: betas 0.00085 to 0.012, {prediction}; a U-Net alone has no scheduler"],
+    )
+
+
+def write_diffusers(weights: ModelWeights, folder: Path, metadata: Mapping[str, str]) -> Written:
+    """Write a pipeline's folder; the U-Net is a stock class where one holds it.
+
+    Raises:
+        CheckpointError: diffusers' schedulers do not have the model's process, or stages share no encoder.
+    """
+    model = ldm_model(weights, "diffusers")
+    if not model.share_encoder:
+        raise CheckpointError(
+            "share_encoder", False, "every stage has an encoder of its own", "Convert one stage with --stage."
+        )
+    if weights.description.diffusion.process != "discrete":
+        raise CheckpointError(
+            "diffusion.process", weights.description.diffusion.process, "diffusers' schedulers take discrete timesteps",
+            "Use --to msdiff, or a model with a discrete process.",
+        )  # fmt: skip
+    stock = stock_config(model)
+    own = isinstance(stock, str)
+    config = _own_config(model, weights) if isinstance(stock, str) else stock
+    rules = unet_rules(model, own_class=own)
+    written = Written(names={r.ours: [f"unet/{k}" for k in r.theirs] for r in rules})
+    if isinstance(stock, str):
+        written.remarks.append(f"no stock diffusers class holds this model, because {stock}")
+
+    unet = folder / "unet"
+    unet.mkdir(parents=True)
+    _write_json(unet / "config.json", {**config, "sample_size": weights.description.sample_size})
+    written.files[f"unet/{WEIGHTS}"] = write_safetensors(
+        unet / WEIGHTS, TheirsFromOurs(weights.tensors, rules), metadata
+    )
+    discrete = weights.description.diffusion.discrete or DiscreteConfig()
+    _write_json(folder / "scheduler" / "scheduler_config.json", _scheduler_config(discrete))
+    has_vae = _write_autoencoder(weights, folder / "vae", written, metadata)
+    _write_index(weights.description, folder, config["_class_name"], has_vae)
+    return written
+
+
+def weights_of(folder: Path) -> TensorSource:
+    """The tensors of one model's folder.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    for name in (WEIGHTS, f"{WEIGHTS}.index.json", "diffusion_pytorch_model.bin"):
+        if (folder / name).exists():
+            return open_source(folder) if name.endswith("index.json") else open_source(folder / name)
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) != 1:
+        raise CheckpointError(
+            str(folder), [p.name for p in found], f"holds no {WEIGHTS}", "Name a complete diffusers folder."
+        )
+    return SafetensorsSource(found)
+
+
+def _own_config(model: LDMConfig, weights: ModelWeights) -> dict[str, Any]:
+    levels = range(len(model.channel_mult))
+    return {
+        "_class_name": OWN_CLASS,
+        "in_channels": model.in_channels,
+        "out_channels": model.out_channels,
+        "conv_in_channels": model.encoder_width(0),
+        "block_out_channels": [model.encoder_width(0) * m for m in model.channel_mult],
+        "decoder_block_out_channels": [[w * m for m in model.channel_mult] for w in model.decoder_channels],
+        "layers_per_block": model.num_res_blocks,
+        "down_block_attention": [2**i in model.attention_downsamples for i in levels],
+        "decoder_attention": [[2**i in model.attention_of(k) for i in levels] for k in range(model.num_stages)],
+        "stage_boundaries": list(weights.description.stages.boundaries),
+        "num_attention_heads": model.num_heads,
+        "attention_head_dim": model.num_head_channels,
+        "cross_attention_dim": model.context_dim,
+        "transformer_layers_per_block": model.transformer_depth,
+        "use_linear_projection": model.use_linear_in_transformer,
+        "num_class_embeds": None if model.num_classes is None else model.num_classes + 1,
+        "class_embeddings_as_context": model.class_conditioning == "context",
+        "resnet_time_scale_shift": "scale_shift" if model.use_scale_shift_norm else "default",
+        "resnet_resampling": model.resblock_updown,
+        "norm_num_groups": model.norm_groups,
+        "dropout": model.dropout,
+    }
+
+
+def _model_of_own(config: Mapping[str, Any]) -> LDMConfig:
+    try:
+        width = config["conv_in_channels"]
+        mults = tuple(w // width for w in config["block_out_channels"])
+        places = [tuple(2**i for i, a in enumerate(flags) if a) for flags in config["decoder_attention"]]
+        attention = tuple(2**i for i, a in enumerate(config["down_block_attention"]) if a)
+        classes = config["num_class_embeds"]
+        return LDMConfig(
+            in_channels=config["in_channels"],
+            out_channels=config["out_channels"],
+            encoder_channels=width,
+            decoder_channels=tuple(widths[0] // mults[0] for widths in config["decoder_block_out_channels"]),
+            channel_mult=mults,
+            num_res_blocks=config["layers_per_block"],
+            attention_downsamples=attention,
+            decoder_attention=None if all(p == attention for p in places) else tuple(places),
+            num_heads=config["num_attention_heads"],
+            num_head_channels=config["attention_head_dim"],
+            context_dim=config["cross_attention_dim"],
+            transformer_depth=config["transformer_layers_per_block"],
+            use_linear_in_transformer=config["use_linear_projection"],
+            num_classes=None if classes is None else classes - 1,
+            class_conditioning="context" if config["class_embeddings_as_context"] else "embedding",
+            use_scale_shift_norm=config["resnet_time_scale_shift"] == "scale_shift",
+            resblock_updown=config["resnet_resampling"],
+            norm_groups=config["norm_num_groups"],
+            dropout=config["dropout"],
+        )
+    except (KeyError, TypeError, ConfigError) as e:
+        raise CheckpointError(
+            "unet/config.json", OWN_CLASS, f"is damaged ({type(e).__name__}: {e})", "Export the model again."
+        ) from None
+
+
+def _scheduler_config(discrete: DiscreteConfig) -> dict[str, Any]:
+    return {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": discrete.timesteps,
+        "beta_start": discrete.beta_start,
+        "beta_end": discrete.beta_end,
+        "beta_schedule": _SCHEDULES[discrete.schedule],
+        "prediction_type": discrete.prediction_type,
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+    }
+
+
+def _read_scheduler(path: Path, options: ConvertOptions) -> DiscreteConfig:
+    config = json_of(path)
+    names = {theirs: ours for ours, theirs in _SCHEDULES.items()}
+    for field, wrong in (("rescale_betas_zero_snr", True), ("trained_betas", config.get("trained_betas") or object())):
+        if config.get(field) == wrong:
+            raise CheckpointError(
+                f"scheduler.{field}", "..." if field == "trained_betas" else True,
+                "makes a noise schedule that this package does not have", "Convert a model without it.",
+            )  # fmt: skip
+    if config.get("beta_schedule", "linear") not in names:
+        raise CheckpointError(
+            "scheduler.beta_schedule", config.get("beta_schedule"), "is a noise schedule that this package lacks",
+            f"Convert a model with one of {', '.join(names)}.",
+        )  # fmt: skip
+    return DiscreteConfig(
+        timesteps=config.get("num_train_timesteps", 1000),
+        schedule=names[config.get("beta_schedule", "linear")],
+        beta_start=config.get("beta_start", 0.0001),
+        beta_end=config.get("beta_end", 0.02),
+        prediction_type=options.prediction_type or config.get("prediction_type", "epsilon"),
+    )
+
+
+def _read_autoencoder(
+    folder: Path | None, index: Mapping[str, Any], options: ConvertOptions
+) -> tuple[AutoencoderConfig, AutoencoderWeights | None, list[str]]:
+    scale, shuffle = options.scale_factor or index.get("scale_factor"), index.get("pixel_shuffle", 1)
+    if folder is None:
+        kind = "space_to_depth" if shuffle > 1 else "pixel"
+        return AutoencoderConfig(kind=kind, factor=shuffle, scale_factor=scale or 1.0), None, []  # type: ignore[arg-type]
+    config = json_of(folder / "config.json")
+    if config.get("_class_name") not in ("AutoencoderKL", "VQModel"):
+        raise CheckpointError(
+            f"{folder.name}/config.json", config.get("_class_name"), "is no autoencoder that this package has",
+            "Convert the U-Net's folder alone.",
+        )  # fmt: skip
+    said = [] if scale else ["scale factor of latents: the autoencoder's scaling_factor"]
+    scale = scale or config.get("scaling_factor", 0.18215)
+    kind = "vq" if config["_class_name"] == "VQModel" else "kl"
+    weights = AutoencoderWeights(config["_class_name"], config, weights_of(folder))
+    return AutoencoderConfig(kind=kind, path="autoencoder", scale_factor=scale), weights, said  # type: ignore[arg-type]
+
+
+def _write_autoencoder(weights: ModelWeights, folder: Path, written: Written, metadata: Mapping[str, str]) -> bool:
+    autoencoder = weights.autoencoder_weights
+    if autoencoder is None:
+        codec = weights.description.autoencoder
+        if codec.kind in ("kl", "vq"):
+            written.remarks.append(f"the autoencoder {codec.path} is not in the source: give it to the pipeline as vae")
+        return False
+    config = {**autoencoder.config, "scaling_factor": weights.description.autoencoder.scale_factor}
+    _write_json(folder / "config.json", config)
+    written.files[f"vae/{WEIGHTS}"] = write_safetensors(folder / WEIGHTS, autoencoder.tensors, metadata)
+    written.names |= {f"autoencoder/{k}": [f"vae/{k}"] for k in autoencoder.tensors.names()}
+    return True
+
+
+def _write_index(description: ModelDescription, folder: Path, unet_class: str, has_vae: bool) -> None:
+    codec = description.autoencoder
+    own = unet_class == OWN_CLASS
+    if own:
+        shutil.copy(_CARRIED / f"{OWN_MODULE}.py", folder / "unet")
+    index: dict[str, Any] = {
+        "unet": [OWN_MODULE if own else "diffusers", unet_class],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+    }
+    pixels = codec.kind == "pixel" and codec.scale_factor == 1
+    if unet_class == "UNet2DModel" and pixels and description.model.num_classes is None:
+        index["_class_name"] = "DDIMPipeline"
+    else:
+        shutil.copy(_CARRIED / f"{PIPELINE_MODULE}.py", folder)
+        vae_class = "VQModel" if codec.kind == "vq" else "AutoencoderKL"
+        index |= {
+            "_class_name": [PIPELINE_MODULE, PIPELINE_CLASS],
+            "vae": ["diffusers", vae_class] if has_vae else [None, None],
+            "scale_factor": codec.scale_factor,
+            "pixel_shuffle": codec.factor if codec.kind == "space_to_depth" else 1,
+        }
+    _write_json(folder / "model_index.json", index)
+
+
+def json_of(path: Path) -> dict[str, Any]:
+    """A JSON file's content.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(str(path), None, "is missing", "Name a complete diffusers folder.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise CheckpointError(str(path), None, f"is no JSON ({e})", "Fetch the folder again.") from None
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")

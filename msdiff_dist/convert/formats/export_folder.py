@@ -1,0 +1,107 @@
+"""An export folder, as `msdiff export` writes it, with the autoencoder that came along."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from msdiff_dist import __version__
+from msdiff_dist.config import to_mapping
+from msdiff_dist.convert.families import refuse_other_families
+from msdiff_dist.convert.formats.diffusers_folder import WEIGHTS, weights_of
+from msdiff_dist.convert.key_map import SAME, OursFromTheirs, Rule, check_complete
+from msdiff_dist.convert.model_weights import AutoencoderWeights, ModelWeights, Written, empty_model
+from msdiff_dist.convert.options import ConvertOptions
+from msdiff_dist.convert.sources import SafetensorsSource, TensorSource
+from msdiff_dist.convert.writing import write_safetensors
+from msdiff_dist.errors import CheckpointError
+from msdiff_dist.export.export import write_tensors
+from msdiff_dist.export.weights import CONFIG, MODEL, CheckpointWeights, open_checkpoint, open_weights
+
+
+def read_export(folder: Path, options: ConvertOptions) -> ModelWeights:
+    """Open an export folder.
+
+    Raises:
+        CheckpointError: it is none, or incomplete.
+    """
+    export = open_weights(folder, ema=options.weights != "raw") if (folder / CONFIG).exists() else None
+    if export is None:
+        raise CheckpointError(
+            "SRC", str(folder), f"has no {CONFIG}", "Name a folder made by `msdiff export` or `msdiff convert`."
+        )
+    description = export.description
+    source = SafetensorsSource([folder / MODEL])
+    refuse_other_families(source.names(), "msdiff")
+    shapes = dict(empty_model(description.model).named_parameters())
+    rules = [Rule(name, (name,), SAME) for name in shapes]
+    check_complete(source, rules, {}, shapes, "msdiff")
+    vae = folder / "autoencoder"
+    vae_weights = None
+    if (vae / CONFIG).exists():
+        config = json.loads((vae / CONFIG).read_text())
+        vae_weights = AutoencoderWeights(config["_class_name"], config, weights_of(vae))
+    return ModelWeights(
+        description=description,
+        tensors=OursFromTheirs(source, rules),
+        autoencoder_weights=vae_weights,
+        used={name: [name] for name in shapes},
+        notes=sorted(folder.glob("LICENSE*")) + sorted(folder.glob("SOURCE_*")),
+    )
+
+
+def read_run(folder: Path, options: ConvertOptions) -> ModelWeights:
+    """The newest checkpoint of a run of this package, or one checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    weights = CheckpointWeights(open_checkpoint(folder, verify=True), ema=options.weights != "raw")
+    return ModelWeights(
+        description=weights.description,
+        tensors=CheckpointSource(weights),
+        used={name: [name] for name in weights.names()},
+    )
+
+
+class CheckpointSource(TensorSource):
+    """The parameters of a run's checkpoint."""
+
+    def __init__(self, weights: CheckpointWeights) -> None:
+        self._weights = weights
+        self.files = tuple(weights.reader.folder / f.name for f in weights.reader.index.files)
+
+    def names(self) -> list[str]:
+        return self._weights.names()
+
+    def meta(self, key: str) -> Tensor:
+        return torch.empty(self._weights.reader.index.shapes[key], device="meta")
+
+    def read(self, key: str) -> Tensor:
+        return self._weights.tensor(key)
+
+
+def write_export(weights: ModelWeights, folder: Path, metadata: Mapping[str, str]) -> Written:
+    """Write an export folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = Written(names={k: [k] for k in weights.tensors.names()})
+    like = {name: weights.tensors.meta(name) for name in weights.tensors.names()}
+    written.files |= write_tensors(folder, like, weights.tensors.read, metadata)
+    description = replace(weights.description, version=__version__)
+    if weights.autoencoder_weights is not None:
+        description = replace(description, autoencoder=replace(description.autoencoder, path="autoencoder"))
+    (folder / CONFIG).write_text(json.dumps(to_mapping(description), indent=1) + "\n")
+    vae = weights.autoencoder_weights
+    if vae is not None:
+        (folder / "autoencoder").mkdir()
+        (folder / "autoencoder" / CONFIG).write_text(json.dumps(vae.config, indent=2) + "\n")
+        written.files[f"autoencoder/{WEIGHTS}"] = write_safetensors(
+            folder / "autoencoder" / WEIGHTS, vae.tensors, metadata
+        )
+        written.names |= {f"autoencoder/{k}": [f"autoencoder/{k}"] for k in vae.tensors.names()}
+    return written

@@ -1,0 +1,120 @@
+"""LDM's configuration YAML: what it says of a model, and whether the tensors agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from msdiff_dist.convert.formats.ldm_architecture import HeadsRule
+from msdiff_dist.diffusion.config import DiscreteConfig, PredictionType
+from msdiff_dist.diffusion.noise_schedule import ScheduleName
+from msdiff_dist.errors import CheckpointError, ConfigError
+from msdiff_dist.models.ldm.config import LDMConfig
+
+_SCHEDULES: dict[str, ScheduleName] = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "cosine"}
+_PREDICTIONS: dict[str, PredictionType] = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+
+
+@dataclass(frozen=True)
+class LdmYaml:
+    """The parts of an LDM configuration that a conversion needs."""
+
+    path: Path
+    model: Mapping[str, Any]
+    unet: Mapping[str, Any]
+    first_stage: Mapping[str, Any]
+
+    @staticmethod
+    def load(path: Path) -> LdmYaml:
+        """Read a file.
+
+        Raises:
+            ConfigError: absent, not YAML, or without a U-Net section.
+        """
+        try:
+            raw = yaml.safe_load(path.read_text())
+            model = raw["model"]["params"]
+            unet = model["unet_config"]["params"]
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as e:
+            raise ConfigError(
+                "--config", str(path), f"is no LDM configuration ({type(e).__name__}: {' '.join(str(e).split())})",
+                "Give the YAML that holds model.params.unet_config.params.",
+            ) from None  # fmt: skip
+        first_stage = model.get("first_stage_config") or {}
+        return LdmYaml(path, model, unet, first_stage if isinstance(first_stage, Mapping) else {})
+
+    def heads(self) -> HeadsRule | None:
+        """The heads it sets; channels per head count where both are set, as in LDM."""
+        per_head, number = self.unet.get("num_head_channels", -1), self.unet.get("num_heads", -1)
+        if per_head != -1:
+            return HeadsRule(None, int(per_head), f"num_head_channels in {self.path.name}")
+        return None if number == -1 else HeadsRule(int(number), None, f"num_heads in {self.path.name}")
+
+    def sample_size(self) -> int | None:
+        """Height and width of the latents."""
+        size = self.unet.get("image_size", self.model.get("image_size"))
+        return size if isinstance(size, int) else None
+
+    def boundaries(self) -> tuple[float, ...] | None:
+        """Inner stage boundaries, from a multi-stage model's upper bounds of its stages."""
+        bounds = self.unet.get("stage_interval")
+        return None if not bounds else tuple(float(b) for b in bounds[:-1])
+
+    def discrete(self, prediction: PredictionType | None) -> DiscreteConfig:
+        """The noise schedule and prediction it sets."""
+        name = self.model.get("beta_schedule", "linear")
+        parameterization = self.model.get("parameterization", "eps")
+        if name not in _SCHEDULES or parameterization not in _PREDICTIONS:
+            raise ConfigError(
+                "--config", f"{name}, {parameterization}", "sets a schedule or parameterization that is not known",
+                f"Use one of {', '.join(_SCHEDULES)} and of {', '.join(_PREDICTIONS)}.",
+            )  # fmt: skip
+        return DiscreteConfig(
+            timesteps=int(self.model.get("timesteps", 1000)),
+            schedule=_SCHEDULES[name],
+            beta_start=float(self.model.get("linear_start", 1e-4)),
+            beta_end=float(self.model.get("linear_end", 2e-2)),
+            prediction_type=prediction or _PREDICTIONS[parameterization],
+        )
+
+    def check(self, model: LDMConfig) -> None:
+        """Compare with what the tensors say.
+
+        Raises:
+            CheckpointError: they differ; the field and both values are named.
+        """
+        levels = {2**i for i in range(len(model.channel_mult))}
+        stages = list(self.unet.get("de_nfs", [self.unet.get("model_channels")]))
+        decides: dict[str, tuple[Any, Any]] = {
+            "in_channels": (self.unet.get("in_channels"), model.in_channels),
+            "out_channels": (self.unet.get("out_channels"), model.out_channels),
+            "model_channels": (self.unet.get("model_channels"), model.encoder_channels),
+            "de_nfs": (stages, list(model.decoder_channels)),
+            "channel_mult": (list(self.unet.get("channel_mult", (1, 2, 4, 8))), list(model.channel_mult)),
+            "num_res_blocks": (self.unet.get("num_res_blocks"), model.num_res_blocks),
+            "attention_resolutions": (
+                sorted(set(self.unet.get("attention_resolutions", [])) & levels),
+                sorted(model.attention_downsamples),
+            ),
+            "context_dim": (_one(self.unet.get("context_dim")), model.context_dim),
+            "use_scale_shift_norm": (bool(self.unet.get("use_scale_shift_norm")), model.use_scale_shift_norm),
+            "resblock_updown": (bool(self.unet.get("resblock_updown")), model.resblock_updown),
+            "use_linear_in_transformer": (
+                bool(self.unet.get("use_linear_in_transformer")),
+                model.use_linear_in_transformer,
+            ),
+        }
+        for name, (said, found) in decides.items():
+            if said != found:
+                raise CheckpointError(
+                    f"unet_config.params.{name}", said, f"but the checkpoint's tensors have {found}",
+                    f"Give the configuration that belongs to the checkpoint, not {self.path.name}.",
+                )  # fmt: skip
+
+
+def _one(value: Any) -> Any:
+    return value[0] if isinstance(value, list) and len(value) == 1 else value

@@ -1,0 +1,1 @@
+"""Shards are made here: from data sets, folders and latents, and checked."""

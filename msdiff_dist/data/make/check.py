@@ -1,0 +1,144 @@
+"""`msdiff data check`: every shard of a folder read whole, up to the first damage."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from msdiff_dist.data.access import DEFAULT_ACCESS
+from msdiff_dist.data.index import read_index, resolve_shards
+from msdiff_dist.data.latent_blocks import BLOCK_FIELD, BlockError, block_keys, check_block
+from msdiff_dist.data.make.manifest import (
+    MANIFEST,
+    NULL_CONTEXT,
+    Manifest,
+    StoredFile,
+    load_manifest,
+    load_null_context,
+    stored_file,
+)
+from msdiff_dist.data.samples import IMAGE_FIELDS
+from msdiff_dist.data.tar_members import TarError, members, samples
+from msdiff_dist.errors import DataError
+
+REMEDY = "Copy or make it again."
+
+
+def check_folder(folder: Path) -> int:
+    """Verify a folder of latents against its manifest, or one of pictures; returns the number of samples.
+
+    Raises:
+        DataError: naming the first damaged shard, and the sample where one can be told.
+    """
+    if not folder.is_dir():
+        raise DataError("DIR", str(folder), "is not a folder", "Name the folder that holds the shards.")
+    manifest = load_manifest(str(folder / MANIFEST))
+    if manifest is not None:
+        return _check_latents(folder, manifest)
+    if (folder / ".encode").is_dir():
+        problem = "has no manifest.json: it was not encoded to its end"
+        raise DataError("DIR", str(folder), problem, "Give `msdiff data encode` again.")
+    return sum(_check_pictures(shard.path, shard.num_samples) for shard in read_index(resolve_shards(str(folder))))
+
+
+def _check_latents(folder: Path, manifest: Manifest) -> int:
+    listed = {file.name for file in manifest.shards}
+    extra = sorted(path.name for path in folder.glob("*.tar") if path.name not in listed)
+    if extra:
+        raise DataError("DIR", str(folder / extra[0]), "is not in the manifest", "Remove it, or encode again.")
+    keys: dict[str, str] = {}
+    for file in manifest.shards:
+        path = folder / file.name
+        if not path.is_file():
+            raise DataError("DIR", str(path), "is missing", REMEDY)
+        found = _check_blocks(path, file, manifest, keys)
+        if found != file.samples:
+            raise DataError("DIR", str(path), f"holds {found} samples, the manifest says {file.samples}", REMEDY)
+        if stored_file(path, file.samples) != file:
+            raise DataError("DIR", str(path), "is not what was written: its checksum is not the manifest's", REMEDY)
+    if len(keys) != manifest.samples:
+        raise DataError("DIR", str(folder), f"holds {len(keys)} samples, the manifest says {manifest.samples}", REMEDY)
+    if manifest.null_context:
+        load_null_context(str(folder / NULL_CONTEXT), manifest, DEFAULT_ACCESS)
+    return manifest.samples
+
+
+def _check_blocks(path: Path, file: StoredFile, manifest: Manifest, keys: dict[str, str]) -> int:
+    count, last = 0, None
+    try:
+        with path.open("rb") as stream:
+            for name, content in members(stream):
+                if not name.endswith(BLOCK_FIELD):
+                    raise DataError("DIR", str(path), f"holds {name!r}, which is no block of latents", REMEDY)
+                names = _check_one_block(path, count, content, manifest)
+                for key in names:
+                    if key in keys:
+                        raise DataError("DIR", str(path), f"sample {key!r} is also in {keys[key]}", "Encode again.")
+                    keys[key] = str(path)
+                count, last = count + len(names), names[-1]
+    except (TarError, OSError) as e:
+        where = f"after sample {last!r}" if last is not None else "before its first sample"
+        raise DataError("DIR", str(path), f"is damaged {where} ({e})", REMEDY) from e
+    return count
+
+
+def _check_one_block(path: Path, first: int, content: bytes, manifest: Manifest) -> list[str]:
+    try:
+        keys, tensors = check_block(content)
+    except BlockError as e:
+        if e.row is None:
+            raise DataError("DIR", str(path), f"from sample number {first} on: {e}", REMEDY) from e
+        key = block_keys(content)[e.row]
+        raise DataError("DIR", str(path), f"sample {key!r} (number {first + e.row}) is damaged: {e}", REMEDY) from e
+    channels, height, width = manifest.shape
+    stored: tuple[int, ...] = (2 * channels if manifest.moments else channels, height, width)
+    expected: dict[str, tuple[int, ...]] = {"latent.npy": stored} | (
+        {"latent_flip.npy": stored} if manifest.flip else {}
+    )
+    if manifest.context_shape:
+        expected["context.npy"] = manifest.context_shape
+    for name, shape in expected.items():
+        tensor = tensors.get(name)
+        if tensor is None or tuple(tensor.shape[1:]) != shape or tensor.dtype != getattr(torch, manifest.dtype):
+            found = None if tensor is None else f"{tensor.dtype}{list(tensor.shape[1:])}"
+            problem = f"{name} of sample {keys[0]!r} is {found}, the manifest says {manifest.dtype}{list(shape)}"
+            raise DataError("DIR", str(path), problem, "Encode again.")
+        finite = tensor.float().flatten(1).isfinite().all(dim=1)
+        if not finite.all():
+            key = keys[int((~finite).nonzero()[0])]
+            raise DataError("DIR", str(path), f"{name} of sample {key!r} is not finite", "Encode again.")
+    return keys
+
+
+def _check_pictures(path: str, stated: int) -> int:
+    last, count = None, 0
+    try:
+        for raw in samples(path):
+            for name, content in itertools.filterfalse(lambda item: item[0].startswith("__"), raw.items()):
+                problem = _problem(name, content)
+                if problem:
+                    raise DataError("DIR", path, f"field {name!r} of sample {raw['__key__']!r} {problem}", REMEDY)
+            last, count = raw["__key__"], count + 1
+    except (TarError, OSError) as e:
+        where = f"after sample {last!r}" if last is not None else "before its first sample"
+        raise DataError("DIR", path, f"is damaged {where} ({e})", REMEDY) from e
+    if count != stated:
+        raise DataError("DIR", path, f"holds {count} samples, its index says {stated}", REMEDY)
+    return count
+
+
+def _problem(name: str, content: bytes) -> str | None:
+    try:
+        if name in IMAGE_FIELDS:
+            with Image.open(io.BytesIO(content)) as image:
+                image.load()
+        elif name.endswith("npy") and isinstance(content, bytes):
+            np.load(io.BytesIO(content), allow_pickle=False)
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as e:
+        return f"cannot be decoded ({e})"
+    return None

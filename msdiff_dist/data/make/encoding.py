@@ -1,0 +1,208 @@
+"""One shard of pictures -> one shard of latents; what encodes them is handed in."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from msdiff_dist.data.config import DataConfig
+from msdiff_dist.data.corruption import Damage, DamageReport
+from msdiff_dist.data.index import FIELD, Shard
+from msdiff_dist.data.latent_blocks import BLOCK_FIELD, pack_block
+from msdiff_dist.data.make.manifest import StoredFile, stored_file
+from msdiff_dist.data.make.shard_writer import Fields, write_shard
+from msdiff_dist.data.samples import Samples, decode
+from msdiff_dist.data.tar_members import TarError, chunks
+from msdiff_dist.errors import ConfigError, DataError
+from msdiff_dist.randomness import generator
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """What `msdiff data encode` makes.
+
+    Attributes:
+        data: the pictures; None: the recipe's own `data`.
+        store: `samples` of the autoencoder's posterior, or its `moments` (of `kl` only): a new sample at every visit.
+        flip: store the latents of the mirrored pictures too.
+        block: samples per tar member. batch_size: pictures encoded at once.
+        measure_scale: take one over the standard deviation of the latents as the scale factor.
+    """
+
+    data: DataConfig | None = None
+    store: Literal["samples", "moments"] = "samples"
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    flip: bool = False
+    block: int = 256
+    batch_size: int = 32
+    measure_scale: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("block", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(name, getattr(self, name), "must be at least 1", "Leave it out for the default.")
+
+
+@dataclass(frozen=True)
+class Networks:
+    """encode: uint8 pictures [n, C, H, W] -> latents, or [mean, log variance] if `posterior`. embed: captions ->
+    context [n, T, D] and mask [n, T]; None: captions are not embedded."""
+
+    encode: Callable[[Tensor], Tensor]
+    posterior: bool
+    embed: Callable[[Sequence[str]], tuple[Tensor, Tensor]] | None
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What became of one shard. mark: of its source. count, sum, squares: of all values of its latents."""
+
+    file: StoredFile
+    mark: str
+    shape: tuple[int, ...] | None
+    count: int
+    sum: float
+    squares: float
+    left_out: list[str] = field(default_factory=list)
+
+    def dump(self) -> str:
+        """As JSON text."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def load(path: Path) -> ShardRecord | None:
+        """Read a record; None if it is not there or not whole."""
+        try:
+            raw = json.loads(path.read_text())
+            shape = None if raw["shape"] is None else tuple(raw["shape"])
+            return ShardRecord(**{**raw, "file": StoredFile(**raw["file"]), "shape": shape})
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+
+class ShardEncoder:
+    """Encodes whole shards, each the same whichever process does it.
+
+    Args:
+        source: the pictures' configuration.
+    """
+
+    def __init__(self, config: EncodeConfig, source: DataConfig, networks: Networks) -> None:
+        self._config, self._networks = config, networks
+        captions = source.captions or networks.embed is not None
+        self._source = replace(source, flip=False, captions=captions)
+
+    def __call__(self, number: int, shard: Shard, mark: str, target: Path) -> ShardRecord:
+        """Write the latents of shard `number` of the source to `target`.
+
+        Raises:
+            DataError: more than `max_bad` of its samples are damaged.
+        """
+        report = DamageReport(self._source.max_bad)
+        totals = _Totals()
+        read = self._decoded(shard, report)
+
+        def blocks() -> Iterator[tuple[str, Fields]]:
+            first = 0
+            while rows := list(itertools.islice(read, self._config.block)):
+                yield f"{first:08d}", {BLOCK_FIELD: self._block(rows, number, first, totals)}
+                first += len(rows)
+            totals.samples = first
+
+        write_shard(target, blocks())
+        left_out = [str(damage) for damage in report.take()]
+        file = stored_file(target, totals.samples)
+        return ShardRecord(file, mark, totals.shape, totals.count, totals.sum, totals.squares, left_out)
+
+    def _decoded(self, shard: Shard, report: DamageReport) -> Iterator[Samples]:
+        def duplicate(key: str, what: str) -> None:
+            report.add(Damage(shard.path, key, what), DataError(FIELD, shard.path, f"{key!r}: {what}", "Repair it."))
+
+        try:
+            for chunk in chunks(shard.path, self._source.access, duplicate):
+                for row, key in enumerate(chunk["__key__"]):
+                    sample = {name: column[row : row + 1] for name, column in chunk.items()}
+                    try:
+                        yield decode(sample, self._source, 0, np.zeros(1, np.int64))
+                    except DataError as e:
+                        report.add(Damage(shard.path, key, f"{e.field}: {e.problem}"), e)
+        except (TarError, OSError) as e:
+            error = DataError(FIELD, shard.path, f"cannot be read to its end ({e})", "Copy or make it again.")
+            report.add(Damage(shard.path, None, error.problem), error)
+
+    def _block(self, rows: list[Samples], number: int, first: int, totals: _Totals) -> bytes:
+        dtype = getattr(torch, self._config.dtype)
+        images = torch.from_numpy(np.concatenate([row.x_nCHW for row in rows]))
+        latents, drawn = self._latents(images, "encode", number, first)
+        totals.add(drawn)
+        tensors = {"latent.npy": latents.to(dtype)}
+        if self._config.flip:
+            tensors["latent_flip.npy"] = self._latents(images.flip(-1), "encode flipped", number, first)[0].to(dtype)
+        if self._source.num_classes is not None:
+            tensors["cls"] = torch.from_numpy(np.concatenate([row.label_n for row in rows if row.label_n is not None]))
+        captions = [row.caption_n[0] for row in rows if row.caption_n is not None] if self._source.captions else None
+        if self._networks.embed and captions is not None:
+            parts = [self._networks.embed(captions[i]) for i in self._batches(len(rows))]
+            tensors["context.npy"] = torch.cat([context for context, _ in parts]).to(dtype)
+            tensors["context_mask.npy"] = torch.cat([mask for _, mask in parts])
+        return pack_block([row.key_n[0] for row in rows], tensors, captions)
+
+    def _latents(self, images: Tensor, purpose: str, number: int, first: int) -> tuple[Tensor, Tensor]:
+        """(what is stored, latents) of pictures first, first + 1, ... of a shard."""
+        encoded = torch.cat([self._networks.encode(images[i]) for i in self._batches(len(images))])
+        if not self._networks.posterior:
+            return encoded, encoded
+        mean, log_variance = encoded.chunk(2, dim=1)
+        noise = [
+            generator(self._config.seed, purpose, number, first + i).standard_normal(mean.shape[1:], dtype=np.float32)
+            for i in range(len(mean))
+        ]
+        drawn = mean + torch.exp(log_variance / 2) * torch.from_numpy(np.stack(noise))
+        return (encoded if self._config.store == "moments" else drawn), drawn
+
+    def _batches(self, n: int) -> list[slice]:
+        return [slice(i, i + self._config.batch_size) for i in range(0, n, self._config.batch_size)]
+
+
+@dataclass
+class _Totals:
+    samples: int = 0
+    shape: tuple[int, ...] | None = None
+    count: int = 0
+    sum: float = 0.0
+    squares: float = 0.0
+
+    def add(self, latents: Tensor) -> None:
+        values = latents.double()
+        self.shape = tuple(latents.shape[1:])
+        self.count += values.numel()
+        self.sum += float(values.sum())
+        self.squares += float(values.square().sum())
+
+
+def measured_scale(records: Sequence[ShardRecord]) -> float:
+    """One over the standard deviation of all values of all latents, to six digits."""
+    count = sum(record.count for record in records)
+    mean = sum(record.sum for record in records) / count
+    variance = sum(record.squares for record in records) / count - mean**2
+    if not variance > 0:
+        raise DataError("encode.measure_scale", True, "all latents are the same", "Leave it out.")
+    return float(f"{1 / math.sqrt(variance):.6g}")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write `path` so that it is there whole or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    aside.write_text(text)
+    aside.rename(path)

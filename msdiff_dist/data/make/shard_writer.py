@@ -1,0 +1,160 @@
+"""Writing shards: plain USTAR archives that are complete or not there, the same bytes for the same samples."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import shutil
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from msdiff_dist.data.index import INDEX_NAME
+from msdiff_dist.errors import DataError
+
+Fields = Mapping[str, bytes]  # file extension -> content
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What `dataset.json` tells about a folder of shards."""
+
+    name: str
+    licence: str
+    origin: str
+    classes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class WrittenDataset:
+    """A finished folder of shards. `class_counts` has the samples of each class that has any."""
+
+    out: Path
+    info: DatasetInfo
+    shards: int
+    samples: int
+    bytes: int
+    class_counts: Mapping[int, int]
+
+
+def encode_picture(picture: Image.Image) -> bytes:
+    """The picture as a PNG file."""
+    stream = io.BytesIO()
+    picture.save(stream, "png")
+    return stream.getvalue()
+
+
+def even_sizes(samples: int, shards: int) -> Iterator[int]:
+    """Sizes of `shards` shards that differ by one at most."""
+    return (samples * (i + 1) // shards - samples * i // shards for i in range(shards))
+
+
+def write_shard(path: Path, samples: Iterable[tuple[str, Fields]]) -> int:
+    """Write one shard, aside first and then renamed into place; returns its number of samples."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    count = 0
+    try:
+        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
+            for key, fields in samples:
+                count += 1
+                for extension, content in fields.items():
+                    member = tarfile.TarInfo(f"{key}.{extension}")  # mtime, uid and gid 0: reproducible
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return count
+
+
+def write_index(folder: Path, name: str, counts: Mapping[str, int]) -> None:
+    """Write `index.json` (wids format) for shards (file name -> samples) that lie in `folder`."""
+    shardlist = [
+        {"url": shard, "nsamples": n, "filesize": (folder / shard).stat().st_size} for shard, n in counts.items()
+    ]
+    index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": name, "shardlist": shardlist}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n")
+
+
+def check_output(out: Path) -> None:
+    """Refuse a folder that holds anything.
+
+    Raises:
+        DataError: it does.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError("--out", str(out), "exists and is not an empty folder", "Name another folder, or remove it.")
+
+
+def write_dataset(
+    out: Path, info: DatasetInfo, samples: Iterable[tuple[str, Fields]], sizes: Iterable[int]
+) -> WrittenDataset:
+    """Write a folder of shards `00000.tar`..., `index.json` and `dataset.json`, complete or not at all.
+
+    Args:
+        out: must not exist or be empty.
+        sizes: samples of each shard; the last ones stay unused if there are fewer samples.
+
+    Raises:
+        DataError: the folder is in use or cannot be written, or there are no samples.
+    """
+    out = out.resolve()
+    check_output(out)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        counts: dict[str, int] = {}
+        class_counts: Counter[int] = Counter()
+        tallied = _tally(samples, class_counts)
+        for size in filter(None, sizes):
+            first = next(tallied, None)
+            if first is None:
+                break
+            name = f"{len(counts):05d}.tar"
+            counts[name] = write_shard(partial / name, itertools.chain([first], itertools.islice(tallied, size - 1)))
+        if not counts:
+            raise DataError("--out", str(out), "there are no samples to write", "Check the source.")
+        write_index(partial, info.name, counts)
+        written = WrittenDataset(
+            out, info, len(counts), sum(counts.values()), _bytes(partial), dict(sorted(class_counts.items()))
+        )
+        (partial / "dataset.json").write_text(json.dumps(_description(written), indent=1, ensure_ascii=False) + "\n")
+        partial.rename(out)
+    except OSError as e:
+        remedy = "Name a folder you can write to, with room enough."
+        raise DataError("--out", str(out), f"cannot be written ({e})", remedy) from e
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return written
+
+
+def _tally(samples: Iterable[tuple[str, Fields]], counts: Counter[int]) -> Iterator[tuple[str, Fields]]:
+    for key, fields in samples:
+        if "cls" in fields:
+            counts[int(fields["cls"])] += 1
+        yield key, fields
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.tar"))
+
+
+def _description(written: WrittenDataset) -> dict[str, object]:
+    info = written.info
+    return {
+        "name": info.name,
+        "licence": info.licence,
+        "origin": info.origin,
+        "samples": written.samples,
+        "shards": written.shards,
+        "classes": [
+            {"label": label, "name": name, "samples": written.class_counts.get(label, 0)}
+            for label, name in enumerate(info.classes)
+        ],
+    }

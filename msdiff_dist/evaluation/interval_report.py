@@ -1,0 +1,139 @@
+"""The paper's Figure 2: pictures by one run's network inside an interval of time and another's elsewhere, scored."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from msdiff_dist.config import differences, to_mapping
+from msdiff_dist.diffusion.config import DiscreteConfig, EDMConfig, StagesConfig, VPConfig
+from msdiff_dist.diffusion.stage_partition import build_partition
+from msdiff_dist.errors import ConfigError, RunFolderError
+from msdiff_dist.evaluation.frechet import ScoreConfig, Scorer
+from msdiff_dist.evaluation.generate import Generator, SplicedGenerator
+from msdiff_dist.export.description import ModelDescription
+from msdiff_dist.export.weights import open_weights
+
+_SECTIONS = {"discrete": DiscreteConfig, "vp": VPConfig, "edm": EDMConfig}
+
+
+@dataclass(frozen=True)
+class IntervalScore:
+    """Score with the run's network inside [lo, hi) alone."""
+
+    lo: float
+    hi: float
+    score: float
+
+
+@dataclass(frozen=True)
+class IntervalReport:
+    """reference, run: scores of each network everywhere. unit: of the intervals' edges."""
+
+    unit: str
+    reference: float
+    run: float
+    intervals: tuple[IntervalScore, ...]
+
+
+def interval_report(
+    run: Path, reference: Path, boundaries: Sequence[float] | None, score: ScoreConfig, seed: int, out: Path
+) -> IntervalReport:
+    """Score each interval, and write intervals.csv, intervals.md and intervals.png into the new folder `out`.
+
+    Args:
+        boundaries: inner edges of the intervals; None: the stages of `run`.
+
+    Raises:
+        ConfigError: the runs differ in process, latents or conditions, or an edge lies outside the process.
+        CheckpointError, DataError: weights, classifier or reference pictures are missing. RunFolderError: `out` is
+            in use.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise RunFolderError("--out", str(out), "is not empty", "Name a new folder.")
+    weights, others = open_weights(run), open_weights(reference)
+    about = weights.description
+    _check_alike(about, others.description, reference)
+    process, partition = about.process(), about.partition()
+    if boundaries is not None:
+        try:
+            partition = build_partition(StagesConfig(tuple(boundaries)), process)
+        except ConfigError as e:
+            raise ConfigError("--intervals", e.value, e.problem, e.remedy) from None
+    score.sampler.for_process(process)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scorer = Scorer(score, device)
+    inside, outside = Generator(weights, device), Generator(others, device)
+
+    def scored(generator: Generator) -> float:
+        return scorer(generator, about.model.num_classes, seed)
+
+    edges = [partition.interval(k) for k in range(partition.num_stages)]
+    scores = tuple(IntervalScore(lo, hi, scored(SplicedGenerator(inside, outside, lo, hi))) for lo, hi in edges)
+    report = IntervalReport(process.unit, scored(outside), scored(inside), scores)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "intervals.csv").write_text(_csv(report))
+    (out / "intervals.md").write_text(markdown(report))
+    _plot(report, out / "intervals.png")
+    return report
+
+
+def markdown(report: IntervalReport) -> str:
+    """The report as a table."""
+    rows = [f"| {name} | {score:.3f} | {score - report.reference:+.3f} |\n" for name, score in _rows(report)]
+    return f"| run's network for {report.unit} in | score | against the reference |\n|---|---|---|\n{''.join(rows)}"
+
+
+def _rows(report: IntervalReport) -> list[tuple[str, float]]:
+    pieces = [(f"[{piece.lo:g}, {piece.hi:g})", piece.score) for piece in report.intervals]
+    return [("nowhere", report.reference), *pieces, ("everywhere", report.run)]
+
+
+def _csv(report: IntervalReport) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["lo", "hi", "score"])
+    writer.writerows([["", "", report.reference], *((p.lo, p.hi, p.score) for p in report.intervals)])
+    lo, hi = report.intervals[0].lo, report.intervals[-1].hi
+    writer.writerow([lo, hi, report.run])
+    return text.getvalue()
+
+
+def _plot(report: IntervalReport, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    names, scores = zip(*_rows(report), strict=True)
+    axes.bar(names, scores)
+    axes.axhline(report.reference, color="black", linestyle="--")
+    axes.set_xlabel(f"where the run's network stands in for the reference's ({report.unit})")
+    axes.set_ylabel("Fréchet distance")
+    figure.savefig(path)
+
+
+def _check_alike(a: ModelDescription, b: ModelDescription, reference: Path) -> None:
+    for name, mine, other in differences(_settings(a), _settings(b)):
+        problem = f"has {name} = {other!r}, and the run {mine!r}"
+        raise ConfigError("--reference", str(reference), problem, "Name a run that differs in its network alone.")
+
+
+def _settings(about: ModelDescription) -> dict[str, Any]:
+    """What two networks must share to stand in for each other, under the recipe's names."""
+    process = about.diffusion.process
+    return {
+        "diffusion": {
+            "process": process,
+            process: to_mapping(getattr(about.diffusion, process) or _SECTIONS[process]()),
+        },
+        "latent_shape": list(about.latent_shape),
+        "autoencoder": to_mapping(about.autoencoder),
+        "model": {"num_classes": about.model.num_classes},
+        "context_shape": about.context_shape,
+    }

@@ -1,0 +1,1 @@
+"""Weights to use: described, written as plain safetensors, averaged after training."""

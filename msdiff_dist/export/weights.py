@@ -1,0 +1,169 @@
+"""A model's weights wherever they are: in a run folder, a checkpoint or an export."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from msdiff_dist.checkpoint.layout import INDEX, complete_checkpoints, find_checkpoint
+from msdiff_dist.checkpoint.load import CheckpointReader
+from msdiff_dist.checkpoint.tensor_file import DamagedError, TensorReader, damaged
+from msdiff_dist.config import from_mapping
+from msdiff_dist.errors import CheckpointError
+from msdiff_dist.export.description import FORMAT, ModelDescription, describe
+
+CONFIG = "config.json"
+MODEL = "model.safetensors"
+
+
+class Weights(ABC):
+    """What a model is, and its parameters, each read when asked for."""
+
+    description: ModelDescription
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Every parameter, sorted."""
+
+    @abstractmethod
+    def tensor(self, name: str) -> Tensor:
+        """One parameter in its shape.
+
+        Raises:
+            DamagedError: it is not there in full.
+        """
+
+    @abstractmethod
+    def identity(self) -> str:
+        """Hex digest that other weights would not have."""
+
+    def module_state(self, prefix: str) -> dict[str, Tensor]:
+        """State dict of the part of the model under `prefix` (`shared.`, `stages.1.`), prefix removed."""
+        return {name.removeprefix(prefix): self.tensor(name) for name in self.names() if name.startswith(prefix)}
+
+
+class CheckpointWeights(Weights):
+    """The average or the last weights of a checkpoint."""
+
+    def __init__(self, reader: CheckpointReader, ema: bool = True) -> None:
+        self.reader, self._kind = reader, "ema" if ema else "param"
+        index = reader.index
+        self.description = replace(describe(index.recipe, index.step), weights="ema" if ema else "raw")
+
+    def names(self) -> list[str]:
+        return self.reader.names()
+
+    def tensor(self, name: str) -> Tensor:
+        return self.reader.tensor(self._kind, name)
+
+    def identity(self) -> str:
+        digests = sorted(f"{stored.name} {stored.sha256}" for stored in self.reader.index.files)
+        return hashlib.sha256("\n".join([self._kind, *digests]).encode()).hexdigest()
+
+
+class ExportWeights(Weights):
+    """What an export folder holds.
+
+    Raises:
+        DamagedError: a file is missing, cut short or changed. CheckpointError: it is of a newer format.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        description = _read_description(folder / CONFIG)
+        autoencoder = description.autoencoder
+        if autoencoder.path and (folder / autoencoder.path).is_dir():  # it came along with the export
+            autoencoder = replace(autoencoder, path=str(folder / autoencoder.path))
+        self.description = replace(description, autoencoder=autoencoder)
+        self._reader = TensorReader(folder / MODEL)
+
+    def names(self) -> list[str]:
+        return sorted(self._reader.like)
+
+    def tensor(self, name: str) -> Tensor:
+        return self._reader.tensor(name)
+
+    def stretch(self, name: str, start: int, numel: int) -> Tensor:
+        """Elements [start, start + numel) of the flattened parameter `name`, float32."""
+        out = torch.empty(numel, dtype=self._reader.like[name].dtype)
+        self._reader.read(name, start, out)
+        return out.float()
+
+    def identity(self) -> str:
+        with self._reader.path.open("rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def open_weights(path: Path, step: int | None = None, ema: bool = True) -> Weights:
+    """The weights in an export folder, a run folder (of its newest checkpoint, or that of `step`), or a checkpoint.
+
+    An export holds either the average or the last weights. Where it holds the last ones and `ema` asks for the average,
+    these are given, with a warning.
+
+    Raises:
+        CheckpointError: there are none, they are damaged, or the last ones are asked for and not there.
+    """
+    if not (path / CONFIG).exists():
+        return CheckpointWeights(open_checkpoint(path, step), ema)
+    weights = ExportWeights(path)
+    held = weights.description.weights
+    if held == "ema" and not ema:
+        raise CheckpointError(
+            "ema", ema, f"{path} holds the averaged weights only", "Export the last ones with `msdiff export --raw`."
+        )
+    if held == "raw" and ema:
+        warnings.warn(f"{path} holds the last weights, not their average", stacklevel=3)
+    return weights
+
+
+def open_checkpoint(path: Path, step: int | None = None, verify: bool = False) -> CheckpointReader:
+    """A run folder's newest checkpoint, that of `step`, or the checkpoint `path`.
+
+    Args:
+        verify: compare its files with their checksums.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged: then naming the newest older one that is intact.
+    """
+    folder = find_checkpoint(path, step)
+    try:
+        return _opened(folder, verify)
+    except DamagedError as e:
+        older = [p for p in complete_checkpoints(folder.parent) if p.name < folder.name]
+        for candidate in reversed(older):
+            try:
+                _opened(candidate, verify)
+            except CheckpointError:
+                continue
+            raise DamagedError(e.field, e.value, e.problem, f"The newest intact checkpoint is {candidate}.") from None
+        raise
+
+
+def _opened(folder: Path, verify: bool) -> CheckpointReader:
+    reader = CheckpointReader(folder)
+    if verify:
+        reader.verify()
+    return reader
+
+
+def _read_description(path: Path) -> ModelDescription:
+    try:
+        raw = json.loads(path.read_text())
+        newer = raw.get("format", FORMAT) > FORMAT
+    except OSError as e:
+        raise damaged(path, e.strerror or str(e)) from None
+    except (ValueError, TypeError, AttributeError):
+        raise damaged(path, "it is not JSON") from None
+    if newer:
+        raise CheckpointError(
+            "export", str(path), f"has format {raw['format']}, newer than {FORMAT}", "Use a newer msdiff_dist."
+        )
+    if "model" not in raw or (path.parent / INDEX).exists():
+        raise CheckpointError("export", str(path.parent), "is no export folder", "Name one made by `msdiff export`.")
+    return from_mapping(ModelDescription, raw)

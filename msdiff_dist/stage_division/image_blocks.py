@@ -1,0 +1,159 @@
+"""A whole data set as blocks of flat samples, for statistics that stream over it: shards, pictures, or an IDX file."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from msdiff_dist.data.index import read_index, resolve_shards
+from msdiff_dist.data.make.pack import EXTENSIONS
+from msdiff_dist.data.samples import IMAGE_FIELDS
+from msdiff_dist.data.tar_members import TarError, samples
+from msdiff_dist.errors import DataError
+
+Samples = NDArray[Any]
+
+_ROWS = 2000
+_KEPT_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Part:
+    """Samples first .. first + count - 1 of a data set; `read` returns them as [count, d], uint8 pixels or floats."""
+
+    first: int
+    count: int
+    read: Callable[[], Samples]
+
+
+class DataBlocks:
+    """Blocks (first index, [b, d]) of a data set, in order. What was decoded is kept for the next pass, up to 2 GiB.
+
+    Args:
+        rank, world_size: this one yields every world_size-th part only.
+
+    Raises:
+        DataError: while reading, samples that are damaged or of different sizes; at once, fewer parts than ranks.
+    """
+
+    def __init__(self, parts: Sequence[Part], rank: int = 0, world_size: int = 1) -> None:
+        self.count = sum(part.count for part in parts)
+        if len(parts) < world_size:
+            problem = f"has {len(parts)} parts for {world_size} ranks"
+            raise DataError("--data", self.count, problem, "Use fewer ranks, or more and smaller shards.")
+        self._parts = parts[rank::world_size]
+        self._kept: dict[int, Samples] = {}
+        self._size: int | None = None
+
+    def __iter__(self) -> Iterator[tuple[int, Samples]]:
+        for part in self._parts:
+            rows = self._kept.get(part.first)
+            if rows is None:
+                rows = part.read()
+                if sum(kept.nbytes for kept in self._kept.values()) + rows.nbytes <= _KEPT_BYTES:
+                    self._kept[part.first] = rows
+            self._size = self._size or rows.shape[1]
+            if rows.shape[1] != self._size:
+                problem = f"sample {part.first} has {rows.shape[1]} values, others {self._size}"
+                raise DataError("--data", part.first, problem, "Bring all samples to one size.")
+            for start in range(0, len(rows), _ROWS):
+                yield part.first + start, rows[start : start + _ROWS]
+
+
+def shard_parts(patterns: str | Sequence[str]) -> list[Part]:
+    """One part a shard: its pictures, or its .npy latents.
+
+    Raises:
+        DataError: no such shards, or damaged ones.
+    """
+    shards = read_index(resolve_shards(patterns))
+    firsts = accumulate((shard.num_samples for shard in shards), initial=0)
+    return [
+        Part(first, shard.num_samples, partial(_read_shard, shard.path))
+        for first, shard in zip(firsts, shards, strict=False)
+        if shard.num_samples
+    ]
+
+
+def image_parts(path: Path) -> list[Part]:
+    """The pictures below a folder in the order of their names, or an IDX file of pictures, gzipped or not.
+
+    Raises:
+        DataError: neither of them, or nothing inside.
+    """
+    if not path.is_dir():
+        rows = _read_idx(path)
+        groups = [rows[i : i + _ROWS] for i in range(0, len(rows), _ROWS)]
+        return [Part(i * _ROWS, len(group), partial(np.asarray, group)) for i, group in enumerate(groups)]
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower().lstrip(".") in EXTENSIONS and p.is_file())
+    if not files:
+        raise DataError("--images", str(path), "holds no pictures", f"Known: {', '.join(sorted(EXTENSIONS))}.")
+    return [
+        Part(i, len(files[i : i + _ROWS]), partial(_read_pictures, files[i : i + _ROWS]))
+        for i in range(0, len(files), _ROWS)
+    ]
+
+
+def _read_shard(path: str) -> Samples:
+    try:
+        return _stack(_flat_sample(raw) for raw in samples(path))
+    except (TarError, OSError) as e:
+        raise DataError("--data", path, f"is damaged ({e})", "Copy or make the shard again.") from e
+
+
+def _flat_sample(raw: dict[str, Any]) -> Samples:
+    picture = next((raw[name] for name in IMAGE_FIELDS if name in raw), None)
+    if picture is not None:
+        return _pixels(picture, f"{raw['__key__']} in {raw['__url__']}")
+    latent = next((raw[name] for name in ("latent.npy", "npy") if name in raw), None)
+    if latent is None:
+        problem = f"sample {raw['__key__']!r} has neither a picture nor a latent"
+        raise DataError("--data", raw["__url__"], problem, "Name shards of pictures, or of .npy or .latent.npy arrays.")
+    return np.load(io.BytesIO(latent), allow_pickle=False).ravel()
+
+
+def _read_pictures(files: Sequence[Path]) -> Samples:
+    return _stack(_pixels(path.read_bytes(), str(path)) for path in files)
+
+
+def _pixels(data: bytes, name: str) -> Samples:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB")).ravel()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise DataError("--data", name, f"is not a readable picture ({e})", "Remove it.") from e
+
+
+def _stack(rows: Iterator[Samples]) -> Samples:
+    listed = list(rows)
+    if len({len(row) for row in listed}) > 1:
+        sizes = sorted({len(row) for row in listed})
+        raise DataError("--data", sizes, "samples have different numbers of values", "Bring all samples to one size.")
+    return np.stack(listed)
+
+
+def _read_idx(path: Path) -> Samples:
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        zeros, kind, rank = struct.unpack_from(">HBB", data)
+        if (zeros, kind) != (0, 8) or rank < 2:
+            raise ValueError("not an IDX file of pictures")
+        shape = struct.unpack_from(f">{rank}I", data, 4)
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape[0], -1)
+    except FileNotFoundError:
+        raise DataError("--images", str(path), "does not exist", "Name a folder of pictures or an IDX file.") from None
+    except (OSError, EOFError, ValueError, struct.error) as e:
+        raise DataError(
+            "--images", str(path), f"is not readable ({e})", "Name a folder of pictures or an IDX file."
+        ) from e

@@ -1,0 +1,198 @@
+"""Where to divide time into stages, by any of the four methods, and a picture of why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from msdiff_dist.diffusion.process import Process
+from msdiff_dist.errors import ConfigError
+from msdiff_dist.stage_division.image_blocks import DataBlocks, Part
+from msdiff_dist.stage_division.intervals import (
+    affinity_boundaries,
+    clock_grid,
+    clock_times,
+    snr_boundaries,
+    timestep_boundaries,
+)
+from msdiff_dist.stage_division.optimal_denoiser import (
+    Blocks,
+    LastLimit,
+    LimitSimilarities,
+    draw_samples,
+    limit_boundaries,
+    limit_similarities,
+    pairwise_boundaries,
+    pairwise_similarity,
+    running_means,
+)
+
+Method = Literal["timestep", "snr", "gradient", "optimal-denoiser"]
+ValueRange = Literal["01", "11"]
+
+PAIR_GRID = 21
+
+
+@dataclass(frozen=True)
+class DenoiserOptions:
+    """The optimal denoiser's settings; eta is that of the paper's published scripts, which do not state alpha.
+
+    Args:
+        eta: entries of two noise estimates are alike if they differ by at most this.
+        alpha: mean similarity that the first and the last of three stages must keep.
+        samples: noisy samples whose optimal denoiser is computed.
+        value_range: of pictures: [0, 1] or [-1, 1]. Latents stay as they are stored.
+        last_limit: see `limit_similarities`.
+    """
+
+    eta: float = 2 / 256
+    alpha: float = 0.9
+    samples: int = 2000
+    value_range: ValueRange = "01"
+    last_limit: LastLimit = "at-1"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.eta > 0:
+            raise ConfigError("--eta", self.eta, "must be positive", "The paper uses 2/256 = 0.0078125.")
+        if not 0 < self.alpha <= 1:
+            raise ConfigError("--alpha", self.alpha, "must lie in (0, 1]", "Use 0.9.")
+        if self.samples < 10:
+            raise ConfigError("--samples", self.samples, "must be at least 10", "Use 2000.")
+
+
+@dataclass(frozen=True)
+class Division:
+    """Boundaries [K - 1] in the process's unit, how they were found, and what to plot."""
+
+    method: Method
+    process: Process
+    stages: int
+    boundaries: list[float]
+    found_by: str = ""
+    limits: LimitSimilarities | None = None
+    matrix_GG: np.ndarray | None = field(default=None, repr=False)
+
+
+def divide_by_schedule(process: Process, method: Literal["timestep", "snr"], stages: int) -> Division:
+    """Stages from the process alone: of equal length, or of like signal-to-noise ratio."""
+    found = (timestep_boundaries if method == "timestep" else snr_boundaries)(process, stages)
+    return Division(method, process, stages, rounded(found))
+
+
+def divide_by_affinity(process: Process, affinity_GG: np.ndarray, stages: int) -> Division:
+    """Stages of like gradients, from their cosine affinity on a grid of the clock."""
+    grid = clock_grid(process, len(affinity_GG))
+    found = rounded(affinity_boundaries(grid, affinity_GG, stages))
+    return Division("gradient", process, stages, found, f"a grid of {len(grid)} times", matrix_GG=affinity_GG)
+
+
+def divide_by_optimal_denoiser(
+    process: Process, blocks: Blocks, count: int, stages: int, options: DenoiserOptions
+) -> Division:
+    """Stages of like optimal denoisers: Algorithm 1 for three stages, else the best cut of the similarity matrix.
+
+    Args:
+        blocks, count: the data and its number of samples. The matrix takes samples / 21 draws at 21 times each.
+
+    Raises:
+        ConfigError, DataError: no such stages, or too little data.
+    """
+    about = f"{count} samples, {options.samples} draws, eta {options.eta:g}"
+    if stages == 3:
+        draws = draw_samples(blocks, count, options.samples, options.seed)
+        limits = limit_similarities(process, blocks, draws, options.eta, options.seed, options.last_limit)
+        found = rounded(limit_boundaries(process, limits, options.alpha))
+        return Division("optimal-denoiser", process, 3, found, f"{about}, alpha {options.alpha:g}", limits)
+    if not 1 <= stages <= PAIR_GRID:
+        raise ConfigError(
+            "--stages", stages, f"a grid of {PAIR_GRID} times has 1 to {PAIR_GRID}", "Ask for fewer stages."
+        )
+    draws = draw_samples(blocks, count, max(1, options.samples // PAIR_GRID), options.seed)
+    sigmas = process.sigma_of(clock_times(process, np.linspace(0, 1, PAIR_GRID)))
+    matrix = pairwise_similarity(blocks, draws, sigmas, options.eta)
+    found = rounded(pairwise_boundaries(process, matrix, stages))
+    return Division("optimal-denoiser", process, stages, found, about, matrix_GG=matrix)
+
+
+def float_blocks(
+    parts: list[Part],
+    value_range: ValueRange,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    track: Callable[[Iterable[Any], int], Iterable[Any]] = lambda blocks, count: blocks,
+) -> Blocks:
+    """Float64 blocks of a data set on a device; `track` wraps every pass for a progress bar."""
+    data = DataBlocks(parts, rank, world_size)
+
+    def blocks() -> Iterator[tuple[int, Tensor]]:
+        for first, rows in track(data, data.count):
+            values = torch.tensor(rows).to(device).double()
+            if rows.dtype == np.uint8:
+                values = values / 255 if value_range == "01" else values / 127.5 - 1
+            yield first, values
+
+    return blocks
+
+
+def rounded(boundaries: list[float]) -> list[float]:
+    """Four digits after the point, as the paper prints them; whole timesteps stay whole."""
+    return [b if isinstance(b, int) else round(b, 4) for b in boundaries]
+
+
+def plot(division: Division, path: Path) -> None:
+    """The similarity curves or matrix behind a division, with its boundaries, on the paper's clock.
+
+    Raises:
+        ConfigError: matplotlib does not write that kind of file.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7 if division.matrix_GG is None else 5.5, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    process = division.process
+    clock = np.linspace(0, 1, 2001)
+    at = np.interp(division.boundaries, clock_times(process, clock), clock)
+    if division.matrix_GG is not None:
+        edge = 0.5 / (len(division.matrix_GG) - 1)
+        image = axes.imshow(division.matrix_GG, origin="lower", extent=(-edge, 1 + edge, -edge, 1 + edge))
+        figure.colorbar(image, label="similarity")
+        axes.set_ylabel("t")
+        for u in at:
+            axes.axhline(u, color="white", linestyle="--")
+            axes.axvline(u, color="white", linestyle="--")
+    else:
+        _plot_curves(axes, division)
+        for u, b in zip(at, division.boundaries, strict=True):
+            axes.axvline(u, color="black", linestyle="--", label=f"{process.unit} = {b:g}")
+        axes.legend()
+    axes.set_xlabel("t" if process.unit == "t" else f"t (boundaries in {process.unit})")
+    axes.set_title(f"{division.method}, {division.stages} stages")
+    try:
+        figure.savefig(path)
+    except ValueError as e:
+        raise ConfigError("--plot", str(path), " ".join(str(e).split()), "Name a .png or .pdf file.") from None
+
+
+def _plot_curves(axes: Any, division: Division) -> None:
+    if division.limits is None:
+        u = np.linspace(1e-3, 1, 1000)
+        axes.plot(u, -2 * np.log(division.process.sigma_of(clock_times(division.process, u))))
+        axes.set_ylabel("log SNR")
+        return
+    u, means = division.limits.clock_M, running_means(division.limits)
+    kinds = (
+        (division.limits.to_data_M, means[0], "0", "[0, t)"),
+        (division.limits.to_noise_M, means[1], "1", "[t, 1]"),
+    )
+    for color, (similarity, mean, limit, where) in zip(("tab:blue", "tab:orange"), kinds, strict=True):
+        axes.plot(u, similarity, ".", color=color, markersize=2, alpha=0.3)
+        axes.plot(u, mean, color=color, label=f"mean similarity to t = {limit} over {where}")
+    axes.set_ylabel("similarity")

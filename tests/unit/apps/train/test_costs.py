@@ -1,0 +1,94 @@
+"""Weighted costs and the table of costs, against sums written out here and the paper's ratios."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from msdiff_dist.apps.train.costs import cost_report, step_petaflops
+from msdiff_dist.apps.train.plan import plan_run
+from msdiff_dist.cli.main import app
+from msdiff_dist.recipe import Recipe, load_recipe
+
+ROOT = Path(__file__).parents[4]
+
+
+def recipe_of(name: str, *overrides: str) -> Recipe:
+    return load_recipe(ROOT / f"recipes/{name}.yaml", overrides)
+
+
+def test_intervals_of_the_three_systems_lie_alike_on_the_papers_clock() -> None:
+    for name in ("celebahq256_ldm_3stage", "cifar10_dpm_3stage", "cifar10_edm_3stage"):
+        shares = cost_report(recipe_of(name)).interval_K
+        assert shares == pytest.approx([0.442, 0.189, 0.369], abs=0.005)
+        assert sum(shares) == pytest.approx(1)
+
+
+def test_means_are_weighted_sums() -> None:
+    report = cost_report(recipe_of("debug", "stages.sampling=[3,2,1]", "preview.sampler.steps=10"))
+    per_stage = [(report.costs.encoder.macs + d.macs) / 1e9 for d in report.costs.decoders]
+    assert report.training_K == pytest.approx([3 / 6, 2 / 6, 1 / 6])
+    assert report.gmacs(report.training_K) == pytest.approx(sum(per_stage[k] * (3 - k) / 6 for k in range(3)))
+    assert report.gmacs(report.interval_K) == pytest.approx(
+        0.442 * per_stage[0] + 0.189 * per_stage[1] + 0.369 * per_stage[2]
+    )
+    # DDIM's ten timesteps are 1, 101, ..., 901: five below 442, two below 631.
+    assert report.sampling_K == (0.5, 0.2, 0.3)
+    assert report.evaluations == 10
+
+
+def test_heun_evaluates_twice_a_step_but_the_last() -> None:
+    report = cost_report(recipe_of("cifar10_edm_3stage"))
+    assert report.evaluations == 35
+    assert sum(report.sampling_K) == pytest.approx(1)
+
+
+def test_training_counts_every_sample_forward_and_backward() -> None:
+    recipe = recipe_of("debug", "train.steps=7", "train.global_batch_size=30")
+    plan = plan_run(recipe, 2)
+    per_step = step_petaflops(plan.quotas, plan.cost_K)
+    assert per_step == pytest.approx(sum(10 * macs * 2 * 3 for macs in plan.cost_K) / 1e15)
+    report = cost_report(recipe)
+    assert report.petaflops == pytest.approx(7 * per_step)
+    assert cost_report(recipe_of("celebahq256_ldm_3stage")).petaflops is None, "batch by the number of ranks"
+
+
+def test_unified_counterpart() -> None:
+    stages, unified = cost_report(recipe_of("cifar10_dpm_3stage")), cost_report(recipe_of("cifar10_dpm_unified"))
+    assert stages.unified_macs == unified.unified_macs
+    assert unified.gmacs([1.0]) == pytest.approx((unified.unified_macs or 0) / 1e9)
+    separate = dataclasses.replace(recipe_of("debug").model, share_encoder=False, encoder_channels=(24, 16, 8))
+    assert cost_report(dataclasses.replace(recipe_of("debug"), model=separate)).unified_macs is None
+
+
+def test_flops_prints_every_weighting() -> None:
+    printed = CliRunner().invoke(app, ["flops", str(ROOT / "recipes/celebahq256_ldm_3stage.yaml"), "--json"])
+    fields = json.loads(printed.stdout)
+    assert fields["equivalent_gmacs"] == pytest.approx(90.04, abs=0.01)
+    assert fields["unified_gmacs"] == pytest.approx(101.20, abs=0.01)
+    assert fields["equivalent_gmacs_training"] == pytest.approx((120.44 + 84.15 + 56.64) / 3, abs=0.01)
+    assert fields["sampling_evaluations"] == 50
+    table = CliRunner().invoke(app, ["flops", str(ROOT / "recipes/fashion_mnist_edm_3stage.yaml")])
+    assert table.exit_code == 0
+    assert "decoder 2" in table.stdout
+
+
+def test_table_of_costs_has_the_papers_ratios() -> None:
+    spec = importlib.util.spec_from_file_location("cost_table", ROOT / "tools/cost_table.py")
+    assert spec
+    assert spec.loader
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    names = ["cifar10_dpm_3stage", "cifar10_dpm_unified", "celeba32_edm_3stage", "celeba32_edm_unified",
+             "celebahq256_ldm_3stage_official_attention", "celebahq256_ldm_unified"]  # fmt: skip
+    rows = {row[0]: row for row in tool.table([recipe_of(name) for name in names])}
+    ratios = {name: float(row[5].rstrip("%")) for name, row in rows.items()}
+    assert list(rows)[:2] == ["celeba32_edm_unified", "celeba32_edm_3stage"], "the baseline first"
+    for name, paper in zip(names[::2], (59, 82, 30), strict=True):
+        assert ratios[name] == pytest.approx(paper, abs=1)
+    assert all(ratios[name] == 100 for name in names[1::2])

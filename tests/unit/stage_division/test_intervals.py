@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from msdiff_dist.diffusion.config import DiscreteConfig, EDMConfig, StagesConfig, VPConfig
+from msdiff_dist.diffusion.process import DiscreteProcess, EDMProcess, Process, VPProcess
+from msdiff_dist.diffusion.stage_partition import build_partition
+from msdiff_dist.errors import ConfigError
+from msdiff_dist.stage_division.intervals import (
+    affinity_boundaries,
+    best_intervals,
+    centred_costs,
+    clock_grid,
+    similarity_intervals,
+    snr_boundaries,
+    timestep_boundaries,
+)
+
+DISCRETE, VP, EDM = DiscreteProcess(DiscreteConfig()), VPProcess(VPConfig()), EDMProcess(EDMConfig())
+
+
+def test_the_papers_boundaries_under_vp_sde() -> None:
+    assert snr_boundaries(VP, 3) == [0.348, 0.709]
+    assert timestep_boundaries(VP, 3) == pytest.approx([0.33, 0.67], abs=0.005)
+
+
+def intervals(cuts: tuple[int, ...], G: int) -> list[tuple[int, int]]:
+    return list(itertools.pairwise((0, *cuts, G)))
+
+
+def search(cost, G: int, stages: int) -> float:
+    """The least total cost over every way to cut."""
+    return min(sum(cost(i, j) for i, j in intervals(c, G)) for c in itertools.combinations(range(1, G), stages - 1))
+
+
+@given(st.lists(st.floats(0.01, 5), min_size=4, max_size=9), st.integers(1, 4))
+def test_centred_clusters_are_the_best_of_all(steps: list[float], stages: int) -> None:
+    feature, G = np.cumsum(steps), len(steps)
+
+    def cost(i: int, j: int) -> float:
+        members = feature[i:j]
+        return float(np.abs(members - members[len(members) // 2]).sum())
+
+    cuts = best_intervals(centred_costs(feature), stages)
+    assert len(cuts) == stages - 1
+    assert sum(cost(i, j) for i, j in intervals(tuple(cuts), G)) == pytest.approx(search(cost, G, stages))
+
+
+@given(st.integers(4, 8), st.integers(1, 4), st.integers(0, 1000))
+def test_affinity_clusters_are_the_best_of_all(G: int, stages: int, seed: int) -> None:
+    affinity = np.random.default_rng(seed).normal(size=(G, G))
+
+    def cost(i: int, j: int) -> float:
+        return -float(affinity[i + (j - i) // 2, i:j].sum())
+
+    cuts = affinity_boundaries(np.arange(G), affinity, stages)
+    assert sum(cost(i, j) for i, j in intervals(tuple(cuts), G)) == pytest.approx(search(cost, G, stages))
+
+
+@given(st.integers(4, 8), st.integers(1, 4), st.integers(0, 1000))
+def test_similarity_clusters_are_the_best_of_all(G: int, stages: int, seed: int) -> None:
+    similarity = np.random.default_rng(seed).random((G, G))
+
+    def cost(i: int, j: int) -> float:
+        return -float((j - i) * similarity[i:j, i:j].mean())
+
+    cuts = similarity_intervals(similarity, stages)
+    assert sum(cost(i, j) for i, j in intervals(tuple(cuts), G)) == pytest.approx(search(cost, G, stages))
+
+
+def test_blocks_of_similar_times_are_found() -> None:
+    block = np.repeat([0, 1, 2, 3], [5, 2, 8, 6])
+    similarity = np.where(block[:, None] == block, 1.0, 0.2)
+    assert similarity_intervals(similarity, 4).tolist() == [5, 7, 15]
+    assert affinity_boundaries(np.arange(21), similarity, 4) == [5, 7, 15]
+
+
+@pytest.mark.parametrize("process", [DISCRETE, VP, EDM], ids=lambda p: p.unit)
+@pytest.mark.parametrize("stages", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("method", [timestep_boundaries, snr_boundaries])
+def test_boundaries_make_a_partition_of_their_process(process: Process, stages: int, method) -> None:
+    boundaries = method(process, stages)
+    assert build_partition(StagesConfig(tuple(boundaries)), process).num_stages == stages
+
+
+def test_systems_agree_on_the_clock() -> None:
+    np.testing.assert_allclose(EDM.sigma_of(snr_boundaries(EDM, 3)), VP.sigma_of(snr_boundaries(VP, 3)))
+    assert timestep_boundaries(DISCRETE, 4) == pytest.approx([250, 500, 750], abs=2)
+    assert len(clock_grid(DiscreteProcess(DiscreteConfig(timesteps=100)))) == 100
+
+
+def test_more_stages_than_times_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--stages = 101: a grid of 100 times"):
+        snr_boundaries(DiscreteProcess(DiscreteConfig(timesteps=100)), 101)
