@@ -6,9 +6,10 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, overload
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, overload
 
 from msdiff_dist.errors import ConfigError, did_you_mean
+from msdiff_dist.registry import Table
 
 T = TypeVar("T")
 
@@ -31,7 +32,7 @@ def from_mapping(cls: Any, mapping: Mapping[str, Any], path: str = "") -> Any:
             path or "recipe", mapping, f"must be a mapping of {cls.__name__} fields", "Indent its fields."
         )
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     values = {}
     for key, value in mapping.items():
         field = _join(path, str(key))
@@ -80,6 +81,12 @@ def _convert(hint: Any, value: Any, field: str) -> Any:
         return value
     if origin in (Union, types.UnionType):
         return _convert_union(args, value, field)
+    if origin is Annotated:
+        converted = _convert(args[0], value, field)
+        for table in args[1:]:
+            if isinstance(table, Table):
+                table.choose(field, converted)
+        return converted
     if origin is Literal:
         if value not in args:
             raise ConfigError(field, value, "is not one of the choices", did_you_mean(str(value), map(str, args)))

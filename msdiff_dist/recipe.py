@@ -26,6 +26,7 @@ from msdiff_dist.models.activation_checkpointing import ActivationCheckpointingC
 from msdiff_dist.models.autoencoder import AutoencoderConfig
 from msdiff_dist.models.config import ModelConfig
 from msdiff_dist.models.text_encoder import TextEncoderConfig
+from msdiff_dist.registry import import_extensions
 from msdiff_dist.training.config import TrainConfig
 from msdiff_dist.training.ema import EmaConfig
 from msdiff_dist.training.optimizer import LrScheduleConfig, OptimizerConfig
@@ -33,7 +34,12 @@ from msdiff_dist.training.optimizer import LrScheduleConfig, OptimizerConfig
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run in full. Only `launch` and `cli` see it whole."""
+    """One training run in full. Only `apps`, `launch` and `cli` see it whole.
+
+    Args:
+        extensions: Python modules that add U-Net families, processes, solvers or optimizers, imported wherever the
+            recipe or a model that it trained is loaded.
+    """
 
     name: str
     data: DataConfig
@@ -52,6 +58,7 @@ class Recipe:
     activation_checkpointing: ActivationCheckpointingConfig = field(default_factory=ActivationCheckpointingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+    extensions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_stages(self)
@@ -110,7 +117,8 @@ def read_mapping(path: Path, overrides: Sequence[str], field: str = "RECIPE") ->
 
 
 def recipe_from(mapping: Any) -> Recipe:
-    """A recipe from plain YAML data."""
+    """A recipe from plain YAML data; what it lists under `extensions` is imported first."""
+    import_extensions(mapping)
     return from_mapping(Recipe, mapping)
 
 

@@ -9,18 +9,21 @@ import dataclasses
 import inspect
 import re
 import types
-from collections.abc import Iterator
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from msdiff_dist.recipe import Recipe
+from msdiff_dist.registry import Table
 
 INTRODUCTION = """# Recipe fields
 
 Written by `tools/recipe_reference.py` from the code that takes the fields. A recipe has a `name` and the sections
 `data`, `stages`, `model`, `optimizer` and `train`; the others are optional. On the command line a field goes by its
 dotted name: `msdiff train RECIPE train.steps=1000 'stages.boundaries=[442,631]'`.
+
+`extensions` lists Python modules that add to the choices below, such as U-Net families and processes (extending.md).
 """
 
 
@@ -30,7 +33,7 @@ def main() -> None:
 
 def reference() -> str:
     """The whole page, in Markdown."""
-    hints = get_type_hints(Recipe)
+    hints = get_type_hints(Recipe, include_extras=True)
     pages: list[str] = [INTRODUCTION]
     known: dict[type, str] = {}
     for field in dataclasses.fields(Recipe):
@@ -41,7 +44,7 @@ def reference() -> str:
 
 def _section(path: str, cls: type, known: dict[type, str]) -> Iterator[str]:
     """A heading, the class's own words, its fields; then the sections inside it."""
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, include_extras=True)
     yield f"## `{path}`" + (f" ({_type(hints['family'])})" if "family" in hints else "") + "\n"
     if cls in known:
         yield f"As `{known[cls]}`.\n"
@@ -83,7 +86,9 @@ def _dataclasses(hint: Any) -> list[type]:
 def _type(hint: Any) -> str:
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
-        return " or ".join(f"`{value}`" for value in args)
+        return _choices(args)
+    if origin is Annotated:
+        return next((_choices(table) for table in args[1:] if isinstance(table, Table)), _type(args[0]))
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(_type(arg) for arg in args))
     if origin is tuple:
@@ -92,6 +97,10 @@ def _type(hint: Any) -> str:
         return "section"
     names = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}
     return names.get(hint, str(hint))
+
+
+def _choices(values: Iterable[object]) -> str:
+    return " or ".join(f"`{value}`" for value in values)
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

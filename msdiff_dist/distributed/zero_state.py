@@ -62,7 +62,7 @@ class ShardedState:
             state = self._optimizer.optimizer.state[flat]
             for kind in moments:
                 state[kind] = torch.zeros_like(flat, requires_grad=False)
-            if "exp_avg" in moments:
+            if moments:  # torch's SGD alone counts no steps, and does not look for the count
                 state["step"] = torch.tensor(float(optimizer_steps), device=flat.device if self._fused() else "cpu")
         for f in self.fragments:
             where = slice(f.offset, f.offset + f.numel)

@@ -15,6 +15,7 @@ from msdiff_dist.errors import ConfigError
 from msdiff_dist.models.autoencoder import AutoencoderConfig
 from msdiff_dist.models.config import ModelConfig
 from msdiff_dist.models.text_encoder import TextEncoderConfig
+from msdiff_dist.registry import import_extensions
 
 FORMAT = 1
 
@@ -26,7 +27,7 @@ class ModelDescription:
     text_encoder: what turns captions into context, where the model takes some of context_shape, (T, D).
     sample_size: height and width of what the diffusion sees, one number where they are equal; None where unknown.
     precision: it was trained in. weights: `ema`, the average, or `raw`, the last ones. ema_length: of an average made
-    after training, relative to it. step: optimizer steps done.
+    after training, relative to it. step: optimizer steps done. extensions: the recipe's.
     """
 
     model: ModelConfig
@@ -43,6 +44,7 @@ class ModelDescription:
     step: int | None = None
     format: int = FORMAT
     version: str = ""
+    extensions: tuple[str, ...] = ()
 
     def process(self) -> Process:
         """The diffusion process."""
@@ -68,12 +70,20 @@ class ModelDescription:
 
 def describe(recipe: Mapping[str, Any], step: int) -> ModelDescription:
     """The model that a recipe, as a checkpoint keeps it, trains."""
+    import_extensions(recipe)
     data = from_mapping(DataConfig, recipe["data"], "data")
     autoencoder = from_mapping(AutoencoderConfig, recipe["autoencoder"], "autoencoder")
     shape = data.x_shape
     _, height, width = autoencoder.latent_shape(shape[0], shape[1]) if data.kind == "image" else shape
     parts = {part: recipe[part] for part in ("model", "diffusion", "stages", "autoencoder", "name")}
     parts |= {"text_encoder": recipe.get("text_encoder"), "context_shape": data.context_shape}
+    parts |= {"extensions": recipe.get("extensions", ())}
     size = height if height == width else [height, width]
     more = {"sample_size": size, "precision": recipe["train"]["precision"], "step": step}
     return from_mapping(ModelDescription, parts | more)
+
+
+def description_from(mapping: Any) -> ModelDescription:
+    """The content of an export's config.json; what it lists under `extensions` is imported first."""
+    import_extensions(mapping)
+    return from_mapping(ModelDescription, mapping)

@@ -15,9 +15,8 @@ from torch import Tensor
 from msdiff_dist.checkpoint.layout import INDEX, complete_checkpoints, find_checkpoint
 from msdiff_dist.checkpoint.load import CheckpointReader
 from msdiff_dist.checkpoint.tensor_file import DamagedError, TensorReader, damaged
-from msdiff_dist.config import from_mapping
 from msdiff_dist.errors import CheckpointError
-from msdiff_dist.export.description import FORMAT, ModelDescription, describe
+from msdiff_dist.export.description import FORMAT, ModelDescription, describe, description_from
 
 CONFIG = "config.json"
 MODEL = "model.safetensors"
@@ -166,4 +165,4 @@ def _read_description(path: Path) -> ModelDescription:
         )
     if "model" not in raw or (path.parent / INDEX).exists():
         raise CheckpointError("export", str(path.parent), "is no export folder", "Name one made by `msdiff export`.")
-    return from_mapping(ModelDescription, raw)
+    return description_from(raw)

@@ -5,12 +5,54 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
 
 from msdiff_dist.errors import ConfigError
+from msdiff_dist.registry import Table
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """An optimizer that a recipe can name.
+
+    Args:
+        build: (parameters, configuration, whether to take fused kernels) to a torch optimizer.
+        moments: fp32 numbers that it keeps for each parameter, for the plan's estimate of memory.
+    """
+
+    build: Callable[[list[nn.Parameter], OptimizerConfig, bool], torch.optim.Optimizer]
+    moments: Callable[[OptimizerConfig], int]
+
+
+def _adamw(parameters: list[nn.Parameter], config: OptimizerConfig, fused: bool) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=fused
+    )
+
+
+def _adam(parameters: list[nn.Parameter], config: OptimizerConfig, fused: bool) -> torch.optim.Optimizer:
+    return torch.optim.Adam(
+        parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=fused
+    )
+
+
+def _sgd(parameters: list[nn.Parameter], config: OptimizerConfig, fused: bool) -> torch.optim.Optimizer:
+    return torch.optim.SGD(
+        parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused
+    )
+
+
+OPTIMIZERS: Table[Optimizer] = Table(
+    "optimizer",
+    {
+        "adamw": Optimizer(_adamw, lambda config: 2),
+        "adam": Optimizer(_adam, lambda config: 2),
+        "sgd": Optimizer(_sgd, lambda config: int(config.momentum > 0)),
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +68,7 @@ class OptimizerConfig:
     """
 
     lr: float
-    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    name: Annotated[str, OPTIMIZERS] = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.01
@@ -76,15 +118,5 @@ class LrScheduleConfig:
 
 def optimizer_factory(config: OptimizerConfig, fused: bool) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
     """A function from parameters to the configured torch optimizer; `fused` kernels on GPUs."""
-
-    def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        if config.name == "sgd":
-            return torch.optim.SGD(
-                parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused
-            )
-        kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-        return kind(
-            parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=fused
-        )
-
-    return make
+    build = OPTIMIZERS.choose("optimizer.name", config.name).build
+    return lambda parameters: build(parameters, config, fused)

@@ -47,6 +47,7 @@ FREE_FIELDS = (
     "preview.",
     "model.attention_backend",
     "activation_checkpointing.",
+    "extensions",  # what they add goes by its name in the other fields
 )
 
 

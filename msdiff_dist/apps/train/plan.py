@@ -15,6 +15,7 @@ from msdiff_dist.distributed.plan_report import Workload
 from msdiff_dist.distributed.topology import arrange
 from msdiff_dist.models.flops import ModelCosts, costs
 from msdiff_dist.recipe import Recipe
+from msdiff_dist.training.optimizer import OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def workload(recipe: Recipe, run_plan: RunPlan) -> Workload:
         recipe.train.precision,
         recipe.parallel.zero_shared,
         recipe.parallel.zero_stage,
-        moments=2 if optimizer.name != "sgd" else int(optimizer.momentum > 0),
+        moments=OPTIMIZERS[optimizer.name].moments(optimizer),
         averages=1 + (len(recipe.ema.power.lengths) if recipe.ema.power else 0),
     )
 

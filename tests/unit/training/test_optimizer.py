@@ -42,7 +42,7 @@ def test_ema_halves_in_a_number_of_images() -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
 def test_optimizers_are_torchs(name: str) -> None:
-    config = OptimizerConfig(lr=0.1, name=name, weight_decay=0.02, momentum=0.9)  # type: ignore[arg-type]
+    config = OptimizerConfig(lr=0.1, name=name, weight_decay=0.02, momentum=0.9)
     made = optimizer_factory(config, fused=False)([torch.nn.Parameter(torch.ones(2))])
     assert type(made) is {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}[name]
     assert made.param_groups[0]["lr"] == 0.1
