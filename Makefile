@@ -1,10 +1,15 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 RUN ?= runs/quickstart
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
-.PHONY: setup quickstart test test-slow lint clean
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart format lint types test-unit test-distributed test test-slow coverage docs bench clean
 
-setup: .venv/ready
+help:  ## list these targets
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+setup: .venv/ready  ## make .venv with the package and the developers' tools
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
@@ -17,17 +22,44 @@ quickstart: setup  ## train the embedded default on 4 ranks, then sample from it
 	$(BIN)/msdiff train recipes/quickstart.yaml --nproc 4 --run-dir $(RUN)
 	rm -rf $(RUN)/final && $(BIN)/msdiff sample $(RUN) --num 100 --sampler ddim --eta 1 --clip --steps 100 --out $(RUN)/final
 
-lint: setup
+format: setup  ## put the code into ruff's form and apply its safe corrections
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: setup  ## the type checker
+	$(BIN)/mypy
+
+lint: types  ## linter, format, types and import contract
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+test-unit: setup  ## tests in one process: unit tests and golden records
+	$(PYTEST) -m "not slow" tests/unit tests/golden $(PYTEST_ARGS)
+
+test-distributed: setup  ## tests on several gloo ranks of this machine
+	$(PYTEST) -m "not slow" tests/distributed $(PYTEST_ARGS)
+
 test: lint  ## lint, types, import contract and every test but the long campaigns (make test-slow)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-slow: setup  ## the long campaigns: random kills, hours of pre-emption in minutes
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow $(PYTEST_ARGS)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
-clean:
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+coverage: setup  ## lines that the tests of test-unit reach, held against the floor in pyproject.toml
+	$(PYTEST) -m "not slow" tests/unit tests/golden --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
+
+docs: .venv/docs-ready  ## the documentation site in build/docs/html; warnings are errors
+	$(BIN)/sphinx-build -W --keep-going -b html docs build/docs/html
+
+.venv/docs-ready: .venv/ready
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	touch $@
+
+bench: setup  ## speed of reading shards and of routed training on this machine
+	test -f data/digits/index.json || $(BIN)/msdiff data prepare digits --out data/digits
+	$(BIN)/msdiff data bench recipes/quickstart.yaml
+	$(BIN)/python tools/bench_stage_parallel.py
+
+clean:  ## remove .venv, builds and caches; data and runs stay
+	rm -rf .venv build dist *.egg-info .coverage .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
