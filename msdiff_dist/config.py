@@ -59,6 +59,28 @@ def to_mapping(value: Any) -> Any:
     return value
 
 
+def chosen(value: Any, is_variant: bool = False) -> Any:
+    """As `to_mapping`, without the fields that have their default.
+
+    Args:
+        is_variant: the dataclass is one of a union's: the Literals that tell them apart stay.
+    """
+    if not dataclasses.is_dataclass(value):
+        return to_mapping(value)
+    hints = typing.get_type_hints(type(value))
+    return {
+        f.name: chosen(getattr(value, f.name), sum(map(dataclasses.is_dataclass, get_args(hints[f.name]))) > 1)
+        for f in dataclasses.fields(value)
+        if f.init and (getattr(value, f.name) != _default(f) or (is_variant and get_origin(hints[f.name]) is Literal))
+    }
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], path: str = "") -> list[tuple[str, Any, Any]]:
     """Dotted fields where two mappings differ, as (field, value in a, value in b)."""
     found: list[tuple[str, Any, Any]] = []

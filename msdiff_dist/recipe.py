@@ -27,6 +27,7 @@ from msdiff_dist.models.autoencoder import AutoencoderConfig
 from msdiff_dist.models.config import ModelConfig
 from msdiff_dist.models.text_encoder import TextEncoderConfig
 from msdiff_dist.registry import import_extensions
+from msdiff_dist.shipped import where_to_get
 from msdiff_dist.training.config import TrainConfig
 from msdiff_dist.training.ema import EmaConfig
 from msdiff_dist.training.optimizer import LrScheduleConfig, OptimizerConfig
@@ -98,9 +99,7 @@ def read_mapping(path: Path, overrides: Sequence[str], field: str = "RECIPE") ->
         ConfigError: the file, which the command line calls `field`, is missing or not YAML, or an override is none.
     """
     if not path.is_file():
-        known = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        remedy = f"Choose from: {', '.join(known)}." if known else "Name a YAML file, as in recipes/quickstart.yaml."
-        raise ConfigError(field, str(path), "no such file", remedy)
+        raise ConfigError(field, str(path), "no such file", _where_to_get(path))
     try:
         loaded = OmegaConf.load(path)
     except yaml.YAMLError as e:
@@ -114,6 +113,15 @@ def read_mapping(path: Path, overrides: Sequence[str], field: str = "RECIPE") ->
         return OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError) as e:
         raise ConfigError(field, str(path), " ".join(str(e).split()), "Correct the file or the overrides.") from None
+
+
+def _where_to_get(path: Path) -> str:
+    command = where_to_get(path)
+    if command:
+        return f"`{command}` writes it."
+    known = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+    here = f"Choose from: {', '.join(known)}." if known else "Name a YAML file."
+    return f"{here} `msdiff recipes` lists those that `msdiff init` writes."
 
 
 def recipe_from(mapping: Any) -> Recipe:

@@ -20,11 +20,3 @@ def run(function: Callable[..., Any]) -> None:
     except MsdiffError as e:
         print(f"error {e}", file=sys.stderr)
         sys.exit(2 if isinstance(e, UserError) else 1)
-
-
-def numbers(option: str, text: str) -> tuple[int, ...]:
-    """`256,192,128` as numbers."""
-    try:
-        return tuple(int(part) for part in text.split(",") if part)
-    except ValueError:
-        raise UserError(option, text, "is no list of whole numbers", "Write it as 256,192,128.") from None

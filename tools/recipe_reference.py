@@ -23,6 +23,9 @@ Written by `tools/recipe_reference.py` from the code that takes the fields. A re
 `data`, `stages`, `model`, `optimizer` and `train`; the others are optional. On the command line a field goes by its
 dotted name: `msdiff train RECIPE train.steps=1000 'stages.boundaries=[442,631]'`.
 
+`msdiff recipes` lists recipes to begin with, `msdiff init NAME` writes one of them, and `msdiff init --from MODEL` one
+that trains a model further.
+
 `extensions` lists Python modules that add to the choices below, such as U-Net families and processes (extending.md).
 """
 

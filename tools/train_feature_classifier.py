@@ -1,35 +1,10 @@
-"""Train the small classifier in whose features `msdiff ablate` compares pictures.
-
-Example: python tools/train_feature_classifier.py recipes/quickstart.yaml --out data/digits.safetensors
-"""
+"""`msdiff classifier train` as a script. See --help."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
 from command import run
 
-from msdiff_dist.errors import RunFolderError
-from msdiff_dist.evaluation.feature_classifier import save_classifier, train_classifier
-from msdiff_dist.recipe import load_recipe
-
-
-def train_feature_classifier(
-    recipe: Annotated[Path, typer.Argument(help="Recipe whose labelled pictures to train on.")],
-    out: Annotated[Path, typer.Option(help="New .safetensors file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as key=value.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of 128 pictures; 2000 take a minute or two.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Of first weights, order and held-out tenth.")] = 0,
-) -> None:
-    """Train a small classifier on a recipe's pictures."""
-    if out.exists():
-        raise RunFolderError("--out", str(out), "exists already", "Name another file.")
-    model = train_classifier(load_recipe(recipe, overrides or []).data, steps, seed=seed)
-    save_classifier(model, out)
-    typer.echo(f"{out}: accuracy {model.info.accuracy:.2%} on a held-out tenth, {model.info.features} features")
-
+from msdiff_dist.cli.classifier import train
 
 if __name__ == "__main__":
-    run(train_feature_classifier)
+    run(train)

@@ -22,7 +22,7 @@ def ablate(
     The same command on the same folder skips what is done and goes on. Parts may run at the same time:
     msdiff array --parts 9 ... -- ablate SWEEP --out FOLDER --part {part} --parts {parts}
 
-    Example: msdiff ablate recipes/ablations/fashion_mnist_efficiency.yaml --out runs/efficiency
+    Example: msdiff ablate fashion_mnist_efficiency.yaml --out runs/efficiency
     """
     from msdiff_dist.apps.ablation.report import write_report
     from msdiff_dist.apps.ablation.run import load_ablation, plan_ablation, run_ablation, score_settings

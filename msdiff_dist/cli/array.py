@@ -20,7 +20,7 @@ def array(
 
     A part that is stopped is queued again; the same command on the same folder runs those parts that are not done.
 
-    Example: msdiff array --parts 16 --cluster slurm/gpu.yaml --folder /shared/jobs -- sample runs/cin --num 50000
+    Example: msdiff array --parts 16 --cluster gpu.yaml --folder /shared/jobs -- sample runs/cin --num 50000
     --part {part} --parts {parts} --out /shared/fid
     """
     from msdiff_dist.launch import launcher, watch

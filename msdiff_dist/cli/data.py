@@ -75,7 +75,7 @@ def encode(
     Training attends to all tokens of an embedding, padding too, as Stable Diffusion does. The masks of padding that are
     stored beside it are for other programs.
 
-    [bold]Example:[/bold] msdiff data encode recipes/emoji_text2img_3stage.yaml --out data/emoji-latents --nproc 2
+    [bold]Example:[/bold] msdiff data encode emoji_text2img_3stage.yaml --out data/emoji-latents --nproc 2
     """
     from msdiff_dist.apps.encode import encode as encode_recipe
     from msdiff_dist.files.work_share import Part
@@ -120,7 +120,7 @@ def bench(
     The plain DataLoader shuffles shards only, or samples too in the recipe's window; neither reads labels or keys. If
     mosaicml-streaming is installed, it reads a copy in its own format.
 
-    [bold]Example:[/bold] msdiff data bench recipes/fashion_mnist_3stage.yaml data.workers=2
+    [bold]Example:[/bold] msdiff data bench fashion_mnist_3stage.yaml data.workers=2
     """
     from msdiff_dist.data.make.bench import bench as bench_data
     from msdiff_dist.recipe import load_recipe

@@ -20,7 +20,7 @@ def flops(
     by the length of its interval on the paper's clock (t of VP-SDE, or the fraction of all timesteps), by how often
     training draws it, or by the steps of the recipe's preview sampler.
 
-    Example: msdiff flops recipes/celebahq256_ldm_3stage.yaml --json
+    Example: msdiff flops celebahq256_ldm_3stage.yaml --json
     """
     from msdiff_dist.apps.train.costs import GIGA, cost_report
     from msdiff_dist.recipe import load_recipe

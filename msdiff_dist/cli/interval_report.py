@@ -11,7 +11,7 @@ import typer
 def interval_report(
     run: Annotated[Path, typer.Argument(help="Run folder, one checkpoint of it, or an export.")],
     reference: Annotated[Path, typer.Option(help="The same of the run whose network samples everywhere else.")],
-    classifier: Annotated[Path, typer.Option(help="File of tools/train_feature_classifier.py.")],
+    classifier: Annotated[Path, typer.Option(help="File of `msdiff classifier train`.")],
     data: Annotated[str, typer.Option(help="Shards of pictures to compare with.")],
     out: Annotated[Path, typer.Option(help="New folder for intervals.csv, .md and .png.")],
     intervals: Annotated[

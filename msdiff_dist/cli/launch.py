@@ -26,7 +26,7 @@ def launch(
 ) -> None:
     """Train a recipe as a cluster job that goes on by itself after time limits, pre-emption and node failures.
 
-    Example: msdiff launch recipes/cin.yaml --cluster slurm/gpu.yaml --nodes 4 --run-dir /shared/runs/cin
+    Example: msdiff launch cin256_ldm_3stage.yaml --cluster gpu.yaml --nodes 4 --run-dir /shared/runs/cin
     """
     from msdiff_dist.launch import launcher, watch
     from msdiff_dist.launch.cluster import load_cluster

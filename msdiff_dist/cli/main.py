@@ -14,15 +14,21 @@ from msdiff_dist.cli import (
     attach,
     cancel,
     checkpoint,
+    classifier,
     convert,
     data,
     export,
+    extract,
     flops,
+    grow,
+    init,
     interval_report,
     jobs,
     launch,
     logs,
+    merge,
     plan,
+    recipes,
     sample,
     stages,
     train,
@@ -39,7 +45,10 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.add_typer(stages.app, name="stages")
 app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(classifier.app, name="classifier")
 for verb in (
+    recipes.recipes,
+    init.init,
     plan.plan,
     flops.flops,
     train.train,
@@ -48,6 +57,9 @@ for verb in (
     interval_report.interval_report,
     export.export,
     convert.convert,
+    grow.grow,
+    merge.merge,
+    extract.extract,
     launch.launch,
     array.array,
     jobs.jobs,

@@ -22,7 +22,7 @@ def plan(
     State is parameters, optimizer and EMA; gradients and activations come on top. With --nodes also the bytes that pass
     between nodes, beside those of data parallelism with every decoder on every rank.
 
-    Example: msdiff plan recipes/celebahq256_ldm_3stage.yaml --world-size 64 --json
+    Example: msdiff plan celebahq256_ldm_3stage.yaml --world-size 64 --json
     """
     from msdiff_dist.apps.train.plan import plan_run, plan_warnings, workload
     from msdiff_dist.distributed.plan_report import plan_report, render

@@ -19,7 +19,7 @@ def train(
 
     Under torchrun or srun (RANK and WORLD_SIZE set) this process is one rank; --nproc starts ranks by itself.
 
-    Example: msdiff train recipes/quickstart.yaml train.steps=300 --nproc 4 --run-dir runs/digits
+    Example: msdiff train quickstart.yaml train.steps=300 --nproc 4 --run-dir runs/digits
     """
     from msdiff_dist.apps.train.plan import check_run
     from msdiff_dist.apps.train.warm_start import start_weights

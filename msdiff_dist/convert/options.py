@@ -48,6 +48,18 @@ class ConvertOptions:
         return HeadsRule(self.num_heads, self.head_channels, "as given on the command line")
 
 
+def parse_numbers(option: str, text: str) -> tuple[int, ...]:
+    """`256,192,128` as whole numbers.
+
+    Raises:
+        ConfigError: it is something else, naming the option.
+    """
+    try:
+        return tuple(int(part) for part in text.split(",") if part)
+    except ValueError:
+        raise ConfigError(option, text, "is no list of whole numbers", "Write it as 256,192,128.") from None
+
+
 def parse_boundaries(text: str | None) -> tuple[float, ...] | None:
     """`442,631` as numbers.
 

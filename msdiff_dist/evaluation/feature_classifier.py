@@ -121,6 +121,6 @@ def load_classifier(path: Path) -> FeatureClassifier:
             model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as e:
         problem = f"is no feature classifier ({' '.join(str(e).split())[:200]})" if path.is_file() else "no such file"
-        remedy = "Make one with tools/train_feature_classifier.py."
+        remedy = "Make one with `msdiff classifier train`."
         raise CheckpointError("classifier", str(path), problem, remedy) from None
     return model.eval()

@@ -24,7 +24,7 @@ class ScoreConfig:
     """How a model is scored.
 
     Args:
-        classifier: file that tools/train_feature_classifier.py wrote.
+        classifier: file that `msdiff classifier train` wrote.
         reference: shards of the pictures to compare with.
         pictures: to generate, class after class in turn. Distances compare at equal numbers only.
         sampler: that makes them.

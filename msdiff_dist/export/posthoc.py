@@ -7,6 +7,7 @@ summed alike.
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -39,9 +40,13 @@ class PosthocWeights(CheckpointWeights):
         self.description = replace(self.description, ema_length=length)
 
     def tensor(self, name: str) -> Tensor:
-        total = torch.zeros(self.reader.index.shapes[name], dtype=torch.float64)
+        shape = self.reader.index.shapes[name]
+        return self.stretch(name, 0, math.prod(shape)).view(shape)
+
+    def stretch(self, name: str, start: int, numel: int) -> Tensor:
+        total = torch.zeros(numel, dtype=torch.float64)
         for reader, kind, coefficient in self._terms:
-            total.add_(reader.tensor(kind, name), alpha=coefficient)
+            total.add_(reader.stretch(kind, name, start, numel), alpha=coefficient)
         return total.float()
 
     def identity(self) -> str:

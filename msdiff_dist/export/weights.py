@@ -40,6 +40,10 @@ class Weights(ABC):
         """
 
     @abstractmethod
+    def stretch(self, name: str, start: int, numel: int) -> Tensor:
+        """Elements [start, start + numel) of the flattened parameter `name`, float32."""
+
+    @abstractmethod
     def identity(self) -> str:
         """Hex digest that other weights would not have."""
 
@@ -61,6 +65,9 @@ class CheckpointWeights(Weights):
 
     def tensor(self, name: str) -> Tensor:
         return self.reader.tensor(self._kind, name)
+
+    def stretch(self, name: str, start: int, numel: int) -> Tensor:
+        return self.reader.stretch(self._kind, name, start, numel)
 
     def identity(self) -> str:
         digests = sorted(f"{stored.name} {stored.sha256}" for stored in self.reader.index.files)
@@ -89,7 +96,6 @@ class ExportWeights(Weights):
         return self._reader.tensor(name)
 
     def stretch(self, name: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of the flattened parameter `name`, float32."""
         out = torch.empty(numel, dtype=self._reader.like[name].dtype)
         self._reader.read(name, start, out)
         return out.float()

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from msdiff_dist.config import from_mapping
 from msdiff_dist.errors import ConfigError
+from msdiff_dist.shipped import where_to_get
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>[0-5]?\d)(?::(?P<seconds>[0-5]?\d))?")
 
@@ -143,7 +144,9 @@ def load_cluster(name: str, overrides: dict[str, Any] | None = None) -> ClusterC
     else:
         path = Path(name)
         if not path.is_file():
-            raise ConfigError("--cluster", name, "no such file", "Name a cluster file, or `local` or `debug`.")
+            command = where_to_get(path) or "msdiff init slurm/gpu"
+            remedy = f"`{command}` writes one to edit; `local` and `debug` need none."
+            raise ConfigError("--cluster", name, "no such file", remedy)
         try:
             loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
         except (yaml.YAMLError, OSError) as e:

@@ -18,8 +18,8 @@ class TrainConfig:
         steps: optimizer steps.
         global_batch_size: samples per optimizer step over all ranks.
         micro_batch_size: instead: the mean number of samples per rank in a micro batch.
-        init_from: an export whose weights training starts from, instead of random ones; the run's own checkpoints
-            come first.
+        init_from: an export, or a checkpoint (its averages), whose weights training starts from, instead of random
+            ones; the run's own checkpoints come first.
         gradient_accumulation_steps: micro batches per optimizer step.
         precision: of the computation; masters, moments and averages are always fp32.
         seed: of weights, sample order, times and noise.

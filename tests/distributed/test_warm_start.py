@@ -78,6 +78,16 @@ def test_first_loss_is_the_unified_models(tmp_path: Path, unified: nn.Module, wo
         assert torch.equal(reader.tensor("param", name), values)
         assert torch.equal(reader.tensor("ema", name), values)
 
+    further = {**mapping, "train": {**mapping["train"], "init_from": str(run / "checkpoints/step_00000001")}}
+    run_distributed(trained, world_size, world_size, further, tmp_path / "further", [0])
+    first, second = (
+        CheckpointReader(f) for f in (run / "checkpoints/step_00000001", tmp_path / "further/checkpoints/step_00000000")
+    )
+    for name in exported:
+        assert torch.equal(second.tensor("param", name), first.tensor("ema", name))
+    with pytest.raises(ConfigError, match=r"the newest is .*step_00000001"):
+        start_weights(recipe_from({**further, "train": {**further["train"], "init_from": str(run)}}), tmp_path / "none")
+
     shutil.rmtree(tmp_path / "grown")  # no longer needed: the run has checkpoints of its own
     assert len(run_distributed(trained, world_size, world_size, mapping, run, [2])[0][0]) == 1
 
@@ -94,5 +104,5 @@ def test_an_export_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=named) as caught:
             start_weights(other, tmp_path / "none")
         assert caught.value.field == "train.init_from"
-    with pytest.raises(ConfigError, match=r"train\.init_from.*is no export folder"):
+    with pytest.raises(ConfigError, match=r"train\.init_from.*is neither an export folder nor a checkpoint"):
         start_weights(recipe_from(recipe_of(ADAM, train__init_from=str(tmp_path))), tmp_path / "none")

@@ -1,0 +1,162 @@
+"""New recipe files: copies of shipped ones, and recipes that train an existing model further."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from msdiff_dist.checkpoint.layout import INDEX
+from msdiff_dist.config import chosen, to_mapping
+from msdiff_dist.convert.families import family_of
+from msdiff_dist.convert.sources import open_source
+from msdiff_dist.diffusion.augmentation import AUGMENT_LABELS
+from msdiff_dist.errors import CheckpointError, ConfigError
+from msdiff_dist.export.description import ModelDescription
+from msdiff_dist.export.weights import CONFIG, ExportWeights, open_checkpoint
+from msdiff_dist.recipe import Recipe, recipe_from
+from msdiff_dist.shipped import Copied, copy_shipped, refuse_existing
+
+_COMMENTS = {
+    "data": "Fill in `shards`; what the samples hold has to fit the model.",
+    "optimizer": "Set the learning rate for your data and batch size.",
+    "train": "Set steps and batch size. The weights of `init_from` are those training starts from.",
+}
+_CAPTION_TOKENS = 77  # of CLIP's text towers
+
+
+def init_recipe(name: str | None, source: Path | None, out: Path | None) -> Copied:
+    """Write the shipped file `name`, or a recipe that continues from the weights of `source`, to `out`.
+
+    Raises:
+        ConfigError: not exactly one of the two is given, there is no such file, or `out` exists.
+        CheckpointError: `source` holds no model of this package; names the command that converts it, if there is one.
+    """
+    if name is not None and source is None:
+        return copy_shipped(name, out)
+    if source is None or name is not None:
+        given = "both are given" if name else "neither is given"
+        raise ConfigError("NAME", name, f"either NAME or --from is needed, and {given}", "See `msdiff recipes`.")
+    recipe, origin = continuation(source)
+    out = out or Path(f"{recipe.name}.yaml")
+    refuse_existing(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(_text(recipe, origin, out))
+    return Copied([out], [])
+
+
+def continuation(source: Path) -> tuple[Recipe, str]:
+    """A recipe that starts from the averaged weights of an export, checkpoint or run, and what those are in words.
+
+    A checkpoint has its recipe with it, which is taken whole; an export has the model's parts of one, and the rest are
+    values to begin with.
+
+    Raises:
+        CheckpointError: there is no such model. ConfigError: no file says of what size its samples are.
+    """
+    if (source / CONFIG).is_file() and not _is_foreign_folder(source):
+        description = ExportWeights(source).description
+        mapping = _around(description)
+        step, init_from = description.step, source
+    elif (source / INDEX).is_file() or (source / "checkpoints").is_dir():
+        reader = open_checkpoint(source)
+        mapping, step, init_from = dict(reader.index.recipe), reader.index.step, reader.folder
+    else:
+        raise _to_be_converted(source)
+    origin = f"{mapping['name'] or source.name}{'' if step is None else f' after {step} steps'}, {init_from}"
+    mapping["name"] = f"{mapping['name'] or source.name}_continued"
+    mapping["train"] = {**mapping["train"], "init_from": str(init_from)}
+    return recipe_from(mapping), origin
+
+
+def _around(description: ModelDescription) -> dict[str, Any]:
+    """A recipe's sections around a described model."""
+    model = description.model
+    mapping: dict[str, Any] = {
+        "name": description.name,
+        "data": _data(description),
+        "optimizer": {"lr": 1e-5},
+        "train": {"steps": 100000, "global_batch_size": 96, "precision": description.precision},
+    }
+    mapping |= {
+        part: to_mapping(getattr(description, part)) for part in ("model", "stages", "diffusion", "autoencoder")
+    }
+    if description.text_encoder is not None:
+        mapping["text_encoder"] = to_mapping(description.text_encoder)
+    if model.takes_context or model.takes_label:
+        mapping["train"]["condition_dropout"] = 0.1
+    if model.augment_labels == AUGMENT_LABELS:
+        mapping["augmentation"] = {"probability": 0.12}
+    return mapping
+
+
+def _data(description: ModelDescription) -> dict[str, Any]:
+    model = description.model
+    channels, height, width = description.latent_shape
+    data: dict[str, Any] = {"shards": "path/to/shards", "lanes": 96, "num_classes": model.num_classes}
+    if description.autoencoder.kind == "pixel" and channels in (1, 3) and height == width:
+        data |= {"kind": "image", "image_size": height, "channels": channels}
+    else:
+        data |= {"kind": "latent", "latent_shape": [channels, height, width]}
+    if model.context_channels is not None:
+        data["context_shape"] = description.context_shape or (_CAPTION_TOKENS, model.context_channels)
+    return data
+
+
+def _text(recipe: Recipe, origin: str, out: Path) -> str:
+    sections: dict[str, Any] = chosen(recipe)
+    lines = [
+        f"# Continues from {origin}.",
+        "#",
+        f"#   msdiff plan {out} --world-size 1",
+        f"#   msdiff train {out}",
+        "#",
+        "# Fields that are not here have their defaults.",
+        *_sections(sections),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _sections(sections: Mapping[str, Any]) -> Iterator[str]:
+    for section, value in sections.items():
+        if section in _COMMENTS:
+            yield f"# {_COMMENTS[section]}"
+        # A section of plain values on one line, others indented, as in the shipped recipes; a name on its own line.
+        flow = None if isinstance(value, Mapping) else False
+        dumped: str = yaml.safe_dump({section: value}, sort_keys=False, default_flow_style=flow, width=110)
+        yield dumped.rstrip()
+
+
+def _is_foreign_folder(folder: Path) -> bool:
+    """Whether a folder with a config.json is diffusers' and not an export."""
+    return '"_class_name"' in (folder / CONFIG).read_text()
+
+
+def _to_be_converted(source: Path) -> CheckpointError:
+    """The refusal of what is no model of ours, with the command that makes it one."""
+    if not source.exists():
+        return CheckpointError("--from", str(source), "no such file or folder", "Name an export, checkpoint or run.")
+    format_ = _foreign_format(source)
+    if format_ is None:
+        return CheckpointError(
+            "--from", str(source), "holds no model of msdiff_dist", "Name an export, checkpoint or run folder."
+        )
+    return CheckpointError(
+        "--from", str(source), f"holds weights of another program ({format_})",
+        f"Convert them first: `msdiff convert {source} converted --from {format_} --to msdiff`, "
+        "then `msdiff init --from converted`.",
+    )  # fmt: skip
+
+
+def _foreign_format(source: Path) -> str | None:
+    """What `msdiff convert --from` calls it, or None."""
+    if source.is_dir():
+        if (source / "latest").is_file() or any(source.glob("*_model_states.pt")):
+            return "deepspeed"
+        if (source / "model_index.json").is_file() or (source / CONFIG).is_file():
+            return "diffusers"
+    if source.is_file() and source.suffix != ".pkl":
+        return family_of(open_source(source).names())
+    return None

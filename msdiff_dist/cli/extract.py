@@ -1,0 +1,28 @@
+"""`msdiff extract`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from msdiff_dist.cli.convert import SourceFormat
+
+
+def extract(
+    src: Annotated[Path, typer.Argument(help="Multi-stage model.")],
+    dst: Annotated[Path, typer.Argument(help="New export folder.")],
+    stage: Annotated[int, typer.Option(help="Its number, 0 nearest the data.")],
+    from_format: Annotated[SourceFormat, typer.Option("--from", help="Format of SRC, as in msdiff convert.")] = (
+        SourceFormat.msdiff
+    ),
+) -> None:
+    """Take one stage of a multi-stage model, with its encoder, as a unified model.
+
+    Example: msdiff extract exported one --stage 2
+    """
+    from msdiff_dist.convert import editing
+
+    editing.extract(src, dst, stage, from_format.value)
+    typer.echo(f"stage {stage} of {src} extracted to {dst}")

@@ -1,0 +1,38 @@
+"""`msdiff grow`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from msdiff_dist.cli.convert import SourceFormat
+
+
+def grow(
+    src: Annotated[Path, typer.Argument(help="Unified model.")],
+    dst: Annotated[Path, typer.Argument(help="New export folder.")],
+    boundaries: Annotated[str, typer.Option(help="Inner stage boundaries, as 442,631.")],
+    widths: Annotated[str, typer.Option(help="Each decoder's width, stage 0 first.")],
+    attention: Annotated[
+        str | None, typer.Option(help="Each decoder's downsampling factors with attention, as 8,4,2:8,4: .")
+    ] = None,
+    from_format: Annotated[SourceFormat, typer.Option("--from", help="Format of SRC, as in msdiff convert.")] = (
+        SourceFormat.msdiff
+    ),
+) -> None:
+    """Grow a multi-stage model from a unified one, to start training from it: msdiff init --from DST.
+
+    The encoder is copied, and each decoder is the unified model's: the same where its width and attention are, else
+    with channels repeated or left out.
+
+    Example: msdiff grow unified grown --boundaries 442,631 --widths 256,192,128
+    """
+    from msdiff_dist.convert import editing
+    from msdiff_dist.convert.options import parse_boundaries, parse_numbers
+
+    places = attention and [parse_numbers("--attention", part) for part in attention.split(":")]
+    inner, each = parse_boundaries(boundaries) or (), parse_numbers("--widths", widths)
+    report = editing.grow(src, dst, inner, each, places or None, from_format.value)
+    typer.echo(f"{src} grown to {len(each)} stages in {dst}, from {len(report['keys'])} tensors")

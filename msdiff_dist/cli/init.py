@@ -1,0 +1,32 @@
+"""`msdiff init`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def init(
+    name: Annotated[str | None, typer.Argument(help="A file that `msdiff recipes` lists.")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="Export, checkpoint or run folder to continue from, instead of NAME.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write. Default: NAME.yaml, in this folder.")] = None,
+) -> None:
+    """Write a recipe to edit: a copy of a shipped one, or one that trains an existing model further.
+
+    The files that a shipped one names come along. Nothing is overwritten. With --from, the recipe has the model of the
+    export, checkpoint or run and starts from its averaged weights; weights of other programs are converted first
+    (`msdiff convert`).
+
+    Example: msdiff init quickstart --out digits.yaml
+    """
+    from msdiff_dist.apps.init_recipe import init_recipe
+
+    made = init_recipe(name, source, out)
+    for path in made.written:
+        typer.echo(path)
+    for path in made.kept:
+        typer.echo(f"{path} exists and was kept", err=True)

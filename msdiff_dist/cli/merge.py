@@ -1,0 +1,29 @@
+"""`msdiff merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from msdiff_dist.cli.convert import SourceFormat
+
+
+def merge(
+    dst: Annotated[Path, typer.Argument(help="New export folder.")],
+    models: Annotated[list[Path], typer.Argument(help="Unified models, stage 0 first.")],
+    boundaries: Annotated[str, typer.Option(help="Inner stage boundaries, as 442,631.")],
+    from_format: Annotated[SourceFormat, typer.Option("--from", help="Format of the models.")] = SourceFormat.msdiff,
+) -> None:
+    """Put unified models together as the stages of one, the first nearest the data.
+
+    Where their encoders are the same, bit by bit, they become the one shared encoder; else each stage keeps its own.
+
+    Example: msdiff merge merged near middle far --boundaries 442,631
+    """
+    from msdiff_dist.convert import editing
+    from msdiff_dist.convert.options import parse_boundaries
+
+    report = editing.merge(models, dst, parse_boundaries(boundaries) or (), from_format.value)
+    typer.echo(f"{len(models)} models merged in {dst}, from {len(report['keys'])} tensors")
