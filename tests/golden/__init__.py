@@ -2,7 +2,7 @@
 
 `records/*.json` hold, for small recipes that together cover every process, kind of data and U-Net family, the first
 global batches (`batches`), eight steps of training (`training`), and draws of other parts than training (`draws`).
-`pytest tests/golden` makes them anew and compares; `mutations` shows that it would notice a change.
+`pytest tests/golden` makes them anew and compares; `mutations` shows that this would notice a change.
 
 Records change only when training is meant to change, by
 

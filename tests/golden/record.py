@@ -15,12 +15,13 @@ from typing import Any
 from tests.golden import records
 from tests.golden.batches import batches_record
 from tests.golden.cases import CASES, WORLDS
+from tests.golden.draws import draws_record
 from tests.golden.training import training_record
 
 Make = Callable[[Path], Any]
 
 # By name of the record, what makes it in an empty folder.
-MAKERS: dict[str, Make] = {}
+MAKERS: dict[str, Make] = {"draws": draws_record}
 MAKERS |= {f"batches_{case}": partial(batches_record, case) for case in CASES}
 MAKERS |= {f"training_{case}": partial(training_record, case, world_size=1) for case in WORLDS}
 

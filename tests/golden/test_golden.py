@@ -9,6 +9,7 @@ import pytest
 from tests.golden import records
 from tests.golden.batches import batches_record
 from tests.golden.cases import CASES, WORLDS
+from tests.golden.draws import draws_record
 from tests.golden.record import MAKERS
 from tests.golden.training import training_record
 
@@ -17,6 +18,10 @@ from tests.golden.training import training_record
 def test_first_batches(case: str, tmp_path: Path) -> None:
     made = batches_record(case, tmp_path)
     assert not records.differences(records.load(f"batches_{case}"), made)
+
+
+def test_draws_beside_training(tmp_path: Path) -> None:
+    assert not records.differences(records.load("draws"), draws_record(tmp_path))
 
 
 @pytest.mark.distributed

@@ -5,6 +5,7 @@ All are floating-point results, which differ between CPUs and numbers of ranks i
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections import defaultdict
@@ -16,13 +17,14 @@ from typing import Any
 from torch import Tensor
 
 from msdiff_dist.apps.train.local import run_local
+from msdiff_dist.apps.train.rank import run_rank
 from msdiff_dist.checkpoint.load import CheckpointReader
 from msdiff_dist.checkpoint.power_profile import SNAPSHOTS
 from msdiff_dist.export.posthoc import open_posthoc
-from msdiff_dist.recipe import Recipe, recipe_mapping
+from msdiff_dist.recipe import recipe_mapping
 from tests.golden.cases import STEPS, recipe_of
 
-FIELDS = ("loss", "loss_per_stage", "grad_norm", "lr")
+FIELDS = ("grad_norm", "loss", "loss_per_stage", "lr")
 POSTHOC_LENGTH = 0.07  # between the two lengths that are tracked
 
 
@@ -30,10 +32,17 @@ def training_record(case: str, folder: Path, world_size: int) -> dict[str, Any]:
     """Train a case on ranks of this machine; the record of the run."""
     recipe, run = recipe_of(case, folder), folder / f"{case}-run"
     assert run_local(recipe_mapping(recipe), run, world_size) == "finished"
-    return run_record(recipe, run)
+    return run_record(run)
 
 
-def run_record(recipe: Recipe, run: Path) -> dict[str, Any]:
+def single_process_record(case: str, folder: Path) -> dict[str, Any]:
+    """The same of one rank, which is this process; once in a process, as DeepSpeed has it."""
+    recipe, run = recipe_of(case, folder), folder / f"{case}-run"
+    assert run_rank(recipe, run, io.StringIO()) == "finished"
+    return run_record(run)
+
+
+def run_record(run: Path) -> dict[str, Any]:
     """The record of a finished run: `FIELDS` of every step, and norms of the last checkpoint by kind and part.
 
     Weights and optimizer moments have their own norm, averages that of their difference from the weights.
