@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, overload
 
 from msdiff_dist.errors import ConfigError, did_you_mean
@@ -14,31 +15,71 @@ from msdiff_dist.registry import Table
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Variant:
+    """`Annotated[Base, Variant(TABLE, "family", "ldm")]`: the `config` of the entry that its own field `family` names.
+
+    Without that field it is the entry `default`'s. A table's entries have the attribute `config`, a dataclass.
+    """
+
+    table: Table[Any]
+    named_by: str
+    default: str
+
+    def chosen(self, mapping: Any, path: str) -> Any:
+        """The dataclass that a mapping means."""
+        name = mapping.get(self.named_by, self.default) if isinstance(mapping, Mapping) else self.default
+        field = _join(path, self.named_by)
+        return self.table.choose(field, _convert(str, name, field)).config
+
+
+@dataclass(frozen=True)
+class _Section:
+    table: Table[Any]
+    named_by: str
+
+
+def section_of(table: Table[Any], named_by: str) -> dict[str, _Section]:
+    """Metadata of a dataclass field that is written as a section under the name that the field `named_by` holds.
+
+    It is the `config` of that entry of the table, or None. Sections of other entries are refused, unless they are null.
+    """
+    return {"section": _Section(table, named_by)}
+
+
 @overload
 def from_mapping(cls: type[T], mapping: Mapping[str, Any], path: str = "") -> T: ...
 @overload
-def from_mapping(cls: types.UnionType, mapping: Mapping[str, Any], path: str = "") -> Any: ...
+def from_mapping(cls: Any, mapping: Any, path: str = "") -> Any: ...
 def from_mapping(cls: Any, mapping: Mapping[str, Any], path: str = "") -> Any:
     """Build dataclass `cls` from plain YAML data.
 
     Unknown keys, missing keys and wrong types raise `ConfigError` with the dotted path of the field; a dataclass's own
-    `__post_init__` may raise `ConfigError` with a field relative to itself, and the path is put before it. Where `cls`
-    or a field is a union of dataclasses, a field that is a Literal in each tells them apart.
+    `__post_init__` may raise `ConfigError` with a field relative to itself, and the path is put before it. `cls`, or
+    the type of a field, may be one of several dataclasses: a `Variant`.
     """
-    if get_origin(cls) in (Union, types.UnionType):
-        cls = _variant(get_args(cls), mapping, path)
+    if get_origin(cls) is Annotated:
+        return _convert(cls, mapping, path)
     if not isinstance(mapping, Mapping):
         raise ConfigError(
             path or "recipe", mapping, f"must be a mapping of {cls.__name__} fields", "Indent its fields."
         )
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init and not _section(f)}
+    sections = dict(_sections(cls))
     hints = typing.get_type_hints(cls, include_extras=True)
-    values = {}
+    values, given = {}, {}
     for key, value in mapping.items():
         field = _join(path, str(key))
-        if key not in fields:
-            raise ConfigError(field, value, "is not a known field", did_you_mean(str(key), fields))
-        values[key] = _convert(hints[key], value, field)
+        if key in fields:
+            values[key] = _convert(hints[key], value, field)
+        elif any(key in section.table for section in sections.values()):
+            given[key] = value
+        else:
+            known = [*fields, *(name for section in sections.values() for name in section.table)]
+            raise ConfigError(field, value, "is not a known field", did_you_mean(str(key), known))
+    for name, section in sections.items():
+        chosen = values.get(section.named_by, fields[section.named_by].default)
+        values[name] = _chosen_section(section, chosen, given, path)
     for name, f in fields.items():
         if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ConfigError(_join(path, name), None, "is required and missing", f"Add `{name}:` to the recipe.")
@@ -51,7 +92,8 @@ def from_mapping(cls: Any, mapping: Mapping[str, Any], path: str = "") -> Any:
 def to_mapping(value: Any) -> Any:
     """The inverse of `from_mapping`: dataclasses to plain dicts, tuples to lists."""
     if dataclasses.is_dataclass(value):
-        return {f.name: to_mapping(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        written = [f for f in dataclasses.fields(value) if f.init]
+        return {_written_name(value, f): to_mapping(getattr(value, f.name)) for f in written}
     if isinstance(value, (list, tuple)):
         return [to_mapping(v) for v in value]
     if isinstance(value, Mapping):
@@ -93,6 +135,32 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any], path: str = "") -> l
     return found
 
 
+def _section(f: dataclasses.Field[Any]) -> _Section | None:
+    return f.metadata.get("section")
+
+
+def _sections(cls: Any) -> Iterator[tuple[str, _Section]]:
+    for f in dataclasses.fields(cls):
+        section = _section(f)
+        if section is not None:
+            yield f.name, section
+
+
+def _written_name(value: Any, f: dataclasses.Field[Any]) -> str:
+    section = _section(f)
+    return f.name if section is None else getattr(value, section.named_by)
+
+
+def _chosen_section(section: _Section, chosen: str, given: Mapping[str, Any], path: str) -> Any:
+    for name, value in given.items():
+        if name != chosen and name in section.table and value is not None:
+            problem = f"configures a {section.table.kind} that is not in use ({chosen})"
+            remedy = f"Remove it (or set it to null), or use {section.named_by}: {name}."
+            raise ConfigError(_join(path, name), "{...}", problem, remedy)
+    value = given.get(chosen)
+    return None if value is None else _convert(section.table[chosen].config, value, _join(path, chosen))
+
+
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
@@ -104,11 +172,7 @@ def _convert(hint: Any, value: Any, field: str) -> Any:
     if origin in (Union, types.UnionType):
         return _convert_union(args, value, field)
     if origin is Annotated:
-        converted = _convert(args[0], value, field)
-        for table in args[1:]:
-            if isinstance(table, Table):
-                table.choose(field, converted)
-        return converted
+        return _convert_annotated(args, value, field)
     if origin is Literal:
         if value not in args:
             raise ConfigError(field, value, "is not one of the choices", did_you_mean(str(value), map(str, args)))
@@ -130,14 +194,20 @@ def _convert(hint: Any, value: Any, field: str) -> Any:
     return _convert_scalar(hint, value, field)
 
 
+def _convert_annotated(args: tuple[Any, ...], value: Any, field: str) -> Any:
+    kind, meaning = args
+    if isinstance(meaning, Variant):
+        return value if isinstance(value, kind) else from_mapping(meaning.chosen(value, field), value, field)
+    converted = _convert(kind, value, field)
+    if isinstance(meaning, Table):
+        meaning.choose(field, converted)
+    return converted
+
+
 def _convert_union(args: tuple[Any, ...], value: Any, field: str) -> Any:
     if value is None and type(None) in args:
         return None
     choices = [a for a in args if a is not type(None)]
-    if len(choices) > 1 and all(dataclasses.is_dataclass(a) for a in choices):
-        return (
-            value if isinstance(value, tuple(choices)) else from_mapping(_variant(choices, value, field), value, field)
-        )
     errors = []
     for arg in choices:
         try:
@@ -147,25 +217,6 @@ def _convert_union(args: tuple[Any, ...], value: Any, field: str) -> Any:
     if len(errors) == 1 or any(e.field != field for e in errors):
         raise next((e for e in errors if e.field != field), errors[0])
     raise ConfigError(field, value, "; ".join(dict.fromkeys(e.problem for e in errors)), errors[0].remedy)
-
-
-def _variant(choices: Sequence[Any], mapping: Any, path: str) -> Any:
-    """The dataclass that a mapping means: the first common Literal field in which no two share a value tells.
-
-    Without that field it is the first choice.
-    """
-    literals = []
-    for hints in map(typing.get_type_hints, choices):
-        literals.append({name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal})
-    tags = {name: [v for known in literals for v in known.get(name, ())] for name in literals[0]}
-    tag = next(name for name, values in tags.items() if len(set(values)) == len(values))
-    if not isinstance(mapping, Mapping) or tag not in mapping:
-        return choices[0]
-    for choice, known in zip(choices, literals, strict=True):
-        if mapping[tag] in known[tag]:
-            return choice
-    remedy = did_you_mean(str(mapping[tag]), tags[tag])
-    raise ConfigError(_join(path, tag), mapping[tag], "is not one of the choices", remedy)
 
 
 def _convert_scalar(hint: Any, value: Any, field: str) -> Any:

@@ -16,8 +16,8 @@ from msdiff_dist.config import from_mapping, to_mapping
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.make.encoding import EncodeConfig
 from msdiff_dist.diffusion.augmentation import AUGMENT_LABELS, AugmentationConfig
-from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
-from msdiff_dist.diffusion.process import Process, build_process
+from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig, build_process
+from msdiff_dist.diffusion.process import Process
 from msdiff_dist.diffusion.stage_partition import StagePartition, build_partition
 from msdiff_dist.distributed.placement import ParallelConfig
 from msdiff_dist.errors import ConfigError

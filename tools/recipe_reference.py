@@ -56,12 +56,19 @@ def _section(path: str, cls: type, known: dict[type, str]) -> Iterator[str]:
     prose, meanings = _words(cls)
     yield f"{prose}\n\n| field | type | default | |\n|---|---|---|---|"
     for field in dataclasses.fields(cls):
+        if "section" in field.metadata:
+            for name in field.metadata["section"].table:
+                yield f"| `{name}` | section or null | `null` |  |"
+            continue
         meaning = meanings.get(field.name, "").replace("|", "\\|")
         yield f"| `{field.name}` | {_type(hints[field.name])} | {_default(field)} | {meaning} |"
     yield ""
     for field in dataclasses.fields(cls):
         for inner in _dataclasses(hints[field.name]):
             yield from _section(f"{path}.{field.name}", inner, known)
+        if "section" in field.metadata:
+            for name, entry in field.metadata["section"].table.items():
+                yield from _section(f"{path}.{name}", entry.config, known)
 
 
 def _words(cls: type) -> tuple[str, dict[str, str]]:

@@ -17,8 +17,8 @@ from msdiff_dist.checkpoint.layout import CheckpointIndex, find_checkpoint
 from msdiff_dist.checkpoint.load import CheckpointReader
 from msdiff_dist.config import from_mapping
 from msdiff_dist.data.loader import StepLoader
-from msdiff_dist.diffusion.config import DiffusionConfig
-from msdiff_dist.diffusion.process import Process, build_process
+from msdiff_dist.diffusion.config import DiffusionConfig, build_process
+from msdiff_dist.diffusion.process import Process
 from msdiff_dist.diffusion.timestep_sampler import noise
 from msdiff_dist.distributed.environment import is_rank_process, process_group
 from msdiff_dist.errors import ConfigError

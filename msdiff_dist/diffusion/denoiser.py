@@ -6,11 +6,14 @@ All methods take the scales s and n of x_t = s x_0 + n eps, shaped to broadcast 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from msdiff_dist.diffusion.config import PredictionType
+from msdiff_dist.errors import ConfigError
+
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 
 class Denoiser(ABC):
@@ -122,3 +125,9 @@ def build_denoiser(prediction_type: PredictionType, min_snr_gamma: float | None)
     if prediction_type == "v_prediction":
         return VelocityDenoiser(min_snr_gamma)
     return SampleDenoiser(min_snr_gamma)
+
+
+def check_min_snr_gamma(gamma: float | None) -> None:
+    """Refuse a min-SNR gamma that is not positive."""
+    if gamma is not None and not gamma > 0:
+        raise ConfigError("min_snr_gamma", gamma, "must be positive", "Use 5, or null for no weighting.")

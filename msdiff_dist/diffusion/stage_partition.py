@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msdiff_dist.diffusion.config import StagesConfig, Unit
+from msdiff_dist.diffusion.config import StagesConfig
 from msdiff_dist.diffusion.process import Process
 from msdiff_dist.errors import ConfigError
 
@@ -19,7 +19,7 @@ class StagePartition:
     """Stages 0 .. K - 1 as half-open intervals [b_k, b_{k+1}) of the process's time; stage 0 is nearest the data."""
 
     boundaries: tuple[float, ...]
-    unit: Unit
+    unit: str
     lo: float
     hi: float
 
@@ -52,7 +52,7 @@ def build_partition(config: StagesConfig, process: Process) -> StagePartition:
     """
     for i, b in enumerate(config.boundaries):
         field = f"stages.boundaries[{i}]"
-        if process.unit == "timestep" and b != int(b):
+        if process.discrete and b != int(b):
             hint = f"Write {round(b * process.hi)}." if 0 < b < 1 else f"Write {round(b)}."
             raise ConfigError(field, b, "boundaries of a discrete process are whole timesteps", hint)
         if not process.lo < b < process.hi:

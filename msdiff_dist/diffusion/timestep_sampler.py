@@ -74,7 +74,7 @@ class StageQuotas:
         quotas, B = self.quotas_K, int(self.quotas_K.sum())
         stage_B = np.repeat(np.arange(len(quotas)), quotas)[generator(seed, "stage", step).permutation(B)]
         u_B = generator(seed, "time", step).random(B)
-        t_B = np.empty(B, np.int64 if self._process.unit == "timestep" else np.float64)
+        t_B = np.empty(B, np.int64 if self._process.discrete else np.float64)
         micro_B = np.empty(B, np.int64)
         first, by_stage = 0, np.argsort(stage_B, kind="stable")
         for k, bounds in enumerate(self._micro_bounds(accumulation_steps).T):

@@ -12,15 +12,13 @@ from typing import Any
 import torch
 
 from msdiff_dist.config import differences, to_mapping
-from msdiff_dist.diffusion.config import DiscreteConfig, EDMConfig, StagesConfig, VPConfig
+from msdiff_dist.diffusion.config import StagesConfig
 from msdiff_dist.diffusion.stage_partition import build_partition
 from msdiff_dist.errors import ConfigError, RunFolderError
 from msdiff_dist.evaluation.frechet import ScoreConfig, Scorer
 from msdiff_dist.evaluation.generate import Generator, SplicedGenerator
 from msdiff_dist.export.description import ModelDescription
 from msdiff_dist.export.weights import open_weights
-
-_SECTIONS = {"discrete": DiscreteConfig, "vp": VPConfig, "edm": EDMConfig}
 
 
 @dataclass(frozen=True)
@@ -128,10 +126,7 @@ def _settings(about: ModelDescription) -> dict[str, Any]:
     """What two networks must share to stand in for each other, under the recipe's names."""
     process = about.diffusion.process
     return {
-        "diffusion": {
-            "process": process,
-            process: to_mapping(getattr(about.diffusion, process) or _SECTIONS[process]()),
-        },
+        "diffusion": {"process": process, process: to_mapping(about.diffusion.settings())},
         "latent_shape": list(about.latent_shape),
         "autoencoder": to_mapping(about.autoencoder),
         "model": {"num_classes": about.model.num_classes},

@@ -23,7 +23,7 @@ from rich.progress import track
 from torch import Tensor
 
 from msdiff_dist.config import differences, to_mapping
-from msdiff_dist.diffusion.solvers import SamplerConfig, steps_of_budget
+from msdiff_dist.diffusion.solvers import SOLVERS, SamplerConfig
 from msdiff_dist.errors import ConfigError, RunFolderError
 from msdiff_dist.evaluation.generate import Generator
 from msdiff_dist.evaluation.grid import class_labels, write_grid
@@ -72,8 +72,8 @@ def sample_run(
     process = description.process()
     try:
         if evaluations is not None:
-            name = sampler.name or process.samplers[0]
-            sampler = replace(sampler, name=name, steps=steps_of_budget(name, evaluations))
+            name = sampler.name or process.sampler
+            sampler = replace(sampler, name=name, steps=SOLVERS.choose("name", name).steps_of(evaluations))
         sampler = sampler.for_process(process)
     except ConfigError as e:
         steps = "steps" if evaluations is None else "nfe"

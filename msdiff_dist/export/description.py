@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from msdiff_dist.config import from_mapping
 from msdiff_dist.data.config import DataConfig
-from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
-from msdiff_dist.diffusion.process import Process, build_process
+from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig, build_process
+from msdiff_dist.diffusion.process import Process
 from msdiff_dist.diffusion.stage_partition import StagePartition, build_partition
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.models.autoencoder import AutoencoderConfig

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from msdiff_dist.diffusion.process import Process
+from msdiff_dist.diffusion.processes.vp import VPProcess
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.stage_division.image_blocks import DataBlocks, Part
 from msdiff_dist.stage_division.intervals import (
@@ -173,7 +174,7 @@ def plot(division: Division, path: Path) -> None:
         for u, b in zip(at, division.boundaries, strict=True):
             axes.axvline(u, color="black", linestyle="--", label=f"{process.unit} = {b:g}")
         axes.legend()
-    axes.set_xlabel("t" if process.unit == "t" else f"t (boundaries in {process.unit})")
+    axes.set_xlabel("t" if isinstance(process, VPProcess) else f"t (boundaries in {process.unit})")
     axes.set_title(f"{division.method}, {division.stages} stages")
     try:
         figure.savefig(path)

@@ -16,7 +16,8 @@ from PIL import Image
 from msdiff_dist.convert.formats.export_folder import write_export
 from msdiff_dist.convert.model_weights import ModelWeights
 from msdiff_dist.convert.sources import MemorySource
-from msdiff_dist.diffusion.config import DiffusionConfig, DiscreteConfig, StagesConfig
+from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
+from msdiff_dist.diffusion.processes.discrete import DiscreteConfig
 from msdiff_dist.diffusion.sampling import Condition, image_generators, sample
 from msdiff_dist.diffusion.solvers import SamplerConfig
 from msdiff_dist.evaluation.generate import Generator
@@ -46,7 +47,7 @@ def export(folder: Path, model: LDMConfig, autoencoder: torch.nn.Module | None =
     description = ModelDescription(
         model=model, sample_size=8, weights="raw", autoencoder=codec,
         stages=StagesConfig({1: (), 3: (442.0, 631.0)}[model.num_stages]),
-        diffusion=DiffusionConfig(discrete=DiscreteConfig()),
+        diffusion=DiffusionConfig("discrete", DiscreteConfig()),
     )  # fmt: skip
     write_export(ModelWeights(description, MemorySource(network.state_dict())), folder, {})
     if autoencoder:

@@ -27,8 +27,9 @@ from msdiff_dist.convert.model_weights import (
 from msdiff_dist.convert.options import ConvertOptions
 from msdiff_dist.convert.sources import SafetensorsSource, TensorSource, open_source
 from msdiff_dist.convert.writing import write_safetensors
-from msdiff_dist.diffusion.config import DiffusionConfig, DiscreteConfig, StagesConfig
+from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
 from msdiff_dist.diffusion.noise_schedule import ScheduleName
+from msdiff_dist.diffusion.processes.discrete import DiscreteConfig
 from msdiff_dist.errors import CheckpointError, ConfigError
 from msdiff_dist.export.description import ModelDescription
 from msdiff_dist.models.autoencoder import AutoencoderConfig
@@ -67,9 +68,10 @@ def read_diffusers(folder: Path, options: ConvertOptions) -> ModelWeights:
             found.left_out[f"{name}/"] = "a part of the pipeline that is not the network"
     if vae and vae_weights:
         found.used |= {f"{vae.name}/{k}": [f"autoencoder/{k}"] for k in vae_weights.tensors.names()}
+    diffusion = DiffusionConfig("discrete", discrete)
     return replace(
         found,
-        description=replace(found.description, diffusion=DiffusionConfig(discrete=discrete), autoencoder=autoencoder),
+        description=replace(found.description, diffusion=diffusion, autoencoder=autoencoder),
         autoencoder_weights=vae_weights,
         assumed=said,
         notes=[p for pattern in _NOTES for p in sorted(folder.glob(pattern))],
@@ -100,7 +102,7 @@ def read_unet(config: Mapping[str, Any], source: TensorSource, options: ConvertO
     size = config.get("sample_size")
     description = ModelDescription(
         model=model,
-        diffusion=DiffusionConfig(discrete=discrete),
+        diffusion=DiffusionConfig("discrete", discrete),
         stages=StagesConfig(options.boundaries or boundaries),
         autoencoder=AutoencoderConfig(scale_factor=options.scale_factor or 1.0),
         sample_size=tuple(size) if isinstance(size, list) else size,
@@ -144,7 +146,7 @@ def write_diffusers(weights: ModelWeights, folder: Path, metadata: Mapping[str, 
     written.files[f"unet/{WEIGHTS}"] = write_safetensors(
         unet / WEIGHTS, TheirsFromOurs(weights.tensors, rules), metadata
     )
-    discrete = weights.description.diffusion.discrete or DiscreteConfig()
+    discrete = weights.description.diffusion.settings()
     _write_json(folder / "scheduler" / "scheduler_config.json", _scheduler_config(discrete))
     has_vae = _write_autoencoder(weights, folder / "vae", written, metadata)
     _write_index(weights.description, folder, config["_class_name"], has_vae)

@@ -33,7 +33,8 @@ from msdiff_dist.convert.model_weights import JoinedSource, ModelWeights, Writte
 from msdiff_dist.convert.options import ConvertOptions
 from msdiff_dist.convert.sources import MemorySource, RenamedSource, TensorSource, under
 from msdiff_dist.convert.writing import write_state_dict
-from msdiff_dist.diffusion.config import DiffusionConfig, DiscreteConfig, StagesConfig
+from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
+from msdiff_dist.diffusion.processes.discrete import DiscreteConfig
 from msdiff_dist.errors import CheckpointError
 from msdiff_dist.export.description import ModelDescription
 from msdiff_dist.models.attention import SelfAttentionBlock
@@ -135,7 +136,7 @@ def read_ldm(source: TensorSource, options: ConvertOptions, multistage: bool = F
     check_complete(source, rules, {*left_out, *used}, shapes, what)
     description = ModelDescription(
         model=model,
-        diffusion=DiffusionConfig(discrete=discrete),
+        diffusion=DiffusionConfig("discrete", discrete),
         stages=StagesConfig(boundaries),
         autoencoder=AutoencoderConfig(scale_factor=scale, **(first_stage.config_fields() if first_stage else {})),
         sample_size=sheet.sample_size() if sheet else None,
@@ -187,7 +188,7 @@ def write_ldm_file(
     """
     model = _checked_model(weights, multistage)
     rules = unet_rules(model, multistage, options.null_class)
-    tables = schedule_tables(weights.description.diffusion.discrete or DiscreteConfig())
+    tables = schedule_tables(weights.description.diffusion.settings())
     scale = MemorySource({"scale_factor": torch.tensor(weights.description.autoencoder.scale_factor)})
     parts: list[TensorSource] = [TheirsFromOurs(weights.tensors, rules), tables, scale]
     names = {r.ours: list(r.theirs) for r in rules}

@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 
 from msdiff_dist.convert.formats.ldm_architecture import HeadsRule
-from msdiff_dist.diffusion.config import DiscreteConfig, PredictionType
+from msdiff_dist.diffusion.denoiser import PredictionType
 from msdiff_dist.diffusion.noise_schedule import ScheduleName
+from msdiff_dist.diffusion.processes.discrete import DiscreteConfig
 from msdiff_dist.errors import CheckpointError, ConfigError
 from msdiff_dist.models.ldm.config import LDMConfig
 

@@ -31,7 +31,8 @@ from msdiff_dist.convert.model_weights import JoinedSource, ModelWeights, Writte
 from msdiff_dist.convert.options import ConvertOptions
 from msdiff_dist.convert.sources import MemorySource, RenamedSource, TensorSource
 from msdiff_dist.convert.writing import write_state_dict
-from msdiff_dist.diffusion.config import DiffusionConfig, EDMConfig, StagesConfig
+from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
+from msdiff_dist.diffusion.processes.edm import EDMConfig
 from msdiff_dist.errors import CheckpointError, ConfigError
 from msdiff_dist.export.description import ModelDescription
 from msdiff_dist.models.song.config import SongConfig
@@ -88,7 +89,7 @@ def read_edm(source: TensorSource, options: ConvertOptions) -> ModelWeights:
     boundaries, said = given_boundaries(options, model.num_stages, PAPER_BOUNDARIES)
     description = ModelDescription(
         model=model,
-        diffusion=DiffusionConfig(process="edm", edm=EDMConfig()),
+        diffusion=DiffusionConfig("edm", EDMConfig()),
         stages=StagesConfig(boundaries),
         sample_size=size,
         weights="ema",

@@ -30,7 +30,8 @@ from msdiff_dist.convert.sources import (
     open_source,
 )
 from msdiff_dist.convert.writing import write_state_dict
-from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig, VPConfig
+from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
+from msdiff_dist.diffusion.processes.vp import VPConfig
 from msdiff_dist.errors import CheckpointError, ConfigError
 from msdiff_dist.export.description import ModelDescription
 from msdiff_dist.models.song.config import SongConfig
@@ -80,7 +81,7 @@ def read_scoresde(path: Path, options: ConvertOptions) -> ModelWeights:
     boundaries, said = given_boundaries(options, model.num_stages, PAPER_BOUNDARIES)
     description = ModelDescription(
         model=model,
-        diffusion=DiffusionConfig(process="vp", vp=VPConfig()),
+        diffusion=DiffusionConfig("vp", VPConfig()),
         stages=StagesConfig(boundaries),
         weights="ema" if averaged else "raw",
     )

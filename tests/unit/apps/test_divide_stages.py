@@ -8,7 +8,7 @@ import yaml
 from PIL import Image
 
 from msdiff_dist.apps.divide_stages import ClusterRequest, cluster, write_boundaries
-from msdiff_dist.diffusion.process import VPProcess
+from msdiff_dist.diffusion.processes.vp import VPProcess
 from msdiff_dist.errors import ConfigError, DataError
 from msdiff_dist.recipe import load_recipe
 from msdiff_dist.stage_division.methods import DenoiserOptions

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from msdiff_dist import __version__
 from msdiff_dist.config import to_mapping
-from msdiff_dist.diffusion.config import DiffusionConfig, DiscreteConfig, StagesConfig
+from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
+from msdiff_dist.diffusion.processes.discrete import DiscreteConfig
 from msdiff_dist.export.description import ModelDescription
 from msdiff_dist.models import ModelConfig, build_model
 from tests.unit.convert.convert_helpers import randomise
@@ -29,7 +30,7 @@ def make_export(tmp_path: Path) -> Exporter:
         model = randomise(build_model(config))
         save_file({k: v.to(dtype) for k, v in model.state_dict().items()}, folder / "model.safetensors")
         stages = {1: (), 2: (500.0,), 3: (442.0, 631.0)}[config.num_stages]
-        known: dict[str, Any] = {"diffusion": DiffusionConfig(discrete=DiscreteConfig()), "sample_size": 8}
+        known: dict[str, Any] = {"diffusion": DiffusionConfig("discrete", DiscreteConfig()), "sample_size": 8}
         description = ModelDescription(
             model=config, version=__version__, **{**known, "stages": StagesConfig(stages), **sections}
         )

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 
 from msdiff_dist.config import from_mapping
-from msdiff_dist.diffusion.config import DiffusionConfig, EDMConfig, StagesConfig, VPConfig
+from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig, build_process
 from msdiff_dist.diffusion.loss import sample_losses
-from msdiff_dist.diffusion.process import EDMProcess, VPProcess, build_process, convert_times
+from msdiff_dist.diffusion.process import convert_times
+from msdiff_dist.diffusion.processes.edm import EDMConfig, EDMProcess
+from msdiff_dist.diffusion.processes.vp import VPConfig, VPProcess
 from msdiff_dist.diffusion.stage_partition import build_partition
 from msdiff_dist.errors import ConfigError
 

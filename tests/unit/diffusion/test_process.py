@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from msdiff_dist.config import from_mapping
-from msdiff_dist.diffusion.config import DiffusionConfig, DiscreteConfig
-from msdiff_dist.diffusion.process import DiscreteProcess, build_process
+from msdiff_dist.diffusion.config import DiffusionConfig, build_process
+from msdiff_dist.diffusion.processes.discrete import DiscreteConfig, DiscreteProcess
 from msdiff_dist.errors import ConfigError
 
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
-from msdiff_dist.diffusion.process import build_process
+from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig, build_process
 from msdiff_dist.diffusion.sampling import (
     Condition,
     SamplerConfig,

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from msdiff_dist.diffusion.config import DiscreteConfig, EDMConfig, VPConfig
-from msdiff_dist.diffusion.process import DiscreteProcess, EDMProcess, Process, VPProcess
+from msdiff_dist.diffusion.process import Process
+from msdiff_dist.diffusion.processes.discrete import DiscreteConfig, DiscreteProcess
+from msdiff_dist.diffusion.processes.edm import EDMConfig, EDMProcess
+from msdiff_dist.diffusion.processes.vp import VPConfig, VPProcess
 from msdiff_dist.diffusion.sampling import image_generators
-from msdiff_dist.diffusion.solvers import ChurnConfig, Denoise, SamplerConfig, solve, steps_of_budget
+from msdiff_dist.diffusion.solvers import SOLVERS, ChurnConfig, Denoise, SamplerConfig, solve
 from msdiff_dist.errors import ConfigError
 
 DISCRETE, VP, EDM = DiscreteProcess(DiscreteConfig()), VPProcess(VPConfig()), EDMProcess(EDMConfig())
@@ -115,7 +117,7 @@ def test_singlestep_spends_its_budget_exactly(steps: int) -> None:
 
 def test_heun_takes_two_evaluations_for_each_step_but_the_last() -> None:
     calls = []
-    config = SamplerConfig("heun", steps_of_budget("heun", 35))
+    config = SamplerConfig("heun", SOLVERS["heun"].steps_of(35))
     solve(lambda x, t: calls.append(t) or 0 * x, EDM, config, torch.zeros(1, 1), [torch.Generator()])
     assert config.steps == 18
     assert len(calls) == 35
@@ -169,5 +171,5 @@ def test_every_process_has_a_sampler_of_its_own(process: Process, name: str) -> 
 
 def test_an_even_budget_of_heun_is_refused() -> None:
     with pytest.raises(ConfigError, match="Use 19 or 21"):
-        steps_of_budget("heun", 20)
-    assert steps_of_budget("dpm_3s", 20) == 20
+        SOLVERS["heun"].steps_of(20)
+    assert SOLVERS["dpm_3s"].steps_of(20) == 20

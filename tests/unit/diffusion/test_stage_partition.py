@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from msdiff_dist.config import from_mapping
-from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
-from msdiff_dist.diffusion.process import build_process
+from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig, build_process
 from msdiff_dist.diffusion.stage_partition import build_partition
 from msdiff_dist.errors import ConfigError
 

@@ -6,8 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
-from msdiff_dist.diffusion.process import build_process
+from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig, build_process
 from msdiff_dist.diffusion.stage_partition import build_partition
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas, dropout_mask, noise, stage_quotas
 from msdiff_dist.errors import ConfigError

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from msdiff_dist.diffusion.config import DiscreteConfig, StagesConfig
-from msdiff_dist.diffusion.process import DiscreteProcess
+from msdiff_dist.diffusion.config import StagesConfig
+from msdiff_dist.diffusion.processes.discrete import DiscreteConfig, DiscreteProcess
 from msdiff_dist.diffusion.stage_partition import build_partition
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.stage_division.gradient_affinity import gradient_affinity

@@ -7,8 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msdiff_dist.diffusion.config import DiscreteConfig, EDMConfig, StagesConfig, VPConfig
-from msdiff_dist.diffusion.process import DiscreteProcess, EDMProcess, Process, VPProcess
+from msdiff_dist.diffusion.config import StagesConfig
+from msdiff_dist.diffusion.process import Process
+from msdiff_dist.diffusion.processes.discrete import DiscreteConfig, DiscreteProcess
+from msdiff_dist.diffusion.processes.edm import EDMConfig, EDMProcess
+from msdiff_dist.diffusion.processes.vp import VPConfig, VPProcess
 from msdiff_dist.diffusion.stage_partition import build_partition
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.stage_division.intervals import (

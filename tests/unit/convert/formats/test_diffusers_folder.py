@@ -10,8 +10,9 @@ import torch
 from msdiff_dist.convert.conversion import convert
 from msdiff_dist.convert.formats.diffusers_folder import read_diffusers
 from msdiff_dist.convert.options import ConvertOptions
-from msdiff_dist.diffusion.config import DiffusionConfig, DiscreteConfig, StagesConfig, VPConfig
-from msdiff_dist.diffusion.process import build_process
+from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig, build_process
+from msdiff_dist.diffusion.processes.discrete import DiscreteConfig
+from msdiff_dist.diffusion.processes.vp import VPConfig
 from msdiff_dist.diffusion.sampling import Condition, image_generators, sample
 from msdiff_dist.diffusion.solvers import SamplerConfig
 from msdiff_dist.diffusion.stage_partition import build_partition
@@ -79,7 +80,7 @@ def test_there_and_back_is_bitwise(tmp_path: Path, make_export: Any, config: LDM
 
 
 def sampled(model: MultistageUNet, sampler: SamplerConfig, label: torch.Tensor | None, n: int) -> torch.Tensor:
-    process = build_process(DiffusionConfig(discrete=DiscreteConfig()))
+    process = build_process(DiffusionConfig("discrete", DiscreteConfig()))
     return sample(
         lambda x, t, stage, label, context: model.stages[stage](*model.shared(x, t, context, label)),
         process,
@@ -173,18 +174,18 @@ def test_space_to_depth_is_undone_by_the_pipeline(tmp_path: Path, make_export: A
 
 def test_schedules_go_through(tmp_path: Path, make_export: Any) -> None:
     discrete = DiscreteConfig(timesteps=500, schedule="cosine", prediction_type="v_prediction")
-    export = make_export(STAGED, diffusion=DiffusionConfig(discrete=discrete), stages=StagesConfig((100.0, 200.0)))
+    export = make_export(STAGED, diffusion=DiffusionConfig("discrete", discrete), stages=StagesConfig((100.0, 200.0)))
     convert(export, tmp_path / "theirs", "msdiff", "diffusers")
     scheduler = pipeline(tmp_path / "theirs").scheduler
-    ours = build_process(DiffusionConfig(discrete=discrete)).alphas_cumprod  # type: ignore[attr-defined]
+    ours = build_process(DiffusionConfig("discrete", discrete)).alphas_cumprod  # type: ignore[attr-defined]
     assert torch.allclose(scheduler.alphas_cumprod.double(), torch.from_numpy(ours), atol=1e-6)
     found = read_diffusers(tmp_path / "theirs", ConvertOptions())
-    assert found.description.diffusion.discrete == discrete
+    assert found.description.diffusion.section == discrete
     assert found.description.stages.boundaries == (100.0, 200.0)
 
 
 def test_continuous_processes_are_refused(tmp_path: Path, make_export: Any) -> None:
-    diffusion = DiffusionConfig(process="vp", vp=VPConfig())
+    diffusion = DiffusionConfig("vp", VPConfig())
     export = make_export(STAGED, diffusion=diffusion, stages=StagesConfig((0.4, 0.6)))
     with pytest.raises(CheckpointError, match=r"diffusion\.process"):
         convert(export, tmp_path / "theirs", "msdiff", "diffusers")

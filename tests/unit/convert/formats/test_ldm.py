@@ -15,7 +15,7 @@ from msdiff_dist.convert.formats.ldm import ema_name, read_ldm
 from msdiff_dist.convert.formats.noise_tables import recognise_schedule, schedule_tables
 from msdiff_dist.convert.options import ConvertOptions
 from msdiff_dist.convert.sources import MemorySource, open_source
-from msdiff_dist.diffusion.config import DiscreteConfig
+from msdiff_dist.diffusion.processes.discrete import DiscreteConfig
 from msdiff_dist.errors import CheckpointError, ConfigError
 from msdiff_dist.models import build_model
 from msdiff_dist.models.ldm.config import LDMConfig
@@ -169,7 +169,7 @@ def test_yaml_decides(tmp_path: Path) -> None:
     sheet = ldm_yaml(tmp_path / "x.yaml", num_heads=2, num_head_channels=-1, parameterization="v")
     found = read_ldm(open_source(path), ConvertOptions(config=sheet))
     assert found.model.num_heads == 2
-    assert found.description.diffusion.discrete == DiscreteConfig(beta_end=0.0155, prediction_type="v_prediction")
+    assert found.description.diffusion.section == DiscreteConfig(beta_end=0.0155, prediction_type="v_prediction")
     assert found.description.autoencoder.scale_factor == 0.3
     assert found.description.sample_size == 8
     assert found.assumed == []

@@ -1,0 +1,98 @@
+"""Latent diffusion's process in discrete time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from msdiff_dist.diffusion.denoiser import PredictionType, build_denoiser, check_min_snr_gamma
+from msdiff_dist.diffusion.noise_schedule import ScheduleName, alphas_cumprod, betas
+from msdiff_dist.diffusion.process import Process, Spacing
+from msdiff_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DiscreteConfig:
+    """LDM's discrete process: integer timesteps 0 .. timesteps - 1.
+
+    `min_snr_gamma` weighs the loss by min(SNR, gamma) (2303.09556), expressed for the prediction type in use.
+    """
+
+    timesteps: int = 1000
+    schedule: ScheduleName = "scaled_linear"
+    beta_start: float = 0.0015
+    beta_end: float = 0.0195
+    prediction_type: PredictionType = "epsilon"
+    min_snr_gamma: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.timesteps < 2:
+            raise ConfigError("timesteps", self.timesteps, "a process needs at least two timesteps", "Use 1000.")
+        if not 0 < self.beta_start < 1:
+            raise ConfigError("beta_start", self.beta_start, "must lie between 0 and 1", "LDM uses 0.0015.")
+        if not self.beta_start <= self.beta_end < 1:
+            problem = f"must lie between beta_start = {self.beta_start} and 1"
+            raise ConfigError("beta_end", self.beta_end, problem, "LDM uses 0.0195.")
+        check_min_snr_gamma(self.min_snr_gamma)
+
+
+class DiscreteProcess(Process):
+    """LDM's process: integer timesteps 0 .. T - 1, each equally likely in training."""
+
+    unit = "timestep"
+    discrete = True
+    variance_preserving = True
+    spacings = ("leading", "trailing", "log_snr")
+    sampler = "ddim"
+    hi: int
+
+    def __init__(self, config: DiscreteConfig) -> None:
+        super().__init__(build_denoiser(config.prediction_type, config.min_snr_gamma))
+        self.lo, self.hi = 0, config.timesteps
+        betas_T = betas(config.schedule, config.timesteps, config.beta_start, config.beta_end)
+        self.alphas_cumprod = alphas_cumprod(betas_T)
+        table = np.stack([np.sqrt(self.alphas_cumprod), np.sqrt(1 - self.alphas_cumprod)])
+        self._table = torch.from_numpy(table.astype(np.float32))
+
+    def scales(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
+        if self._table.device != t_B.device:
+            self._table = self._table.to(t_B.device)
+        s_B, n_B = self._table[:, t_B.long()]
+        return s_B, n_B
+
+    def network_time(self, t_B: Tensor) -> Tensor:
+        return t_B.float()
+
+    def mass(self, lo: float, hi: float) -> float:
+        return (hi - lo) / self.hi
+
+    def quantile(self, u: np.ndarray, lo: float, hi: float) -> np.ndarray:
+        return np.minimum(lo + np.floor(u * (hi - lo)), hi - 1).astype(np.int64)
+
+    def sigma_of(self, t: ArrayLike) -> np.ndarray:
+        a = self.alphas_cumprod[np.asarray(t, np.int64)]
+        return np.sqrt((1 - a) / a)
+
+    def time_of(self, sigma: ArrayLike) -> np.ndarray:
+        return np.searchsorted(self.sigma_of(np.arange(self.hi)), sigma, side="left")
+
+    def _sampling_times(self, steps: int, spacing: Spacing, end: float | None) -> tuple[np.ndarray, float]:
+        if steps > self.hi:
+            raise ConfigError("steps", steps, f"the process has {self.hi} timesteps", f"Use at most {self.hi}.")
+        if end is not None:
+            raise ConfigError("end", end, "a discrete process is always sampled to clean data", "Leave it out.")
+        i = np.arange(steps)
+        if spacing == "leading":
+            times = i * self.hi // steps + (self.hi >= 2 * steps)
+        elif spacing == "trailing":
+            times = (i + 1) * self.hi // steps - 1
+        else:  # even in log-SNR, but consecutive near the data where the timesteps are too coarse for that
+            log_sigmas = np.log(self.sigma_of(np.arange(self.hi)))
+            even = np.linspace(log_sigmas[-1], log_sigmas[0], steps)[::-1]
+            nearest = np.rint(np.interp(even, log_sigmas, np.arange(self.hi))).astype(np.int64)
+            times = np.minimum(np.maximum.accumulate(nearest - i) + i, self.hi - steps + i)
+        return times[::-1], 0.0

@@ -1,0 +1,93 @@
+"""EDM's process, whose time is the noise level."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from msdiff_dist.diffusion.denoiser import EDMDenoiser
+from msdiff_dist.diffusion.process import Process, Spacing
+from msdiff_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class EDMConfig:
+    """EDM (2206.00364): noise level sigma with ln(sigma) ~ N(p_mean, p_std^2), and its preconditioning.
+
+    Args:
+        sigma_data: standard deviation of the data.
+        sigma_min, sigma_max, rho: the sampler's noise levels, even in sigma^(1/rho) (Eq. 5).
+    """
+
+    p_mean: float = -1.2
+    p_std: float = 1.2
+    sigma_data: float = 0.5
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        for name in ("p_std", "sigma_data", "sigma_min", "rho"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(name, getattr(self, name), "must be positive", "Correct it.")
+        if not self.sigma_max > self.sigma_min:
+            problem = f"must be above sigma_min = {self.sigma_min}"
+            raise ConfigError("sigma_max", self.sigma_max, problem, "EDM uses 0.002 and 80.")
+
+
+class EDMProcess(Process):
+    """Noise of level sigma is added to the data, ln(sigma) ~ N(p_mean, p_std^2) in training (2206.00364)."""
+
+    unit = "sigma"
+    spacings = ("rho",)
+    sampler = "heun"
+    lo, hi = 0.0, math.inf
+
+    def __init__(self, config: EDMConfig) -> None:
+        super().__init__(EDMDenoiser(config.sigma_data))
+        self._config = config
+        self.prior_std = config.sigma_max
+
+    def scales(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
+        sigma_B = t_B.float()
+        return torch.ones_like(sigma_B), sigma_B
+
+    def network_time(self, t_B: Tensor) -> Tensor:
+        return (torch.log(t_B) / 4).float()
+
+    def mass(self, lo: float, hi: float) -> float:
+        _, a, b = self._normal_interval(lo, hi)
+        return _normal_cdf(b) - _normal_cdf(a)
+
+    def quantile(self, u: np.ndarray, lo: float, hi: float) -> np.ndarray:
+        sign, a, b = self._normal_interval(lo, hi)
+        p = _normal_cdf(a) + np.maximum(u, 2.0**-54) * (_normal_cdf(b) - _normal_cdf(a))
+        z = sign * torch.special.ndtri(torch.from_numpy(p)).numpy()
+        return np.clip(np.exp(self._config.p_mean + self._config.p_std * z), lo, np.nextafter(hi, lo))
+
+    def sigma_of(self, t: ArrayLike) -> np.ndarray:
+        return np.asarray(t, np.float64)
+
+    def time_of(self, sigma: ArrayLike) -> np.ndarray:
+        return np.asarray(sigma, np.float64)
+
+    def _sampling_times(self, steps: int, spacing: Spacing, end: float | None) -> tuple[np.ndarray, float]:
+        config, end = self._config, self._config.sigma_min if end is None else end
+        if not 0 < end < config.sigma_max:
+            raise ConfigError("end", end, f"must lie between 0 and sigma_max = {config.sigma_max}", "EDM uses 0.002.")
+        return np.linspace(config.sigma_max ** (1 / config.rho), end ** (1 / config.rho), steps) ** config.rho, 0.0
+
+    def _normal_interval(self, lo: float, hi: float) -> tuple[int, float, float]:
+        """(sign, a, b): the interval in sign x the standard normal variable, in the tail where the cdf is exact."""
+        a, b = ((math.log(x) if x > 0 else -math.inf) for x in (lo, hi))
+        a, b = ((x - self._config.p_mean) / self._config.p_std for x in (a, b))
+        return (-1, -b, -a) if a > 0 else (1, a, b)
+
+
+def _normal_cdf(z: float) -> float:
+    return math.erfc(-z / math.sqrt(2)) / 2

@@ -1,0 +1,6 @@
+"""Solvers from noise to data."""
+
+from msdiff_dist.diffusion.solvers.sampler import SOLVERS, ChurnConfig, SamplerConfig, solve
+from msdiff_dist.diffusion.solvers.solver import Denoise, Solver
+
+__all__ = ["SOLVERS", "ChurnConfig", "Denoise", "SamplerConfig", "Solver", "solve"]
