@@ -147,7 +147,7 @@ class Outcome:
 
 
 def all_changes(package: Path) -> list[Change]:
-    """No change at all, then those of every purpose and formula.
+    """Of every purpose and formula.
 
     Raises:
         MutationError: a purpose without record, or one that is gone; a text of `CHANGES` that is not there once.
@@ -172,8 +172,7 @@ def all_changes(package: Path) -> list[Change]:
         changes.append(Change(name, (record,), files[0], sources[files[0]].replace(old, new)))
     for change in changes:
         compile(change.text, str(change.file), "exec")
-    every = tuple(dict.fromkeys(record for change in changes for record in change.records))
-    return [Change(CONTROL, every, Path("__init__.py"), sources[Path("__init__.py")]), *changes]
+    return changes
 
 
 def purposes(text: str) -> list[tuple[str, ast.Constant]]:
@@ -279,7 +278,7 @@ def _difference(name: str) -> str | None:
         except Exception as e:
             return f"{name}: {type(e).__name__}: {e}"
     found = records.differences(records.load(name), now)
-    return f"{name}: {found[0]}" if found else None
+    return f"{name}, {len(found)} differences: {found[0]}" if found else None
 
 
 def _start(function: Callable[..., str | None], *args: Any) -> Connection:
@@ -311,11 +310,13 @@ def main() -> int:
     for name in _HEAVY:
         importlib.import_module(name)
     names, start = set(sys.argv[1:]), time.monotonic()
-    changes = [c for c in all_changes(ROOT / PACKAGE) if not names or c.name in names | {CONTROL}]
+    changes = [c for c in all_changes(ROOT / PACKAGE) if not names or c.name in names]
     if unknown := names - {c.name for c in changes}:
         raise MutationError(f"no such changes: {', '.join(sorted(unknown))}")
+    needed, unchanged = dict.fromkeys(r for c in changes for r in c.records), Path("__init__.py")
+    control = Change(CONTROL, tuple(needed), unchanged, (ROOT / PACKAGE / unchanged).read_text())
     unseen, false_alarm = 0, False
-    for outcome in check(changes, processes=min(2, len(os.sched_getaffinity(0)))):
+    for outcome in check([control, *changes], processes=min(2, len(os.sched_getaffinity(0)))):
         mark = "seen" if outcome.seen else "unseen"
         print(f"{mark:7}{outcome.seconds:5.1f} s  {outcome.name:34}{outcome.seen or ''}"[:160], flush=True)
         if outcome.name == CONTROL:
@@ -324,8 +325,7 @@ def main() -> int:
             unseen += 1
     for purpose, reason in UNRECORDED.items():
         print(f"not recorded: {purpose!r} {reason}")
-    tried = len(changes) - 1
-    print(f"{tried} changes tried, {tried - unseen} seen, in {time.monotonic() - start:.0f} s")
+    print(f"{len(changes)} changes tried, {len(changes) - unseen} seen, in {time.monotonic() - start:.0f} s")
     if false_alarm:
         print("the package as it is differs from its records already")
     return 1 if unseen or false_alarm else 0
