@@ -105,16 +105,25 @@ def chosen(value: Any, is_variant: bool = False) -> Any:
     """As `to_mapping`, without the fields that have their default.
 
     Args:
-        is_variant: the dataclass is one of a union's: the Literals that tell them apart stay.
+        is_variant: the dataclass is one of several: the names that tell them apart stay.
     """
     if not dataclasses.is_dataclass(value):
         return to_mapping(value)
-    hints = typing.get_type_hints(type(value))
+    hints = typing.get_type_hints(type(value), include_extras=True)
     return {
-        f.name: chosen(getattr(value, f.name), sum(map(dataclasses.is_dataclass, get_args(hints[f.name]))) > 1)
+        _written_name(value, f): chosen(getattr(value, f.name), _is_variant(hints[f.name]))
         for f in dataclasses.fields(value)
-        if f.init and (getattr(value, f.name) != _default(f) or (is_variant and get_origin(hints[f.name]) is Literal))
+        if f.init and (getattr(value, f.name) != _default(f) or (is_variant and _is_name(hints[f.name])))
     }
+
+
+def _is_variant(hint: Any) -> bool:
+    args = get_args(hint)
+    return any(isinstance(arg, Variant) for arg in args) or sum(map(dataclasses.is_dataclass, args)) > 1
+
+
+def _is_name(hint: Any) -> bool:
+    return get_origin(hint) is Literal or any(isinstance(arg, Table) for arg in get_args(hint))
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -20,8 +20,7 @@ from msdiff_dist.data.make.datasets import digits
 from msdiff_dist.data.make.encoding import EncodeConfig, Networks, ShardEncoder
 from msdiff_dist.data.make.pack import pack
 from msdiff_dist.data.tar_members import chunks
-from msdiff_dist.diffusion.config import VPConfig
-from msdiff_dist.diffusion.process import VPProcess
+from msdiff_dist.diffusion.processes.vp import VPConfig, VPProcess
 from msdiff_dist.diffusion.sampling import image_generators
 from msdiff_dist.stage_division.optimal_denoiser import draw_samples, limit_similarities
 from tests.golden.batches import digest

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from msdiff_dist.apps.init_recipe import init_recipe
 from msdiff_dist.apps.train.plan import plan_run
 from msdiff_dist.apps.train.warm_start import start_weights
-from msdiff_dist.diffusion.config import DiffusionConfig, EDMConfig, StagesConfig
+from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
+from msdiff_dist.diffusion.processes.edm import EDMConfig
 from msdiff_dist.errors import CheckpointError, ConfigError
 from msdiff_dist.export.weights import open_weights
 from msdiff_dist.models.autoencoder import AutoencoderConfig
@@ -38,7 +39,7 @@ SONG = SongConfig(32, (48, 32, 32), family="ncsnpp", num_classes=5, augment_labe
         (LDM, {"autoencoder": AutoencoderConfig("vq", "some/vq-f4", 4), "precision": "bf16"}),
         (LDMConfig(32, (32,), num_heads=2, context_dim=24, **WIDTHS), {"context_shape": (20, 24)}),
         (LDMConfig(32, (32,), num_heads=2, context_dim=24, **WIDTHS), {}),
-        (SONG, {"diffusion": DiffusionConfig("edm", edm=EDMConfig()), "stages": StagesConfig((2.5, 7.6), "equal")}),
+        (SONG, {"diffusion": DiffusionConfig("edm", EDMConfig()), "stages": StagesConfig((2.5, 7.6), "equal")}),
     ],
     ids=["pixels", "not square", "latents", "context", "context of unknown length", "song"],
 )
