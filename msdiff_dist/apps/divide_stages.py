@@ -22,6 +22,7 @@ from msdiff_dist.diffusion.process import Process
 from msdiff_dist.diffusion.timestep_sampler import noise
 from msdiff_dist.distributed.environment import is_rank_process, process_group
 from msdiff_dist.errors import ConfigError
+from msdiff_dist.files.atomic import atomic_write
 from msdiff_dist.models.autoencoder import LatentCodec
 from msdiff_dist.models.multistage_unet import build_parts
 from msdiff_dist.recipe import load_recipe, recipe_from
@@ -184,9 +185,7 @@ def write_boundaries(recipe: Path, boundaries: Sequence[float], how: str) -> Non
     else:
         edited = text[: section.start()] + _edit_section(section.group(), values, how) + text[section.end() :]
     recipe_from(yaml.safe_load(edited))
-    aside = recipe.with_name(f".{recipe.name}.new")
-    aside.write_text(edited)
-    aside.rename(recipe)
+    atomic_write(recipe, edited)
 
 
 def _edit_section(section: str, values: str, how: str) -> str:

@@ -8,14 +8,11 @@ scale factor of the whole.
 from __future__ import annotations
 
 import ctypes
-import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
@@ -29,11 +26,13 @@ from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.fingerprint import mark_shards
 from msdiff_dist.data.index import Shard
 from msdiff_dist.data.loader import load_index
-from msdiff_dist.data.make.encoding import Networks, ShardEncoder, ShardRecord, measured_scale, replace_text
+from msdiff_dist.data.make.encoding import Networks, ShardEncoder, ShardRecord, measured_scale
 from msdiff_dist.data.make.manifest import MANIFEST, NULL_CONTEXT, Encoder, Manifest, StoredFile, stored_file
 from msdiff_dist.data.make.shard_writer import write_index
 from msdiff_dist.errors import ConfigError, DataError, MsdiffError
-from msdiff_dist.files.work_share import Part, alone, working
+from msdiff_dist.files.atomic import atomic_write, remove_partials
+from msdiff_dist.files.folder_claim import FolderClaim
+from msdiff_dist.files.work_share import Part, alone
 from msdiff_dist.models.autoencoder import LatentCodec
 from msdiff_dist.models.text_encoder import TextEncoder
 from msdiff_dist.recipe import Recipe, recipe_from, recipe_mapping
@@ -57,10 +56,10 @@ def encode(recipe: Recipe, out: Path, nproc: int, part: Part | None = None) -> M
     (marks,) = mark_shards([shards])
     tools = _Tools(recipe, torch.device("cpu"))
     part = part or Part()
-    with _opened(out, _settings(recipe, tools, marks), part):
+    claim = FolderClaim(out, out / _RECORDS / "settings.json", out / _RECORDS, "latents", DataError)
+    with claim.held(_settings(recipe, tools, marks), part):
         mine = part.share(range(len(marks)))
-        for leftover in (path for i in mine for path in out.glob(f".{i:05d}.tar.*.partial")):
-            leftover.unlink()
+        remove_partials(out, [_shard_name(i) for i in mine])
         left = [i for i in mine if not _finished(out, i, marks[i])]
         _encode_shards(recipe, tools, shards, marks, left, out, nproc)
         with alone(out / _RECORDS):
@@ -71,7 +70,7 @@ def encode(recipe: Recipe, out: Path, nproc: int, part: Part | None = None) -> M
                 return None
             manifest = _manifest(recipe, tools, records, tuple(marks), out)
             write_index(out, recipe.name, {record.file.name: record.file.samples for record in records})
-            replace_text(out / MANIFEST, manifest.dump())
+            atomic_write(out / MANIFEST, manifest.dump())
     return manifest
 
 
@@ -109,27 +108,8 @@ def _settings(recipe: Recipe, tools: _Tools, marks: list[str]) -> dict[str, Any]
     return {"encode": chosen, "networks": identities, "source": marks}
 
 
-@contextmanager
-def _opened(out: Path, settings: dict[str, Any], part: Part) -> Iterator[None]:
-    """Take the folder, or this part of it, for this process; refuse one that holds anything but this encoding."""
-    records = out / _RECORDS
-    if out.exists() and not records.is_dir() and any(out.iterdir()):
-        raise DataError("--out", str(out), "exists and holds something else", "Name another folder, or remove it.")
-    try:
-        with working(records, part):
-            with alone(records):
-                before, now = records / "settings.json", json.dumps(settings, sort_keys=True)
-                if before.exists() and before.read_text() != now:
-                    old = json.loads(before.read_text())
-                    differing = ", ".join(name for name in settings if old.get(name) != json.loads(now)[name])
-                    problem = f"holds latents that were encoded otherwise (differing: {differing})"
-                    raise DataError("--out", str(out), problem, "Name another folder, or remove it.")
-                replace_text(before, now)
-            yield
-    except BlockingIOError:
-        raise DataError("--out", str(out), "is being written by another process", "Wait for it.") from None
-    except OSError as e:
-        raise DataError("--out", str(out), f"cannot be written ({e})", "Free space, or name another folder.") from e
+def _shard_name(number: int) -> str:
+    return f"{number:05d}.tar"
 
 
 def _finished(out: Path, number: int, mark: str) -> ShardRecord | None:
@@ -183,8 +163,8 @@ def _encode_here(number: int, shard: Shard, mark: str, out: Path) -> None:
 
 
 def _encode_one(tools: _Tools, number: int, shard: Shard, mark: str, out: Path) -> None:
-    record = tools.encode_shard(number, shard, mark, out / f"{number:05d}.tar")
-    replace_text(out / _RECORDS / f"{number:05d}.json", record.dump())
+    record = tools.encode_shard(number, shard, mark, out / _shard_name(number))
+    atomic_write(out / _RECORDS / f"{number:05d}.json", record.dump())
 
 
 def _check_damage(records: list[ShardRecord], max_bad: int) -> None:
@@ -202,9 +182,8 @@ def _manifest(recipe: Recipe, tools: _Tools, records: list[ShardRecord], marks: 
     if tools.text:
         context, mask = tools.text([""])
         stored = {"context": context[0].to(getattr(torch, recipe.encode.dtype)), "mask": mask[0]}
-        aside = out / f".{NULL_CONTEXT}.partial"
-        aside.write_bytes(save(stored))
-        null_context = stored_file(aside.rename(out / NULL_CONTEXT))
+        atomic_write(out / NULL_CONTEXT, save(stored))
+        null_context = stored_file(out / NULL_CONTEXT)
     measure, autoencoder, text_encoder = recipe.encode.measure_scale, recipe.autoencoder, recipe.text_encoder
     C, H, W = shape
     return Manifest(

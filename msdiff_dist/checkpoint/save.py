@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
@@ -16,6 +15,7 @@ from msdiff_dist.checkpoint.layout import INDEX, CheckpointIndex, key_of, remove
 from msdiff_dist.checkpoint.tensor_file import StoredFile, TensorWriter
 from msdiff_dist.distributed.zero_state import ShardedState
 from msdiff_dist.errors import CheckpointError
+from msdiff_dist.files.atomic import WriteError, aside_of, atomic_write, rename_to
 
 Averages = Mapping[str, Mapping[str, list[Tensor]]]
 
@@ -75,7 +75,7 @@ def write_checkpoint(
         CheckpointError: on every rank, when any rank could not write; `folder` is then as it was.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    aside = folder.with_name(f".{folder.name}.partial")
+    aside = aside_of(folder)
     error: list[str | None] = [None]
     stored: StoredFile | None = None
     if rank == 0:
@@ -112,28 +112,17 @@ def _write_pieces(path: Path, pieces: Mapping[str, Tensor]) -> StoredFile:
 
 
 def _publish(aside: Path, folder: Path, index: str) -> None:
-    with (aside / INDEX).open("w") as f:
-        f.write(index)
-        f.flush()
-        os.fsync(f.fileno())
-    _sync_folder(aside)
+    atomic_write(aside / INDEX, index)
     if folder.exists():
         remove(folder)
-    aside.rename(folder)
-    _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    rename_to(folder, aside)  # every rank has brought its own file to the disk
 
 
 def _attempt(action: Callable[[], None]) -> str | None:
     try:
         action()
+    except WriteError as e:
+        return e.problem
     except OSError as e:
         return e.strerror or str(e)
     return None

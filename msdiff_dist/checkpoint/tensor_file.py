@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from msdiff_dist.errors import CheckpointError
+from msdiff_dist.files.digest import sha256_of
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -189,9 +190,8 @@ def check_content(path: Path, stored: StoredFile) -> None:
         DamagedError: it differs, or the file is missing.
     """
     check_size(path, stored)
-    with path.open("rb") as f:
-        if hashlib.file_digest(f, "sha256").hexdigest() != stored.sha256:
-            raise damaged(path, "its content changed since it was written (sha256 differs)")
+    if sha256_of(path) != stored.sha256:
+        raise damaged(path, "its content changed since it was written (sha256 differs)")
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

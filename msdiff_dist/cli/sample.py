@@ -50,13 +50,13 @@ def sample(
     from msdiff_dist.diffusion.solvers import ChurnConfig, SamplerConfig
     from msdiff_dist.errors import ConfigError
     from msdiff_dist.evaluation.sample_folder import sample_run
+    from msdiff_dist.evaluation.sampling_job import SamplingJob
     from msdiff_dist.files.work_share import Part
 
     if nfe is not None and steps is not None:
         raise ConfigError("--nfe", nfe, f"stands beside --steps {steps}", "Give one of the two.")
     config = SamplerConfig(sampler, steps or 50, eta, spacing, end, clip, guidance, ChurnConfig(churn))
-    before, complete = sample_run(
-        run, out, num, config, class_, seed, batch_size, not raw, prompt or (), Part(part, parts), nfe
-    )
+    job = SamplingJob(num, seed, config, class_, tuple(prompt or ()), batch_size)
+    before, complete = sample_run(run, out, job, not raw, Part(part, parts), nfe)
     made = f"{num} pictures and grid.png in {out}" if complete else f"part {part} of {parts} is done"
     typer.echo(made + (f" ({before} were there already)" if before else ""))

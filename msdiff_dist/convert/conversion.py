@@ -20,8 +20,10 @@ from msdiff_dist.convert.formats.official_scoresde import read_scoresde, write_s
 from msdiff_dist.convert.model_weights import ModelWeights, Written
 from msdiff_dist.convert.options import ConvertOptions
 from msdiff_dist.convert.sources import open_source
-from msdiff_dist.convert.writing import appearing, sha256_of, write_safetensors
+from msdiff_dist.convert.writing import appearing, write_safetensors
 from msdiff_dist.errors import ConfigError, did_you_mean
+from msdiff_dist.files.atomic import atomic_write
+from msdiff_dist.files.digest import sha256_of
 
 REPORT = "conversion_report.json"
 Reader = Callable[[Path, ConvertOptions], ModelWeights]
@@ -140,7 +142,7 @@ def _report(
 
 
 def _save(report: Mapping[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    atomic_write(path, json.dumps(report, indent=1) + "\n")
 
 
 def _kept_metadata(weights: ModelWeights) -> dict[str, str]:

@@ -1,11 +1,9 @@
-"""Writing tensors one at a time, and folders that are complete or absent."""
+"""Writing tensors one at a time, and results that are complete or absent."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import mmap
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +14,8 @@ import torch
 from msdiff_dist.checkpoint.tensor_file import TensorReader, TensorWriter
 from msdiff_dist.convert.sources import PICKLES, RESIDENT, TensorSource
 from msdiff_dist.errors import CheckpointError
+from msdiff_dist.files.atomic import atomic_path, writing
+from msdiff_dist.files.digest import sha256_of
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -70,12 +70,6 @@ class _Dropping(io.BufferedWriter):
         return super().write(data)
 
 
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file's content."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
     """A temporary path to write a file or folder at, which becomes `path` when the block ends without an error.
@@ -83,17 +77,5 @@ def appearing(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: `path` exists already, or cannot be written.
     """
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise CheckpointError("DST", str(path), "exists already", "Name a new file or folder, or remove it.")
-    folder = path.with_name(f".{path.name}.partial")
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        yield folder / path.name
-        if path.is_dir():
-            path.rmdir()
-        (folder / path.name).rename(path)
-    except OSError as e:
-        raise CheckpointError("DST", str(path), f"cannot be written ({e})", "Free space, or name another.") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with writing("DST", path, CheckpointError), atomic_path(path) as aside:
+        yield aside

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,6 +18,7 @@ from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.make.images import read_pictures
 from msdiff_dist.data.samples import to_model_range
 from msdiff_dist.errors import CheckpointError, ConfigError, DataError
+from msdiff_dist.files.atomic import atomic_write
 from msdiff_dist.randomness import generator
 
 _KEY = "feature_classifier"
@@ -104,7 +105,7 @@ def train_classifier(data: DataConfig, steps: int, batch_size: int = 128, seed: 
 def save_classifier(model: FeatureClassifier, path: Path) -> None:
     """Write weights and `ClassifierInfo` as one safetensors file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(model.state_dict(), path, {_KEY: json.dumps(asdict(model.info))})
+    atomic_write(path, save(model.state_dict(), {_KEY: json.dumps(asdict(model.info))}))
 
 
 def load_classifier(path: Path) -> FeatureClassifier:

@@ -16,7 +16,7 @@ from msdiff_dist.diffusion.sampling import SamplerConfig
 from msdiff_dist.errors import ConfigError, DataError
 from msdiff_dist.evaluation.feature_classifier import load_classifier
 from msdiff_dist.evaluation.generate import Generator
-from msdiff_dist.evaluation.grid import class_labels
+from msdiff_dist.evaluation.sampling_job import SamplingJob
 
 
 @dataclass(frozen=True)
@@ -87,16 +87,13 @@ class Scorer:
             raise DataError("score.reference", config.reference, "has no covariance", "Name more pictures.")
         self._reference = fit(reference)
 
-    def __call__(self, generator: Generator, num_classes: int | None, seed: int) -> float:
+    def __call__(self, generator: Generator, seed: int) -> float:
         """Score the pictures numbered 0 to `pictures` - 1 that `generator` makes with `seed`."""
-        return frechet_distance(fit(self.features(self._generate(generator, num_classes, seed))), self._reference)
+        job = SamplingJob(self.config.pictures, seed, self.config.sampler, batch_size=self.config.batch_size)
+        images = (job.draw(generator, index_n) for index_n in job.batches)
+        return frechet_distance(fit(self.features(images)), self._reference)
 
     @torch.no_grad()
     def features(self, batches: Iterable[Tensor]) -> np.ndarray:
         """Features [N, D] of batches of uint8 pictures [n, C, H, W]."""
         return torch.cat([self._classifier.features(x.to(self._device)).cpu() for x in batches]).double().numpy()
-
-    def _generate(self, generator: Generator, num_classes: int | None, seed: int) -> Iterable[Tensor]:
-        for first in range(0, self.config.pictures, self.config.batch_size):
-            index_n = list(range(first, min(first + self.config.batch_size, self.config.pictures)))
-            yield generator(index_n, self.config.sampler, seed, class_labels(index_n, num_classes))

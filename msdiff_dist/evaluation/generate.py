@@ -69,6 +69,11 @@ class Generator:
         self._prompter([0], prompts)
 
     @property
+    def num_classes(self) -> int | None:
+        """Classes of the model; None if it takes no labels."""
+        return self._model.num_classes
+
+    @property
     def loaded_stages(self) -> list[int]:
         """Stages whose decoders were needed so far."""
         return sorted(self._stages)

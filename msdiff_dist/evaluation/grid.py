@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from msdiff_dist.diffusion.sampling import SamplerConfig
 from msdiff_dist.errors import ConfigError
+from msdiff_dist.files.atomic import atomic_write
 
 _GRID_SIDE = 900
 
@@ -38,7 +40,7 @@ class PreviewConfig:
             raise ConfigError("num", self.num, "must be at least 1", "A grid of 64 shows enough.")
 
 
-def class_labels(index_n: list[int], num_classes: int | None, only: int | None = None) -> Tensor | None:
+def class_labels(index_n: Sequence[int], num_classes: int | None, only: int | None = None) -> Tensor | None:
     """Labels int64 [n] of pictures by number: class after class in turn, or `only` that one.
 
     Raises:
@@ -61,6 +63,4 @@ def write_grid(images_NCHW: Tensor, path: Path, columns: int | None = None) -> N
     image = Image.fromarray(grid_CHW.permute(1, 2, 0).numpy())
     scale = max(1, _GRID_SIDE // max(image.size))
     image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-    aside = path.with_name(f".{path.name}")
-    image.save(aside, format="PNG")
-    aside.rename(path)
+    atomic_write(path, lambda f: image.save(f, format="PNG"))

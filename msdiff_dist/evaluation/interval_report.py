@@ -19,6 +19,7 @@ from msdiff_dist.evaluation.frechet import ScoreConfig, Scorer
 from msdiff_dist.evaluation.generate import Generator, SplicedGenerator
 from msdiff_dist.export.description import ModelDescription
 from msdiff_dist.export.weights import open_weights
+from msdiff_dist.files.atomic import atomic_folder, is_free, writing
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def interval_report(
         CheckpointError, DataError: weights, classifier or reference pictures are missing. RunFolderError: `out` is
             in use.
     """
-    if out.exists() and any(out.iterdir()):
+    if not is_free(out):
         raise RunFolderError("--out", str(out), "is not empty", "Name a new folder.")
     weights, others = open_weights(run), open_weights(reference)
     about = weights.description
@@ -70,15 +71,15 @@ def interval_report(
     inside, outside = Generator(weights, device), Generator(others, device)
 
     def scored(generator: Generator) -> float:
-        return scorer(generator, about.model.num_classes, seed)
+        return scorer(generator, seed)
 
     edges = [partition.interval(k) for k in range(partition.num_stages)]
     scores = tuple(IntervalScore(lo, hi, scored(SplicedGenerator(inside, outside, lo, hi))) for lo, hi in edges)
     report = IntervalReport(process.unit, scored(outside), scored(inside), scores)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "intervals.csv").write_text(_csv(report))
-    (out / "intervals.md").write_text(markdown(report))
-    _plot(report, out / "intervals.png")
+    with writing("--out", out, RunFolderError), atomic_folder(out) as aside:
+        (aside / "intervals.csv").write_text(_csv(report))
+        (aside / "intervals.md").write_text(markdown(report))
+        _plot(report, aside / "intervals.png")
     return report
 
 

@@ -11,7 +11,6 @@ Names are those of `MultistageUNet` in every file: `shared.*`, `stages.K.*`. A s
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -26,6 +25,7 @@ from msdiff_dist.config import to_mapping
 from msdiff_dist.errors import CheckpointError
 from msdiff_dist.export.posthoc import open_posthoc
 from msdiff_dist.export.weights import CONFIG, MODEL, CheckpointWeights, open_checkpoint
+from msdiff_dist.files.atomic import atomic_folder, writing
 
 _METADATA = {"format": "pt"}  # what the libraries that read such files look for
 
@@ -49,25 +49,12 @@ def export(
         weights = open_posthoc(run, ema_length, step)
     else:
         raise CheckpointError("--ema-length", ema_length, "--raw asks for weights that are no average", "Keep one.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError("--out", str(out), "exists already", "Name a new folder.")
-    aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
+    with writing("--out", out, CheckpointError), atomic_folder(out) as aside:
         shapes = weights.reader.index.shapes
         like = {name: torch.empty(shapes[name], device="meta") for name in weights.names()}
         write_tensors(aside, like, weights.tensor, {})
         description = replace(weights.description, version=__version__)
         (aside / CONFIG).write_text(json.dumps(to_mapping(description), indent=1) + "\n")
-        if out.exists():
-            out.rmdir()
-        aside.rename(out)
-    except OSError as e:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(
-            "--out", str(out), f"could not be written ({e.strerror})", "Free space or name another folder."
-        ) from None
     return sorted(out.iterdir())
 
 

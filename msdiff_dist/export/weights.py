@@ -17,6 +17,7 @@ from msdiff_dist.checkpoint.load import CheckpointReader
 from msdiff_dist.checkpoint.tensor_file import DamagedError, TensorReader, damaged
 from msdiff_dist.errors import CheckpointError
 from msdiff_dist.export.description import FORMAT, ModelDescription, describe, description_from
+from msdiff_dist.files.digest import sha256_of
 
 CONFIG = "config.json"
 MODEL = "model.safetensors"
@@ -101,8 +102,7 @@ class ExportWeights(Weights):
         return out.float()
 
     def identity(self) -> str:
-        with self._reader.path.open("rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
+        return sha256_of(self._reader.path)
 
 
 def open_weights(path: Path, step: int | None = None, ema: bool = True) -> Weights:

@@ -16,6 +16,7 @@ import submitit
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
 from msdiff_dist.errors import TrainingError
+from msdiff_dist.files.atomic import atomic_write
 from msdiff_dist.launch.restarts import Diary
 
 STOPPED = "cancelled"  # a file of this name in the launch folder: do not requeue
@@ -119,7 +120,7 @@ class CommandJob:
             subprocess.run([sys.executable, "-m", "msdiff_dist.cli.main", *self.arguments], check=True)
             path = Path(self.done_file)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(self._command)
+            atomic_write(path, self._command)
         return "done"
 
     @property

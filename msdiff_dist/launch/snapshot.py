@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import msdiff_dist
+from msdiff_dist.files.atomic import atomic_folder
 
 _VARIABLES = ("CUDA", "NCCL", "GLOO", "OMP", "TORCH", "PYTORCH", "SLURM", "CONDA", "VIRTUAL_ENV", "LOADEDMODULES")
 
@@ -40,12 +41,13 @@ def take_snapshot(snapshot: Path, files: Mapping[str, str]) -> None:
     """Keep the code, the environment and these files (name -> text) in the new folder `snapshot`."""
     package = Path(msdiff_dist.__file__).parent
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
-    shutil.copytree(package, snapshot / "code" / package.name, ignore=ignore)
-    _write_json(snapshot / "environment.json", _environment())
     state, difference = _git(package)
-    _write_json(snapshot / "git.json", state)
-    for name, text in {"git.diff": difference, **files}.items():
-        (snapshot / name).write_text(text)
+    with atomic_folder(snapshot) as aside:
+        shutil.copytree(package, aside / "code" / package.name, ignore=ignore)
+        _write_json(aside / "environment.json", _environment())
+        _write_json(aside / "git.json", state)
+        for name, text in {"git.diff": difference, **files}.items():
+            (aside / name).write_text(text)
 
 
 def _environment() -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from msdiff_dist.errors import RunFolderError
+from msdiff_dist.files.atomic import atomic_write
 from msdiff_dist.launch.job import STOPPED
 from msdiff_dist.launch.restarts import Diary
 from msdiff_dist.launch.slurm import ACTIVE, job_infos
@@ -45,7 +46,7 @@ class JobRecord:
         return JobRecord(**json.loads(path.read_text())) if path.is_file() else None
 
     def save(self) -> None:
-        (Path(self.run) / "launch/job.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
+        atomic_write(Path(self.run) / "launch/job.json", json.dumps(asdict(self), indent=1) + "\n")
 
 
 @dataclass(frozen=True)

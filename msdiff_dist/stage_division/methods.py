@@ -14,6 +14,7 @@ from torch import Tensor
 from msdiff_dist.diffusion.process import Process
 from msdiff_dist.diffusion.processes.vp import VPProcess
 from msdiff_dist.errors import ConfigError
+from msdiff_dist.files.atomic import atomic_write
 from msdiff_dist.stage_division.image_blocks import DataBlocks, Part
 from msdiff_dist.stage_division.intervals import (
     affinity_boundaries,
@@ -177,7 +178,7 @@ def plot(division: Division, path: Path) -> None:
     axes.set_xlabel("t" if isinstance(process, VPProcess) else f"t (boundaries in {process.unit})")
     axes.set_title(f"{division.method}, {division.stages} stages")
     try:
-        figure.savefig(path)
+        atomic_write(path, lambda f: figure.savefig(f, format=path.suffix[1:] or "png"))
     except ValueError as e:
         raise ConfigError("--plot", str(path), " ".join(str(e).split()), "Name a .png or .pdf file.") from None
 

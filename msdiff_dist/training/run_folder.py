@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from omegaconf import OmegaConf
 from msdiff_dist.checkpoint.power_profile import SNAPSHOTS
 from msdiff_dist.config import differences
 from msdiff_dist.errors import RunFolderError
+from msdiff_dist.files.atomic import atomic_write, writing
 
 # Fields that may change between a run and its continuation: where and how it runs, never what it computes.
 FREE_FIELDS = (
@@ -97,25 +97,18 @@ class RunFolder:
             RunFolderError: it is another recipe's, in use by another process, or cannot be written.
         """
         self.check(recipe)
-        try:
+        with writing("--run-dir", self.path, RunFolderError):
             for folder in (self.path, self.checkpoints, self.samples, self.logs):
                 folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                problem, remedy = "is in use by another running process", "Wait for it, or name another folder."
+                raise RunFolderError("--run-dir", str(self.path), problem, remedy) from None
             for leftover in self.samples.glob(".*"):  # of a preview that a kill cut short
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            replace_text(self.recipe_file, OmegaConf.to_yaml(OmegaConf.create(dict(recipe))))
-        except BlockingIOError:
-            raise RunFolderError(
-                "--run-dir",
-                str(self.path),
-                "is in use by another running process",
-                "Wait for it, or name another folder.",
-            ) from None
-        except OSError as e:
-            raise RunFolderError(
-                "--run-dir", str(self.path), f"cannot be written ({e.strerror})", "Free space or name another folder."
-            ) from None
+            atomic_write(self.recipe_file, OmegaConf.to_yaml(OmegaConf.create(dict(recipe))))
 
     def close(self) -> None:
         """Let another process take the folder."""
@@ -135,17 +128,4 @@ class RunFolder:
                 break
             if step <= after_step:
                 kept.append(line + "\n")
-        replace_text(self.metrics_file, "".join(kept))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write `path` so that it is either the old text or the new one, whatever happens."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("w") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        aside.rename(path)
-    finally:
-        aside.unlink(missing_ok=True)
+        atomic_write(self.metrics_file, "".join(kept))

@@ -91,8 +91,8 @@ def test_report(msdiff: Msdiff, runs: Path, digits: Path, tmp_path: Path) -> Non
     ]  # fmt: skip
     score = ScoreConfig(str(runs / "classifier.safetensors"), str(digits), 20, SamplerConfig(None, 4))
     scorer = Scorer(score, torch.device("cpu"))
-    assert float(rows[0]["score"]) == pytest.approx(scorer(_generator(runs / "unified"), 10, 0))
-    assert float(rows[-1]["score"]) == pytest.approx(scorer(_generator(runs / "stages"), 10, 0))
+    assert float(rows[0]["score"]) == pytest.approx(scorer(_generator(runs / "unified"), 0))
+    assert float(rows[-1]["score"]) == pytest.approx(scorer(_generator(runs / "stages"), 0))
     assert "[442, 631)" in (out / "intervals.md").read_text()
     assert (out / "intervals.png").stat().st_size > 1000
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from msdiff_dist.apps.ablation.run import Trial
-from msdiff_dist.training.run_folder import replace_text
+from msdiff_dist.files.atomic import atomic_write
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ def compute_to_reach(target: float, petaflops_P: np.ndarray, score_P: np.ndarray
 def write_report(trials: Sequence[Trial], settings: dict[str, Any], out: Path) -> str:
     """Write results.csv, results.md and quality.png of what has been scored so far; returns the Markdown table."""
     found = curves(trials, settings)
-    replace_text(out / "results.csv", _csv(found))
+    atomic_write(out / "results.csv", _csv(found))
     markdown = _markdown(found)
-    replace_text(out / "results.md", markdown)
+    atomic_write(out / "results.md", markdown)
     _plot(found, out / "quality.png")
     return markdown
 
@@ -127,4 +127,4 @@ def _plot(found: Sequence[Curve], path: Path) -> None:
     axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.savefig(path)
+    atomic_write(path, lambda f: figure.savefig(f, format="png"))

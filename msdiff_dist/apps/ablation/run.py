@@ -7,7 +7,6 @@ OUT/
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -28,9 +27,11 @@ from msdiff_dist.evaluation.feature_classifier import load_classifier
 from msdiff_dist.evaluation.frechet import ScoreConfig, Scorer
 from msdiff_dist.evaluation.generate import Generator
 from msdiff_dist.export.weights import open_weights
+from msdiff_dist.files.atomic import atomic_write
+from msdiff_dist.files.digest import sha256_of
 from msdiff_dist.recipe import Recipe, load_recipe, read_mapping, recipe_mapping
 from msdiff_dist.sweep import overrides_of
-from msdiff_dist.training.run_folder import RunFolder, replace_text
+from msdiff_dist.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -193,13 +194,12 @@ def run_ablation(
                 raise TrainingError(f"{trial.folder} was stopped by a signal and saved; give the same command to go on")
         for step in missing:
             generator = Generator(open_weights(trial.folder, step), device)
-            scores[step] = scorer(generator, trial.recipe.model.num_classes, trial.seed)
+            scores[step] = scorer(generator, trial.seed)
             stored = {"settings": settings, "scores": {str(k): scores[k] for k in sorted(scores)}}
-            replace_text(trial.folder / "scores.json", json.dumps(stored, indent=1) + "\n")
+            atomic_write(trial.folder / "scores.json", json.dumps(stored, indent=1) + "\n")
         after_trial()
 
 
 def score_settings(config: ScoreConfig) -> dict[str, Any]:
     """What makes scores comparable: the settings, and the classifier itself in place of its path."""
-    digest = hashlib.sha256(Path(config.classifier).read_bytes()).hexdigest()
-    return {**to_mapping(config), "classifier": digest}
+    return {**to_mapping(config), "classifier": sha256_of(Path(config.classifier))}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -199,10 +198,3 @@ def measured_scale(records: Sequence[ShardRecord]) -> float:
     if not variance > 0:
         raise DataError("encode.measure_scale", True, "all latents are the same", "Leave it out.")
     return float(f"{1 / math.sqrt(variance):.6g}")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write `path` so that it is there whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    aside.write_text(text)
-    aside.rename(path)

@@ -15,6 +15,7 @@ from torch import Tensor
 from msdiff_dist.config import from_mapping, to_mapping
 from msdiff_dist.data.access import DEFAULT_ACCESS, AbsentError, Access, read_bytes
 from msdiff_dist.errors import ConfigError, DataError
+from msdiff_dist.files.digest import sha256_of
 
 MANIFEST = "manifest.json"
 NULL_CONTEXT = "null_context.safetensors"
@@ -108,6 +109,4 @@ def load_null_context(address: str, manifest: Manifest, access: Access = DEFAULT
 
 def stored_file(path: Path, samples: int = 0) -> StoredFile:
     """Size and checksum of a file."""
-    with path.open("rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
-    return StoredFile(path.name, samples, path.stat().st_size, digest)
+    return StoredFile(path.name, samples, path.stat().st_size, sha256_of(path))

@@ -5,18 +5,18 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import os
-import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from PIL import Image
 
 from msdiff_dist.data.index import INDEX_NAME
 from msdiff_dist.errors import DataError
+from msdiff_dist.files.atomic import atomic_folder, atomic_write, is_free, writing
 
 Fields = Mapping[str, bytes]  # file extension -> content
 
@@ -56,20 +56,20 @@ def even_sizes(samples: int, shards: int) -> Iterator[int]:
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, Fields]]) -> int:
-    """Write one shard, aside first and then renamed into place; returns its number of samples."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """Write one shard, complete or not at all; returns its number of samples."""
     count = 0
-    try:
-        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
+
+    def write(stream: IO[bytes]) -> None:
+        nonlocal count
+        with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
             for key, fields in samples:
                 count += 1
                 for extension, content in fields.items():
                     member = tarfile.TarInfo(f"{key}.{extension}")  # mtime, uid and gid 0: reproducible
                     member.size = len(content)
                     archive.addfile(member, io.BytesIO(content))
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+    atomic_write(path, write)
     return count
 
 
@@ -79,7 +79,7 @@ def write_index(folder: Path, name: str, counts: Mapping[str, int]) -> None:
         {"url": shard, "nsamples": n, "filesize": (folder / shard).stat().st_size} for shard, n in counts.items()
     ]
     index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": name, "shardlist": shardlist}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n")
+    atomic_write(folder / INDEX_NAME, json.dumps(index, indent=1) + "\n")
 
 
 def check_output(out: Path) -> None:
@@ -88,7 +88,7 @@ def check_output(out: Path) -> None:
     Raises:
         DataError: it does.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not is_free(out):
         raise DataError("--out", str(out), "exists and is not an empty folder", "Name another folder, or remove it.")
 
 
@@ -106,9 +106,7 @@ def write_dataset(
     """
     out = out.resolve()
     check_output(out)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
+    with writing("--out", out, DataError), atomic_folder(out) as aside:
         counts: dict[str, int] = {}
         class_counts: Counter[int] = Counter()
         tallied = _tally(samples, class_counts)
@@ -117,20 +115,14 @@ def write_dataset(
             if first is None:
                 break
             name = f"{len(counts):05d}.tar"
-            counts[name] = write_shard(partial / name, itertools.chain([first], itertools.islice(tallied, size - 1)))
+            counts[name] = write_shard(aside / name, itertools.chain([first], itertools.islice(tallied, size - 1)))
         if not counts:
             raise DataError("--out", str(out), "there are no samples to write", "Check the source.")
-        write_index(partial, info.name, counts)
+        write_index(aside, info.name, counts)
         written = WrittenDataset(
-            out, info, len(counts), sum(counts.values()), _bytes(partial), dict(sorted(class_counts.items()))
+            out, info, len(counts), sum(counts.values()), _bytes(aside), dict(sorted(class_counts.items()))
         )
-        (partial / "dataset.json").write_text(json.dumps(_description(written), indent=1, ensure_ascii=False) + "\n")
-        partial.rename(out)
-    except OSError as e:
-        remedy = "Name a folder you can write to, with room enough."
-        raise DataError("--out", str(out), f"cannot be written ({e})", remedy) from e
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        (aside / "dataset.json").write_text(json.dumps(_description(written), indent=1, ensure_ascii=False) + "\n")
     return written
 
 

@@ -180,7 +180,7 @@ def test_a_killed_encoding_goes_on_and_any_number_of_processes_gives_the_same(pi
         path: path.stat().st_mtime_ns for path in out.glob("0*.tar") if (out / f".encode/{path.stem}.json").exists()
     }
     assert done
-    (out / ".00002.tar.1.partial").write_bytes(b"half")
+    (out / ".00002.tar.0123abcd.partial").write_bytes(b"half")
     assert encode(recipe, out, nproc=1) == reference
     assert {path: path.stat().st_mtime_ns for path in done} == done
     assert not list(out.glob(".*.partial"))
@@ -198,7 +198,7 @@ def test_parts_fill_one_folder_and_measure_the_scale_of_the_whole(pictures, tmp_
         check_folder(out)
     with working(out / ".encode", Part(1, 2)):
         for other in (Part(1, 2), Part(), Part(0, 3)):
-            with pytest.raises(DataError, match="being written by another process"):
+            with pytest.raises(DataError, match="being filled by another process"):
                 encode(recipe, out, 1, other)
         assert encode(recipe, out, 1, Part(0, 2)) == reference
     assert {p.name: p.read_bytes() for p in whole.iterdir() if p.is_file()} == {
@@ -252,7 +252,7 @@ def test_what_cannot_be_encoded_is_refused(pictures, tmp_path):
     with pytest.raises(ConfigError, match=r"encode\.store.*no posterior"):
         encode(recipe_of(pictures, store="moments"), tmp_path / "out", 1)
     encode(recipe_of(pictures), tmp_path / "out", 1)
-    with pytest.raises(DataError, match=r"encoded otherwise \(differing: encode\)"):
+    with pytest.raises(DataError, match=r"made otherwise \(encode\.dtype was"):
         encode(recipe_of(pictures, dtype="float32"), tmp_path / "out", 1)
     with pytest.raises(DataError, match="holds something else"):
         encode(recipe_of(pictures), pictures, 1)

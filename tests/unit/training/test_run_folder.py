@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from msdiff_dist.errors import RunFolderError
-from msdiff_dist.training.run_folder import RunFolder, replace_text
+from msdiff_dist.training.run_folder import RunFolder
 
 RECIPE = {"name": "a", "optimizer": {"lr": 0.1}, "parallel": {"zero_shared": 1}, "train": {"steps": 5}}
 
@@ -55,10 +55,3 @@ def test_metrics_are_cut_at_the_checkpoint_and_at_a_torn_line(tmp_path: Path) ->
     folder.metrics_file.write_text("\n".join(lines) + '\n{"step": 6, "lo')
     folder.cut_metrics(3)
     assert [json.loads(x)["step"] for x in folder.metrics_file.read_text().splitlines()] == [1, 2, 3]
-
-
-def test_text_is_replaced_whole(tmp_path: Path) -> None:
-    replace_text(tmp_path / "a", "one")
-    replace_text(tmp_path / "a", "two")
-    assert (tmp_path / "a").read_text() == "two"
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]

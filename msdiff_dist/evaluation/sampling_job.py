@@ -1,0 +1,90 @@
+"""What is sampled: how many images, which classes or prompts, by which sampler, from which seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from msdiff_dist.config import to_mapping
+from msdiff_dist.diffusion.process import Process
+from msdiff_dist.diffusion.sampling import SamplerConfig
+from msdiff_dist.diffusion.solvers import SOLVERS
+from msdiff_dist.errors import ConfigError
+from msdiff_dist.evaluation.generate import Generator
+from msdiff_dist.evaluation.grid import class_labels
+from msdiff_dist.export.weights import Weights
+
+_WIDEST_GRID = 20  # classes that still fit side by side
+
+
+@dataclass(frozen=True)
+class SamplingJob:
+    """Images 0 to `num` - 1; each depends on the weights, the seed and its number (and the last bits on its batch).
+
+    Args:
+        sampler: with guidance, steps and noise.
+        class_: of all images; None: class after class in turn.
+        prompts: of the images in turn; none: images of no caption.
+        batch_size: images made together.
+    """
+
+    num: int
+    seed: int = 0
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    class_: int | None = None
+    prompts: tuple[str, ...] = ()
+    batch_size: int = 64
+
+    def resolved(self, process: Process, evaluations: int | None = None) -> SamplingJob:
+        """The job with every default of its sampler filled in for `process`.
+
+        Args:
+            evaluations: exactly so many network evaluations an image, in place of the sampler's steps.
+
+        Raises:
+            ConfigError: naming the command's option.
+        """
+        sampler = self.sampler
+        try:
+            if evaluations is not None:
+                name = sampler.name or process.sampler
+                sampler = replace(sampler, name=name, steps=SOLVERS.choose("name", name).steps_of(evaluations))
+            return replace(self, sampler=sampler.for_process(process))
+        except ConfigError as e:
+            steps = "steps" if evaluations is None else "nfe"
+            option = {"name": "sampler", "steps": steps, "evaluations": "nfe"}.get(e.field, e.field)
+            raise ConfigError(f"--{option}", e.value, e.problem, e.remedy) from None
+
+    def settings(self, weights: Weights) -> dict[str, Any]:
+        """All that the images depend on, as JSON holds it."""
+        about = weights.description
+        return {
+            "source": {"step": about.step, "weights": about.weights, "sha256": weights.identity()},
+            "num": self.num,
+            "seed": self.seed,
+            "class": self.class_,
+            "prompts": list(self.prompts),
+            "sampler": to_mapping(self.sampler),
+            "batch_size": self.batch_size,
+        }
+
+    @property
+    def batches(self) -> list[range]:
+        """The images' numbers, batch by batch."""
+        return [range(i, min(i + self.batch_size, self.num)) for i in range(0, self.num, self.batch_size)]
+
+    def draw(self, generator: Generator, index_n: Sequence[int]) -> Tensor:
+        """The images numbered `index_n`, uint8 [n, C, H, W].
+
+        Raises:
+            ConfigError: no such class, or prompts for a model that takes none.
+        """
+        labels = class_labels(index_n, generator.num_classes, self.class_)
+        return generator(index_n, self.sampler, self.seed, labels, self.prompts)
+
+    def columns(self, num_classes: int | None) -> int | None:
+        """Of a grid in which every column is a class; None: a square grid."""
+        return num_classes if self.class_ is None and num_classes and num_classes <= _WIDEST_GRID else None
