@@ -52,6 +52,10 @@ def rank_processes(run: Path) -> list[int]:
     return [found[output] for output in sorted(found)]
 
 
+def fork_server_of(pid: int) -> int:
+    return int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
+
+
 def test_a_rank_that_hangs_is_named(training: subprocess.Popen[str], tmp_path: Path) -> None:
     os.kill(rank_processes(tmp_path / "run")[1], signal.SIGSTOP)
     _, message = training.communicate(timeout=120)
@@ -64,6 +68,18 @@ def test_sigusr2_saves_and_ends_well(training: subprocess.Popen[str], tmp_path: 
     training.send_signal(signal.SIGUSR2)
     _, message = training.communicate(timeout=120)
     assert training.returncode == 0
+    assert "stopped by a signal, saved" in message
+    steps = (tmp_path / "run/metrics.jsonl").read_text().count("\n")
+    assert step_of(complete_checkpoints(tmp_path / "run/checkpoints")[-1]) == steps
+
+
+def test_a_signal_to_every_process_saves_and_ends_well(training: subprocess.Popen[str], tmp_path: Path) -> None:
+    ranks = rank_processes(tmp_path / "run")
+    for pid in {*map(fork_server_of, ranks), *ranks}:
+        os.kill(pid, signal.SIGTERM)
+    training.terminate()
+    _, message = training.communicate(timeout=120)
+    assert training.returncode == 0, message
     assert "stopped by a signal, saved" in message
     steps = (tmp_path / "run/metrics.jsonl").read_text().count("\n")
     assert step_of(complete_checkpoints(tmp_path / "run/checkpoints")[-1]) == steps

@@ -1,0 +1,233 @@
+"""Rank processes of this machine: started together, watched until all have ended or one has failed.
+
+torchrun would do for running them; this supervisor also brings back results and exceptions, names the rank that failed
+first, passes signals on so that ranks can save before they end, and imports the heavy libraries once for all ranks.
+
+Every rank holds one end of a pipe, through which it reports its result or its exception; the pipe's end is the rank's
+end. Exit statuses, which come through the fork server and are lost with it, are asked of ranks that report nothing.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from types import FrameType
+from typing import Any, cast
+
+import torch
+from torch.distributed import TCPStore
+
+from msdiff_dist.errors import MsdiffError, UserError
+
+_HOST = "127.0.0.1"
+_GRACE_S = 2.0  # after a failure, for the other ranks to report what they saw of it
+
+
+class RankDiedError(MsdiffError):
+    """A rank ended without a report: killed, out of memory, a crash in native code.
+
+    Args:
+        exitcode: as multiprocessing gives it: negative for a signal; 255 also where it is not known.
+    """
+
+    def __init__(self, rank: int, exitcode: int) -> None:
+        self.rank, self.exitcode = rank, exitcode
+        how = f"was killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"ended with status {exitcode}"
+        super().__init__(f"rank {rank} {how}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.rank, self.exitcode)
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What a rank says at its end: its result, or its exception and when it was raised."""
+
+    result: Any = None
+    error: BaseException | None = None
+    at: float = 0.0
+
+
+class _Rank:
+    """One rank's process, seen from the supervisor."""
+
+    def __init__(self, rank: int, process: ForkServerProcess, pipe: Connection) -> None:
+        self.rank, self.process, self.pipe = rank, process, pipe
+        self.report: _Report | None = None
+        self.ended = False
+
+    @property
+    def failed(self) -> bool:
+        return (self.ended and self.report is None) or (self.report is not None and self.report.error is not None)
+
+    def receive(self) -> None:
+        """Take its report, or note its end, from the pipe that has one of them."""
+        try:
+            self.report = pickle.loads(self.pipe.recv_bytes())
+        except (EOFError, OSError):  # at once, or within a report
+            self.ended = True
+            self.process.join()
+
+    def send(self, signum: int) -> None:
+        """Signal it, unless it has ended."""
+        if not self.ended and self.process.pid is not None:
+            try:
+                os.kill(self.process.pid, signum)
+            except ProcessLookupError:  # it has ended this moment
+                return
+
+
+def run_ranks(
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    preload: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    signals: Sequence[signal.Signals] = (),
+    timeout: float | None = None,
+) -> list[Any]:
+    """Call `fn(rank, *args)` on `world_size` fresh processes and return their results in rank order.
+
+    The variables that torchrun would set are set; MASTER_ADDR and MASTER_PORT name a store that this process keeps.
+    `fn`, `args` and the results must be picklable; `fn` must be a module's function. A rank whose supervisor ends is
+    sent SIGTERM.
+
+    Args:
+        preload: modules that are imported once for all ranks, unless there is a GPU.
+        env: more variables of the ranks.
+        signals: handed on to every rank in place of what this process does with them.
+        timeout: seconds.
+
+    Raises:
+        the exception of the rank that failed first, a UserError before others, with the rank and its traceback as a
+            note. The other ranks are killed.
+        RankDiedError: a rank ended without a report.
+        TimeoutError: naming the ranks that still run.
+    """
+    context = cast(ForkServerContext, multiprocessing.get_context("forkserver"))
+    if not torch.cuda.is_available():  # a process that may touch CUDA must not fork
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        context.set_forkserver_preload(list(preload))
+    store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
+    job = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    job |= {"MASTER_ADDR": _HOST, "MASTER_PORT": str(store.port), **(env or {})}
+    call = pickle.dumps((fn, args))  # once, and without the shared memory that multiprocessing gives to tensors
+    ranks: list[_Rank] = []
+    try:
+        for rank in range(world_size):
+            receiving, sending = context.Pipe(duplex=False)
+            own = job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            process = context.Process(target=_rank_main, args=(rank, own, call, sending))
+            process.start()
+            sending.close()
+            ranks.append(_Rank(rank, process, receiving))
+        with _passing_on(signals, ranks):
+            _watch(ranks, timeout)
+        return [r.report.result for r in ranks if r.report]
+    finally:
+        for r in ranks:
+            r.send(signal.SIGKILL)
+        while running := _running(ranks):
+            _receive(running, None)
+
+
+def _watch(ranks: Sequence[_Rank], timeout: float | None) -> None:
+    """Wait for all ranks; at the first failure give the others a moment to fail too, and raise what explains it."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while running := _running(ranks):
+        if not _receive(running, deadline):
+            raise TimeoutError(f"ranks {sorted(r.rank for r in running)} still run after {timeout} s")
+        if any(r.failed for r in ranks):
+            break
+    else:
+        return
+    grace = time.monotonic() + _GRACE_S
+    while (running := _running(ranks)) and not any(r.ended and r.report is None for r in ranks):
+        if not _receive(running, grace):
+            break
+    raise _first_failure(ranks)
+
+
+def _running(ranks: Sequence[_Rank]) -> list[_Rank]:
+    return [r for r in ranks if not r.ended]
+
+
+def _receive(running: Sequence[_Rank], deadline: float | None) -> bool:
+    """Wait until one of the ranks reports or ends; False if none has by then."""
+    left = None if deadline is None else max(0.0, deadline - time.monotonic())
+    ready = wait([r.pipe for r in running], left)
+    for r in running:
+        if r.pipe in ready:
+            r.receive()
+    return bool(ready)
+
+
+def _first_failure(ranks: Sequence[_Rank]) -> BaseException:
+    """The error that explains the others: a rank that died without a word, else the earliest, the user's before all."""
+    for r in ranks:
+        if r.ended and r.report is None:
+            return RankDiedError(r.rank, r.process.exitcode or 0)
+    reports = sorted((r.report for r in ranks if r.report and r.report.error), key=lambda report: report.at)
+    errors = [report.error for report in reports if report.error]
+    return next((e for e in errors if isinstance(e, UserError)), errors[0])
+
+
+@contextmanager
+def _passing_on(signals: Sequence[signal.Signals], ranks: Sequence[_Rank]) -> Iterator[None]:
+    def pass_on(signum: int, frame: FrameType | None) -> None:
+        for r in ranks:
+            r.send(signum)
+
+    previous = {s: signal.signal(s, pass_on) for s in signals}
+    try:
+        yield
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)
+
+
+def _rank_main(rank: int, env: Mapping[str, str], call: bytes, pipe: Connection) -> None:
+    """Body of one rank's process."""
+    threading.Thread(target=_end_with_supervisor, daemon=True).start()
+    os.environ.update(env)
+    try:
+        fn, args = pickle.loads(call)
+        report, failed = pickle.dumps(_Report(fn(rank, *args))), False
+    except BaseException as e:
+        report, failed = _pickled(e, rank), True
+    pipe.send_bytes(report)
+    if failed:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # tearing down a broken process group could hang
+
+
+def _pickled(error: BaseException, rank: int) -> bytes:
+    """The exception with its rank and traceback as a note, or a RuntimeError quoting one that does not pickle."""
+    note, at = f"on rank {rank}:\n{''.join(traceback.format_exception(error))}", time.time()
+    try:
+        error.add_note(note)
+        data = pickle.dumps(_Report(error=error, at=at))
+        pickle.loads(data)
+        return data
+    except Exception:
+        return pickle.dumps(_Report(error=RuntimeError(note), at=at))
+
+
+def _end_with_supervisor() -> None:
+    """Once the process that started this rank is gone, ask the rank to save and end; while it starts, end it."""
+    supervisor = multiprocessing.parent_process()
+    assert supervisor is not None
+    supervisor.join()
+    os.kill(os.getpid(), signal.SIGTERM)
