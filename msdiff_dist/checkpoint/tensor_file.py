@@ -20,6 +20,7 @@ from torch import Tensor
 
 from msdiff_dist.errors import CheckpointError
 from msdiff_dist.files.digest import sha256_of
+from msdiff_dist.files.safetensors_header import HeaderError, read_header
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -120,11 +121,14 @@ class TensorReader:
         self.path = path
         try:
             self._file: IO[bytes] = path.open("rb", buffering=0)
-            self.like, self._offsets = self._header()
+            header = read_header(self._file.read, os.fstat(self._file.fileno()).st_size)
         except OSError as e:
             raise damaged(path, e.strerror or str(e)) from None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise damaged(path, "it does not begin as a safetensors file does") from None
+        except HeaderError as e:
+            raise damaged(path, str(e)) from None
+        self.metadata = header.metadata
+        self.like = {n: torch.empty(p.shape, dtype=DTYPES[p.dtype], device="meta") for n, p in header.tensors.items()}
+        self._offsets = {name: place.start for name, place in header.tensors.items()}
 
     def read(self, name: str, start: int, out: Tensor) -> None:
         """Fill `out`, contiguous, on the CPU and of the stored type, with the flattened tensor's elements from `start`.
@@ -156,19 +160,6 @@ class TensorReader:
                 flat = torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=self._offsets[name])
                 tensors[name] = flat.view(like.shape)
         return memory, tensors
-
-    def _header(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        size, length = os.fstat(self._file.fileno()).st_size, int.from_bytes(self._file.read(8), "little")
-        begin = 8 + length
-        if begin > size:
-            raise ValueError
-        header = json.loads(self._file.read(length))
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
-        end = begin + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if end != size:
-            raise damaged(self.path, f"it has {size} bytes where its header says {end}")
-        like = {n: torch.empty(e["shape"], dtype=DTYPES[e["dtype"]], device="meta") for n, e in header.items()}
-        return like, {name: begin + entry["data_offsets"][0] for name, entry in header.items()}
 
 
 def check_size(path: Path, stored: StoredFile) -> None:

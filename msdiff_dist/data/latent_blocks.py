@@ -8,6 +8,7 @@ unpacked shard and stacked along the first axis: `latent.npy`, `latent_flip.npy`
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import zlib
@@ -20,6 +21,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
+
+from msdiff_dist.files.safetensors_header import Header, HeaderError, read_header
 
 Chunk = dict[str, NDArray[Any]]
 """n samples that were read together: `__key__`, `__url__` and a column [n, ...] for each file extension; of strings or
@@ -72,8 +75,8 @@ def read_block(content: bytes, url: str) -> Chunk:
     chunk |= {name: objects([value.encode() for value in values]) for name, values in lists.items()}
     chunk |= _views(content, header)
     for name, column in chunk.items():
-        if len(column) != len(keys):
-            raise BlockError(f"has {len(column)} of {name} for {len(keys)} samples")
+        if column.shape[:1] != (len(keys),):
+            raise BlockError(f"has {len(column) if column.ndim else 1} of {name} for {len(keys)} samples")
     return chunk
 
 
@@ -96,23 +99,20 @@ def check_block(content: bytes) -> tuple[list[str], dict[str, Tensor]]:
     return lists["__key__"], tensors
 
 
-def _header(content: bytes) -> dict[str, Any]:
+def _header(content: bytes) -> Header:
     try:
-        header = json.loads(content[8 : _values_start(content)])
-        header["__metadata__"]["__key__"]
-    except (ValueError, KeyError, TypeError) as e:
-        raise BlockError(f"is not a block of latents ({e!r})") from e
+        header = read_header(io.BytesIO(content).read, len(content))
+    except HeaderError as e:
+        raise BlockError(f"is not a block of latents ({e})") from e
+    if "__key__" not in header.metadata:
+        raise BlockError("is not a block of latents (it has no keys)")
     return header
 
 
-def _values_start(content: bytes) -> int:
-    return 8 + int.from_bytes(content[:8], "little")
-
-
-def _lists(header: Mapping[str, Any]) -> dict[str, list[str]]:
+def _lists(header: Header) -> dict[str, list[str]]:
     try:
-        return {name: json.loads(text) for name, text in header["__metadata__"].items()}
-    except (ValueError, TypeError) as e:
+        return {name: json.loads(text) for name, text in header.metadata.items()}
+    except ValueError as e:
         raise BlockError(f"is not a block of latents ({e!r})") from e
 
 
@@ -123,19 +123,16 @@ def _tensors(content: bytes) -> dict[str, Tensor]:
         raise BlockError(f"is not a block of latents ({e})") from e
 
 
-def _views(content: bytes, header: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+def _views(content: bytes, header: Header) -> dict[str, NDArray[Any]]:
     """The samples' tensors without copying them, as safetensors lays them out: a header and the values."""
-    start = _values_start(content)
-    try:
-        return {
-            name: np.frombuffer(
-                content, _DTYPES[entry["dtype"]], math.prod(entry["shape"]), start + entry["data_offsets"][0]
-            ).reshape(entry["shape"])
-            for name, entry in header.items()
-            if name not in ("__metadata__", CHECKSUMS)
-        }
-    except (ValueError, KeyError, TypeError) as e:
-        raise BlockError(f"is not a block of latents ({e!r})") from e
+    views = {}
+    for name, place in header.tensors.items():
+        if place.dtype not in _DTYPES:
+            raise BlockError(f"is not a block of latents ({name} is of type {place.dtype})")
+        if name != CHECKSUMS:
+            flat = np.frombuffer(content, _DTYPES[place.dtype], math.prod(place.shape), place.start)
+            views[name] = flat.reshape(place.shape)
+    return views
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
