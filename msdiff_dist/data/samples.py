@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.latent_blocks import Chunk, objects
@@ -39,11 +38,6 @@ class Samples(NamedTuple):
     label_n: Ints | None = None
     caption_n: Array | None = None
     context_nTC: Array | None = None
-
-
-def to_model_range(x: Tensor) -> Tensor:
-    """uint8 pictures to float32 in [-1, 1]; latents to float32, unchanged."""
-    return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x.float()
 
 
 def decode(chunk: Chunk, config: DataConfig, seed: int, g_n: Ints) -> Samples:

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.make.images import read_pictures
-from msdiff_dist.data.samples import to_model_range
 from msdiff_dist.errors import CheckpointError, ConfigError, DataError
 from msdiff_dist.files.atomic import atomic_write
+from msdiff_dist.pixels import to_model_range
 from msdiff_dist.randomness import generator
 
 _KEY = "feature_classifier"

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.models.identity import digest
+from msdiff_dist.pixels import centred, to_pixels
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class LatentCodec:
         """uint8 pictures or stored latents -> float32 x0 [B, C, H, W], scaled for diffusion."""
         if self._stored_latents:
             return x_BCHW.float() * self._config.scale_factor
-        images = x_BCHW.float() / 127.5 - 1
+        images = centred(x_BCHW.float())
         if self._config.kind == "space_to_depth":
             images = F.pixel_unshuffle(images, self._config.factor)
         return images * self._config.scale_factor
@@ -77,7 +78,7 @@ class LatentCodec:
             x = F.pixel_shuffle(x, self._config.factor)
         elif self._config.kind in ("kl", "vq"):
             x = self._autoencoder().decode(x.to(self._device)).sample
-        return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
+        return to_pixels(x).cpu()
 
     @torch.no_grad()
     def encode(self, images_BCHW: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ class LatentCodec:
         Raises:
             ConfigError: the autoencoder cannot be loaded, or does not take such pictures.
         """
-        images = images_BCHW.to(self._device).float() / 127.5 - 1
+        images = centred(images_BCHW.to(self._device).float())
         if self._config.kind == "pixel":
             return images.cpu()
         if self._config.kind == "space_to_depth":

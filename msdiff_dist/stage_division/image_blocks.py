@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import io
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from msdiff_dist.data.index import read_index, resolve_shards
+from msdiff_dist.data.make.idx import read_idx
 from msdiff_dist.data.make.pack import EXTENSIONS
 from msdiff_dist.data.samples import IMAGE_FIELDS
 from msdiff_dist.data.tar_members import TarError, samples
@@ -93,7 +92,7 @@ def image_parts(path: Path) -> list[Part]:
         DataError: neither of them, or nothing inside.
     """
     if not path.is_dir():
-        rows = _read_idx(path)
+        rows = _read_idx_images(path)
         groups = [rows[i : i + _ROWS] for i in range(0, len(rows), _ROWS)]
         return [Part(i * _ROWS, len(group), partial(np.asarray, group)) for i, group in enumerate(groups)]
     files = sorted(p for p in path.rglob("*") if p.suffix.lower().lstrip(".") in EXTENSIONS and p.is_file())
@@ -143,17 +142,15 @@ def _stack(rows: Iterator[Samples]) -> Samples:
     return np.stack(listed)
 
 
-def _read_idx(path: Path) -> Samples:
+def _read_idx_images(path: Path) -> Samples:
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        zeros, kind, rank = struct.unpack_from(">HBB", data)
-        if (zeros, kind) != (0, 8) or rank < 2:
+        images = read_idx(path)
+        if images.ndim < 2:
             raise ValueError("not an IDX file of pictures")
-        shape = struct.unpack_from(f">{rank}I", data, 4)
-        return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape[0], -1)
+        return images.reshape(len(images), -1)
     except FileNotFoundError:
         raise DataError("--images", str(path), "does not exist", "Name a folder of pictures or an IDX file.") from None
-    except (OSError, EOFError, ValueError, struct.error) as e:
+    except (OSError, ValueError) as e:
         raise DataError(
             "--images", str(path), f"is not readable ({e})", "Name a folder of pictures or an IDX file."
         ) from e

@@ -15,6 +15,7 @@ from msdiff_dist.diffusion.process import Process
 from msdiff_dist.diffusion.processes.vp import VPProcess
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.files.atomic import atomic_write
+from msdiff_dist.pixels import centred, unit
 from msdiff_dist.stage_division.image_blocks import DataBlocks, Part
 from msdiff_dist.stage_division.intervals import (
     affinity_boundaries,
@@ -138,7 +139,7 @@ def float_blocks(
         for first, rows in track(data, data.count):
             values = torch.tensor(rows).to(device).double()
             if rows.dtype == np.uint8:
-                values = values / 255 if value_range == "01" else values / 127.5 - 1
+                values = unit(values) if value_range == "01" else centred(values)
             yield first, values
 
     return blocks

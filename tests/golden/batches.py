@@ -21,10 +21,10 @@ import torch.distributed as dist
 
 from msdiff_dist.apps.train.plan import plan_run
 from msdiff_dist.data.loader import StepLoader
-from msdiff_dist.data.samples import to_model_range
 from msdiff_dist.diffusion.augmentation import augment
 from msdiff_dist.diffusion.timestep_sampler import dropout_mask, noise
 from msdiff_dist.distributed.router import Router
+from msdiff_dist.pixels import to_model_range
 from msdiff_dist.recipe import Recipe
 from msdiff_dist.training.feed import Feed, MicroBatch
 from tests.golden.cases import BATCH, recipe_of

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import struct
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from msdiff_dist.data.make.idx import read_idx
 from msdiff_dist.data.make.shard_writer import (
     DatasetInfo,
     Fields,
@@ -103,8 +102,8 @@ def fashion_mnist(source: Path | None, split: Split, size: int) -> Iterator[Pict
     """28x28 clothes from the four IDX files, in their own order; padded, or shrunk if `size` is below 28."""
     folder = source or FASHION_FOLDER
     stem = "train" if split == "train" else "t10k"
-    images = _read_idx(folder, f"{stem}-images-idx3-ubyte", dimensions=3)
-    labels = _read_idx(folder, f"{stem}-labels-idx1-ubyte", dimensions=1)
+    images = _read_fashion(folder, f"{stem}-images-idx3-ubyte", dimensions=3)
+    labels = _read_fashion(folder, f"{stem}-labels-idx1-ubyte", dimensions=1)
     if len(images) != len(labels):
         raise DataError("--source", str(folder), f"has {len(images)} images, {len(labels)} labels", "Get it anew.")
     for i, (pixels, label) in enumerate(zip(images, labels.tolist(), strict=True)):
@@ -172,18 +171,16 @@ def _is_emoji(character: str, font: ImageFont.FreeTypeFont) -> bool:
     return bool(name) and bottom > top
 
 
-def _read_idx(folder: Path, name: str, dimensions: int) -> NDArray[np.uint8]:
+def _read_fashion(folder: Path, name: str, dimensions: int) -> NDArray[np.uint8]:
     """An array of bytes from an IDX file, gzipped or not."""
     path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
     if path is None:
         remedy = "Install it (`apt-get install dataset-fashion-mnist`) or give its folder with --source."
         raise DataError("--source", str(folder), f"{name}[.gz] not found", remedy)
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        zeros, kind, rank = struct.unpack_from(">HBB", data)
-        shape = struct.unpack_from(f">{rank}I", data, 4)
-        if (zeros, kind, rank) != (0, 8, dimensions):
-            raise ValueError(f"not an IDX file of {dimensions} dimensions of bytes")
-        return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
-    except (OSError, EOFError, ValueError, struct.error) as e:
+        found = read_idx(path)
+        if found.ndim != dimensions:
+            raise ValueError(f"{found.ndim} dimensions, not {dimensions}")
+        return found
+    except (OSError, ValueError) as e:
         raise DataError("--source", str(path), f"is damaged ({e})", "Install or copy it again.") from e

@@ -4,12 +4,11 @@ import io
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.latent_blocks import Chunk, objects
-from msdiff_dist.data.samples import Samples, decode, synthesize, to_model_range
+from msdiff_dist.data.samples import Samples, decode, synthesize
 from msdiff_dist.errors import DataError
 
 RGB = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
@@ -70,12 +69,6 @@ def test_flip_mirrors_about_half_and_depends_on_seed_and_number_only():
         assert flipped[-1] or (x_CHW == straight).all()
         assert (x_CHW == decode_one(sample, images(flip=True), g).x_nCHW[0]).all()
     assert 70 < sum(flipped) < 130
-
-
-def test_model_range():
-    x = to_model_range(torch.tensor([0, 255], dtype=torch.uint8))
-    assert x.tolist() == [-1, 1]
-    assert to_model_range(torch.tensor([2.5], dtype=torch.float16)).dtype == torch.float32
 
 
 def test_latents_labels_captions_contexts():
