@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import ForkServerProcess
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.distributed import TCPStore
@@ -115,7 +115,7 @@ def run_ranks(
         RankDiedError: a rank ended without a report.
         TimeoutError: naming the ranks that still run.
     """
-    context = cast(ForkServerContext, multiprocessing.get_context("forkserver"))
+    context = multiprocessing.get_context("forkserver")
     if not torch.cuda.is_available():  # a process that may touch CUDA must not fork
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         context.set_forkserver_preload(list(preload))
