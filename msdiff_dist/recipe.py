@@ -31,6 +31,7 @@ from msdiff_dist.shipped import where_to_get
 from msdiff_dist.training.config import TrainConfig
 from msdiff_dist.training.ema import EmaConfig
 from msdiff_dist.training.optimizer import LrScheduleConfig, OptimizerConfig
+from msdiff_dist.training.sinks import MetricsConfig
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Recipe:
     activation_checkpointing: ActivationCheckpointingConfig = field(default_factory=ActivationCheckpointingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     extensions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

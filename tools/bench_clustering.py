@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_tensor
 
+from msdiff_dist.diffusion.clock import clock_times
 from msdiff_dist.diffusion.processes.vp import VPConfig, VPProcess
 from msdiff_dist.stage_division.image_blocks import DataBlocks, image_parts
-from msdiff_dist.stage_division.intervals import clock_times
 from msdiff_dist.stage_division.methods import float_blocks
 from msdiff_dist.stage_division.optimal_denoiser import Draws, draw_samples, limit_similarities, optimal_noise
 

@@ -25,7 +25,9 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from msdiff_dist.apps.train.rank import Run
+from msdiff_dist.apps.train.trainer import Trainer
+from msdiff_dist.distributed.agree import Agreement
+from msdiff_dist.distributed.engines import ReducedGradients
 from msdiff_dist.distributed.environment import Environment
 from msdiff_dist.models.multistage_unet import build_model
 from msdiff_dist.recipe import Recipe, load_recipe, recipe_from, recipe_mapping
@@ -89,27 +91,27 @@ class StageParallel:
     """This rank's part of a run."""
 
     def __init__(self, recipe: Recipe, rank: int, world_size: int, folder: Path) -> None:
-        self.run = Run(recipe, RunFolder(folder), Environment(rank, rank, world_size, torch.device("cpu")))
+        self.run = Trainer(recipe, RunFolder(folder), Environment(rank, rank, world_size, torch.device("cpu")))
         self.lr = recipe.optimizer.lr
         self.gradient_bytes = 0
-        self.agree = self.run.engines.reduce_norm
-        self.run.engines.reduce_norm = self._measured  # type: ignore[method-assign]
+        self.reduce = self.run.engines.reduce
+        self.run.engines.reduce = self._measured  # type: ignore[method-assign]
 
-    def _measured(self, extra: Tensor) -> Tensor:
+    def _measured(self, agreement: Agreement) -> ReducedGradients:
         """Look at the gradients where they all exist: after the backward passes, before the optimizers."""
         engines = self.run.engines._engines()
         owned = (g for e in engines for gs in e.optimizer.averaged_gradients.values() for g in gs or ())
         whole = (p.grad for e in engines for p in e.engine.module.parameters() if p.grad is not None)
         self.gradient_bytes = size(owned) + size(whole)
-        return self.agree(extra)
+        return self.reduce(agreement)
 
     def step(self) -> None:
-        self.run.train_step(self.lr, False)
+        self.run.step(self.lr)
 
     def state_bytes(self) -> int:
         parameters = size(p for e in self.run.engines._engines() for p in e.engine.module.parameters())
-        shards = size(t for s in self.run.state.values() for t in s.flats())
-        moments = size(t for s in self.run.state.values() for m in s.moments() for t in m.values())
+        shards = size(t for s in self.run.state.shards.values() for t in s.flats())
+        moments = size(t for s in self.run.state.shards.values() for m in s.moments() for t in m.values())
         return parameters + self.gradient_bytes + shards + moments
 
 

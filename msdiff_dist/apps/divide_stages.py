@@ -17,18 +17,19 @@ from msdiff_dist.checkpoint.layout import CheckpointIndex, find_checkpoint
 from msdiff_dist.checkpoint.load import CheckpointReader
 from msdiff_dist.config import from_mapping
 from msdiff_dist.data.loader import StepLoader
+from msdiff_dist.diffusion.clock import clock_grid
 from msdiff_dist.diffusion.config import DiffusionConfig, build_process
+from msdiff_dist.diffusion.objective import Objective
 from msdiff_dist.diffusion.process import Process
-from msdiff_dist.diffusion.timestep_sampler import noise
 from msdiff_dist.distributed.environment import is_rank_process, process_group
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.files.atomic import atomic_write
 from msdiff_dist.models.autoencoder import LatentCodec
 from msdiff_dist.models.multistage_unet import build_parts
+from msdiff_dist.randomness import noise
 from msdiff_dist.recipe import load_recipe, recipe_from
 from msdiff_dist.stage_division.gradient_affinity import gradient_affinity
 from msdiff_dist.stage_division.image_blocks import Part, image_parts, shard_parts
-from msdiff_dist.stage_division.intervals import clock_grid
 from msdiff_dist.stage_division.methods import (
     DenoiserOptions,
     Division,
@@ -165,10 +166,11 @@ def _divide_gradients(request: ClusterRequest) -> Division:
     x0 = LatentCodec(recipe.autoencoder, recipe.data.kind != "image", device).to_latents(samples.x_nCHW.to(device))
     eps = noise(seed, 0, samples.index_n, tuple(x0.shape[1:])).to(device)
     label, context = (None if c is None else c.to(device) for c in (samples.label_n, samples.context_nTC))
+    objective = Objective(process, recipe.train.loss)
     grid = clock_grid(process, GRADIENT_GRID).tolist()
     with Progress(console=Console(stderr=True), transient=True) as progress:
         times = progress.track(grid, description="gradients")
-        affinity = gradient_affinity(shared, decoders, process, partition, x0, eps, times, label, context)
+        affinity = gradient_affinity(shared, decoders, objective, partition, x0, eps, times, label, context)
     return divide_by_affinity(process, affinity, request.stages)
 
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from msdiff_dist.errors import ConfigError
 
-LOSS_WINDOW = 100
-
 
 @dataclass(frozen=True)
 class CheckpointConfig:
@@ -45,17 +43,6 @@ class CheckpointConfig:
     def due(self, step: int) -> bool:
         """Whether there is to be a checkpoint after `step` steps, be it the last or not."""
         return step in self.at or (self.every > 0 and step % self.every == 0)
-
-
-@dataclass
-class LossAverage:
-    """The training loss, smoothed over about `LOSS_WINDOW` steps; the plain mean of the first ones."""
-
-    value: float | None = None
-
-    def update(self, step: int, loss: float) -> None:
-        """Take in the loss of `step`, counted from 1."""
-        self.value = loss if self.value is None else self.value + (loss - self.value) / min(step, LOSS_WINDOW)
 
 
 def kept(losses: Mapping[int, float | None], config: CheckpointConfig) -> set[int]:

@@ -40,7 +40,7 @@ class StepSamples:
     """The samples of one global batch that one rank reads, in ascending order of their index in the batch.
 
     Attributes:
-        step: which global batch.
+        batch: number of the global batch, from 0.
         index_n: int64, in [0, global_batch_size).
         x_nCHW: uint8 pictures or floating latents; always the same shape but for n, which may be 0.
         label_n: int64 class labels, if the data has `num_classes`.
@@ -50,7 +50,7 @@ class StepSamples:
         damage: what was found wrong for the first time while this step was read, and left out.
     """
 
-    step: int
+    batch: int
     index_n: Ints
     x_nCHW: Tensor
     label_n: Tensor | None
@@ -71,10 +71,11 @@ def load_index(config: DataConfig) -> list[list[Shard]]:
 
 
 class StepLoader:
-    """Endless iterator over `StepSamples` from `start_step` on; reads nothing and starts no worker before the first.
+    """Endless iterator over `StepSamples` from `start_batch` on; reads nothing and starts no worker before the first.
 
     Which samples a global batch holds depends on the shards, `config.lanes`, `config.shuffle`, the seed and the batch
-    size alone: never on ranks, workers or the step at which reading starts. The position is the step number.
+    size alone: never on ranks, workers or the batch at which reading starts. The number of the global batch is the
+    position.
 
     Args:
         index: the result of `load_index`, if it is at hand.
@@ -91,7 +92,7 @@ class StepLoader:
         global_batch_size: int,
         rank: int = 0,
         world_size: int = 1,
-        start_step: int = 0,
+        start_batch: int = 0,
         index: Sequence[Sequence[Shard]] | None = None,
     ) -> None:
         if config.lanes % world_size:
@@ -105,12 +106,12 @@ class StepLoader:
         self._world_size = world_size
         lanes = range(rank, config.lanes, world_size)
         self._workers = min(config.workers, len(lanes))
-        self._dataset = _RankDataset(self._schedule, list(lanes), start_step)
+        self._dataset = _RankDataset(self._schedule, list(lanes), start_batch)
         self._iterator: Iterator[StepSamples | UserError] | None = None
 
-    def source_rank(self, step: int) -> Ints:
+    def source_rank(self, batch: int) -> Ints:
         """The rank that reads each sample of a global batch, [global_batch_size]; every rank can compute it."""
-        return self._schedule.locate(step)[1] % self._world_size
+        return self._schedule.locate(batch)[1] % self._world_size
 
     def __iter__(self) -> StepLoader:
         return self
@@ -151,12 +152,12 @@ class _Schedule:
             for source, shards in enumerate(index)
         ]
 
-    def numbers(self, step: int) -> Ints:
-        return np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size, dtype=np.int64)
+    def numbers(self, batch: int) -> Ints:
+        return np.arange(batch * self.global_batch_size, (batch + 1) * self.global_batch_size, dtype=np.int64)
 
-    def locate(self, step: int) -> tuple[Ints, Ints]:
+    def locate(self, batch: int) -> tuple[Ints, Ints]:
         """(source, lane) of each sample of a global batch, [global_batch_size] each."""
-        g_B = self.numbers(step)
+        g_B = self.numbers(batch)
         if self.mixture is None:
             return np.zeros_like(g_B), g_B % self.config.lanes
         source_B, number_B = self.mixture.locate(g_B)
@@ -166,10 +167,10 @@ class _Schedule:
             lane_B[here] = order.lanes_of(number_B[here])
         return source_B, lane_B
 
-    def lane(self, source: int, lane: int, step: int, damage: DamageReport) -> _Lane:
-        """A lane of one source from a step on."""
+    def lane(self, source: int, lane: int, batch: int, damage: DamageReport) -> _Lane:
+        """A lane of one source from a global batch on."""
         assert self.mixture is not None
-        number = int(self.mixture.taken_before(step * self.global_batch_size)[source])
+        number = int(self.mixture.taken_before(batch * self.global_batch_size)[source])
         order = self.orders[source]
         stream = LaneStream(self.index[source], order, lane, number, self.config.access, damage)
         return _Lane(stream, order.num_samples, self.config, self.seed, damage)
@@ -235,8 +236,8 @@ def _one_by_one(picked: list[Picked]) -> list[Chunk]:
 class _RankDataset(IterableDataset):
     """Runs in each worker; yields its part of every step, or a `UserError` as its last item."""
 
-    def __init__(self, schedule: _Schedule, lanes: list[int], start_step: int) -> None:
-        self.schedule, self.lanes, self.start_step = schedule, lanes, start_step
+    def __init__(self, schedule: _Schedule, lanes: list[int], start_batch: int) -> None:
+        self.schedule, self.lanes, self.start_batch = schedule, lanes, start_batch
 
     def __iter__(self) -> Iterator[StepSamples | UserError]:
         worker = get_worker_info()
@@ -253,8 +254,8 @@ class _RankDataset(IterableDataset):
         damage = DamageReport(schedule.config.max_bad)
         streams: dict[int, _Lane] = {}
         mine_L = np.isin(np.arange(schedule.config.lanes), list(lanes))
-        for step in itertools.count(self.start_step):
-            (source_B, lane_B), first = schedule.locate(step), step * schedule.global_batch_size
+        for batch in itertools.count(self.start_batch):
+            (source_B, lane_B), first = schedule.locate(batch), batch * schedule.global_batch_size
             index_n = np.flatnonzero(mine_L[lane_B])
             part = _Part(schedule.config, len(index_n))
             if schedule.mixture is None:
@@ -263,10 +264,10 @@ class _RankDataset(IterableDataset):
                 for place, at_n in grouped(source_B[index_n] * schedule.config.lanes + lane_B[index_n]):
                     if place not in streams:
                         source, lane = divmod(place, schedule.config.lanes)
-                        streams[place] = schedule.lane(source, lane, self.start_step, damage)
+                        streams[place] = schedule.lane(source, lane, self.start_batch, damage)
                     for where_n, samples in streams[place].take(first + index_n[at_n]):
                         part.put(at_n[where_n], samples)
-            yield part.samples(step, index_n, damage.take())
+            yield part.samples(batch, index_n, damage.take())
 
 
 def _start(dataset: _RankDataset, workers: int) -> Iterator[StepSamples | UserError]:
@@ -336,11 +337,11 @@ class _Part:
             if room is not None:
                 room[at_n] = values
 
-    def samples(self, step: int, index_n: Ints, damage: tuple[Damage, ...]) -> StepSamples:
+    def samples(self, batch: int, index_n: Ints, damage: tuple[Damage, ...]) -> StepSamples:
         """When all places are filled."""
         captions = None if self._caption_n is None else self._caption_n.tolist()
         return StepSamples(
-            step, index_n, self._x_nCHW, self._label_n, self._context_nTC, captions, self._key_n.tolist(), damage
+            batch, index_n, self._x_nCHW, self._label_n, self._context_nTC, captions, self._key_n.tolist(), damage
         )
 
 
@@ -353,7 +354,7 @@ def _merge(parts: list[StepSamples]) -> StepSamples:
     """Put the workers' parts of one step in order of index."""
     if len(parts) == 1:
         return parts[0]
-    assert len({part.step for part in parts}) == 1, "workers run in step"
+    assert len({part.batch for part in parts}) == 1, "workers run in step"
     index_n = np.concatenate([part.index_n for part in parts])
     order_n = np.argsort(index_n)
 
@@ -365,7 +366,7 @@ def _merge(parts: list[StepSamples]) -> StepSamples:
         return None if every is None else [every[i] for i in order_n]
 
     return StepSamples(
-        step=parts[0].step,
+        batch=parts[0].batch,
         index_n=index_n[order_n],
         x_nCHW=tensors([part.x_nCHW for part in parts]),
         label_n=tensors([part.label_n for part in parts]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 from typing import Any, NamedTuple
 
@@ -15,11 +14,10 @@ from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.latent_blocks import Chunk, objects
 from msdiff_dist.data.order import Ints
 from msdiff_dist.errors import DataError
-from msdiff_dist.randomness import generator
+from msdiff_dist.randomness import flips, generator, posterior_noise
 
 IMAGE_FIELDS = ("png", "jpg", "jpeg", "webp", "bmp", "ppm", "pgm")
 Array = NDArray[Any]
-_FLIPS = 1024  # drawn at once
 _DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("float16"),
     "float32": np.dtype("float32"),
@@ -46,7 +44,7 @@ def decode(chunk: Chunk, config: DataConfig, seed: int, g_n: Ints) -> Samples:
     Raises:
         DataError: a field that is missing, damaged or of the wrong size; names shard, key and field.
     """
-    flipped_n = _flips(seed, g_n) if config.flip else np.zeros(len(g_n), np.bool_)
+    flipped_n = flips(seed, g_n) if config.flip else np.zeros(len(g_n), np.bool_)
     if config.kind == "image":
         x_nCHW = np.stack([_picture(chunk, row, config) for row in range(len(g_n))])
         x_nCHW[flipped_n] = x_nCHW[flipped_n][..., ::-1]
@@ -59,15 +57,6 @@ def decode(chunk: Chunk, config: DataConfig, seed: int, g_n: Ints) -> Samples:
     if config.captions:
         caption_n = objects([text.decode("utf-8", "replace").strip() for text in _column(chunk, "txt")])
     return Samples(chunk["__key__"], x_nCHW, _labels(chunk, config), caption_n, context_nTC)
-
-
-def _flips(seed: int, g_n: Ints) -> NDArray[np.bool_]:
-    return np.array([_coins(seed, g // _FLIPS)[g % _FLIPS] for g in g_n.tolist()])
-
-
-@functools.lru_cache(maxsize=64)
-def _coins(seed: int, number: int) -> NDArray[np.bool_]:
-    return generator(seed, "flip", number).random(_FLIPS) < 0.5
 
 
 def synthesize(config: DataConfig, seed: int, g_n: Ints) -> Samples:
@@ -125,10 +114,9 @@ def _latents(chunk: Chunk, config: DataConfig, flipped_n: NDArray[np.bool_], see
         stored[flipped_n] = _arrays(chunk, flipped, shape, "data.latent_shape", dtype)[flipped_n]
     if not config.latent_moments:
         return stored
-    noise = np.stack(
-        [generator(seed, "posterior", g).standard_normal((C, H, W), dtype=np.float32) for g in g_n.tolist()]
-    )
-    return to_dtype(stored[:, :C] + np.exp(stored[:, C:] / 2) * noise, config.latent_dtype)
+    # log variance to standard deviation: exp(v / 2)
+    latents = stored[:, :C] + np.exp(stored[:, C:] / 2) * posterior_noise(seed, g_n, (C, H, W))
+    return to_dtype(latents, config.latent_dtype)
 
 
 def to_dtype(array: Array, dtype: str) -> Array:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msdiff_dist.errors import ConfigError
-from msdiff_dist.randomness import generator
+from msdiff_dist.randomness import augmentation
 
 AUGMENT_LABELS = 9
 """Length of the description: mirrored, upside down, scaling, rotation (2), anisotropy (2), translation (2)."""
@@ -34,13 +34,13 @@ class AugmentationConfig:
 
 
 def augment(
-    x_nCHW: Tensor, config: AugmentationConfig, seed: int, step: int, index_n: np.ndarray
+    x_nCHW: Tensor, config: AugmentationConfig, seed: int, batch: int, index_n: np.ndarray
 ) -> tuple[Tensor, Tensor]:
     """Transformed pictures, and what was done to each: float32 [n, AUGMENT_LABELS], all zero for nothing.
 
-    Each picture's transform depends on (seed, step, its index in the global batch) alone.
+    Each picture's transform depends on (seed, global batch, its index there) alone.
     """
-    drawn = [_draw(config.probability, generator(seed, "augmentation", step, i)) for i in index_n.tolist()]
+    drawn = [_draw(config.probability, augmentation(seed, batch, i)) for i in index_n.tolist()]
     label_n = torch.tensor(np.array([label for label, _ in drawn]), dtype=torch.float32, device=x_nCHW.device)
     mirrored_n, upside_down_n = (label_n[:, k].bool()[:, None, None, None] for k in (0, 1))
     x_nCHW = torch.where(mirrored_n, x_nCHW.flip(3), x_nCHW)

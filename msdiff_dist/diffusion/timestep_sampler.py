@@ -1,7 +1,7 @@
-"""Which stage, time, noise and dropped condition each sample of a global batch gets.
+"""Which stage, time and micro batch each sample of a global batch gets.
 
-Everything is a function of (seed, step, index in the global batch), so it does not depend on ranks, workers, placement
-or accumulation.
+Everything is a function of (seed, number of the global batch, index in it), so it does not depend on ranks, workers or
+placement.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from msdiff_dist.diffusion.config import StageSampling
 from msdiff_dist.diffusion.process import Process
 from msdiff_dist.diffusion.stage_partition import StagePartition
 from msdiff_dist.errors import ConfigError
-from msdiff_dist.randomness import generator
+from msdiff_dist.randomness import stage_order, time_uniforms
 
 
 @dataclass(frozen=True)
@@ -69,11 +67,11 @@ class StageQuotas:
             raise ConfigError("train.gradient_accumulation_steps", accumulation_steps, problem, remedy)
         return np.diff(self._micro_bounds(accumulation_steps), axis=0)
 
-    def draw(self, seed: int, step: int, accumulation_steps: int = 1) -> StepDraw:
-        """The stages, times and micro batches of step `step`."""
+    def draw(self, seed: int, batch: int, accumulation_steps: int = 1) -> StepDraw:
+        """The stages, times and micro batches of global batch `batch`, counted from 0."""
         quotas, B = self.quotas_K, int(self.quotas_K.sum())
-        stage_B = np.repeat(np.arange(len(quotas)), quotas)[generator(seed, "stage", step).permutation(B)]
-        u_B = generator(seed, "time", step).random(B)
+        stage_B = np.repeat(np.arange(len(quotas)), quotas)[stage_order(seed, batch, B)]
+        u_B = time_uniforms(seed, batch, B)
         t_B = np.empty(B, np.int64 if self._process.discrete else np.float64)
         micro_B = np.empty(B, np.int64)
         first, by_stage = 0, np.argsort(stage_B, kind="stable")
@@ -114,18 +112,3 @@ def stage_quotas(probability_K: Sequence[float] | np.ndarray, global_batch_size:
         quotas[k] += 1
         quotas[np.argmax(quotas)] -= 1
     return quotas
-
-
-def noise(seed: int, step: int, index_n: np.ndarray, shape: Sequence[int]) -> Tensor:
-    """Standard normal noise [n, *shape] in float32 of the samples with these indices in the global batch."""
-    out = np.empty((len(index_n), *shape), np.float32)
-    for row, index in zip(out, index_n.tolist(), strict=True):
-        generator(seed, "noise", step, index).standard_normal(out=row, dtype=np.float32)
-    return torch.from_numpy(out)
-
-
-def dropout_mask(seed: int, step: int, index_n: np.ndarray, probability: float) -> Tensor:
-    """Whether the condition of each sample is dropped, bool [n]."""
-    if len(index_n) == 0:
-        return torch.zeros(0, dtype=torch.bool)
-    return torch.from_numpy(generator(seed, "condition dropout", step).random(index_n.max() + 1)[index_n] < probability)

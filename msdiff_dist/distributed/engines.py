@@ -5,6 +5,10 @@ The graph is cut between them. A micro batch runs the shared encoder once, then 
 back through the encoder in one backward over the world. Every rank thus issues its collectives in one explicit order,
 and groups may overlap freely. Reductions are sums of gradients of a loss normalised by the GLOBAL batch, so they are
 the exact global mean whatever the sizes of the groups. This is the only file that imports deepspeed.
+
+A step goes: `forward_backward` for every micro batch, then `agreement`, to which others add what they have to agree on,
+then `reduce`, which makes the global gradient norm known, then the `step` of what `reduce` returned. No optimizer can
+step before the norm is there, because only the reduced gradients can.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import torch.distributed as dist
 from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 
+from msdiff_dist.distributed.agree import Agreement
 from msdiff_dist.distributed.environment import Groups
 from msdiff_dist.distributed.forward_clock import ForwardClock
 from msdiff_dist.distributed.zero_state import ShardedState
@@ -104,6 +109,7 @@ class _Engine:
         self, module: nn.Module, optimizer: OptimizerFactory, zero: int, config: EngineConfig, unit: _StageUnit | None
     ) -> None:
         self.unit = unit
+        self._norm: Tensor | None = None  # of the gradients of the whole model, at the boundary
         size = unit.get_data_parallel_world_size() if unit else dist.get_world_size()
         # ZeRO 3 knows only the mean over the group: multiplying the loss by the group's size makes it the sum.
         self.loss_scale = float(size) if zero == 3 else 1.0
@@ -127,6 +133,8 @@ class _Engine:
             self.engine, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer(list(module.parameters())), config=settings, mpu=unit
             )
+        if config.grad_clip:
+            self._clip_by_the_whole_norm()
 
     @property
     def optimizer(self) -> Any:
@@ -140,16 +148,32 @@ class _Engine:
         with _deepspeed_unit(self.unit):
             self.engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self) -> None:
+    def count_micro_batch(self) -> None:
+        """Let DeepSpeed count a micro batch that does not complete the global batch; no optimizer steps."""
+        assert not self.engine.is_gradient_accumulation_boundary()
         with _deepspeed_unit(self.unit):
             self.engine.step()
 
-    def clip_by(self, norm: Callable[[], Tensor]) -> None:
-        """Clip with `norm()` instead of the norm of this engine's own gradients."""
+    def step(self, lr: float, norm: Tensor) -> None:
+        """Step the optimizer on gradients clipped by `norm`, that of the whole model."""
+        self._norm = norm
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with _deepspeed_unit(self.unit):
+            self.engine.step()
+        self._norm = None
+
+    def _clip_by_the_whole_norm(self) -> None:
+        """Have DeepSpeed clip by the norm that `step` is given instead of the norm of this engine's own gradients."""
+
+        def norm(norm_type: float = 2.0) -> Tensor:
+            assert self._norm is not None, "DeepSpeed asks for the norm inside `step` only"
+            return self._norm
+
         if hasattr(self.optimizer, "_get_norm_groups"):  # ZeRO 3
             self.optimizer._get_norm_groups = lambda: [norm()]
         else:
-            self.optimizer.scaled_global_norm = lambda norm_type=2: norm()
+            self.optimizer.scaled_global_norm = norm
 
     def gradient_square_sum(self) -> Tensor:
         """Sum of squares of the reduced gradient elements that live on this rank."""
@@ -160,6 +184,23 @@ class _Engine:
         return squares
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReducedGradients:
+    """The gradients of one global batch, known to every rank and ready to step on.
+
+    sums: of everything in the step's agreement, over the ranks. norm: of the gradients of the whole model, before
+    clipping.
+    """
+
+    sums: Mapping[str, Tensor]
+    norm: Tensor
+    _step: Callable[[float], None]
+
+    def step(self, lr: float) -> None:
+        """Step every optimizer of this rank with learning rate `lr`. Once."""
+        self._step(lr)
+
+
 class StageParallelEngines:
     """The shared engine and the engines of the stages this rank holds, stepping as one model.
 
@@ -167,6 +208,7 @@ class StageParallelEngines:
         shared: maps the network's inputs to a tuple of features, batch first. It may have no parameters.
         stages: for each held stage, the module that maps (a row range of) those features to the output.
         optimizer: makes a torch optimizer for a list of parameters; called once per engine.
+        device: where the modules are.
     """
 
     def __init__(
@@ -176,20 +218,19 @@ class StageParallelEngines:
         optimizer: OptimizerFactory,
         config: EngineConfig,
         groups: Groups,
+        device: torch.device,
     ) -> None:
         self.config = config
         self.forward_clock = ForwardClock()
-        self.grad_norm = torch.zeros(())
         self._shared_module = shared
+        self._device = device
+        self._is_complete = False  # whether the micro batches of a global batch have all run, and no step followed
         has_parameters = any(True for _ in shared.parameters())
         self.shared = _Engine(shared, optimizer, config.zero_shared, config, None) if has_parameters else None
         self.stages: dict[int, _Engine] = {}
         for k in sorted(stages):
             unit = _StageUnit(groups.stage[k], groups.alone)
             self.stages[k] = _Engine(stages[k], optimizer, config.zero_stage, config, unit)
-        if config.grad_clip:
-            for engine in self._engines():
-                engine.clip_by(lambda: self.grad_norm)
 
     def _engines(self) -> list[_Engine]:
         """In the order of their collectives: held stages ascending, then the shared one."""
@@ -208,6 +249,7 @@ class StageParallelEngines:
             rows: for every held stage its rows of that batch, at least one each.
             loss: (stage, output, rows) -> this rank's part of the loss, already divided by the global batch size.
         """
+        assert not self._is_complete, "the global batch is complete: step before the next micro batch"
         with self.forward_clock:
             features = (self.shared or self._shared_module)(*inputs)
         differentiable = [i for i, f in enumerate(features) if f.requires_grad]
@@ -228,21 +270,28 @@ class StageParallelEngines:
             self.shared.backward(
                 _GradientsAt.apply(len(differentiable), *(features[i] for i in differentiable), *gradients)
             )
+        self._is_complete = bool(self._engines()[0].engine.is_gradient_accumulation_boundary())
+        if not self._is_complete:
+            for counted in self._engines():
+                counted.count_micro_batch()
 
-    def at_boundary(self) -> bool:
-        """Whether the micro batch just run completes the global batch."""
-        return bool(self._engines()[0].engine.is_gradient_accumulation_boundary())
+    def agreement(self) -> Agreement:
+        """What the ranks sum in this step's one reduction, with the gradients in it; after the last micro batch.
 
-    def reduce_norm(self, extra: Tensor) -> Tensor:
-        """Set `grad_norm`, the norm over the encoder and every decoder once each; sum `extra` over the ranks with it.
-
-        One world all_reduce. Every gradient element lives on exactly one rank.
+        Every gradient element lives on exactly one rank, so the sum over ranks of the squares of their own elements is
+        the square of the norm over the encoder and every decoder, once each.
         """
-        squares = sum((e.gradient_square_sum() for e in self._engines()), torch.zeros((), device=extra.device))
-        both = torch.cat([squares.double().reshape(1), extra.double()])
-        dist.all_reduce(both)
-        self.grad_norm = both[0].sqrt().float()
-        return both[1:]
+        assert self._is_complete, "micro batches are missing from the global batch"
+        agreement = Agreement(self._device)
+        squares = sum((e.gradient_square_sum() for e in self._engines()), torch.zeros((), device=self._device))
+        agreement.add("gradient square sum", squares)
+        return agreement
+
+    def reduce(self, agreement: Agreement) -> ReducedGradients:
+        """Sum `agreement` over the ranks. One world all_reduce."""
+        sums = agreement.reduce()
+        norm = sums["gradient square sum"][0].sqrt().float()
+        return ReducedGradients(sums=sums, norm=norm, _step=lambda lr: self._step(lr, norm.to(self._device)))
 
     def parts_with_bad_gradients(self) -> list[str]:
         """Parts of which a gradient element on this rank is not finite, after the reduction."""
@@ -251,9 +300,7 @@ class StageParallelEngines:
         )
         return [name for name, e in named.items() if not e.gradient_square_sum().isfinite()]
 
-    def step(self, lr: float) -> None:
-        """After every micro batch; at the boundary the optimizers step with learning rate `lr`."""
+    def _step(self, lr: float, norm: Tensor) -> None:
         for engine in self._engines():
-            for group in engine.optimizer.param_groups:
-                group["lr"] = lr
-            engine.step()
+            engine.step(lr, norm)
+        self._is_complete = False

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from msdiff_dist.diffusion.loss import sample_losses
-from msdiff_dist.diffusion.process import Process
+from msdiff_dist.diffusion.objective import Objective
 from msdiff_dist.diffusion.stage_partition import StagePartition
 from msdiff_dist.errors import ConfigError
 
@@ -17,7 +16,7 @@ from msdiff_dist.errors import ConfigError
 def gradient_affinity(
     shared: nn.Module,
     stages: Mapping[int, nn.Module],
-    process: Process,
+    objective: Objective,
     partition: StagePartition,
     x0_BCHW: Tensor,
     noise_BCHW: Tensor,
@@ -42,11 +41,11 @@ def gradient_affinity(
     rows = []
     for t in times:
         t_B = torch.full((len(x0_BCHW),), float(t), dtype=torch.float64, device=x0_BCHW.device)
-        x_in, t_in = process.network_input(process.perturb(x0_BCHW, noise_BCHW, t_B), t_B)
+        noised = objective.noised(x0_BCHW, noise_BCHW, t_B)
         stage = stages[int(partition.stage_of(np.array(float(t))))]
-        output = stage(*shared(x_in, t_in, context_BTC, label_B))
-        losses = process.weight(t_B) * sample_losses(output, process.target(x0_BCHW, noise_BCHW, t_B))
-        gradients = torch.autograd.grad(losses.mean(), parameters, allow_unused=True)
+        output = stage(*shared(noised.x_nCHW, noised.time_n, context_BTC, label_B))
+        loss = objective.losses(output, noised).mean()
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         flat = torch.cat([g.flatten() for g in gradients if g is not None]).float().cpu()
         rows.append(flat / flat.norm().clamp(min=torch.finfo(torch.float32).tiny))
     unit_GP = torch.stack(rows)

@@ -11,19 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from msdiff_dist.diffusion.clock import clock_grid, clock_times
 from msdiff_dist.diffusion.process import Process
 from msdiff_dist.diffusion.processes.vp import VPProcess
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.files.atomic import atomic_write
 from msdiff_dist.pixels import centred, unit
 from msdiff_dist.stage_division.image_blocks import DataBlocks, Part
-from msdiff_dist.stage_division.intervals import (
-    affinity_boundaries,
-    clock_grid,
-    clock_times,
-    snr_boundaries,
-    timestep_boundaries,
-)
+from msdiff_dist.stage_division.intervals import affinity_boundaries, snr_boundaries, timestep_boundaries
 from msdiff_dist.stage_division.optimal_denoiser import (
     Blocks,
     LastLimit,

@@ -14,12 +14,13 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
+from msdiff_dist.diffusion.clock import clock_times
 from msdiff_dist.diffusion.process import Process
+from msdiff_dist.distributed.agree import maximum, summed
 from msdiff_dist.errors import ConfigError, DataError
 from msdiff_dist.randomness import generator
-from msdiff_dist.stage_division.intervals import clock_times, similarity_intervals
+from msdiff_dist.stage_division.intervals import similarity_intervals
 
 Blocks = Callable[[], Iterable[tuple[int, Tensor]]]
 """Each call passes once over the data: (index of the block's first sample, the block as float64 [b, d])."""
@@ -68,7 +69,7 @@ def draw_samples(blocks: Blocks, count: int, draws: int, seed: int) -> Draws:
         mean_d += block.sum(0) / count
         here = ((index_M >= first) & (index_M < first + len(block))).nonzero()[:, 0]
         sample_Md[here.to(block.device)] = block[(index_M[here] - first).to(block.device)]
-    _sum_over_ranks(sample_Md, mean_d)
+    sample_Md, mean_d = summed(sample_Md), summed(mean_d)
     noise_Md = torch.from_numpy(rng.standard_normal(tuple(sample_Md.shape)))
     return Draws(sample_Md, noise_Md.to(sample_Md), mean_d)
 
@@ -128,14 +129,12 @@ class _Posterior:
 
     def mean(self) -> Tensor:
         """Posterior means [Q, d], over all ranks."""
-        if dist.is_initialized():
-            common_Q = self._largest_Q.clone()
-            dist.all_reduce(common_Q, dist.ReduceOp.MAX)
-            rescale = torch.exp(self._largest_Q - common_Q)
-            self._weight_Q *= rescale
-            self._sum_Qd *= rescale[:, None]
-            _sum_over_ranks(self._weight_Q, self._sum_Qd)
-        return self._sum_Qd / self._weight_Q[:, None]
+        # Every rank's sums are relative to the largest logit it has met: bring them to the common one first.
+        common_Q = maximum(self._largest_Q.clone())
+        rescale = torch.exp(self._largest_Q - common_Q)
+        self._weight_Q *= rescale
+        self._sum_Qd *= rescale[:, None]
+        return summed(self._sum_Qd) / summed(self._weight_Q)[:, None]
 
 
 def limit_similarities(
@@ -209,9 +208,3 @@ def pairwise_boundaries(process: Process, similarity_GG: np.ndarray, stages: int
 def _fraction_alike(a: Tensor, b: Tensor, eta: float) -> Tensor:
     """D of Eq. 5: fraction of entries, along the last dimension, that differ by at most eta."""
     return ((a - b).abs() <= eta).double().mean(-1)
-
-
-def _sum_over_ranks(*tensors: Tensor) -> None:
-    if dist.is_initialized():
-        for tensor in tensors:
-            dist.all_reduce(tensor)

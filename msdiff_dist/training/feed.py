@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -20,11 +21,12 @@ from msdiff_dist.distributed.router import Assignment, PendingBatch, RoutedBatch
 class MicroBatch:
     """One micro batch of this rank, sorted by stage, then by index.
 
-    samples: as routed. t_n: times in the process's own variable. rows: each held stage's rows. damage: what this rank
-    met for the first time while it read the step, with the step's first micro batch.
+    batch: number of the global batch, from 0. samples: as routed. t_n: times in the process's own variable. rows: each
+    held stage's rows. damage: what this rank met for the first time while it read the global batch, with the first of
+    its micro batches.
     """
 
-    step: int
+    batch: int
     samples: RoutedBatch
     t_n: Tensor
     rows: dict[int, slice]
@@ -35,7 +37,7 @@ class MicroBatch:
 class _Exchange:
     """One micro batch on its way."""
 
-    step: int
+    batch: int
     draw: StepDraw
     damage: tuple[Damage, ...]
     pending: PendingBatch
@@ -50,25 +52,35 @@ class FeedSeconds:
 
 
 class Feed:
-    """Iterates over micro batches; while one is computed the next is already on its way."""
+    """Gives the micro batches of one global batch after another; while one is computed the next is on its way.
+
+    Args:
+        accumulation: micro batches per global batch.
+        start_batch: number of the first global batch, from 0: as many steps are done.
+    """
 
     def __init__(
-        self, loader: StepLoader, quotas: StageQuotas, router: Router, seed: int, accumulation: int, start_step: int
+        self, loader: StepLoader, quotas: StageQuotas, router: Router, *, seed: int, accumulation: int, start_batch: int
     ) -> None:
         self._loader, self._quotas, self._router = loader, quotas, router
-        self._seed, self._accumulation, self._start_step = seed, accumulation, start_step
+        self._seed, self._accumulation, self._start_batch = seed, accumulation, start_batch
+        self._micro_batches = self._arrivals()
         self.seconds = FeedSeconds()
         self._under_way: PendingBatch | None = None
-        self._read: dict[int, StepSamples] = {}  # of the step computed and the one read ahead
+        self._read: dict[int, StepSamples] = {}  # of the global batch computed and the one read ahead
 
     def take_seconds(self) -> FeedSeconds:
         """Seconds waited since the last call."""
         taken, self.seconds = self.seconds, FeedSeconds()
         return taken
 
-    def keys_of(self, step: int, indices: Collection[int]) -> dict[int, str]:
-        """Keys, by index in the global batch, of those samples of a recent step that this rank read."""
-        read = self._read[step]
+    def next_batch(self) -> Iterator[MicroBatch]:
+        """This rank's micro batches of the next global batch, each when it is asked for."""
+        return itertools.islice(self._micro_batches, self._accumulation)
+
+    def keys_of(self, batch: int, indices: Collection[int]) -> dict[int, str]:
+        """Keys, by index in the global batch, of those samples of a recent one that this rank read."""
+        read = self._read[batch]
         return {i: key for i, key in zip(read.index_n.tolist(), read.keys, strict=True) if i in indices}
 
     def close(self, finish: bool = True) -> None:
@@ -78,40 +90,37 @@ class Feed:
         self._under_way = None
         self._loader.close()
 
-    def __iter__(self) -> Iterator[MicroBatch]:
+    def _arrivals(self) -> Iterator[MicroBatch]:
         ahead = self._exchanges()
         current = next(ahead)
         while True:
             self._under_way = current.pending
             start = time.perf_counter()
-            batch = current.pending.wait()
+            samples = current.pending.wait()
             self.seconds.routing += time.perf_counter() - start
             self._under_way = None
             following = next(ahead)
             self._under_way = following.pending
-            t_n = torch.from_numpy(current.draw.t_B[batch.index_n])
-            yield MicroBatch(current.step, batch, t_n, _stage_rows(batch.stage_n), current.damage)
+            t_n = torch.from_numpy(current.draw.t_B[samples.index_n])
+            yield MicroBatch(current.batch, samples, t_n, _stage_rows(samples.stage_n), current.damage)
             current = following
 
     def _exchanges(self) -> Iterator[_Exchange]:
         """Start one exchange per micro batch, as far ahead as they are asked for."""
-        samples_of_step = iter(self._loader)
-        step = self._start_step
-        while True:
+        for batch in itertools.count(self._start_batch):
             start = time.perf_counter()
-            samples: StepSamples = next(samples_of_step)
+            samples: StepSamples = next(self._loader)
             self.seconds.data += time.perf_counter() - start
-            self._read = {s: read for s, read in self._read.items() if s == step - 1} | {step: samples}
+            self._read = {b: read for b, read in self._read.items() if b == batch - 1} | {batch: samples}
             start = time.perf_counter()
-            draw = self._quotas.draw(self._seed, step, self._accumulation)
-            assignment = Assignment(draw.stage_B, draw.micro_B, self._loader.source_rank(step), self._router.placement)
+            draw = self._quotas.draw(self._seed, batch, self._accumulation)
+            assignment = Assignment(draw.stage_B, draw.micro_B, self._loader.source_rank(batch), self._router.placement)
             self.seconds.routing += time.perf_counter() - start
             for micro in range(self._accumulation):
                 start = time.perf_counter()
                 pending = self._router.start(assignment, micro, samples)
                 self.seconds.routing += time.perf_counter() - start
-                yield _Exchange(step, draw, () if micro else samples.damage, pending)
-            step += 1
+                yield _Exchange(batch, draw, () if micro else samples.damage, pending)
 
 
 def _stage_rows(stage_n: np.ndarray) -> dict[int, slice]:

@@ -1,20 +1,40 @@
-"""What a run tells while it runs: metrics.jsonl, TensorBoard and a progress bar. Rank 0 only."""
+"""What is measured of every step. A new metric is a field of `StepMetrics`, filled by `Meter`; every sink takes it."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from types import TracebackType
-from typing import IO
+from dataclasses import dataclass, fields
+from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
+from msdiff_dist.data.corruption import Damage
 
-from msdiff_dist.training.run_folder import RunFolder
+LOSS_WINDOW = 100
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class StepOutcome:
+    """What every rank knows after a step.
+
+    loss: over the global batch. loss_per_stage: mean of each stage. grad_norm: global, before clipping. stop_requested:
+    some rank was asked to stop. busy_W: each rank's seconds of forward computation. damage: shards and samples met by
+    some rank, and before by none. seconds: wall time on this rank: waiting for `data` and for `routing`, `compute`,
+    `optimizer`.
+    """
+
+    loss: float
+    loss_per_stage: list[float]
+    grad_norm: float
+    stop_requested: bool
+    busy_W: list[float]
+    damage: list[Damage]
+    seconds: dict[str, float]
+
+    @property
+    def balance(self) -> float:
+        """Mean over max of the ranks' busy time."""
+        return sum(self.busy_W) / len(self.busy_W) / max(self.busy_W)
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepMetrics:
     """One line of metrics.jsonl.
 
@@ -35,50 +55,65 @@ class StepMetrics:
     seconds: dict[str, float]
     balance: float
     petaflops: float
-    damaged: int = 0
+    damaged: int
+
+    def scalars(self) -> dict[str, float]:
+        """Every number in it by a name of its own: `loss`, `loss_per_stage/0`, `seconds/data`."""
+        found: dict[str, float] = {}
+        for field in fields(self):
+            _flatten(field.name, getattr(self, field.name), found)
+        return found
 
 
-class MetricsWriter:
-    """Writes every step's metrics to the run folder and shows progress on the terminal."""
+def _flatten(name: str, value: Any, into: dict[str, float]) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _flatten(f"{name}/{key}", item, into)
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            _flatten(f"{name}/{i}", item, into)
+    elif value is not None:
+        into[name] = float(value)
 
-    def __init__(self, folder: RunFolder, first_step: int, total_steps: int, terminal: IO[str]) -> None:
-        self._file = folder.metrics_file.open("a", buffering=1)
-        self._board = SummaryWriter(str(folder.tensorboard), purge_step=first_step + 1)
-        self._terminal = terminal.isatty()
-        self._total = total_steps
-        self._console = Console(file=terminal, soft_wrap=True)
-        self._bar = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:.0f} img/s  ETA"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._terminal,
+
+class Meter:
+    """Makes each step's metrics from its outcome, and keeps what adds up over steps.
+
+    Args:
+        step_petaflops: of one step of the whole job, forward and backward.
+    """
+
+    def __init__(self, batch_size: int, step_petaflops: float) -> None:
+        self._batch_size, self._step_petaflops = batch_size, step_petaflops
+        self._damaged = 0
+        self.saving = 0.0
+        """Seconds that training stood still for the checkpoint after the last step."""
+
+    def measure(self, step: int, outcome: StepOutcome, lr: float, elapsed: float) -> StepMetrics:
+        """Metrics of `step`, counted from 1, which took `elapsed` seconds."""
+        self._damaged += len(outcome.damage)
+        saving, self.saving = self.saving, 0.0
+        return StepMetrics(
+            step=step,
+            loss=outcome.loss,
+            loss_per_stage=outcome.loss_per_stage,
+            grad_norm=outcome.grad_norm,
+            lr=lr,
+            images_seen=step * self._batch_size,
+            images_per_second=self._batch_size / elapsed,
+            seconds={**outcome.seconds, "checkpoint": saving},
+            balance=outcome.balance,
+            petaflops=step * self._step_petaflops,
+            damaged=self._damaged,
         )
-        self._task = self._bar.add_task("train", total=total_steps, completed=first_step, loss=float("nan"), rate=0.0)
 
-    def __enter__(self) -> MetricsWriter:
-        self._bar.start()
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
-        self._bar.stop()
-        self._board.close()
-        self._file.close()
+@dataclass
+class LossAverage:
+    """The training loss, smoothed over about `LOSS_WINDOW` steps; the plain mean of the first ones."""
 
-    def say(self, text: str) -> None:
-        """One line for the reader, above the bar."""
-        self._console.print(text, highlight=False)
+    value: float | None = None
 
-    def write(self, m: StepMetrics) -> None:
-        """Record one step."""
-        self._file.write(json.dumps(asdict(m)) + "\n")
-        scalars = {"loss": m.loss, "grad_norm": m.grad_norm, "lr": m.lr, "images_per_second": m.images_per_second}
-        scalars |= {f"loss_stage/{k}": v for k, v in enumerate(m.loss_per_stage)}
-        scalars |= {f"seconds/{k}": v for k, v in m.seconds.items()} | {"balance": m.balance}
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, m.step)
-        self._bar.update(self._task, completed=m.step, loss=m.loss, rate=m.images_per_second)
-        if not self._terminal and (m.step % max(1, self._total // 20) == 0 or m.step == self._total):
-            self.say(f"step {m.step}/{self._total}  loss {m.loss:.4f}  {m.images_per_second:.0f} img/s")
+    def update(self, step: int, loss: float) -> None:
+        """Take in the loss of `step`, counted from 1."""
+        self.value = loss if self.value is None else self.value + (loss - self.value) / min(step, LOSS_WINDOW)

@@ -107,12 +107,12 @@ class LrScheduleConfig:
             raise ConfigError("final_fraction", self.final_fraction, "must lie in [0, 1]", "Use 0 to decay fully.")
 
     def factor(self, step: int, total_steps: int) -> float:
-        """Factor on the learning rate for 0-based `step` of `total_steps`."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
+        """Factor on the learning rate of `step`, counted from 1, of `total_steps`."""
+        if step <= self.warmup_steps:
+            return step / self.warmup_steps
         if self.kind == "constant":
             return 1.0
-        progress = min(1.0, (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps))
+        progress = min(1.0, (step - 1 - self.warmup_steps) / max(1, total_steps - self.warmup_steps))
         return self.final_fraction + (1 - self.final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
 
 

@@ -45,6 +45,7 @@ FREE_FIELDS = (
     "checkpoint.",
     "ema.power.snapshot_every",
     "preview.",
+    "metrics.",
     "model.attention_backend",
     "activation_checkpointing.",
     "extensions",  # what they add goes by its name in the other fields

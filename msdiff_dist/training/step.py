@@ -4,215 +4,139 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from msdiff_dist.data.corruption import Damage, check_limit
-from msdiff_dist.diffusion.augmentation import AugmentationConfig, augment
-from msdiff_dist.diffusion.loss import LossKind, sample_losses
-from msdiff_dist.diffusion.process import Process
-from msdiff_dist.diffusion.timestep_sampler import StageQuotas, dropout_mask, noise
-from msdiff_dist.distributed.engines import StageParallelEngines
+from msdiff_dist.diffusion.objective import Objective
+from msdiff_dist.diffusion.timestep_sampler import StageQuotas
+from msdiff_dist.distributed.agree import gathered
+from msdiff_dist.distributed.engines import ReducedGradients, StageParallelEngines
 from msdiff_dist.distributed.environment import Environment
 from msdiff_dist.errors import TrainingError
-from msdiff_dist.models.autoencoder import LatentCodec
-from msdiff_dist.randomness import generator
+from msdiff_dist.randomness import module_seed
 from msdiff_dist.training.feed import Feed, MicroBatch
+from msdiff_dist.training.metrics import StepOutcome
+from msdiff_dist.training.prepare import Preparation
 
-T = TypeVar("T")
 _KEYS_NAMED = 8
-
-
-@dataclass(frozen=True)
-class StepOutcome:
-    """What every rank knows after a step.
-
-    loss: over the global batch. loss_per_stage: mean of each stage. stop_requested: some rank was asked to stop.
-    busy_W: each rank's seconds of forward computation. damage: shards and samples met by some rank, and before by none.
-    seconds: wall time of compute and of the optimizer here.
-    """
-
-    loss: float
-    loss_per_stage: list[float]
-    grad_norm: float
-    stop_requested: bool
-    busy_W: list[float]
-    damage: list[Damage]
-    seconds: dict[str, float]
-
-    @property
-    def balance(self) -> float:
-        """Mean over max of the ranks' busy time."""
-        return sum(self.busy_W) / len(self.busy_W) / max(self.busy_W)
 
 
 class TrainStep:
     """Takes micro batches from a feed and moves the engines by one optimizer step.
 
     Args:
-        loss_kind: per-sample distance, as `diffusion.loss.sample_losses` names it.
-        condition_dropout: probability of training a sample without its condition (for classifier-free guidance).
-        null_label: the label that stands for "no class", None without classes.
-        null_context: the context that stands for "no caption", [T, D]; None: zeros.
+        prepare: from a micro batch to the network's inputs.
         max_bad: damaged shards and samples that all ranks together may leave out.
     """
 
     def __init__(
         self,
         feed: Feed,
+        prepare: Preparation,
+        objective: Objective,
         engines: StageParallelEngines,
-        process: Process,
         quotas: StageQuotas,
-        codec: LatentCodec,
         environment: Environment,
         *,
         seed: int,
-        dtype: torch.dtype,
-        loss_kind: LossKind,
-        channels_last: bool,
-        augmentation: AugmentationConfig | None,
-        condition_dropout: float,
-        null_label: int | None,
-        null_context: Tensor | None,
         max_bad: int,
     ) -> None:
-        self._feed = feed
-        self._batches: Iterator[MicroBatch] = iter(feed)
-        self._losses: list[tuple[Tensor, np.ndarray]] = []  # of the step's samples here, with their indices
-        self._engines, self._process, self._quotas, self._codec = engines, process, quotas, codec
-        self._env, self._seed, self._dtype = environment, seed, dtype
-        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self._loss_kind, self._condition_dropout, self._null_label = loss_kind, condition_dropout, null_label
-        self._augmentation = augmentation
+        self._feed, self._prepare, self._objective, self._engines = feed, prepare, objective, engines
+        self._env, self._seed, self._max_bad = environment, seed, max_bad
+        self._quota_K, self._importance_K = quotas.quotas_K, quotas.importance_K
         self._batch_size = int(quotas.quotas_K.sum())
-        self._null_context = torch.zeros(()) if null_context is None else null_context
-        self._max_bad = max_bad
+        self._losses: list[tuple[Tensor, np.ndarray]] = []  # of the step's samples here, with their indices
         self._damage: dict[tuple[str, str | None], Damage] = {}
 
-    def __call__(self, lr: float, stop_requested: bool) -> StepOutcome:
+    def __call__(self, lr: float, stop_requested: bool = False) -> StepOutcome:
         """Run one global batch and step the optimizers with learning rate `lr`.
 
         Raises:
             TrainingError: on every rank alike, when the loss or the gradient norm is not finite.
             DataError: on every rank alike, when more is damaged than may be.
         """
-        num_stages = len(self._quotas.quotas_K)
-        loss_sum_K = torch.zeros(num_stages, dtype=torch.float64, device=self._env.device)
-        compute = optimizer = 0.0
-        at_boundary = False
+        loss_sum_K = torch.zeros(len(self._quota_K), dtype=torch.float64, device=self._env.device)
         damage: list[Damage] = []
         self._losses.clear()
-        while not at_boundary:
-            batch = next(self._batches)
-            damage += batch.damage
+        compute = 0.0
+        for micro in self._feed.next_batch():
+            damage += micro.damage
             start = time.perf_counter()
-            self._forward_backward(batch, loss_sum_K)
+            self._forward_backward(micro, loss_sum_K)
             _synchronize(self._env.device)
             compute += time.perf_counter() - start
-            start = time.perf_counter()
-            at_boundary = self._engines.at_boundary()
-            if at_boundary:
-                loss_per_stage, stop, busy_W, damaged = self._agree(
-                    batch.step, loss_sum_K, stop_requested, self._engines.forward_clock.take(), len(damage)
-                )
-            self._engines.step(lr)
-            _synchronize(self._env.device)
-            optimizer += time.perf_counter() - start
-        importance_K = self._quotas.importance_K
-        loss = sum(w * s * q for w, s, q in zip(importance_K, loss_per_stage, self._quotas.quotas_K, strict=True))
+        start = time.perf_counter()
+        # Everything the ranks must agree on goes into one reduction, before any optimizer steps: a loss that is not
+        # finite then stops all ranks at the same step, with weights as they were.
+        agreement = self._engines.agreement()
+        agreement.add("loss sum", loss_sum_K)
+        busy = self._engines.forward_clock.take()
+        agreement.add_own("busy", busy, self._env.rank, self._env.world_size)
+        agreement.add("stop", float(stop_requested))
+        agreement.add("damaged", float(len(damage)))
+        gradients = self._engines.reduce(agreement)
+        loss_per_stage = (gradients.sums["loss sum"] / torch.from_numpy(self._quota_K)).tolist()
+        self._check_finite(micro.batch, loss_per_stage, gradients)
+        gradients.step(lr)
+        _synchronize(self._env.device)
+        waited = self._feed.take_seconds()
+        seconds = {"data": waited.data, "routing": waited.routing, "compute": compute}
         return StepOutcome(
-            float(loss) / self._batch_size,
-            loss_per_stage,
-            float(self._engines.grad_norm),
-            stop,
-            busy_W,
-            self._new_damage(damage) if damaged else [],
-            {"compute": compute, "optimizer": optimizer},
+            loss=self._global_mean(loss_per_stage),
+            loss_per_stage=loss_per_stage,
+            grad_norm=float(gradients.norm),
+            stop_requested=bool(gradients.sums["stop"] > 0),
+            busy_W=gradients.sums["busy"].tolist(),
+            damage=self._new_damage(damage) if gradients.sums["damaged"] > 0 else [],
+            seconds={**seconds, "optimizer": time.perf_counter() - start},
         )
 
-    def _forward_backward(self, batch: MicroBatch, loss_sum_K: Tensor) -> None:
-        routed, device = batch.samples, self._env.device
-        x0 = self._codec.to_latents(routed.x.to(device))
-        augment_labels = None
-        if self._augmentation:
-            x0, augment_labels = augment(x0, self._augmentation, self._seed, batch.step, routed.index_n)
-        eps = noise(self._seed, batch.step, routed.index_n, tuple(x0.shape[1:])).to(device)
-        t_n = batch.t_n.to(device)
-        x_t = self._process.perturb(x0, eps, t_n)
-        x_in, time_in = self._process.network_input(x_t, t_n)
-        target, weight_n = self._process.target(x0, eps, t_n), self._process.weight(t_n)
-        context, label = self._conditions(batch)
+    def _forward_backward(self, micro: MicroBatch, loss_sum_K: Tensor) -> None:
+        batch, index_n = self._prepare(micro), micro.samples.index_n
 
-        def loss(k: int, output: Tensor, rows: slice) -> Tensor:
-            losses = weight_n[rows] * sample_losses(output, target[rows], self._loss_kind)
-            loss_sum_K[k] += losses.detach().sum()
-            self._losses.append((losses.detach(), routed.index_n[rows]))
-            return losses.sum() * (float(self._quotas.importance_K[k]) / self._batch_size)
+        def loss(k: int, output_nCHW: Tensor, rows: slice) -> Tensor:
+            loss_n = self._objective.losses(output_nCHW, batch.noised, rows)
+            loss_sum_K[k] += loss_n.detach().sum()
+            self._losses.append((loss_n.detach(), index_n[rows]))
+            return loss_n.sum() * (float(self._importance_K[k]) / self._batch_size)
 
-        x_in = x_in.to(self._dtype, memory_format=self._memory_format)
-        # Dropout masks: the same when the step is taken again on as many ranks, others on other numbers of ranks.
-        torch.manual_seed(int(generator(self._seed, "dropout", batch.step, int(routed.index_n[0])).integers(2**63)))
-        self._engines.forward_backward((x_in, time_in, context, label, augment_labels), batch.rows, loss)
+        torch.manual_seed(module_seed(self._seed, micro.batch, int(index_n[0])))
+        self._engines.forward_backward(batch.inputs, micro.rows, loss)
 
-    def _conditions(self, batch: MicroBatch) -> tuple[Tensor | None, Tensor | None]:
-        routed, device = batch.samples, self._env.device
-        context = None if routed.context is None else routed.context.to(device, self._dtype)
-        label = None if routed.label is None else routed.label.to(device)
-        if self._condition_dropout and (context is not None or label is not None):
-            dropped_n = dropout_mask(self._seed, batch.step, routed.index_n, self._condition_dropout).to(device)
-            if label is not None and self._null_label is not None:
-                label = label.masked_fill(dropped_n, self._null_label)
-            if context is not None:
-                context = torch.where(dropped_n[:, None, None], self._null_context.to(context), context)
-        return context, label
+    def _global_mean(self, loss_per_stage: list[float]) -> float:
+        """The objective over the global batch: stages weigh as in the objective, not as their rounded quotas."""
+        parts = zip(self._importance_K, loss_per_stage, self._quota_K, strict=True)
+        return float(sum(w * mean * quota for w, mean, quota in parts)) / self._batch_size
 
-    def _agree(
-        self, step: int, loss_sum_K: Tensor, stop_requested: bool, busy: float, damaged: int
-    ) -> tuple[list[float], bool, list[float], bool]:
-        """Sum over the ranks: gradient norm, losses, the wish to stop, everyone's busy time and whether anyone met
-        damage, in one all_reduce."""
-        own = torch.zeros(self._env.world_size + 2, dtype=torch.float64, device=self._env.device)
-        own[self._env.rank] = busy
-        own[-2], own[-1] = float(stop_requested), damaged
-        *summed, stop, damage = self._engines.reduce_norm(torch.cat([loss_sum_K, own])).tolist()
-        sums, busy_W = summed[: len(loss_sum_K)], summed[len(loss_sum_K) :]
-        loss_per_stage = [s / int(q) for s, q in zip(sums, self._quotas.quotas_K, strict=True)]
-        bad = [k for k, v in enumerate(loss_per_stage) if not math.isfinite(v)]
-        if bad or not torch.isfinite(self._engines.grad_norm):
-            raise self._not_finite(step, bad)
-        return loss_per_stage, stop > 0, busy_W, damage > 0
+    def _check_finite(self, batch: int, loss_per_stage: list[float], gradients: ReducedGradients) -> None:
+        """Refuse what is not finite, naming the samples of bad stages, or else the parts of bad gradients. Collective.
 
-    def _not_finite(self, step: int, stages: list[int]) -> TrainingError:
-        """The error that names what is not finite: samples of `stages`, or else gradients of parts. Collective."""
-        left_alone = f"at step {step + 1}; the weights were left alone, and the last checkpoint stands"
+        Raises:
+            TrainingError: on every rank alike.
+        """
+        stages = [k for k, mean in enumerate(loss_per_stage) if not math.isfinite(mean)]
+        if not stages and gradients.norm.isfinite():
+            return
+        left_alone = f"at step {batch + 1}; the weights were left alone, and the last checkpoint stands"
         if not stages:
-            parts = sorted({p for rank in self._gathered(self._engines.parts_with_bad_gradients()) for p in rank})
-            return TrainingError(f"the gradient norm is not finite (in {', '.join(parts)}) {left_alone}")
-        own = [i for losses_n, index_n in self._losses for i in index_n[~losses_n.isfinite().cpu().numpy()].tolist()]
-        indices = {i for rank in self._gathered(own) for i in rank}
-        key_of = {i: key for rank in self._gathered(self._feed.keys_of(step, indices)) for i, key in rank.items()}
+            parts = sorted({p for rank in gathered(self._engines.parts_with_bad_gradients()) for p in rank})
+            raise TrainingError(f"the gradient norm is not finite (in {', '.join(parts)}) {left_alone}")
+        own = [i for loss_n, index_n in self._losses for i in index_n[~loss_n.isfinite().cpu().numpy()].tolist()]
+        indices = {i for rank in gathered(own) for i in rank}
+        key_of = {i: key for rank in gathered(self._feed.keys_of(batch, indices)) for i, key in rank.items()}
         keys = [key_of[i] for i in sorted(key_of)]
         more = f" and {len(keys) - _KEYS_NAMED} more" if len(keys) > _KEYS_NAMED else ""
-        return TrainingError(
+        raise TrainingError(
             f"the loss of stage {', '.join(map(str, stages))} is not finite {left_alone}. "
             f"Samples: {', '.join(keys[:_KEYS_NAMED])}{more}"
         )
 
-    def _gathered(self, own: T) -> list[T]:
-        """Every rank's `own`. Collective."""
-        every: list[Any] = [None] * self._env.world_size
-        dist.all_gather_object(every, own)
-        return every
-
     def _new_damage(self, own: list[Damage]) -> list[Damage]:
         """What the ranks met in this step and none had met before. Collective."""
-        new = {d.place: d for rank in self._gathered(own) for d in rank if d.place not in self._damage}
+        new = {d.place: d for rank in gathered(own) for d in rank if d.place not in self._damage}
         for damage in new.values():
             self._damage[damage.place] = damage
             check_limit(len(self._damage), self._max_bad, damage)

@@ -9,9 +9,10 @@ import torch
 from msdiff_dist.data.loader import StepLoader
 from msdiff_dist.diffusion.augmentation import augment
 from msdiff_dist.diffusion.loss import sample_losses
-from msdiff_dist.diffusion.timestep_sampler import StageQuotas, dropout_mask, noise
+from msdiff_dist.diffusion.timestep_sampler import StageQuotas
 from msdiff_dist.models.autoencoder import LatentCodec
 from msdiff_dist.models.multistage_unet import build_model
+from msdiff_dist.randomness import dropped_conditions, noise
 from msdiff_dist.recipe import Recipe
 from msdiff_dist.training.optimizer import optimizer_factory
 
@@ -48,7 +49,7 @@ def train_reference(recipe: Recipe, steps: int, model: torch.nn.Module | None = 
         x_in, time_in = process.network_input(process.perturb(x0, eps, t_B), t_B)
         label = batch.label_n
         if label is not None and recipe.train.condition_dropout:
-            dropped = dropout_mask(seed, step, batch.index_n, recipe.train.condition_dropout)
+            dropped = dropped_conditions(seed, step, batch.index_n, recipe.train.condition_dropout)
             label = torch.where(dropped, recipe.model.num_classes, label)
         output = model(x_in, time_in, stage_B, None, label, augment_labels)
         weight_B = process.weight(t_B) * torch.from_numpy(quotas.importance_K).float()[stage_B]
@@ -58,7 +59,7 @@ def train_reference(recipe: Recipe, steps: int, model: torch.nn.Module | None = 
         clip = recipe.optimizer.grad_clip or float("inf")
         norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, clip)))
         for group in optimizer.param_groups:
-            group["lr"] = recipe.optimizer.lr * recipe.lr_schedule.factor(step, recipe.train.steps)
+            group["lr"] = recipe.optimizer.lr * recipe.lr_schedule.factor(step + 1, recipe.train.steps)
         optimizer.step()
         decay = recipe.ema.decay_at(step + 1, B)
         for average, p in zip(ema, parameters, strict=True):

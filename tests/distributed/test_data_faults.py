@@ -52,8 +52,8 @@ def trained(
     """Go on by some steps and save; losses, and all damage in the order in which it was met."""
     run = open_run(rank, world_size, mapping, path)
     try:
-        outcomes = [run.train_step(5e-4, False) for _ in range(steps)]
-        run.save(run.first_step + steps)
+        outcomes = [run.step(5e-4) for _ in range(steps)]
+        run.save()
         run.saver.finish()
     finally:
         run.feed.close()

@@ -57,7 +57,7 @@ def bad_gradients(rank: int, path: Path) -> str:
         parameter = next(iter(run.engines.stages[2].engine.module.parameters()))
         parameter.register_hook(lambda gradient: gradient * torch.inf)
     with pytest.raises(TrainingError) as caught:
-        run.train_step(1e-4, False)
+        run.step(1e-4)
     run.feed.close()
     return str(caught.value)
 

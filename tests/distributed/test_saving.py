@@ -139,16 +139,16 @@ def test_what_does_not_fit_is_refused_with_an_offer(tmp_path: Path) -> None:
 def fails_to_write(rank: int, path: Path) -> list[str]:
     """Rank 1 may not write files of more than 20 kB from step 2 on."""
     run = open_run(rank, 2, recipe_of(ADAM), path)
-    run.train_step(1e-4, False)
-    run.save(1)
-    run.train_step(1e-4, False)
+    run.step(1e-4)
+    run.save()
+    run.step(1e-4)
     run.saver.finish()
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    run.save(2)
-    run.train_step(1e-4, False)  # training goes on meanwhile
+    run.save()
+    run.step(1e-4)  # training goes on meanwhile
     with pytest.raises(CheckpointError) as caught:
-        run.save(3)
+        run.save()
     assert run.saver.failed
     run.feed.close()
     return [str(caught.value), *sorted(p.name for p in run.folder.checkpoints.iterdir())]

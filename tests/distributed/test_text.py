@@ -13,8 +13,8 @@ from PIL import Image
 
 from msdiff_dist.apps.encode import encode
 from msdiff_dist.data.make.shard_writer import encode_picture, write_shard
-from msdiff_dist.diffusion.timestep_sampler import dropout_mask
 from msdiff_dist.models.text_encoder import TextEncoder
+from msdiff_dist.randomness import dropped_conditions
 from msdiff_dist.recipe import recipe_from
 from msdiff_dist.testing import run_distributed
 from tests.distributed.tiny_run import ADAM, open_run, recipe_of
@@ -54,14 +54,14 @@ def text_recipe(folder: Path) -> dict[str, Any]:
 def conditions(rank: int, world_size: int, mapping: dict[str, Any], path: Path) -> tuple[float, int]:
     """The loss of a step after two micro batches were looked at; how many contexts were dropped."""
     run = open_run(rank, world_size, mapping, path)
-    loss = run.train_step(1e-3, False).loss
+    loss = run.step(1e-3).loss
     encoder = TextEncoder(run.recipe.text_encoder, torch.device("cpu"))
     null, dropped = encoder([""])[0][0], 0
     for _ in range(2):
-        batch = next(run.train_step._batches)
-        context, _ = run.train_step._conditions(batch)
+        (batch,) = run.feed.next_batch()
+        _, context = run.prepare.conditions(batch)
         values = ((batch.samples.x[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
-        mask_n = dropout_mask(0, batch.step, batch.samples.index_n, 0.5).tolist()
+        mask_n = dropped_conditions(0, batch.batch, batch.samples.index_n, 0.5).tolist()
         own, _ = encoder([str(value) for value in values])
         for row, is_dropped in enumerate(mask_n):
             assert torch.allclose(context[row], null if is_dropped else own[row], atol=1e-5)

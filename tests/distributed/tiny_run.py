@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from msdiff_dist.apps.train.rank import Run
+from msdiff_dist.apps.train.trainer import Trainer
 from msdiff_dist.distributed.environment import Environment
 from msdiff_dist.recipe import recipe_from
 from msdiff_dist.training.run_folder import RunFolder
@@ -37,26 +37,22 @@ def recipe_of(optimizer: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return mapping
 
 
-def open_run(rank: int, world_size: int, mapping: dict[str, Any], path: Path) -> Run:
+def open_run(rank: int, world_size: int, mapping: dict[str, Any], path: Path) -> Trainer:
     """A rank's part of the run in folder `path`, as it stands."""
-    return Run(recipe_from(mapping), RunFolder(path), Environment(rank, rank, world_size, torch.device("cpu")))
+    return Trainer(recipe_from(mapping), RunFolder(path), Environment(rank, rank, world_size, torch.device("cpu")))
 
 
 def trained(
     rank: int, world_size: int, mapping: dict[str, Any], path: Path, stops: list[int]
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Go on from the newest checkpoint to the last of `stops`, saving at each. Losses; the network's weights."""
-    run = open_run(rank, world_size, mapping, path)
     losses = []
-    if 0 in stops:
-        run.save(0)
-    for step in range(run.first_step + 1, stops[-1] + 1):
-        losses.append(run.train_step(mapping["optimizer"]["lr"], False).loss)
-        run.ema.update(step)
-        if step in stops or run.snapshot_due(step):
-            run.save(step, step in stops)
-    run.saver.finish()
-    run.feed.close()
+    with open_run(rank, world_size, mapping, path) as run:
+        if 0 in stops:
+            run.save()
+        while run.state.step < stops[-1]:
+            losses.append(run.step(mapping["optimizer"]["lr"]).loss)
+            run.save_if_due(now=run.state.step in stops)
     engines = {"shared.": run.engines.shared, **{f"stages.{k}.": e for k, e in run.engines.stages.items()}}
     weights = {
         p + n: v.detach().clone() for p, e in engines.items() if e for n, v in e.engine.module.named_parameters()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,9 @@ import torch.distributed as dist
 from msdiff_dist.apps.train.plan import plan_run
 from msdiff_dist.data.loader import StepLoader
 from msdiff_dist.diffusion.augmentation import augment
-from msdiff_dist.diffusion.timestep_sampler import dropout_mask, noise
 from msdiff_dist.distributed.router import Router
 from msdiff_dist.pixels import to_model_range
+from msdiff_dist.randomness import dropped_conditions, noise
 from msdiff_dist.recipe import Recipe
 from msdiff_dist.training.feed import Feed, MicroBatch
 from tests.golden.cases import BATCH, recipe_of
@@ -40,12 +39,12 @@ def batches_record(case: str, folder: Path) -> dict[str, Any]:
         loader = StepLoader(recipe.data, recipe.train.seed, BATCH)
         accumulation = recipe.train.gradient_accumulation_steps
         router = Router(group, plan.placement, 0, torch.device("cpu"))
-        feed = Feed(loader, plan.quotas, router, recipe.train.seed, accumulation, 0)
-        micro_batches = iter(feed)
+        seed = recipe.train.seed
+        feed = Feed(loader, plan.quotas, router, seed=seed, accumulation=accumulation, start_batch=0)
         steps = []
         for _ in range(BATCHES):
-            step = list(islice(micro_batches, accumulation))
-            keys = feed.keys_of(step[0].step, range(BATCH))
+            step = list(feed.next_batch())
+            keys = feed.keys_of(step[0].batch, range(BATCH))
             steps.append(_step_record(recipe, step, [keys[i] for i in range(BATCH)]))
         feed.close()
     return {
@@ -70,7 +69,7 @@ def projected(array: np.ndarray | torch.Tensor) -> list[float]:
 
 def _step_record(recipe: Recipe, micro_batches: list[MicroBatch], keys: list[str]) -> dict[str, Any]:
     """Everything in order of the index in the global batch, whichever micro batch held it."""
-    seed, step = recipe.train.seed, micro_batches[0].step
+    seed, step = recipe.train.seed, micro_batches[0].batch
     index_B = np.concatenate([m.samples.index_n for m in micro_batches])
     place_B = index_B.argsort(kind="stable")
     assert index_B[place_B].tolist() == list(range(BATCH)), "every sample is routed once"
@@ -97,7 +96,7 @@ def _step_record(recipe: Recipe, micro_batches: list[MicroBatch], keys: list[str
     if contexts[0] is not None:
         record["contexts"] = digest(gathered([c for c in contexts if c is not None]))
     if recipe.train.condition_dropout:
-        dropped_B = dropout_mask(seed, step, all_B, recipe.train.condition_dropout)
+        dropped_B = dropped_conditions(seed, step, all_B, recipe.train.condition_dropout)
         record["dropped"] = _written(dropped_B.int().numpy())
     if recipe.augmentation:
         augmented, description_B = augment(to_model_range(x_BCHW), recipe.augmentation, seed, step, all_B)

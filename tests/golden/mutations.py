@@ -87,24 +87,24 @@ CHANGES = [
     ("importance weights", "batches_vp_latents",
      "self.probability_K * global_batch_size / self.quotas_K", "np.ones_like(self.probability_K)"),
     ("importance in the loss", "training_edm_images",
-     "losses.sum() * (float(self._quotas.importance_K[k])", "losses.sum() * (1.0"),
+     "loss_n.sum() * (float(self._importance_K[k])", "loss_n.sum() * (1.0"),
     ("weights of times in the loss", "training_vp_latents",
-     "losses = weight_n[rows] * sample_losses(", "losses = sample_losses("),
+     "return batch.weight_n[rows] * sample_losses(", "return sample_losses("),
     ("alignment of routed rows", "batches_edm_images",
      "RoutedBatch(self._index_n[order],", "RoutedBatch(np.sort(self._index_n),"),
     ("alignment of packed rows", "batches_edm_images", "chosen = [part[row_n]", "chosen = [part[row_n.flip(0)]"),
     ("alignment of times", "batches_edm_images",
-     "current.draw.t_B[batch.index_n]", "current.draw.t_B[: len(batch.index_n)]"),
+     "current.draw.t_B[samples.index_n]", "current.draw.t_B[: len(samples.index_n)]"),
     ("alignment of noise", "training_edm_images",
-     "noise(self._seed, batch.step, routed.index_n,", "noise(self._seed, batch.step, np.sort(routed.index_n),"),
+     "noise(self._seed, micro.batch, index_n,", "noise(self._seed, micro.batch, __import__('numpy').sort(index_n),"),
     ("alignment of dropped conditions", "training_discrete_images",
-     "dropout_mask(self._seed, batch.step, routed.index_n,",
-     "dropout_mask(self._seed, batch.step, np.sort(routed.index_n),"),
+     "dropped_conditions(self._seed, micro.batch, samples.index_n,",
+     "dropped_conditions(self._seed, micro.batch, __import__('numpy').sort(samples.index_n),"),
     ("alignment of augmentations", "training_edm_images",
-     "self._augmentation, self._seed, batch.step, routed.index_n)",
-     "self._augmentation, self._seed, batch.step, np.sort(routed.index_n))"),
+     "self._augmentation, self._seed, micro.batch, index_n)",
+     "self._augmentation, self._seed, micro.batch, __import__('numpy').sort(index_n))"),
     ("warm-up of the learning rate", "training_discrete_images",
-     "return (step + 1) / self.warmup_steps", "return (step + 2) / self.warmup_steps"),
+     "return step / self.warmup_steps", "return (step + 1) / self.warmup_steps"),
     ("decay of the average", "training_discrete_images",
      "self._config.decay_at(step, self._batch_size)", "self._config.decay_at(step + 1, self._batch_size)"),
     ("decay without warm-up", "training_vp_latents", "if self.warmup else decay", "if self.warmup else decay**2"),
@@ -190,7 +190,7 @@ def purposes(text: str) -> list[tuple[str, ast.Constant]]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[-1] == "randomness"
         for alias in node.names
         if alias.name == "generator"
-    }
+    } | {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "generator"}
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     found: list[tuple[str, ast.Constant]] = []
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):

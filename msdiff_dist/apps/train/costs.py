@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from msdiff_dist.apps.train.plan import recipe_costs
+from msdiff_dist.diffusion.clock import clock_of
 from msdiff_dist.diffusion.sampling import sampler_times
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas, stage_probabilities
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.models.flops import ModelCosts
 from msdiff_dist.models.ldm.config import LDMConfig
 from msdiff_dist.recipe import Recipe
-from msdiff_dist.stage_division.intervals import clock_of
 
 GIGA, PETA = 1e9, 1e15
 

@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from msdiff_dist.checkpoint.load import CheckpointReader
+from msdiff_dist.distributed.agree import gathered
 from msdiff_dist.distributed.environment import Environment
 from msdiff_dist.evaluation.generate import Generator
 from msdiff_dist.evaluation.grid import write_grid
@@ -27,10 +27,8 @@ def write_preview(recipe: Recipe, weights: Path, target: Path, env: Environment)
     if own:
         generator = Generator(CheckpointWeights(CheckpointReader(weights)), env.device)
         images = job.draw(generator, own)
-    gathered: list[Tensor | None] | None = [None] * env.world_size if env.rank == 0 else None
-    dist.gather_object(images, gathered, dst=0)
-    if gathered is not None:
-        parts = [g for g in gathered if g is not None]
+    parts = [part for part in gathered(images) if part is not None]
+    if env.rank == 0:
         every = torch.empty(job.num, *parts[0].shape[1:], dtype=torch.uint8)
         for rank, part in enumerate(parts):
             every[rank :: env.world_size] = part

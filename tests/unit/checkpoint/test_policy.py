@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from msdiff_dist.checkpoint.policy import LOSS_WINDOW, CheckpointConfig, LossAverage, kept
+from msdiff_dist.checkpoint.policy import CheckpointConfig, kept
 from msdiff_dist.errors import ConfigError
 
 LOSSES = {10: 0.9, 20: 0.3, 30: 0.5, 40: 0.3, 50: 0.4}
@@ -32,16 +32,6 @@ def test_due_every_so_often_and_at_named_steps() -> None:
 def test_best_ignores_unknown_losses() -> None:
     assert kept({1: None, 2: None}, CheckpointConfig(1, keep_last=1, keep_best=True)) == {2}
     assert kept({}, CheckpointConfig(1)) == set()
-
-
-def test_loss_average_is_a_mean_then_exponential() -> None:
-    average = LossAverage()
-    for step in range(1, LOSS_WINDOW + 1):
-        average.update(step, float(step))
-    assert average.value == pytest.approx((LOSS_WINDOW + 1) / 2)
-    before = average.value
-    average.update(LOSS_WINDOW + 1, before + LOSS_WINDOW)
-    assert average.value == pytest.approx(before + 1)
 
 
 @pytest.mark.parametrize("field", ["every", "keep_every", "keep_last"])

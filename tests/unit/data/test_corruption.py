@@ -153,7 +153,7 @@ def test_damaged_data_reads_the_same_from_anywhere(tmp_path_factory, latent_shar
     config = config_of(folder, lanes=6, shuffle=shuffle)
     reference, _ = keys_read(config, start + 30)
     assert keys_read(config, 30, start, world_size)[0] == reference[start:]
-    with StepLoader(replace(config, workers=2), 0, 1, start_step=start) as loader:
+    with StepLoader(replace(config, workers=2), 0, 1, start_batch=start) as loader:
         assert [step.keys[0] for step in itertools.islice(loader, 10)] == reference[start : start + 10]
     shutil.rmtree(folder)
 

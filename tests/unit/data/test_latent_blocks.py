@@ -106,7 +106,7 @@ def test_packed_and_single_samples_give_the_same_steps(tmp_path):
         write_shard(tmp_path / name / "0.tar", content)
     for shuffle, start in ((1, 0), (7, 3), (25, 11), (100, 1)):
         configs = [config_of(tmp_path / n, lanes=1, shuffle=shuffle, max_bad=1) for n in ("singles", "packed")]
-        a, b = ([*itertools.islice(StepLoader(c, 0, 13, start_step=start), 12)] for c in configs)
+        a, b = ([*itertools.islice(StepLoader(c, 0, 13, start_batch=start), 12)] for c in configs)
         assert [step.keys for step in a] == [step.keys for step in b]
         for single, row in zip(a, b, strict=True):
             assert torch.equal(single.x_nCHW, row.x_nCHW)
@@ -119,7 +119,7 @@ def test_flip_takes_the_stored_mirrored_latent_for_half_of_the_samples(shards):
     whole = [step for step, _ in zip(StepLoader(config, 0, 30), range(20), strict=False)]
     flipped = torch.cat([step.x_nCHW[:, 0, 0, 0] < 0 for step in whole])
     assert 0.4 < flipped.float().mean() < 0.6
-    late = next(StepLoader(config, 0, 30, start_step=7))
+    late = next(StepLoader(config, 0, 30, start_batch=7))
     assert torch.equal(late.x_nCHW, whole[7].x_nCHW)
     blocks = [("0", {BLOCK_FIELD: pack_block(keys_of(), {"latent.npy": tensors_of()["latent.npy"]})})]
     write_shard(shards / "0.tar", blocks)

@@ -35,7 +35,7 @@ def batches(config, B, steps, world_size=1, start_step=0, seed=0) -> list[list[s
         keys = [""] * B
         for rank, loader in enumerate(loaders):
             part = next(loader)
-            assert part.step == step
+            assert part.batch == step
             assert part.index_n.tolist() == np.flatnonzero(loader.source_rank(step) == rank).tolist()
             assert part.x_nCHW.flatten().tolist() == [int(key) for key in part.keys]
             assert part.label_n is not None
@@ -115,7 +115,7 @@ def test_shards_over_http_give_the_same_steps(tmp_path, latent_shards, http_fold
     with http_folder(tmp_path) as (url, server):
         server.torn, server.torn_after = 5, 30_000
         remote = replace(config, shards=url + "{00000..00002}.tar", workers=workers)
-        with StepLoader(config, 0, 16, start_step=1) as here, StepLoader(remote, 0, 16, start_step=1) as there:
+        with StepLoader(config, 0, 16, start_batch=1) as here, StepLoader(remote, 0, 16, start_batch=1) as there:
             for a, b in itertools.islice(zip(here, there, strict=True), 10):
                 assert a.keys == b.keys
                 assert torch.equal(a.x_nCHW, b.x_nCHW)
@@ -128,9 +128,9 @@ def test_worker_processes_give_the_same_steps(tmp_path, latent_shards, workers):
     config = config_of(tmp_path, lanes=4, captions=True, context_shape=(2, 3))
     with_workers = DataConfig(**{**vars(config), "workers": workers})
     state = torch.random.get_rng_state()
-    with StepLoader(config, 3, 6, start_step=2) as here, StepLoader(with_workers, 3, 6, start_step=2) as there:
+    with StepLoader(config, 3, 6, start_batch=2) as here, StepLoader(with_workers, 3, 6, start_batch=2) as there:
         for a, b in itertools.islice(zip(here, there, strict=True), 8):
-            assert a.step == b.step
+            assert a.batch == b.batch
             assert a.keys == b.keys
             assert a.captions == b.captions == [f"sample {int(key)}" for key in a.keys]
             assert a.index_n.tolist() == b.index_n.tolist()
@@ -151,7 +151,7 @@ if __name__ == "__main__":
     next(loader)
     print(*[worker.pid for worker in multiprocessing.active_children()], flush=True)
     for line in sys.stdin:
-        print(*[next(loader).step for _ in range(int(line))], flush=True)
+        print(*[next(loader).batch for _ in range(int(line))], flush=True)
 """
 
 
@@ -219,13 +219,13 @@ def test_lanes_must_be_dealt_evenly():
 
 def test_synthetic_data_needs_no_files_and_is_the_same_on_any_world_size():
     config = DataConfig(kind="synthetic", latent_shape=(2, 4, 4), lanes=6, num_classes=3, latent_dtype="float32")
-    whole = StepLoader(config, 0, 8, start_step=3)
-    parts = [StepLoader(config, 0, 8, rank, 3, start_step=3) for rank in range(3)]
+    whole = StepLoader(config, 0, 8, start_batch=3)
+    parts = [StepLoader(config, 0, 8, rank, 3, start_batch=3) for rank in range(3)]
     for _ in range(4):
         expected = next(whole)
         for rank, loader in enumerate(parts):
             part = next(loader)
-            assert part.index_n.tolist() == np.flatnonzero(loader.source_rank(part.step) == rank).tolist()
+            assert part.index_n.tolist() == np.flatnonzero(loader.source_rank(part.batch) == rank).tolist()
             assert torch.equal(part.x_nCHW, expected.x_nCHW[part.index_n])
             assert torch.equal(part.label_n, expected.label_n[part.index_n])
 

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig, build_process
 from msdiff_dist.diffusion.stage_partition import build_partition
-from msdiff_dist.diffusion.timestep_sampler import StageQuotas, dropout_mask, noise, stage_quotas
+from msdiff_dist.diffusion.timestep_sampler import StageQuotas, stage_quotas
 from msdiff_dist.errors import ConfigError
+from msdiff_dist.randomness import dropped_conditions, noise
 
 PROCESS = build_process(DiffusionConfig())
 PARTITION = build_partition(StagesConfig((442, 631)), PROCESS)
@@ -89,12 +90,12 @@ def test_noise_is_standard_normal_and_belongs_to_the_index() -> None:
 
 
 def test_dropout_belongs_to_the_index_and_has_its_probability() -> None:
-    whole = dropout_mask(0, 3, np.arange(20000), 0.1)
+    whole = dropped_conditions(0, 3, np.arange(20000), 0.1)
     assert whole.float().mean().item() == pytest.approx(0.1, abs=0.01)
-    assert torch.equal(dropout_mask(0, 3, np.array([19, 3]), 0.1), whole[[19, 3]])
-    assert not dropout_mask(0, 3, np.arange(100), 0.0).any()
-    assert dropout_mask(0, 3, np.arange(100), 1.0).all()
-    assert dropout_mask(0, 3, np.array([], np.int64), 0.5).shape == (0,)
+    assert torch.equal(dropped_conditions(0, 3, np.array([19, 3]), 0.1), whole[[19, 3]])
+    assert not dropped_conditions(0, 3, np.arange(100), 0.0).any()
+    assert dropped_conditions(0, 3, np.arange(100), 1.0).all()
+    assert dropped_conditions(0, 3, np.array([], np.int64), 0.5).shape == (0,)
 
 
 def test_a_batch_too_small_for_stages_or_micro_batches_is_refused() -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from msdiff_dist.diffusion.config import StagesConfig
+from msdiff_dist.diffusion.objective import Objective
 from msdiff_dist.diffusion.processes.discrete import DiscreteConfig, DiscreteProcess
 from msdiff_dist.diffusion.stage_partition import build_partition
 from msdiff_dist.errors import ConfigError
@@ -36,7 +37,7 @@ def test_affinity_is_the_cosine_of_gradients_that_times_share(boundaries: tuple[
     partition = build_partition(StagesConfig(boundaries), PROCESS)
     shared, stages = build(partition.num_stages)
     x0, eps = torch.randn(2, 6, 2, 5, 5)
-    affinity = gradient_affinity(shared, stages, PROCESS, partition, x0, eps, TIMES)
+    affinity = gradient_affinity(shared, stages, Objective(PROCESS), partition, x0, eps, TIMES)
     gradients = []
     for t in TIMES:
         a = PROCESS.alphas_cumprod[t]
@@ -54,4 +55,6 @@ def test_affinity_is_the_cosine_of_gradients_that_times_share(boundaries: tuple[
 def test_stages_without_common_parameters_are_refused() -> None:
     partition = build_partition(StagesConfig((442.0,)), PROCESS)
     with pytest.raises(ConfigError, match="share no parameters"):
-        gradient_affinity(nn.Identity(), build(2)[1], PROCESS, partition, *torch.randn(2, 2, 2, 5, 5), times=TIMES)
+        gradient_affinity(
+            nn.Identity(), build(2)[1], Objective(PROCESS), partition, *torch.randn(2, 2, 2, 5, 5), times=TIMES
+        )

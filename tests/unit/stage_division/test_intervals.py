@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from msdiff_dist.diffusion.clock import clock_grid
 from msdiff_dist.diffusion.config import StagesConfig
 from msdiff_dist.diffusion.process import Process
 from msdiff_dist.diffusion.processes.discrete import DiscreteConfig, DiscreteProcess
@@ -18,7 +19,6 @@ from msdiff_dist.stage_division.intervals import (
     affinity_boundaries,
     best_intervals,
     centred_costs,
-    clock_grid,
     similarity_intervals,
     snr_boundaries,
     timestep_boundaries,

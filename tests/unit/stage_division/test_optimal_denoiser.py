@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from msdiff_dist.diffusion.clock import clock_times
 from msdiff_dist.diffusion.process import Process
 from msdiff_dist.diffusion.processes.discrete import DiscreteConfig, DiscreteProcess
 from msdiff_dist.diffusion.processes.edm import EDMConfig, EDMProcess
 from msdiff_dist.diffusion.processes.vp import VPConfig, VPProcess
 from msdiff_dist.errors import ConfigError, DataError
-from msdiff_dist.stage_division.intervals import clock_times
 from msdiff_dist.stage_division.optimal_denoiser import (
     Draws,
     LimitSimilarities,

@@ -14,12 +14,12 @@ from msdiff_dist.training.optimizer import LrScheduleConfig, OptimizerConfig, op
 
 def test_warm_up_then_cosine() -> None:
     schedule = LrScheduleConfig("cosine", warmup_steps=10, final_fraction=0.1)
-    assert [schedule.factor(s, 110) for s in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
-    assert schedule.factor(10, 110) == pytest.approx(1.0)
-    assert schedule.factor(60, 110) == pytest.approx(0.1 + 0.9 * 0.5)
-    assert schedule.factor(35, 110) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
-    assert schedule.factor(110, 110) == pytest.approx(0.1)
-    assert LrScheduleConfig(warmup_steps=0).factor(5, 10) == 1.0
+    assert [schedule.factor(s, 110) for s in (1, 5, 10)] == pytest.approx([0.1, 0.5, 1.0])
+    assert schedule.factor(11, 110) == pytest.approx(1.0)
+    assert schedule.factor(61, 110) == pytest.approx(0.1 + 0.9 * 0.5)
+    assert schedule.factor(36, 110) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert schedule.factor(111, 110) == pytest.approx(0.1)
+    assert LrScheduleConfig(warmup_steps=0).factor(6, 10) == 1.0
 
 
 def test_ema_decay_warms_up_as_in_ldm() -> None:

@@ -1,0 +1,43 @@
+"""The training loop: step, record, save, preview, until done or asked to stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Literal
+
+from msdiff_dist.apps.train.trainer import Trainer
+from msdiff_dist.training.metrics import Meter
+from msdiff_dist.training.sinks import Sinks
+
+Outcome = Literal["finished", "preempted"]
+
+
+def train(trainer: Trainer, sinks: Sinks, stop_requested: Callable[[], bool]) -> Outcome:
+    """Train from the steps done to the recipe's last; every rank calls it alike.
+
+    Args:
+        stop_requested: whether this rank wants all ranks to save and stop.
+
+    Returns:
+        "preempted" when some rank wanted to stop before the last step: all is saved, and training can resume.
+    """
+    recipe, meter = trainer.recipe, Meter(trainer.batch_size, trainer.step_petaflops)
+    total = recipe.train.steps
+    for step in range(trainer.state.step + 1, total + 1):
+        start = time.perf_counter()
+        lr = recipe.optimizer.lr * recipe.lr_schedule.factor(step, total)
+        outcome = trainer.step(lr, stop_requested())
+        for damage in outcome.damage:
+            sinks.say(f"left out: {damage}")
+        sinks.write(meter.measure(step, outcome, lr, time.perf_counter() - start))
+        start = time.perf_counter()
+        trainer.save_if_due(now=step == total or outcome.stop_requested)
+        meter.saving = time.perf_counter() - start
+        if outcome.stop_requested and step < total:
+            return "preempted"
+        if trainer.preview_is_due():
+            trainer.preview()
+    images, petaflops = total * trainer.batch_size, total * trainer.step_petaflops
+    sinks.say(f"trained {total} steps on {images} images, {petaflops:.4g} PFLOP")
+    return "finished"

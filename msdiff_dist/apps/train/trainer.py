@@ -1,0 +1,229 @@
+"""Everything that trains on one rank: the recipe's parts put together, from the shards to the checkpoints."""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from msdiff_dist.apps.train.costs import step_petaflops
+from msdiff_dist.apps.train.latent_checks import check_latents
+from msdiff_dist.apps.train.plan import plan_run
+from msdiff_dist.apps.train.preview import write_preview
+from msdiff_dist.apps.train.warm_start import start_weights
+from msdiff_dist.checkpoint.background import BackgroundSaver
+from msdiff_dist.checkpoint.resume import open_newest_intact, remove_later
+from msdiff_dist.checkpoint.save import HostCopy, write_checkpoint
+from msdiff_dist.data.fingerprint import check_unchanged, mark_shards
+from msdiff_dist.data.index import Shard
+from msdiff_dist.data.loader import StepLoader, load_index
+from msdiff_dist.diffusion.objective import Objective
+from msdiff_dist.distributed.agree import from_rank_0, on_every_rank, on_rank_0
+from msdiff_dist.distributed.engines import EngineConfig, StageParallelEngines
+from msdiff_dist.distributed.environment import Environment, Groups, make_groups
+from msdiff_dist.distributed.router import Router
+from msdiff_dist.errors import MsdiffError
+from msdiff_dist.models.activation_checkpointing import checkpoint_activations
+from msdiff_dist.models.autoencoder import LatentCodec
+from msdiff_dist.models.multistage_unet import build_parts
+from msdiff_dist.recipe import Recipe, recipe_mapping
+from msdiff_dist.training.ema import ShardedEma
+from msdiff_dist.training.feed import Feed
+from msdiff_dist.training.metrics import StepOutcome
+from msdiff_dist.training.optimizer import optimizer_factory
+from msdiff_dist.training.prepare import Conditioning, Preparation
+from msdiff_dist.training.run_folder import RunFolder
+from msdiff_dist.training.state import TrainState
+from msdiff_dist.training.step import TrainStep
+
+
+class Trainer:
+    """One rank's share of a run, ready to take its next step. Collective: every rank makes and calls it alike.
+
+    Args:
+        folder: opened for this run; its newest intact checkpoint is resumed.
+
+    Attributes:
+        state: what checkpoints save, the steps done among it.
+        notes: what the reader should know of how the run was resumed.
+
+    Raises:
+        UserError: on every rank, if on any rank the recipe, its data or the checkpoints are refused.
+    """
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, env: Environment) -> None:
+        self.recipe, self.folder, self.env = recipe, folder, env
+        plan = on_every_rank(lambda: plan_run(recipe, env.world_size, _ranks_per_node()))
+        self.batch_size, self.placement, self._quotas = plan.batch_size, plan.placement, plan.quotas
+        self.step_petaflops = step_petaflops(self._quotas, plan.cost_K)
+        groups = make_groups(self.placement.stages_of_rank, env.rank)
+        self.engines = self._build_engines(groups)
+        shards = self.engines.state()
+        self.ema = ShardedEma(recipe.ema, shards, self.batch_size)
+        self.state = TrainState(recipe_mapping(recipe), self.batch_size, shards, self.ema.averages)
+        self.notes = self._resume()
+        self.saver = BackgroundSaver(folder.checkpoints, folder.snapshots, shards, self.ema.averages, recipe.checkpoint)
+        index, null_context_TD = self._open_data()
+        self.feed = self._build_feed(index, groups)
+        objective = Objective(recipe.process(), recipe.train.loss)
+        self.prepare = self._build_preparation(objective, null_context_TD)
+        self.train_step = TrainStep(
+            self.feed,
+            self.prepare,
+            objective,
+            self.engines,
+            self._quotas,
+            env,
+            seed=recipe.train.seed,
+            max_bad=recipe.data.max_bad,
+        )
+
+    def step(self, lr: float, stop_requested: bool = False) -> StepOutcome:
+        """Take one optimizer step, and the averages and the smoothed loss along.
+
+        Raises:
+            TrainingError, DataError: as `TrainStep`; the state is then that of the step before.
+        """
+        outcome = self.train_step(lr, stop_requested)
+        self.state.step += 1
+        self.ema.update(self.state.step)
+        self.state.loss_average.update(self.state.step, outcome.loss)
+        return outcome
+
+    def save_if_due(self, now: bool = False) -> None:
+        """Begin the checkpoint and the snapshot that are due after the steps done; a checkpoint anyway if `now`."""
+        checkpoint, snapshot = now or self.recipe.checkpoint.due(self.state.step), self.snapshot_is_due()
+        if checkpoint or snapshot:
+            self.save(checkpoint=checkpoint, snapshot=snapshot)
+
+    def save(self, *, checkpoint: bool = True, snapshot: bool = False) -> None:
+        """Begin a save of this moment; `saver.finish` waits for it."""
+        self.saver.save(self.state.index(self.env.world_size), checkpoint=checkpoint, snapshot=snapshot)
+
+    def snapshot_is_due(self) -> bool:
+        """Whether the averages of `ema.power` are to be kept as they are now."""
+        power = self.recipe.ema.power
+        return power is not None and self.state.step % power.snapshot_every == 0
+
+    def preview_is_due(self) -> bool:
+        """Whether a grid is to be sampled after the steps done."""
+        every, step = self.recipe.preview.every, self.state.step
+        return every > 0 and (step == self.recipe.train.steps or step % every == 0)
+
+    def preview(self) -> None:
+        """Sample a grid with the EMA weights of this moment, every rank its share."""
+        step = self.state.step
+        weights = self.folder.samples / f".weights_{step:08d}"
+        averages = HostCopy(self.state.shards, self.ema.averages).take(["ema"])
+        write_checkpoint(weights, averages, self.state.index(self.env.world_size))
+        write_preview(self.recipe, weights, self.folder.samples / f"step_{step:08d}.png", self.env)
+
+    def describe(self) -> str:
+        """One line on what is about to run."""
+        params = sum(torch.Size(shape).numel() for shape in self.state.shapes.values())
+        scratch = f"from {self.recipe.train.init_from}" if self.recipe.train.init_from else "from scratch"
+        start = f"from step {self.state.step}" if self.state.step else scratch
+        return (
+            f"{self.recipe.name}: {params / 1e6:.1f} M parameters, {self.placement.num_stages} stages on "
+            f"{self.env.world_size} ranks {list(map(list, self.placement.stages_of_rank))[:8]}, {start}, "
+            f"run folder {self.folder.path}"
+        )
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        # After anything but our own errors, which every rank raises alike, the other ranks may be gone: nothing that
+        # waits for them is finished then.
+        try:
+            if kind is None or issubclass(kind, MsdiffError):
+                self.saver.finish()
+        finally:
+            self.feed.close(finish=kind is None)
+
+    def _build_engines(self, groups: Groups) -> StageParallelEngines:
+        recipe, device = self.recipe, self.env.device
+        held = self.placement.stages_of_rank[self.env.rank]
+        shared, stages = build_parts(recipe.model, held, recipe.train.seed)
+        for part in (shared, *stages.values()):
+            checkpoint_activations(part, recipe.activation_checkpointing)
+            part.to(device)
+        config = EngineConfig(
+            recipe.train.precision,
+            recipe.parallel.zero_shared,
+            recipe.parallel.zero_stage,
+            recipe.train.gradient_accumulation_steps,
+            recipe.optimizer.grad_clip,
+        )
+        optimizer = optimizer_factory(recipe.optimizer, fused=device.type == "cuda")
+        return StageParallelEngines(shared, stages, optimizer, config, groups, device)
+
+    def _resume(self) -> list[str]:
+        """Take the newest intact checkpoint, or else the weights of `train.init_from`; what the reader should know."""
+        weights = on_every_rank(lambda: start_weights(self.recipe, self.folder.checkpoints))
+        reader, notes = open_newest_intact(self.folder.checkpoints, self.state.shapes, self.batch_size)
+        if weights:
+            self.state.start_from(weights.stretch)
+        if reader:
+            self.state.restore(reader)
+        if self.env.rank == 0:
+            self.folder.cut_metrics(self.state.step)
+            remove_later(self.folder.snapshots, self.state.step)
+        return notes
+
+    def _open_data(self) -> tuple[list[list[Shard]], Tensor | None]:
+        """The shards, read and compared with the checkpoint's by rank 0 for all; the context of "no caption"."""
+
+        def read() -> tuple[list[list[Shard]], list[list[str]], str | None, Tensor | None]:
+            index, note = load_index(self.recipe.data), None
+            fingerprint = mark_shards(index)
+            if self.state.fingerprint:
+                accept = self.recipe.data.accept_changes
+                note = check_unchanged(self.state.fingerprint, fingerprint, self.state.step, accept)
+            return index, fingerprint, note, check_latents(self.recipe, index)
+
+        index, self.state.fingerprint, note, null_context_TD = on_rank_0(read)
+        self.notes += [note] if note else []
+        return index, null_context_TD
+
+    def _build_feed(self, index: list[list[Shard]], groups: Groups) -> Feed:
+        recipe, env, step = self.recipe, self.env, self.state.step
+        loader = on_every_rank(
+            lambda: StepLoader(
+                recipe.data, recipe.train.seed, self.batch_size, env.rank, env.world_size, start_batch=step, index=index
+            )
+        )
+        return Feed(
+            loader,
+            self._quotas,
+            Router(groups.routing, self.placement, env.rank, env.device),
+            seed=recipe.train.seed,
+            accumulation=recipe.train.gradient_accumulation_steps,
+            start_batch=step,
+        )
+
+    def _build_preparation(self, objective: Objective, null_context_TD: Tensor | None) -> Preparation:
+        recipe, env = self.recipe, self.env
+        conditioning = Conditioning(
+            dropout=recipe.train.condition_dropout,
+            null_label=recipe.model.num_classes,
+            null_context_TD=null_context_TD,
+        )
+        return Preparation(
+            objective,
+            LatentCodec(recipe.autoencoder, recipe.data.kind != "image", env.device),
+            conditioning,
+            recipe.augmentation,
+            seed=recipe.train.seed,
+            device=env.device,
+            dtype=torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32,
+            memory_format=torch.channels_last if recipe.train.channels_last else torch.contiguous_format,
+        )
+
+
+def _ranks_per_node() -> int | None:
+    """Ranks on rank 0's node, if the launcher said; the same on every rank. Collective."""
+    said = from_rank_0(os.environ.get("LOCAL_WORLD_SIZE"))
+    return int(said) if said else None

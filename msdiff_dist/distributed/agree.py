@@ -1,0 +1,101 @@
+"""What the ranks must agree on: errors, small objects, and sums of numbers in one collective.
+
+All functions are collective: every rank of the job calls them, in the same order. Without a process group they mean
+one rank. Objects travel through the CPU backend and numbers through the device's, so that a step stays on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from msdiff_dist.errors import UserError
+
+T = TypeVar("T")
+
+
+def gathered(own: T) -> list[T]:
+    """Every rank's `own`, in rank order."""
+    if not dist.is_initialized():
+        return [own]
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, own)
+    return every
+
+
+def from_rank_0(own: T) -> T:
+    """Rank 0's `own`."""
+    if not dist.is_initialized():
+        return own
+    box: list[T] = [own]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def on_every_rank(action: Callable[[], T]) -> T:
+    """Run `action` on every rank. If it raises UserError on any rank, raise the first one on all.
+
+    A rank that alone stopped at bad input would leave the others waiting in their next collective.
+    """
+    result: T | None = None
+    error: UserError | None = None
+    try:
+        result = action()
+    except UserError as e:
+        error = e
+    first = next((e for e in gathered(error) if e), None)
+    if first:
+        raise first
+    return result  # type: ignore[return-value]
+
+
+def on_rank_0(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 and return its result on every rank. If it raises UserError, raise that on all."""
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    return from_rank_0(on_every_rank(lambda: action() if is_first else None))  # type: ignore[return-value]
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """Sum of every rank's `tensor`, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def maximum(tensor: Tensor) -> Tensor:
+    """Elementwise maximum of every rank's `tensor`, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
+
+
+class Agreement:
+    """Named numbers that are summed over all ranks in one all_reduce, in float64.
+
+    A step has many things to agree on (losses, the gradient norm, the wish to stop), and each collective costs a
+    latency of the whole job: so whoever has something to sum adds it here, and one collective carries them all.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._parts: dict[str, Tensor] = {}
+
+    def add(self, name: str, values: Tensor | float) -> None:
+        """Give this rank's part of `name`: a number or a vector, of the same length on every rank."""
+        assert name not in self._parts, f"{name} is already agreed on"
+        self._parts[name] = torch.as_tensor(values, dtype=torch.float64, device=self._device).reshape(-1)
+
+    def add_own(self, name: str, value: float, rank: int, world_size: int) -> None:
+        """Give this rank's entry of `name`, a vector [world_size] that holds every rank's own value."""
+        own_W = torch.zeros(world_size, dtype=torch.float64, device=self._device)
+        own_W[rank] = value
+        self.add(name, own_W)
+
+    def reduce(self) -> Mapping[str, Tensor]:
+        """The sums over the ranks, float64 on the CPU. One all_reduce, one copy to the host."""
+        total = summed(torch.cat(list(self._parts.values()))).cpu()
+        return dict(zip(self._parts, total.split([len(p) for p in self._parts.values()]), strict=True))

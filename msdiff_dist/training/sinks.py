@@ -1,0 +1,161 @@
+"""Where metrics go: metrics.jsonl, the terminal, TensorBoard, and whatever else adds itself to `SINKS`. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import IO, Annotated, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from msdiff_dist.registry import Table
+from msdiff_dist.training.metrics import StepMetrics
+from msdiff_dist.training.run_folder import RunFolder
+
+
+class MetricSink(Protocol):
+    """Takes every step's metrics, in order."""
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Record one step."""
+
+    def say(self, text: str) -> None:
+        """Pass on one line for the reader; a sink without readers ignores it."""
+
+    def close(self) -> None:
+        """Write out what is held back. Called once, also after a failure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinkContext:
+    """The run a sink is opened for.
+
+    first_step: steps done before. total_steps: when training ends. terminal: of the person or log that watches.
+    """
+
+    folder: RunFolder
+    first_step: int
+    total_steps: int
+    terminal: IO[str]
+
+
+class JsonLines:
+    """One line a step in the run folder's metrics.jsonl."""
+
+    def __init__(self, context: SinkContext) -> None:
+        self._file = context.folder.metrics_file.open("a", buffering=1)
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Append a line."""
+        self._file.write(json.dumps(asdict(metrics)) + "\n")
+
+    def say(self, text: str) -> None:
+        """Nothing: the file holds metrics only."""
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoard:
+    """The run folder's tensorboard/; steps past `first_step` of an earlier start are hidden."""
+
+    def __init__(self, context: SinkContext) -> None:
+        from torch.utils.tensorboard import (
+            SummaryWriter,  # a quarter second that commands without training need not wait
+        )
+
+        self._board = SummaryWriter(str(context.folder.tensorboard), purge_step=context.first_step + 1)
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Record every number but the step itself."""
+        for name, value in metrics.scalars().items():
+            if name != "step":
+                self._board.add_scalar(name, value, metrics.step)
+
+    def say(self, text: str) -> None:
+        """Nothing: TensorBoard shows numbers."""
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._board.close()
+
+
+class Terminal:
+    """A progress bar on a terminal; in a log file a line for every twentieth of the run."""
+
+    def __init__(self, context: SinkContext) -> None:
+        self._is_terminal = context.terminal.isatty()
+        self._total = context.total_steps
+        self._console = Console(file=context.terminal, soft_wrap=True)
+        self._bar = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:.0f} img/s  ETA"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._is_terminal,
+        )
+        done = context.first_step
+        self._task = self._bar.add_task("train", total=self._total, completed=done, loss=float("nan"), rate=0.0)
+        self._bar.start()
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Move the bar, or print the line that is due."""
+        step, rate = metrics.step, metrics.images_per_second
+        self._bar.update(self._task, completed=step, loss=metrics.loss, rate=rate)
+        if not self._is_terminal and (step % max(1, self._total // 20) == 0 or step == self._total):
+            self.say(f"step {step}/{self._total}  loss {metrics.loss:.4f}  {rate:.0f} img/s")
+
+    def say(self, text: str) -> None:
+        """One line, above the bar."""
+        self._console.print(text, highlight=False)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self._bar.stop()
+
+
+SINKS: Table[Callable[[SinkContext], MetricSink]] = Table("metric sink", {"tensorboard": TensorBoard})
+"""Sinks a recipe can name in `metrics.sinks`; metrics.jsonl and the terminal are always there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsConfig:
+    """Where metrics go, besides metrics.jsonl and the terminal."""
+
+    sinks: tuple[Annotated[str, SINKS], ...] = ("tensorboard",)
+    """Names of further sinks."""
+
+
+class Sinks:
+    """All sinks of a run as one; without any it does nothing, as on every rank but 0."""
+
+    def __init__(self, sinks: Sequence[MetricSink] = ()) -> None:
+        self._sinks = sinks
+
+    @classmethod
+    def of_run(cls, config: MetricsConfig, context: SinkContext) -> Sinks:
+        """metrics.jsonl, the terminal, and those the recipe names."""
+        return cls([make(context) for make in (JsonLines, *(SINKS[name] for name in config.sinks), Terminal)])
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Give one step's metrics to every sink."""
+        for sink in self._sinks:
+            sink.write(metrics)
+
+    def say(self, text: str) -> None:
+        """Give one line to every sink."""
+        for sink in self._sinks:
+            sink.say(text)
+
+    def __enter__(self) -> Sinks:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for sink in reversed(self._sinks):
+            sink.close()

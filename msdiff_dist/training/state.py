@@ -1,0 +1,69 @@
+"""The state of a run on this rank: what a checkpoint saves is what it restores, and this is the list of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from msdiff_dist.checkpoint.layout import CheckpointIndex
+from msdiff_dist.checkpoint.load import CheckpointReader, restore, start_from
+from msdiff_dist.checkpoint.save import Averages, gather_shapes, moment_kinds
+from msdiff_dist.data.fingerprint import Marks
+from msdiff_dist.distributed.zero_state import ShardedState
+from msdiff_dist.training.metrics import LossAverage
+
+
+class TrainState:
+    """Everything that outlives a run's process. Collective: every rank makes it alike.
+
+    Args:
+        recipe: the resolved recipe, as plain data.
+        batch_size: the global batch.
+        shards: fp32 weights and optimizer moments on this rank, by prefix of their parameter names.
+        averages: of the weights, on this rank.
+
+    Attributes:
+        step: optimizer steps done. Global batches 0 to step - 1 have been trained on, so it is the data position too.
+        loss_average: the smoothed training loss, which `checkpoint.keep_best` compares.
+        fingerprint: of the data set's shards, by source.
+        shapes: of every parameter of the whole model, by name.
+    """
+
+    def __init__(
+        self, recipe: Mapping[str, Any], batch_size: int, shards: Mapping[str, ShardedState], averages: Averages
+    ) -> None:
+        self.shards, self.averages = shards, averages
+        self.step = 0
+        self.loss_average = LossAverage()
+        self.fingerprint: Marks = []
+        self.shapes = gather_shapes(shards)
+        self._recipe, self._batch_size = dict(recipe), batch_size
+
+    def index(self, world_size: int) -> CheckpointIndex:
+        """What a checkpoint of this moment says of itself."""
+        return CheckpointIndex(
+            step=self.step,
+            batch_size=self._batch_size,
+            loss=self.loss_average.value,
+            recipe=self._recipe,
+            shapes=self.shapes,
+            moments=moment_kinds(self.shards),
+            world_size=world_size,
+            data=self.fingerprint,
+        )
+
+    def restore(self, checkpoint: CheckpointReader) -> None:
+        """Become what the checkpoint saved. Collective."""
+        restore(checkpoint, self.shards, self.averages)
+        self.step, self.loss_average.value = checkpoint.index.step, checkpoint.index.loss
+        self.fingerprint = checkpoint.index.data
+
+    def start_from(self, read: Callable[[str, int, int], Tensor]) -> None:
+        """Take weights alone, for a run at step 0. Collective.
+
+        Args:
+            read: (name, start, numel) -> elements of the flattened parameter, float32.
+        """
+        start_from(read, self.shards, self.averages)
