@@ -1,21 +1,38 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 RUN ?= runs/quickstart
+CONSTRAINTS ?= constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart format lint types test-unit test-distributed test test-slow coverage docs bench clean
+.PHONY: help setup setup-locked lock wheel quickstart format lint types test-unit test-distributed test test-slow coverage docs bench clean
 
 help:  ## list these targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 setup: .venv/ready  ## make .venv with the package and the developers' tools
 
-.venv/ready: pyproject.toml constraints.txt
+.venv/ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[dev]'
 	touch $@
+
+setup-locked:  ## the same from requirements.lock, every file held against its hash
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	touch .venv/ready
+
+lock: setup  ## write requirements.lock anew, from constraints.txt
+	$(BIN)/python tools/lock.py
+
+wheel: setup  ## dist/*.whl, built twice: the same bytes
+	rm -rf dist build/again
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/again .
+	cmp dist/*.whl build/again/*.whl
+	sha256sum dist/*.whl
 
 quickstart: setup  ## train the embedded default on 4 ranks, then sample from it
 	test -f data/digits/index.json || $(BIN)/msdiff data prepare digits --out data/digits
@@ -53,7 +70,7 @@ docs: .venv/docs-ready  ## the documentation site in build/docs/html; warnings a
 	$(BIN)/sphinx-build -W --keep-going -b html docs build/docs/html
 
 .venv/docs-ready: .venv/ready
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[docs]'
 	touch $@
 
 bench: setup  ## speed of reading shards and of routed training on this machine

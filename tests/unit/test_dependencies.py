@@ -1,0 +1,79 @@
+"""What pyproject.toml declares is what the code imports, and the lock has the versions of the constraints."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DISTRIBUTIONS = {  # of modules that are named otherwise
+    "PIL": "pillow",
+    "importlinter": "import-linter",
+    "open_clip": "open-clip-torch",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}
+OPTIONAL = {"streaming"}  # read beside ours by `msdiff data bench` where it is installed
+THROUGH_OTHERS = {"torch.utils.tensorboard": "tensorboard"}  # modules that need a distribution they do not depend on
+TOOLS = {"ruff", "mypy", "pytest-xdist", "pytest-cov", "setuptools"}  # run, not imported
+
+
+def normalised(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def declared(requirements: Iterable[str]) -> set[str]:
+    names = [re.match(r"[\w.-]+", requirement) for requirement in requirements]
+    return {normalised(name[0]) for name in names if name}
+
+
+def imported(*folders: str) -> set[str]:
+    """Distributions whose modules are imported below these folders."""
+    modules: set[str] = set()
+    for path in (p for folder in folders for p in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                modules |= {name.name for name in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                modules |= {f"{node.module}.{name.name}" for name in node.names} | {node.module}
+    tops = {module.partition(".")[0] for module in modules}
+    ours = {"msdiff_dist", "tests", "tools", *(p.stem for p in (ROOT / "tools").glob("*.py"))}
+    outside = tops - sys.stdlib_module_names - ours - OPTIONAL
+    return {normalised(DISTRIBUTIONS.get(top, top)) for top in outside} | {
+        distribution for module, distribution in THROUGH_OTHERS.items() if module in modules
+    }
+
+
+def test_the_package_declares_what_it_imports() -> None:
+    assert declared(PROJECT["dependencies"]) == imported("msdiff_dist")
+
+
+def test_tests_and_tools_find_what_they_import() -> None:
+    extra = declared(PROJECT["optional-dependencies"]["dev"])
+    needed = imported("tests", "tools") - declared(PROJECT["dependencies"])
+    assert needed <= extra
+    assert extra - TOOLS <= needed
+
+
+@pytest.mark.parametrize("extra", ["", "dev", "docs"])
+def test_constraints_name_everything_declared(extra: str) -> None:
+    pins = declared((ROOT / "constraints.txt").read_text().split())
+    wanted = PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]
+    assert declared(wanted) <= pins
+
+
+def test_the_lock_has_the_versions_of_the_constraints() -> None:
+    locked = re.findall(r"^(\S+==\S+) \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", _lock(), re.MULTILINE)
+    assert [pin for pin, _ in locked] == (ROOT / "constraints.txt").read_text().split()
+    assert len(re.findall("==", _lock())) == len(locked)
+
+
+def _lock() -> str:
+    return (ROOT / "requirements.lock").read_text()
