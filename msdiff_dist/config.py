@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
+import itertools
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -13,6 +16,9 @@ from msdiff_dist.errors import ConfigError, did_you_mean
 from msdiff_dist.registry import Table
 
 T = TypeVar("T")
+
+RENAMED = {"zero_stage": "zero_decoders"}
+"""Fields by names that they had in earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,8 @@ def from_mapping(cls: Any, mapping: Mapping[str, Any], path: str = "") -> Any:
             given[key] = value
         else:
             known = [*fields, *(name for section in sections.values() for name in section.table)]
+            if key in RENAMED:
+                raise ConfigError(field, value, f"is now called {RENAMED[key]}", f"Write {_join(path, RENAMED[key])}.")
             raise ConfigError(field, value, "is not a known field", did_you_mean(str(key), known))
     for name, section in sections.items():
         chosen = values.get(section.named_by, fields[section.named_by].default)
@@ -87,6 +95,34 @@ def from_mapping(cls: Any, mapping: Mapping[str, Any], path: str = "") -> Any:
         return cls(**values)
     except ConfigError as e:
         raise ConfigError(_join(path, e.field), e.value, e.problem, e.remedy) from None
+
+
+def with_current_names(mapping: Any) -> Any:
+    """Plain data in which the fields of `RENAMED` have the names of today: what an earlier version wrote."""
+    if isinstance(mapping, Mapping):
+        return {RENAMED.get(key, key): with_current_names(value) for key, value in mapping.items()}
+    return mapping
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """What the string under each field of a configuration dataclass says of it; inherited fields too.
+
+    Python keeps no such strings, so they are read from the source.
+    """
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        (definition,) = ast.parse(inspect.cleandoc("\n" + inspect.getsource(base))).body
+        assert isinstance(definition, ast.ClassDef)
+        for node, following in itertools.pairwise(definition.body):
+            if (
+                isinstance(node, ast.AnnAssign)
+                and isinstance(node.target, ast.Name)
+                and isinstance(following, ast.Expr)
+            ):
+                docs[node.target.id] = " ".join(ast.literal_eval(following.value).split())
+    return docs
 
 
 def to_mapping(value: Any) -> Any:

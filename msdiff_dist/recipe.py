@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from msdiff_dist.checkpoint.policy import CheckpointConfig
-from msdiff_dist.config import from_mapping, to_mapping
+from msdiff_dist.config import from_mapping, to_mapping, with_current_names
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.make.encoding import EncodeConfig
 from msdiff_dist.diffusion.augmentation import AUGMENT_LABELS, AugmentationConfig
@@ -36,14 +36,10 @@ from msdiff_dist.training.sinks import MetricsConfig
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run in full. Only `apps`, `launch` and `cli` see it whole.
-
-    Args:
-        extensions: Python modules that add U-Net families, processes, solvers or optimizers, imported wherever the
-            recipe or a model that it trained is loaded.
-    """
+    """One training run in full. Only `apps`, `launch` and `cli` see it whole."""
 
     name: str
+    """Name of the run: its default folder is `runs/NAME`."""
     data: DataConfig
     stages: StagesConfig
     model: ModelConfig
@@ -62,6 +58,8 @@ class Recipe:
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     extensions: tuple[str, ...] = ()
+    """Python modules imported when the recipe, or a model that it trained, is loaded; they may add U-Net families,
+    processes, solvers, optimizers and metric sinks."""
 
     def __post_init__(self) -> None:
         _check_stages(self)
@@ -130,6 +128,11 @@ def recipe_from(mapping: Any) -> Recipe:
     """A recipe from plain YAML data; what it lists under `extensions` is imported first."""
     import_extensions(mapping)
     return from_mapping(Recipe, mapping)
+
+
+def stored_recipe(mapping: Any) -> Recipe:
+    """A recipe that a run folder or a checkpoint holds, perhaps written by an earlier version."""
+    return recipe_from(with_current_names(mapping))
 
 
 def recipe_mapping(recipe: Recipe) -> dict[str, Any]:

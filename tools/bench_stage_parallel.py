@@ -44,7 +44,7 @@ OVERRIDES = [
     "train.condition_dropout=0",
     "train.precision=fp32",
     "parallel.zero_shared=2",
-    "parallel.zero_stage=2",
+    "parallel.zero_decoders=2",
 ]
 
 

@@ -34,7 +34,7 @@ LAYOUTS = [
     PLAIN,
     ["--nproc", "1", "train.gradient_accumulation_steps=2"],
     ["--nproc", "3", "parallel.zero_shared=3"],
-    ["--nproc", "2", "parallel.zero_shared=2", "parallel.zero_stage=2"],
+    ["--nproc", "2", "parallel.zero_shared=2", "parallel.zero_decoders=2"],
 ]
 # Exit statuses that a blow may have: it may come too late, and a signal before anybody listens.
 ENDINGS = {

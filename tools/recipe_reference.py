@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 import types
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from msdiff_dist.config import field_docs
 from msdiff_dist.recipe import Recipe
 from msdiff_dist.registry import Table
 
@@ -53,14 +53,16 @@ def _section(path: str, cls: type, known: dict[type, str]) -> Iterator[str]:
         yield f"As `{known[cls]}`.\n"
         return
     known[cls] = path
-    prose, meanings = _words(cls)
+    prose = "\n\n".join(_prose(base) for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base))
+    meanings = field_docs(cls)
     yield f"{prose}\n\n| field | type | default | |\n|---|---|---|---|"
     for field in dataclasses.fields(cls):
         if "section" in field.metadata:
             for name in field.metadata["section"].table:
-                yield f"| `{name}` | section or null | `null` |  |"
+                meaning = f"Settings of `{name}`, if it is the one in use."
+                yield f"| `{name}` | section or null | `null` | {meaning} |"
             continue
-        meaning = meanings.get(field.name, "").replace("|", "\\|")
+        meaning = meanings[field.name].replace("|", "\\|")
         yield f"| `{field.name}` | {_type(hints[field.name])} | {_default(field)} | {meaning} |"
     yield ""
     for field in dataclasses.fields(cls):
@@ -71,19 +73,9 @@ def _section(path: str, cls: type, known: dict[type, str]) -> Iterator[str]:
                 yield from _section(f"{path}.{name}", entry.config, known)
 
 
-def _words(cls: type) -> tuple[str, dict[str, str]]:
-    """What the docstrings of a class, and of the configurations it extends, say of it and of each field."""
-    names = "|".join(field.name for field in dataclasses.fields(cls))
-    entry = re.compile(rf"(?:^|(?<=[.;] ))((?:{names})(?:, (?:{names}))*): ")
-    prose, meanings = [], {}
-    bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
-    for paragraph in "\n\n".join(inspect.cleandoc(base.__dict__["__doc__"]) for base in bases).split("\n\n"):
-        text = " ".join(re.sub(r"^(Args|Attributes):", "", paragraph).split())
-        before, *entries = entry.split(text)
-        prose += [before] if before else []
-        for name, meaning in zip(entries[::2], entries[1::2], strict=True):
-            meanings |= dict.fromkeys(name.split(", "), meaning.strip().rstrip(";"))
-    return "\n\n".join(prose), meanings
+def _prose(cls: type) -> str:
+    """The class's own words, each paragraph on one line."""
+    return "\n\n".join(" ".join(p.split()) for p in inspect.cleandoc(cls.__dict__["__doc__"]).split("\n\n"))
 
 
 def _dataclasses(hint: Any) -> list[type]:

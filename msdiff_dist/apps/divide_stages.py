@@ -27,7 +27,7 @@ from msdiff_dist.files.atomic import atomic_write
 from msdiff_dist.models.autoencoder import LatentCodec
 from msdiff_dist.models.multistage_unet import build_parts
 from msdiff_dist.randomness import noise
-from msdiff_dist.recipe import load_recipe, recipe_from
+from msdiff_dist.recipe import load_recipe, recipe_from, stored_recipe
 from msdiff_dist.stage_division.gradient_affinity import gradient_affinity
 from msdiff_dist.stage_division.image_blocks import Part, image_parts, shard_parts
 from msdiff_dist.stage_division.methods import (
@@ -155,7 +155,7 @@ def _divide_gradients(request: ClusterRequest) -> Division:
     """Division by the gradients of the run's newest averaged weights on a batch of its own data."""
     assert request.run is not None
     checkpoint, seed, device = find_checkpoint(request.run), request.options.seed, _device()
-    recipe = recipe_from(CheckpointIndex.load(checkpoint).recipe)
+    recipe = stored_recipe(CheckpointIndex.load(checkpoint).recipe)
     process, partition, reader = recipe.process(), recipe.partition(), CheckpointReader(checkpoint)
     shared, decoders = build_parts(recipe.model, range(partition.num_stages))
     for module, prefix in [(shared, "shared."), *((d, f"stages.{k}.") for k, d in decoders.items())]:

@@ -16,7 +16,7 @@ from msdiff_dist.diffusion.augmentation import AUGMENT_LABELS
 from msdiff_dist.errors import CheckpointError, ConfigError
 from msdiff_dist.export.description import ModelDescription
 from msdiff_dist.export.weights import CONFIG, ExportWeights, open_checkpoint
-from msdiff_dist.recipe import Recipe, recipe_from
+from msdiff_dist.recipe import Recipe, stored_recipe
 from msdiff_dist.shipped import Copied, copy_shipped, refuse_existing
 
 _COMMENTS = {
@@ -68,7 +68,7 @@ def continuation(source: Path) -> tuple[Recipe, str]:
     origin = f"{mapping['name'] or source.name}{'' if step is None else f' after {step} steps'}, {init_from}"
     mapping["name"] = f"{mapping['name'] or source.name}_continued"
     mapping["train"] = {**mapping["train"], "init_from": str(init_from)}
-    return recipe_from(mapping), origin
+    return stored_recipe(mapping), origin
 
 
 def _around(description: ModelDescription) -> dict[str, Any]:

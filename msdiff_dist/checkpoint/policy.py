@@ -10,21 +10,18 @@ from msdiff_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When a run saves, and what it keeps.
-
-    Args:
-        every: steps between checkpoints, 0 for the last step only.
-        keep_last: how many of the newest stay.
-        keep_every: those of every so many steps stay too, 0 for none.
-        keep_best: the one with the lowest smoothed training loss stays too.
-        at: further steps that are saved, and stay.
-    """
+    """When a run saves, and what it keeps."""
 
     every: int = 1000
+    """Steps between checkpoints; 0: only after the last step."""
     keep_last: int = 3
+    """How many of the newest checkpoints are kept."""
     keep_every: int = 0
+    """Checkpoints of every so many steps are kept too; 0: none."""
     keep_best: bool = False
+    """The checkpoint with the lowest smoothed training loss is kept too."""
     at: tuple[int, ...] = ()
+    """Further steps that are saved, and kept."""
 
     def __post_init__(self) -> None:
         for field in ("every", "keep_every"):

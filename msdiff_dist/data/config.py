@@ -14,7 +14,9 @@ class SourceConfig:
     """One of several sources that are mixed: its shards, and its weight beside the others'."""
 
     shards: str | tuple[str, ...]
+    """WebDataset shards of this source, as in `data.shards`."""
     weight: float = 1.0
+    """How often its samples are drawn, relative to the weights of the other sources."""
 
     def __post_init__(self) -> None:
         if not self.shards:
@@ -25,59 +27,59 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The stream of training samples.
-
-    Attributes:
-        shards: WebDataset shards: a folder, a path with braces (`{00000..00007}`) or globs, an address (`https://...`,
-            `s3://...`), `pipe:command`, a text file of such (`@list.txt`), or a list of such. An `index.json` beside
-            them (`msdiff data` writes it) tells how many samples they hold; shards without one are counted first,
-            which for remote ones takes about as long as reading them.
-        sources: instead of `shards`: several, mixed by weight. Each is shuffled and begins again by itself.
-        allow_pipe: let `pipe:` run commands of this recipe.
-        retries: further tries after a connection breaks, with waits that double.
-        accept_changes: go on with a run although shards were added, removed or altered since its checkpoint.
-        max_bad: damaged shards and samples to leave out, each counted once from the start of the command, before giving
-            up. The place of a damaged sample is filled with the next good one of its lane; the rest of a torn shard
-            with its samples from the first on.
-        lanes: disjoint parts of the stream; a multiple of the world size. Part of the sample order, so fixed for a run.
-            A lane reads whole shards, so reading is spread over all lanes only if there are at least as many shards.
-        workers: loader processes per rank; 0 reads in the training process. Does not change what is read.
-        shuffle: samples in a lane's shuffle window; 0 or 1 keeps the order inside the shards.
-        kind: `image` (encoded pictures), `latent` (.npy arrays), or `synthetic` (random numbers, no files).
-        image_size: height and width of the pictures.
-        channels: 1 (grey) or 3 (RGB).
-        flip: mirror half of the pictures left to right; of latents, take the one stored of the mirrored picture.
-        num_classes: samples carry a class label (`.cls`) in [0, num_classes); None: labels are not read.
-        captions: samples carry a caption (`.txt`).
-        latent_shape: (C, H, W) of a latent.
-        latent_dtype: floating type in which latents and contexts are handed on.
-        latent_moments: shards hold [mean, log variance], (2C, H, W), and each visit draws a new posterior sample.
-        latent_field: file extension of latents.
-        context_shape: (T, C) of a context embedding, attended to in full, padding too; None: contexts are not read.
-        context_field: file extension of contexts.
-    """
+    """The stream of training samples."""
 
     shards: str | tuple[str, ...] = ()
+    """WebDataset shards: a folder, a path with braces (`{00000..00007}`) or globs, an address (`https://...`,
+    `s3://...`), `pipe:command`, a text file of such (`@list.txt`), or a list of such. An `index.json` beside them,
+    which `msdiff data` writes, says how many samples they hold; shards without one are counted first, which for remote
+    ones takes about as long as reading them."""
     sources: tuple[SourceConfig, ...] = ()
+    """Several sets of shards, mixed by weight, instead of `shards`. Each is shuffled and begins again by itself."""
     allow_pipe: bool = False
+    """Let `pipe:` run the shell commands that this recipe names."""
     retries: int = 5
+    """Further tries after a connection breaks; the wait between them doubles each time."""
     max_bad: int = 0
+    """Most corrupt shards and samples that are skipped before the command gives up, each counted once from its start. A
+    corrupt sample is replaced by the next good one of its lane; the rest of a torn shard by its samples from the first
+    on."""
     accept_changes: bool = False
+    """Resume although shards were added, removed or altered since the checkpoint."""
     lanes: int = 8
+    """Disjoint parts into which the stream is dealt; a multiple of the number of ranks. It decides the order of
+    samples, so it is fixed for a run. A lane reads whole shards, so reading is spread over all lanes only if there are
+    at least as many shards."""
     workers: int = 0
+    """Loader processes per rank; 0 reads in the training process. It does not change what is read."""
     shuffle: int = 2048
+    """Samples in the window inside which a lane shuffles; 0 or 1 keeps the order of the shards."""
     kind: Literal["image", "latent", "synthetic"] = "image"
+    """What the shards hold: `image` (encoded images) or `latent` (.npy arrays); `synthetic` needs no shards and draws
+    random numbers."""
     image_size: int | None = None
+    """Height and width of the images, in pixels."""
     channels: int = 3
+    """Channels of the images: 1 (grey) or 3 (RGB)."""
     flip: bool = False
+    """Mirror half of the images left to right; for latents, take the stored latent of the mirrored image."""
     num_classes: int | None = None
+    """Number of classes: samples carry a label (`.cls`) in [0, num_classes). null: labels are not read."""
     captions: bool = False
+    """Samples carry a caption (`.txt`)."""
     latent_shape: tuple[int, int, int] | None = None
+    """Shape [C, H, W] of a latent."""
     latent_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Floating type of latents and contexts on their way to the network."""
     latent_moments: bool = False
+    """Shards hold [mean, log variance] of the autoencoder's posterior, [2C, H, W], and each visit draws a new sample of
+    it."""
     latent_field: str = "latent.npy"
+    """File extension of latents inside the shards."""
     context_shape: tuple[int, int] | None = None
+    """Shape [T, C] of a context embedding; all T tokens are attended to, padding too. null: contexts are not read."""
     context_field: str = "context.npy"
+    """File extension of contexts inside the shards."""
 
     def __post_init__(self) -> None:
         _at_least("lanes", self.lanes, 1)

@@ -24,9 +24,10 @@ _TRANSLATION_STD = 0.125  # of the picture's size
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """probability: of each transform of a picture but the mirroring, which is always even. EDM: 0.12 for CIFAR-10."""
+    """EDM's non-leaky augmentation."""
 
     probability: float
+    """Probability of each transform of an image, except mirroring, which has 1/2. EDM: 0.12 for CIFAR-10."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.probability <= 1:

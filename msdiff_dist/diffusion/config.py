@@ -19,6 +19,7 @@ class DiffusionConfig:
     """The diffusion process. The section named like `process` configures it, and only that one may be given."""
 
     process: Annotated[str, PROCESSES] = "discrete"
+    """Diffusion process."""
     section: Any = field(default=None, metadata=section_of(PROCESSES, "process"))
 
     def settings(self) -> Any:
@@ -33,16 +34,14 @@ def build_process(config: DiffusionConfig) -> Process:
 
 @dataclass(frozen=True)
 class StagesConfig:
-    """How time is divided into stages and how often each is trained.
-
-    Args:
-        boundaries: the K - 1 inner boundaries in the process's own unit, ascending; none for a unified model.
-        sampling: the chosen objective's probability of each stage. `uniform` leaves the process's own training
-            distribution as it is, `equal` gives every stage 1/K, a list gives K relative weights.
-    """
+    """How time is divided into stages and how often each is trained."""
 
     boundaries: tuple[float, ...] = ()
+    """The K - 1 inner boundaries of K stages, ascending, in the process's own unit (timestep, t or sigma); none for a
+    unified model."""
     sampling: StageSampling = "uniform"
+    """Probability of each stage in the objective: `uniform` leaves the process's own distribution of times as it is,
+    `equal` gives every stage 1/K, a list gives K relative weights."""
 
     def __post_init__(self) -> None:
         if any(not math.isfinite(b) for b in self.boundaries):

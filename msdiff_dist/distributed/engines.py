@@ -45,7 +45,7 @@ class EngineConfig:
 
     precision: Precision
     zero_shared: int
-    zero_stage: int
+    zero_decoders: int
     gradient_accumulation_steps: int
     grad_clip: float
 
@@ -230,7 +230,7 @@ class StageParallelEngines:
         self.stages: dict[int, _Engine] = {}
         for k in sorted(stages):
             unit = _StageUnit(groups.stage[k], groups.alone)
-            self.stages[k] = _Engine(stages[k], optimizer, config.zero_stage, config, unit)
+            self.stages[k] = _Engine(stages[k], optimizer, config.zero_decoders, config, unit)
 
     def _engines(self) -> list[_Engine]:
         """In the order of their collectives: held stages ascending, then the shared one."""

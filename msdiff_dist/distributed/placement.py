@@ -25,16 +25,14 @@ StageSets = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the model is spread over the ranks.
-
-    placement: `auto`, or the stages of every rank: [[0], [0], [0, 1], [2]].
-    zero_shared: ZeRO stage of the shared encoder, over all ranks (1-3).
-    zero_stage: ZeRO stage of the stage decoders, over the ranks of their group (1-2).
-    """
+    """How the model is spread over the ranks."""
 
     placement: Literal["auto"] | StageSets = "auto"
+    """`auto`, or the stages of every rank: [[0], [0], [0, 1], [2]]."""
     zero_shared: int = 1
-    zero_stage: int = 1
+    """DeepSpeed's ZeRO level of the shared encoder, over all ranks (1-3)."""
+    zero_decoders: int = 1
+    """DeepSpeed's ZeRO level of each stage's decoder, over the ranks that hold it (1-2)."""
 
     def __post_init__(self) -> None:
         why_not = (
@@ -42,10 +40,10 @@ class ParallelConfig:
         )
         if self.zero_shared not in (1, 2, 3):
             raise ConfigError("zero_shared", self.zero_shared, f"must be 1, 2 or 3: {why_not}", "Choose 1, 2 or 3.")
-        if self.zero_stage == 3:
+        if self.zero_decoders == 3:
             why_not = "ZeRO 3 compares all ranks of the job with each other, and ranks of different stages differ"
-        if self.zero_stage not in (1, 2):
-            raise ConfigError("zero_stage", self.zero_stage, f"must be 1 or 2: {why_not}", "Choose 1 or 2.")
+        if self.zero_decoders not in (1, 2):
+            raise ConfigError("zero_decoders", self.zero_decoders, f"must be 1 or 2: {why_not}", "Choose 1 or 2.")
 
 
 @dataclass(frozen=True)

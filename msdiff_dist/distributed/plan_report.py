@@ -33,7 +33,7 @@ class Workload:
     payload_bytes: int
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_shared: int = 1
-    zero_stage: int = 1
+    zero_decoders: int = 1
     moments: int = 2
     averages: int = 1
 
@@ -114,7 +114,7 @@ def state_bytes_W(placement: Placement, workload: Workload) -> np.ndarray:
     )
     for k, params in enumerate(workload.stage_params_K):
         group = placement.group(k)
-        total_W[list(group)] += on_one_rank(params, len(group), workload.zero_stage)
+        total_W[list(group)] += on_one_rank(params, len(group), workload.zero_decoders)
     return total_W
 
 
@@ -151,7 +151,7 @@ def _reduced_parts(placement: Placement, workload: Workload) -> list[tuple[Seque
         return {1: 2, 2: accumulation + 1, 3: 3 * accumulation}[zero]
 
     shared = (range(placement.world_size), workload.shared_params * passes(workload.zero_shared))
-    stages = [(placement.group(k), n * passes(workload.zero_stage)) for k, n in enumerate(workload.stage_params_K)]
+    stages = [(placement.group(k), n * passes(workload.zero_decoders)) for k, n in enumerate(workload.stage_params_K)]
     return [shared, *stages]
 
 

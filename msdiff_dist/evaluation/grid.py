@@ -19,19 +19,18 @@ _GRID_SIDE = 900
 
 @dataclass(frozen=True)
 class PreviewConfig:
-    """Grids of samples while training, drawn with the averaged weights.
-
-    Args:
-        every: steps between grids, 0 for none (else one at the end too).
-        num: pictures in a grid.
-        prompts: of a model that takes text, in turn.
-    """
+    """Grids of samples while training, drawn with the averaged weights."""
 
     every: int = 0
+    """Steps between grids, with one after the last step; 0: no grids."""
     num: int = 64
+    """Images in a grid."""
     seed: int = 0
+    """Seed of the images."""
     prompts: tuple[str, ...] = ()
+    """Prompts of a model that takes text, used in turn."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """How the images are sampled."""
 
     def __post_init__(self) -> None:
         if self.every < 0:

@@ -18,11 +18,14 @@ _ENCODERS, _DECODERS = [Encoder, SongEncoder], [Decoder, SongDecoder]
 
 @dataclass(frozen=True)
 class ActivationCheckpointingConfig:
-    """encoder, decoders: which of them keep only each block's inputs; offload_to_cpu: and keep those in host memory."""
+    """Which parts trade computation for memory: they keep the inputs of their blocks only."""
 
     encoder: bool = False
+    """The encoder keeps only the inputs of each block for the backward pass, and computes the rest again."""
     decoders: bool = False
+    """The decoders do so."""
     offload_to_cpu: bool = False
+    """Keep those inputs in host memory."""
 
 
 def checkpoint_activations(part: nn.Module, config: ActivationCheckpointingConfig) -> None:

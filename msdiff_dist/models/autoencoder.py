@@ -16,17 +16,17 @@ from msdiff_dist.pixels import centred, to_pixels
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """The first stage of latent diffusion.
-
-    kind: `pixel` trains on pictures; `space_to_depth` folds factor x factor pixels into channels, without loss; `kl`
-    and `vq` are diffusers' AutoencoderKL and VQModel from `path`, a local folder or a hub id.
-    scale_factor: multiplies latents before diffusion (LDM's), so that they have about unit variance.
-    """
+    """The first stage of latent diffusion."""
 
     kind: Literal["pixel", "space_to_depth", "kl", "vq"] = "pixel"
+    """`pixel` trains on images as they are; `space_to_depth` folds factor x factor pixels into channels, without loss;
+    `kl` and `vq` are diffusers' AutoencoderKL and VQModel."""
     path: str | None = None
+    """Weights of `kl` and `vq`: a local folder or a hub id."""
     factor: int = 1
+    """Pixels of an edge that `space_to_depth` folds into one."""
     scale_factor: float = 1.0
+    """Factor on latents before diffusion, so that they have about unit variance (LDM's)."""
 
     def __post_init__(self) -> None:
         if self.kind == "pixel" and self.factor != 1:

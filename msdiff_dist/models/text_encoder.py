@@ -18,18 +18,18 @@ from msdiff_dist.models.identity import digest
 
 @dataclass(frozen=True)
 class TextEncoderConfig:
-    """A frozen text tower.
-
-    name: an open_clip model (`ViT-H-14`), `hf-hub:...`, or a model configuration in a .json file. pretrained: tag or
-    file of its weights; None: random ones, the same for the same `seed`. layer: whose output, counted in blocks.
-    final_norm: apply the tower's last normalisation to it, as Stable Diffusion does to the penultimate layer.
-    """
+    """A frozen text tower."""
 
     name: str
+    """open_clip model (`ViT-H-14`), `hf-hub:...`, or a model configuration in a .json file."""
     pretrained: str | None = None
+    """Tag or file of its weights. null: random ones, the same for the same `seed`."""
     layer: Literal["last", "penultimate"] = "penultimate"
+    """Block whose output is the context: the last or the one before it."""
     final_norm: bool = True
+    """Apply the tower's last normalisation to that output, as Stable Diffusion does to the penultimate block's."""
     seed: int = 0
+    """Seed of random weights."""
 
 
 class TextEncoder:

@@ -40,34 +40,34 @@ class UpBlock:
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """A U-Net with one shared encoder and one decoder per stage (or one whole U-Net per stage).
-
-    Args:
-        encoder_channels: base width of the encoder; one per stage where `share_encoder` is false and they differ.
-        decoder_channels: base width of each stage's decoder, stage 0 first. One entry is the unified model.
-        channel_mult: width factor of each level.
-        num_res_blocks: residual blocks per level (a decoder has one more).
-        attention_downsamples: downsampling factors (1, 2, 4, ...) whose levels have attention.
-        num_classes: labels 0 .. num_classes - 1; label num_classes is the dropped one.
-        dropout: probability in residual blocks. Its masks are the one thing in training that depends on how samples
-            are spread over ranks: the same run on other ranks draws others.
-        norm_groups: groups of a GroupNorm; divides every width.
-        share_encoder: false gives every stage a whole U-Net of its own.
-        attention_backend: `auto` is `sdpa`, but `math` for few bf16 keys on a CPU.
-    """
+    """A U-Net with one shared encoder and one decoder per stage (or one whole U-Net per stage)."""
 
     encoder_channels: int | tuple[int, ...]
+    """Base width of the encoder; a list of one per stage where `share_encoder` is false and they differ."""
     decoder_channels: tuple[int, ...]
+    """Base width of each stage's decoder, stage 0 (nearest the data) first. One entry is the unified model."""
     channel_mult: tuple[int, ...] = (1, 2, 2, 2)
+    """Factor on the base width at each resolution level, highest resolution first."""
     num_res_blocks: int = 2
+    """Residual blocks per level of the encoder; the decoders have one more."""
     attention_downsamples: tuple[int, ...] = ()
+    """Downsampling factors (1, 2, 4, ...) of the levels that have attention."""
     in_channels: int = 3
+    """Channels of the network's input."""
     out_channels: int = 3
+    """Channels of the network's output."""
     num_classes: int | None = None
+    """Number of classes the network is conditioned on; label `num_classes` stands for "no class". null: none."""
     dropout: float = 0.0
+    """Dropout probability in residual blocks. Its masks are the one thing in training that depends on how samples are
+    spread over ranks."""
     norm_groups: int = 32
+    """Groups of a GroupNorm. In family `ldm` it divides every width; in the others it is the most of them,
+    min(norm_groups, channels / 4)."""
     share_encoder: bool = True
+    """One encoder for all stages. false gives every stage a whole U-Net of its own."""
     attention_backend: AttentionBackend = "auto"
+    """How attention is computed. `auto` is `sdpa`, but `math` for few bf16 keys on a CPU."""
 
     def __post_init__(self) -> None:
         self._check_sizes()

@@ -13,35 +13,33 @@ class TrainConfig:
     """How long and in what portions to train.
 
     With both batch sizes, global = micro x ranks x accumulation must hold.
-
-    Args:
-        steps: optimizer steps.
-        global_batch_size: samples per optimizer step over all ranks.
-        micro_batch_size: instead: the mean number of samples per rank in a micro batch.
-        init_from: an export, or a checkpoint (its averages), whose weights training starts from, instead of random
-            ones; the run's own checkpoints come first.
-        gradient_accumulation_steps: micro batches per optimizer step.
-        precision: of the computation; masters, moments and averages are always fp32.
-        seed: of weights, sample order, times and noise.
-        condition_dropout: probability of training a sample without its class and caption, for guidance.
-        loss: of each element.
-        channels_last: memory format of the network's inputs; faster convolutions on most GPUs.
-        threads: CPU threads per rank, 0 to share the cores evenly.
-        timeout_s: how long a collective may wait.
     """
 
     steps: int
+    """Optimizer steps of the whole run."""
     global_batch_size: int | None = None
+    """Samples per optimizer step, over all ranks."""
     micro_batch_size: int | None = None
+    """Mean number of samples per rank in a micro batch, instead of `global_batch_size`."""
     init_from: str | None = None
+    """Export, or checkpoint (its averages), whose weights training starts from instead of random ones. The run's own
+    checkpoints come first."""
     gradient_accumulation_steps: int = 1
+    """Micro batches per optimizer step."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of forward and backward passes; master weights, optimizer moments and averages are always fp32."""
     seed: int = 0
+    """Seed of first weights, sample order, times and noise."""
     condition_dropout: float = 0.0
+    """Probability of training a sample without its class and caption, for classifier-free guidance."""
     loss: Literal["l2", "l1"] = "l2"
+    """Error of each output element: squared (`l2`) or absolute (`l1`)."""
     channels_last: bool = False
+    """Memory format of the network's inputs; faster convolutions on most GPUs."""
     threads: int = 0
+    """CPU threads per rank; 0 shares the cores evenly."""
     timeout_s: float = 1800.0
+    """Seconds that a collective may wait for other ranks."""
 
     def __post_init__(self) -> None:
         if self.global_batch_size is None and self.micro_batch_size is None:

@@ -15,14 +15,13 @@ from msdiff_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class PowerEmaConfig:
-    """EDM2's averages, from which `msdiff export --ema-length` makes that of any length when training is over.
-
-    snapshot_every: steps between snapshots in the run's `ema_snapshots`, each as large as the model times the number of
-    lengths; all are kept. lengths: of the averages, relative to the training so far, one more copy of the weights each.
-    """
+    """EDM2's averages, from which `msdiff export --ema-length` makes that of any length when training is over."""
 
     snapshot_every: int
+    """Steps between snapshots in the run's `ema_snapshots`. Each is as large as the model times the number of lengths,
+    and all are kept."""
     lengths: tuple[float, ...] = (0.05, 0.10)
+    """Lengths of the averages, relative to the training so far; each is one more copy of the weights."""
 
     def __post_init__(self) -> None:
         if self.snapshot_every < 1:
@@ -35,18 +34,19 @@ class PowerEmaConfig:
 
 @dataclass(frozen=True)
 class EmaConfig:
-    """Either a decay per step, or (EDM's) a number of images in which a weight's share in the average halves.
-
-    decay: the limit of the decay; 0.9999 unless there is a half-life. halflife_images: 500,000 in EDM. warmup: smaller
-    decays at first: min(decay, (1 + n) / (10 + n)) at the n-th update (LDM's), or a half-life of at most
-    `warmup_ratio` of the images seen. power: further averages, whose length is chosen after training.
-    """
+    """Either a decay per step, or (EDM's) a number of images in which a weight's share in the average halves."""
 
     decay: float | None = None
+    """Limit of the decay per step; null is 0.9999, unless there is a half-life."""
     halflife_images: float | None = None
+    """Images in which a weight's share in the average halves, instead of `decay`. EDM: 500,000."""
     warmup: bool = True
+    """Smaller decays at first: min(decay, (1 + n) / (10 + n)) at update n (LDM's), or a half-life of at most
+    `warmup_ratio` of the images seen."""
     warmup_ratio: float = 0.05
+    """Greatest half-life, relative to the images seen so far, during warm-up."""
     power: PowerEmaConfig | None = None
+    """Further averages, from which one of any length is made after training."""
 
     def __post_init__(self) -> None:
         if self.decay is not None and not 0 <= self.decay < 1:

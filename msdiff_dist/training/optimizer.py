@@ -57,23 +57,22 @@ OPTIMIZERS: Table[Optimizer] = Table(
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer of every engine.
-
-    Args:
-        lr: as it is used, never scaled by the number of GPUs.
-        betas, eps: of adamw and adam.
-        weight_decay: decoupled from the gradient in adamw, added to it in adam and sgd.
-        momentum: of sgd.
-        grad_clip: greatest global gradient norm, 0 for none.
-    """
+    """The optimizer of every engine."""
 
     lr: float
+    """Learning rate, used as it is: never scaled by batch size or number of GPUs."""
     name: Annotated[str, OPTIMIZERS] = "adamw"
+    """Optimizer."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of adamw's and adam's two moments."""
     eps: float = 1e-8
+    """Term added to the denominator of adamw and adam."""
     weight_decay: float = 0.01
+    """Weight decay: decoupled from the gradient in adamw, added to it in adam and sgd."""
     momentum: float = 0.0
+    """Momentum of sgd."""
     grad_clip: float = 0.0
+    """Greatest norm of the gradient of the whole model; 0: no clipping."""
 
     def __post_init__(self) -> None:
         for field, value in (("lr", self.lr), ("eps", self.eps)):
@@ -88,17 +87,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class LrScheduleConfig:
-    """Linear warm-up over `warmup_steps`, then constant, or a cosine from 1 to `final_fraction` at the last step.
-
-    Args:
-        kind: what follows the warm-up.
-        warmup_steps: 0 for none.
-        final_fraction: of `optimizer.lr`, at the last step of a cosine.
-    """
+    """Linear warm-up over `warmup_steps`, then constant, or a cosine from 1 to `final_fraction` at the last step."""
 
     kind: Literal["constant", "cosine"] = "constant"
+    """What follows the warm-up."""
     warmup_steps: int = 0
+    """Steps over which the rate rises linearly from 0; 0: no warm-up."""
     final_fraction: float = 0.0
+    """Fraction of `optimizer.lr` at the last step of a cosine."""
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:

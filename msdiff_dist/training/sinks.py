@@ -129,7 +129,7 @@ class MetricsConfig:
     """Where metrics go, besides metrics.jsonl and the terminal."""
 
     sinks: tuple[Annotated[str, SINKS], ...] = ("tensorboard",)
-    """Names of further sinks."""
+    """Where metrics go, besides metrics.jsonl and the terminal."""
 
 
 class Sinks:

@@ -31,7 +31,7 @@ LAYOUTS = {
     "two": (2, "auto"),
 }
 CASES = [
-    # layout, optimizer, zero_shared, zero_stage, accumulation, more overrides
+    # layout, optimizer, zero_shared, zero_decoders, accumulation, more overrides
     ("one", "adamw", 1, 1, 1, []),
     ("two", "adamw", 2, 2, 2, []),
     ("auto", "sgd", 3, 1, 1, []),
@@ -48,12 +48,18 @@ SMALL = [f"train.steps={STEPS}", "train.global_batch_size=24", "optimizer.grad_c
 
 
 @pytest.mark.parametrize(
-    ("layout", "optimizer", "zero_shared", "zero_stage", "accumulation", "more"),
+    ("layout", "optimizer", "zero_shared", "zero_decoders", "accumulation", "more"),
     CASES,
     ids=lambda v: "+".join(v) if isinstance(v, list) else str(v),
 )
 def test_same_training_as_one_process(
-    layout: str, optimizer: str, zero_shared: int, zero_stage: int, accumulation: int, more: list[str], tmp_path: Path
+    layout: str,
+    optimizer: str,
+    zero_shared: int,
+    zero_decoders: int,
+    accumulation: int,
+    more: list[str],
+    tmp_path: Path,
 ) -> None:
     world, placement = LAYOUTS[layout]
     overrides = [
@@ -62,7 +68,7 @@ def test_same_training_as_one_process(
         *more,
         f"parallel.placement={placement}",
         f"parallel.zero_shared={zero_shared}",
-        f"parallel.zero_stage={zero_stage}",
+        f"parallel.zero_decoders={zero_decoders}",
         f"train.gradient_accumulation_steps={accumulation}",
     ]
     recipe = load_recipe(DEBUG, overrides)

@@ -19,7 +19,7 @@ from tests.distributed.tiny_run import ADAM, recipe_of, trained
 pytestmark = pytest.mark.distributed
 
 STEPS, EVERY = 12, 2
-OTHER = {"parallel__zero_shared": 3, "parallel__zero_stage": 2}
+OTHER = {"parallel__zero_shared": 3, "parallel__zero_decoders": 2}
 
 
 def train(world_size: int, path: Path, stops: list[int], lengths: list[float], **changes: object) -> None:

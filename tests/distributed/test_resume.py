@@ -26,10 +26,10 @@ def losses_of(world_size: int, mapping: dict[str, Any], path: Path, stops: list[
 
 
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
-    (4, {"parallel__placement": [[0], [0, 1], [1, 2], [2]], "parallel__zero_shared": 2, "parallel__zero_stage": 2}),
+    (4, {"parallel__placement": [[0], [0, 1], [1, 2], [2]], "parallel__zero_shared": 2, "parallel__zero_decoders": 2}),
     (1, {"train__gradient_accumulation_steps": 2, "data__workers": 2}),
     (3, {"parallel__zero_shared": 3}),
-    (2, {"parallel__placement": [[2, 1], [0]], "parallel__zero_stage": 2, "train__gradient_accumulation_steps": 4}),
+    (2, {"parallel__placement": [[2, 1], [0]], "parallel__zero_decoders": 2, "train__gradient_accumulation_steps": 4}),
     (2, {"parallel__zero_shared": 3, "parallel__placement": [[0, 1], [0, 1, 2]]}),
     (6, {"parallel__zero_shared": 1, "parallel__placement": [[0], [0], [0, 1], [1], [2], [2]], "data__workers": 1}),
 ]
@@ -64,11 +64,11 @@ def interrupted(rank: int, world_size: int, mapping: dict[str, Any], path: Path,
     ("world_size", "optimizer", "changes", "at"),
     [
         (2, ADAM, {"train__gradient_accumulation_steps": 2}, 2),
-        (2, ADAM, {"parallel__zero_shared": 3, "parallel__zero_stage": 2}, 0),
-        (3, MOMENTUM, {"parallel__zero_shared": 3, "parallel__zero_stage": 2}, 2),
+        (2, ADAM, {"parallel__zero_shared": 3, "parallel__zero_decoders": 2}, 0),
+        (3, MOMENTUM, {"parallel__zero_shared": 3, "parallel__zero_decoders": 2}, 2),
         (2, SGD, {"parallel__zero_shared": 2}, 2),
         (1, ADAM, {"train__precision": "bf16"}, 0),
-        (2, ADAM, {"train__precision": "bf16", "parallel__zero_stage": 2}, 2),
+        (2, ADAM, {"train__precision": "bf16", "parallel__zero_decoders": 2}, 2),
         (2, ADAM, {"train__precision": "bf16", "parallel__zero_shared": 3}, 2),
     ],
 )

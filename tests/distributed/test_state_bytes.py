@@ -39,7 +39,7 @@ def held_bytes_of_all(rank: int) -> list[int]:
     return [held_bytes(rank, *configuration) for configuration in CONFIGURATIONS]
 
 
-def held_bytes(rank: int, precision: Literal["fp32", "bf16"], zero_shared: int, zero_stage: int) -> int:
+def held_bytes(rank: int, precision: Literal["fp32", "bf16"], zero_shared: int, zero_decoders: int) -> int:
     from msdiff_dist.distributed.engines import EngineConfig, StageParallelEngines
     from msdiff_dist.distributed.environment import make_groups
     from msdiff_dist.training.ema import EmaConfig, ShardedEma
@@ -51,7 +51,7 @@ def held_bytes(rank: int, precision: Literal["fp32", "bf16"], zero_shared: int, 
         shared,
         stages,
         lambda params: torch.optim.AdamW(params, lr=1e-3),
-        EngineConfig(precision, zero_shared, zero_stage, 1, 1.0),
+        EngineConfig(precision, zero_shared, zero_decoders, 1, 1.0),
         make_groups(STAGES_OF_RANK, rank),
     )
     state = engines.state()

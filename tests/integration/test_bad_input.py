@@ -38,7 +38,7 @@ MISTAKES = {
     "placement length": ([DEBUG, "parallel.placement=[[0],[1,2]]", "--nproc", "3"], ["parallel.placement", "3 ranks"]),
     "placement without a stage": ([DEBUG, "parallel.placement=[[0],[1]]", "--nproc", "2"], ["parallel.placement", "2"]),
     "zero 0": ([DEBUG, "parallel.zero_shared=0"], ["parallel.zero_shared", "0", "1, 2 or 3"]),
-    "zero 3 for stages": ([DEBUG, "parallel.zero_stage=3"], ["parallel.zero_stage", "3", "1 or 2"]),
+    "zero 3 for stages": ([DEBUG, "parallel.zero_decoders=3"], ["parallel.zero_decoders", "3", "1 or 2"]),
     "no shards": (
         ["recipes/quickstart.yaml", "data.shards=nowhere/{000..003}.tar"],
         ["data.shards", "nowhere", "not found"],

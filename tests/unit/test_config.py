@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from msdiff_dist.config import differences, from_mapping, to_mapping
+from msdiff_dist.config import differences, field_docs, from_mapping, to_mapping, with_current_names
 from msdiff_dist.errors import ConfigError
 
 
@@ -47,6 +47,36 @@ def test_round_trip() -> None:
     outer = from_mapping(Outer, FULL)
     assert outer == Outer(Inner(3), "b", (1, 2), (1, 2.0), ((0,), (0, 1)), True, {"x": 1})
     assert to_mapping(outer) == FULL
+
+
+@dataclass(frozen=True)
+class Documented:
+    """A base."""
+
+    first: int = 0
+    """What the base says."""
+    second: int = 0
+
+
+@dataclass(frozen=True)
+class Extended(Documented):
+    """A class that says more of one field, and of one of its own."""
+
+    second: int = 1
+    """Two lines
+    of it."""
+    third: int = 2
+    "One."
+
+
+def test_what_stands_under_a_field_documents_it() -> None:
+    assert field_docs(Extended) == {"first": "What the base says.", "second": "Two lines of it.", "third": "One."}
+
+
+def test_earlier_names_are_named_in_errors_and_taken_from_what_was_stored() -> None:
+    with pytest.raises(ConfigError, match=r"inner\.zero_stage = 1: is now called zero_decoders"):
+        from_mapping(Outer, FULL | {"inner": {"zero_stage": 1}})
+    assert with_current_names({"parallel": {"zero_stage": 2}}) == {"parallel": {"zero_decoders": 2}}
 
 
 @pytest.mark.parametrize(

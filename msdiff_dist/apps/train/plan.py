@@ -70,7 +70,7 @@ def workload(recipe: Recipe, run_plan: RunPlan) -> Workload:
         payload,
         recipe.train.precision,
         recipe.parallel.zero_shared,
-        recipe.parallel.zero_stage,
+        recipe.parallel.zero_decoders,
         moments=OPTIMIZERS[optimizer.name].moments(optimizer),
         averages=1 + (len(recipe.ema.power.lengths) if recipe.ema.power else 0),
     )

@@ -153,7 +153,7 @@ class Trainer:
         config = EngineConfig(
             recipe.train.precision,
             recipe.parallel.zero_shared,
-            recipe.parallel.zero_stage,
+            recipe.parallel.zero_decoders,
             recipe.train.gradient_accumulation_steps,
             recipe.optimizer.grad_clip,
         )

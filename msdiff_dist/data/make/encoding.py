@@ -28,24 +28,25 @@ from msdiff_dist.randomness import generator
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """What `msdiff data encode` makes.
-
-    Attributes:
-        data: the pictures; None: the recipe's own `data`.
-        store: `samples` of the autoencoder's posterior, or its `moments` (of `kl` only): a new sample at every visit.
-        flip: store the latents of the mirrored pictures too.
-        block: samples per tar member. batch_size: pictures encoded at once.
-        measure_scale: take one over the standard deviation of the latents as the scale factor.
-    """
+    """What `msdiff data encode` makes."""
 
     data: DataConfig | None = None
+    """Images to encode. null: the recipe's own `data`."""
     store: Literal["samples", "moments"] = "samples"
+    """What is stored of the autoencoder's posterior: `samples`, or (of `kl` only) its `moments`, from which every visit
+    draws a new sample."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Floating type of the stored latents and contexts."""
     flip: bool = False
+    """Store the latents of the mirrored images too."""
     block: int = 256
+    """Samples per tar member."""
     batch_size: int = 32
+    """Images encoded at once."""
     measure_scale: bool = False
+    """Use one over the standard deviation of the latents as the scale factor."""
     seed: int = 0
+    """Seed of the samples of the posterior."""
 
     def __post_init__(self) -> None:
         for name in ("block", "batch_size"):

@@ -17,17 +17,21 @@ from msdiff_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class DiscreteConfig:
-    """LDM's discrete process: integer timesteps 0 .. timesteps - 1.
-
-    `min_snr_gamma` weighs the loss by min(SNR, gamma) (2303.09556), expressed for the prediction type in use.
-    """
+    """LDM's discrete process: integer timesteps 0 .. timesteps - 1."""
 
     timesteps: int = 1000
+    """Number of timesteps T."""
     schedule: ScheduleName = "scaled_linear"
+    """How beta runs from `beta_start` to `beta_end`: `linear`, `scaled_linear` (linear in its square root, as LDM), or
+    `cosine`, which needs neither."""
     beta_start: float = 0.0015
+    """beta at timestep 0."""
     beta_end: float = 0.0195
+    """beta at timestep T - 1."""
     prediction_type: PredictionType = "epsilon"
+    """What the network predicts: the noise, v = s eps - n x_0, or the clean sample."""
     min_snr_gamma: float | None = None
+    """Weigh the loss by min(SNR, gamma) (2303.09556), expressed for the prediction type in use. null: weight 1."""
 
     def __post_init__(self) -> None:
         if self.timesteps < 2:

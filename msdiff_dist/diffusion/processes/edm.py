@@ -17,19 +17,20 @@ from msdiff_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class EDMConfig:
-    """EDM (2206.00364): noise level sigma with ln(sigma) ~ N(p_mean, p_std^2), and its preconditioning.
-
-    Args:
-        sigma_data: standard deviation of the data.
-        sigma_min, sigma_max, rho: the sampler's noise levels, even in sigma^(1/rho) (Eq. 5).
-    """
+    """EDM (2206.00364): noise level sigma with ln(sigma) ~ N(p_mean, p_std^2), and its preconditioning."""
 
     p_mean: float = -1.2
+    """Mean of ln(sigma) in training."""
     p_std: float = 1.2
+    """Standard deviation of ln(sigma) in training."""
     sigma_data: float = 0.5
+    """Standard deviation of the data."""
     sigma_min: float = 0.002
+    """Smallest noise level of the sampler (Eq. 5)."""
     sigma_max: float = 80.0
+    """Largest noise level of the sampler (Eq. 5)."""
     rho: float = 7.0
+    """The sampler's noise levels are even in sigma^(1/rho) (Eq. 5)."""
 
     def __post_init__(self) -> None:
         for name in ("p_std", "sigma_data", "sigma_min", "rho"):

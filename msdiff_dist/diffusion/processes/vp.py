@@ -16,16 +16,18 @@ from msdiff_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class VPConfig:
-    """Continuous variance-preserving SDE (2011.13456): beta(t) linear from beta_min to beta_max over t in [0, 1].
-
-    `t_min` is the smallest time that is trained, and where samplers stop unless told otherwise.
-    """
+    """Continuous variance-preserving SDE (2011.13456): beta(t) linear from beta_min to beta_max over t in [0, 1]."""
 
     beta_min: float = 0.1
+    """beta at t = 0."""
     beta_max: float = 20.0
+    """beta at t = 1."""
     t_min: float = 1e-3
+    """Smallest time that is trained, and where samplers stop unless told otherwise."""
     prediction_type: PredictionType = "epsilon"
+    """What the network predicts: the noise, v = s eps - n x_0, or the clean sample."""
     min_snr_gamma: float | None = None
+    """Weigh the loss by min(SNR, gamma) (2303.09556), expressed for the prediction type in use. null: weight 1."""
 
     def __post_init__(self) -> None:
         if not 0 < self.beta_min <= self.beta_max:

@@ -44,9 +44,13 @@ class ChurnConfig:
     """Heun's stochastic noise (2206.00364, Algorithm 2): S_churn, S_noise, and the sigmas between which it acts."""
 
     amount: float = 0.0
+    """S_churn: how much noise is added, over all steps."""
     noise: float = 1.0
+    """S_noise: factor on the standard deviation of the added noise."""
     sigma_min: float = 0.0
+    """S_tmin: smallest sigma at which noise is added."""
     sigma_max: float = math.inf
+    """S_tmax: largest sigma at which noise is added."""
 
     def __post_init__(self) -> None:
         if not self.amount >= 0:
@@ -55,29 +59,25 @@ class ChurnConfig:
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """How samples are made.
-
-    Args:
-        name: `ddim`, `ddpm` (ancestral) or `dpmpp_2m` (DPM-Solver++ multistep of order 2) for discrete and vp
-            processes, `dpm_3s` (DPM-Solver singlestep of order 3) for vp, `heun` for edm; None is the process's own.
-        steps: network evaluations, but for `heun` its steps: N of them take 2 N - 1 evaluations.
-        eta: noise of ddim's steps: 0 is deterministic, 1 as noisy as ddpm.
-        spacing: where the times lie, one of the process's `spacings`; None is its default.
-        end: last time for a vp (default t_min) or edm process (default sigma_min).
-        clip: keep estimates of x_0 inside [-1, 1]; for pixels, not for latents. ddim keeps the noise estimate of the
-            estimate before clipping. Early in training `ddim` with eta 1 and clip gives the cleanest pictures.
-        guidance_scale: classifier-free guidance: output = unconditional + scale x (conditional - unconditional).
-        churn: heun's noise.
-    """
+    """How samples are made."""
 
     name: Annotated[str, SOLVERS] | None = None
+    """Solver; null is the process's own."""
     steps: int = 50
+    """Network evaluations; for `heun` its steps N, which take 2 N - 1 evaluations."""
     eta: float = 0.0
+    """Noise of ddim's steps: 0 is deterministic, 1 as noisy as ddpm."""
     spacing: Spacing | None = None
+    """Where the times lie, one of the process's spacings; null is its default."""
     end: float | None = None
+    """Last time of a vp process (default t_min) or an edm process (default sigma_min)."""
     clip: bool = False
+    """Keep estimates of x_0 inside [-1, 1]; for pixels, not for latents. ddim keeps the noise estimate of the estimate
+    before clipping. Early in training `ddim` with eta 1 and clip gives the cleanest images."""
     guidance_scale: float = 1.0
+    """Scale of classifier-free guidance: output = unconditional + scale x (conditional - unconditional)."""
     churn: ChurnConfig = field(default_factory=ChurnConfig)
+    """heun's noise."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:

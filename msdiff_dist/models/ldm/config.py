@@ -13,34 +13,34 @@ from msdiff_dist.models.unet_config import UNetConfig
 
 @dataclass(frozen=True)
 class LDMConfig(UNetConfig):
-    """The U-Net of latent diffusion (Dhariwal and Nichol 2021; Rombach et al. 2022), with a decoder per stage.
-
-    Args:
-        decoder_attention: `attention_downsamples` of each decoder on its own; None takes those everywhere.
-        num_heads, num_head_channels: exactly one of them: heads by number, or by channels per head.
-        context_dim: width of the context tokens. With it, attention levels are spatial transformers (self-attention,
-            cross-attention, feed-forward); without it, self-attention blocks.
-        use_linear_in_transformer: linear instead of 1x1-convolution projections around a spatial transformer.
-        class_conditioning: "embedding" adds the label's vector to the time embedding, "context" makes it the one
-            context token.
-        use_scale_shift_norm: time embedding as scale and shift of the second norm instead of an addition.
-        resblock_updown: resample inside residual blocks instead of by a strided or upsampling convolution.
-        legacy_attention_order: self-attention blocks split heads before q, k, v.
-    """
+    """The U-Net of latent diffusion (Dhariwal and Nichol 2021; Rombach et al. 2022), with a decoder per stage."""
 
     family: Literal["ldm"] = "ldm"
+    """U-Net family."""
     channel_mult: tuple[int, ...] = (1, 2, 3, 4)
     attention_downsamples: tuple[int, ...] = (8, 4, 2)
     decoder_attention: tuple[tuple[int, ...], ...] | None = None
+    """`attention_downsamples` of each decoder by itself; null gives every decoder those of the encoder."""
     num_heads: int | None = None
+    """Attention heads; give this or `num_head_channels`."""
     num_head_channels: int | None = None
+    """Channels of an attention head; give this or `num_heads`."""
     context_dim: int | None = None
+    """Width of the context tokens. With it, attention levels are spatial transformers (self-attention, cross-attention,
+    feed-forward); without it, self-attention blocks."""
     transformer_depth: int = 1
+    """Transformer blocks in each spatial transformer."""
     use_linear_in_transformer: bool = False
+    """Linear projections around a spatial transformer instead of 1x1 convolutions."""
     class_conditioning: Literal["embedding", "context"] = "embedding"
+    """How a class enters: `embedding` adds its vector to the time embedding, `context` makes it the one context
+    token."""
     use_scale_shift_norm: bool = False
+    """The time embedding scales and shifts the second norm of a residual block instead of being added."""
     resblock_updown: bool = False
+    """Resample inside residual blocks instead of by a strided or an upsampling convolution."""
     legacy_attention_order: bool = True
+    """Self-attention blocks split heads before q, k and v, as LDM's checkpoints do."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -37,16 +37,12 @@ VARIANTS: dict[SongFamily, SongVariant] = {
 
 @dataclass(frozen=True)
 class SongConfig(UNetConfig):
-    """The U-Net of score-based diffusion (2011.13456), in EDM's form (2206.00364), with a decoder per stage.
-
-    Args:
-        family: `ddpmpp` and `ncsnpp` are EDM's two; `ncsnpp_vp` is NCSN++ as it is trained on the VP-SDE.
-        norm_groups: the most groups of a GroupNorm; each has at least 4 channels, min(norm_groups, channels / 4).
-        augment_labels: length of the description of its augmentation that a sample may come with, 0 for none.
-    """
+    """The U-Net of score-based diffusion (2011.13456), in EDM's form (2206.00364), with a decoder per stage."""
 
     family: SongFamily = "ddpmpp"
+    """U-Net family: `ddpmpp` and `ncsnpp` are EDM's two; `ncsnpp_vp` is NCSN++ as it is trained on the VP-SDE."""
     augment_labels: int = 0
+    """Length of the description of its augmentation that a sample comes with; 0: none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -59,5 +59,5 @@ def test_impossible_plans_are_refused() -> None:
         run(recipe, "parallel.placement=[[0],[1,2]]", "--world-size", "3")
     with pytest.raises(PlacementError, match=r"train.global_batch_size = \d+: is too small"):
         run(recipe, "--world-size", "5000")
-    with pytest.raises(ConfigError, match=r"parallel.zero_stage = 3"):
-        run(recipe, "parallel.zero_stage=3", "--world-size", "3")
+    with pytest.raises(ConfigError, match=r"parallel.zero_decoders = 3"):
+        run(recipe, "parallel.zero_decoders=3", "--world-size", "3")

@@ -168,12 +168,12 @@ def test_batches_too_small_are_refused() -> None:
 
 
 def test_parallel_config() -> None:
-    config = from_mapping(ParallelConfig, {"placement": [[0], [0, 1], [2]], "zero_shared": 3, "zero_stage": 2})
+    config = from_mapping(ParallelConfig, {"placement": [[0], [0, 1], [2]], "zero_shared": 3, "zero_decoders": 2})
     assert config.placement == ((0,), (0, 1), (2,))
     assert from_mapping(ParallelConfig, {}).placement == "auto"
     with pytest.raises(ConfigError, match=r"parallel.zero_shared = 0: must be 1, 2 or 3"):
         from_mapping(ParallelConfig, {"zero_shared": 0}, "parallel")
-    with pytest.raises(ConfigError, match=r"parallel.zero_stage = 3: must be 1 or 2: ZeRO 3 compares"):
-        from_mapping(ParallelConfig, {"zero_stage": 3}, "parallel")
+    with pytest.raises(ConfigError, match=r"parallel.zero_decoders = 3: must be 1 or 2: ZeRO 3 compares"):
+        from_mapping(ParallelConfig, {"zero_decoders": 3}, "parallel")
     with pytest.raises(ConfigError, match=r"parallel.placement"):
         from_mapping(ParallelConfig, {"placement": "disjoint"}, "parallel")

@@ -72,7 +72,7 @@ def test_reduced_bytes() -> None:
     placement = placed([8, 8, 8], 4, accumulation=2, explicit=OVERLAPPING)
     stages = 600 + 300 + 90  # every group has two ranks
     assert reduced_bytes(placement, workload()) == 4 * (3 * 1000 * 2 + stages * 2)
-    assert reduced_bytes(placement, workload(zero_shared=3, zero_stage=2)) == 4 * (3 * 1000 * 6 + stages * 3)
+    assert reduced_bytes(placement, workload(zero_shared=3, zero_decoders=2)) == 4 * (3 * 1000 * 6 + stages * 3)
     assert reduced_bytes(placed([8, 8, 8], 1), workload(precision="bf16")) == 0
 
 
