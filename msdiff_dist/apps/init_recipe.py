@@ -16,6 +16,7 @@ from msdiff_dist.diffusion.augmentation import AUGMENT_LABELS
 from msdiff_dist.errors import CheckpointError, ConfigError
 from msdiff_dist.export.description import ModelDescription
 from msdiff_dist.export.weights import CONFIG, ExportWeights, open_checkpoint
+from msdiff_dist.files.atomic import atomic_write
 from msdiff_dist.recipe import Recipe, stored_recipe
 from msdiff_dist.shipped import Copied, copy_shipped, refuse_existing
 
@@ -43,7 +44,7 @@ def init_recipe(name: str | None, source: Path | None, out: Path | None) -> Copi
     out = out or Path(f"{recipe.name}.yaml")
     refuse_existing(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(_text(recipe, origin, out))
+    atomic_write(out, _text(recipe, origin, out))
     return Copied([out], [])
 
 

@@ -39,10 +39,10 @@ def train(
 
         outcome: str = run_rank(parsed, folder)
     else:
-        check_run(parsed, nproc)
+        found = check_run(parsed, [nproc])
         RunFolder(folder).check(recipe_mapping(parsed))
         from msdiff_dist.apps.train.local import run_local
 
-        outcome = run_local(recipe_mapping(parsed), folder, nproc)
+        outcome = run_local(recipe_mapping(parsed), folder, nproc, found)
     if outcome == "preempted":
         typer.echo(f"stopped by a signal, saved in {folder}; the same command goes on from there", err=True)

@@ -41,7 +41,35 @@ class Shard:
     problem: str | None = None
 
 
-def resolve_shards(patterns: str | Sequence[str], access: Access = DEFAULT_ACCESS) -> list[str]:
+class IndexFiles:
+    """The `index.json` files beside shards, each read when it is first asked for and not again."""
+
+    def __init__(self, access: Access = DEFAULT_ACCESS) -> None:
+        self.access = access
+        self._read: dict[str, Mapping[str, Any]] = {}
+
+    def entries(self, address: str | None) -> Mapping[str, Any]:
+        """The entries of an index by file name; none if there is no such file.
+
+        Raises:
+            DataError: it cannot be read, or is not an index of shards.
+        """
+        if address is None:
+            return {}
+        if address not in self._read:
+            self._read[address] = _load_index(address, self.access)
+        return self._read[address]
+
+
+def find_shards(
+    patterns: str | Sequence[str], indexes: IndexFiles | None = None, damage: DamageReport = STRICT
+) -> list[Shard]:
+    """The shards that a recipe names and their sample counts. Raises as `resolve_shards` and `read_index` do."""
+    indexes = indexes or IndexFiles()
+    return read_index(resolve_shards(patterns, indexes), indexes, damage)
+
+
+def resolve_shards(patterns: str | Sequence[str], indexes: IndexFiles | None = None) -> list[str]:
     """Expand what a recipe names to addresses of tar files, in a reproducible order.
 
     A pattern is a folder, a path with braces or globs, an address (`http://`, `s3://`, ...; globs and folders where
@@ -51,8 +79,8 @@ def resolve_shards(patterns: str | Sequence[str], access: Access = DEFAULT_ACCES
     Raises:
         DataError: a pattern that matches nothing, shards that are missing or named twice, a command not allowed.
     """
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    paths = [path for pattern in patterns for path in _resolve(pattern, access)]
+    patterns, indexes = [patterns] if isinstance(patterns, str) else patterns, indexes or IndexFiles()
+    paths = [path for pattern in patterns for path in _resolve(pattern, indexes)]
     if not paths:
         raise DataError(FIELD, patterns, "matches no shards", "Correct it, or make shards with `msdiff data`.")
     missing = [path for path in paths if is_local(path) and not Path(path).is_file()]
@@ -64,20 +92,17 @@ def resolve_shards(patterns: str | Sequence[str], access: Access = DEFAULT_ACCES
     return paths
 
 
-def read_index(paths: Iterable[str], access: Access = DEFAULT_ACCESS, damage: DamageReport = STRICT) -> list[Shard]:
+def read_index(paths: Iterable[str], indexes: IndexFiles | None = None, damage: DamageReport = STRICT) -> list[Shard]:
     """Sample counts from the `index.json` (wids format) beside the shards; shards it does not list are scanned.
 
     Raises:
         DataError: a damaged index, an index that is not of these shards, or more damaged shards than may be.
     """
-    indexes: dict[str | None, Mapping[str, Any]] = {}
-    shards = []
+    indexes, shards = indexes or IndexFiles(), []
     for path in paths:
         at = beside(path, INDEX_NAME)
-        if at not in indexes:
-            indexes[at] = _load_index(at, access)
-        entry = indexes[at].get(base_name(path))
-        shards.append(scan(path, access, damage) if entry is None else _indexed(path, str(at), entry, damage))
+        entry = indexes.entries(at).get(base_name(path))
+        shards.append(scan(path, indexes.access, damage) if entry is None else _indexed(path, str(at), entry, damage))
     if not sum(shard.num_samples for shard in shards):
         raise DataError(FIELD, [s.path for s in shards[:3]], "the shards hold no samples", "Make them again.")
     return shards
@@ -109,20 +134,20 @@ def _indexed(path: str, index: str, entry: Mapping[str, Any], damage: DamageRepo
     return Shard(path, int(entry["nsamples"]), size, problem)
 
 
-def _resolve(pattern: str, access: Access) -> list[str]:
+def _resolve(pattern: str, indexes: IndexFiles) -> list[str]:
     if pattern.startswith(PIPE):
-        if not access.allow_pipe:
+        if not indexes.access.allow_pipe:
             raise DataError(
                 FIELD, pattern, "runs a command, which this recipe does not allow",
                 "Set data.allow_pipe: true if you trust it.",
             )  # fmt: skip
         return [pattern]
     if pattern.startswith("@") or pattern.endswith(".txt"):
-        return _resolve_list(pattern.removeprefix("@"), access)
+        return _resolve_list(pattern.removeprefix("@"), indexes)
     paths: list[str] = []
     for name in _expand_braces(pattern):
         if not is_local(name):
-            found = _resolve_remote(name, access)
+            found = _resolve_remote(name, indexes)
         elif Path(name).is_dir():
             found = sorted(glob.glob(f"{glob.escape(name)}/*.tar"))
         elif Path(name).exists() or not glob.has_magic(name):
@@ -135,26 +160,26 @@ def _resolve(pattern: str, access: Access) -> list[str]:
     return paths
 
 
-def _resolve_list(path: str, access: Access) -> list[str]:
+def _resolve_list(path: str, indexes: IndexFiles) -> list[str]:
     try:
-        lines = [line.strip() for line in read_bytes(path, access).decode().splitlines()]
+        lines = [line.strip() for line in read_bytes(path, indexes.access).decode().splitlines()]
     except (OSError, UnicodeDecodeError) as e:
         raise DataError(FIELD, f"@{path}", f"is not a readable list of shards ({e})", "Correct its path.") from e
     found = []
     for line in lines:
         if line and not line.startswith("#"):
             relative = is_local(line) and not line.startswith(("@", "/"))
-            found += _resolve((beside(path, line) or line) if relative else line, access)
+            found += _resolve((beside(path, line) or line) if relative else line, indexes)
     return found
 
 
-def _resolve_remote(address: str, access: Access) -> list[str]:
+def _resolve_remote(address: str, indexes: IndexFiles) -> list[str]:
     try:
         if not address.startswith(("http://", "https://")):
-            return matching(address, access)
+            return matching(address, indexes.access)
         if not address.endswith("/"):
             return [address]
-        listed = _load_index(address + INDEX_NAME, access)
+        listed = indexes.entries(address + INDEX_NAME)
         return [str(beside(address, name)) for name in listed]
     except OSError as e:
         raise DataError(FIELD, address, f"cannot be listed ({e})", "Correct it, or name the shards.") from e
@@ -164,9 +189,7 @@ def _size(path: str) -> int | None:
     return Path(path).stat().st_size if is_local(path) else None
 
 
-def _load_index(path: str | None, access: Access) -> dict[str, Mapping[str, Any]]:
-    if path is None:
-        return {}
+def _load_index(path: str, access: Access) -> dict[str, Mapping[str, Any]]:
     try:
         index = json.loads(read_bytes(path, access))
         if index["__kind__"] != "wids-shard-index-v1":

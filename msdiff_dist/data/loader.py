@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.corruption import Damage, DamageReport
-from msdiff_dist.data.index import Shard, read_index, resolve_shards
+from msdiff_dist.data.index import IndexFiles, Shard, find_shards
 from msdiff_dist.data.latent_blocks import Chunk
 from msdiff_dist.data.mixture import Mixture
 from msdiff_dist.data.order import Ints, StreamOrder, grouped
@@ -66,8 +66,8 @@ def load_index(config: DataConfig) -> list[list[Shard]]:
     Raises:
         DataError: shards are missing or not what their index says, or more are damaged than `config.max_bad`.
     """
-    access, damage = config.access, DamageReport(config.max_bad)
-    return [read_index(resolve_shards(source.shards, access), access, damage) for source in config.mixed]
+    indexes, damage = IndexFiles(config.access), DamageReport(config.max_bad)
+    return [find_shards(source.shards, indexes, damage) for source in config.mixed]
 
 
 class StepLoader:

@@ -16,6 +16,7 @@ import submitit
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from msdiff_dist.apps.train.found_data import DataFinder
 from msdiff_dist.apps.train.plan import check_run, plan_run, workload
 from msdiff_dist.apps.train.warm_start import start_weights
 from msdiff_dist.distributed.plan_report import plan_report, render, size
@@ -67,9 +68,9 @@ def check_runs(runs: Sequence[Run], cluster: ClusterConfig) -> None:
         UserError: naming the field and the remedy.
     """
     _check_parallel(cluster, len(runs))
+    find = DataFinder()
     for run in runs:
-        for world_size in cluster.world_sizes:
-            check_run(run.recipe, world_size)
+        check_run(run.recipe, cluster.world_sizes, find)
         _check_elastic(run.recipe, cluster)
         RunFolder(run.folder).check(recipe_mapping(run.recipe))
         start_weights(run.recipe, RunFolder(run.folder).checkpoints)

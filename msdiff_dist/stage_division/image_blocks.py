@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from msdiff_dist.data.index import read_index, resolve_shards
+from msdiff_dist.data.index import find_shards
 from msdiff_dist.data.make.idx import read_idx
 from msdiff_dist.data.make.pack import EXTENSIONS
 from msdiff_dist.data.samples import IMAGE_FIELDS
@@ -76,7 +76,7 @@ def shard_parts(patterns: str | Sequence[str]) -> list[Part]:
     Raises:
         DataError: no such shards, or damaged ones.
     """
-    shards = read_index(resolve_shards(patterns))
+    shards = find_shards(patterns)
     firsts = accumulate((shard.num_samples for shard in shards), initial=0)
     return [
         Part(first, shard.num_samples, partial(_read_shard, shard.path))

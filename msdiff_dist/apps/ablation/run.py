@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from msdiff_dist.apps.train.costs import CostReport, cost_report, step_petaflops
+from msdiff_dist.apps.train.found_data import DataFinder, FoundData
 from msdiff_dist.apps.train.local import run_local
-from msdiff_dist.apps.train.plan import check_run
+from msdiff_dist.apps.train.plan import check_run, plan_run
 from msdiff_dist.checkpoint.layout import complete_checkpoints, step_folder, step_of
 from msdiff_dist.checkpoint.policy import CheckpointConfig
 from msdiff_dist.config import from_mapping, to_mapping
@@ -83,6 +84,7 @@ class Trial:
     costs: CostReport
     step_petaflops: float
     steps: tuple[int, ...]
+    data: FoundData
 
     @property
     def checkpoints(self) -> Path:
@@ -114,20 +116,21 @@ def plan_ablation(config: AblationConfig, base: Path, out: Path, nproc: int) -> 
         UserError: naming the variant and the field.
     """
     shape = load_classifier(Path(config.score.classifier)).info.image_shape
-    trials = [t for name in config.variants for t in _trials(config, name, base, out, nproc)]
+    find = DataFinder()
+    trials = [t for name in config.variants for t in _trials(config, name, base, out, nproc, find)]
     for trial in trials:
         _check_picture_shape(trial, shape, config.score.classifier)
         _check_folder(trial, score_settings(config.score))
     return sorted(trials, key=lambda t: config.seeds.index(t.seed))
 
 
-def _trials(config: AblationConfig, name: str, base: Path, out: Path, nproc: int) -> Iterator[Trial]:
+def _trials(config: AblationConfig, name: str, base: Path, out: Path, nproc: int, find: DataFinder) -> Iterator[Trial]:
     changes = {**config.changes, **config.variants[name]}
     path = base / str(changes.pop("recipe", config.recipe))
     try:
         recipe = load_recipe(path, overrides_of(changes))
         config.score.sampler.for_process(recipe.process())
-        plan = check_run(recipe, nproc)
+        plan, found = plan_run(recipe, nproc), check_run(recipe, [nproc], find)
     except UserError as e:
         raise type(e)(f"variants.{name}: {e.field}", e.value, e.problem, e.remedy) from None
     per_step = step_petaflops(plan.quotas, plan.cost_K)
@@ -148,7 +151,7 @@ def _trials(config: AblationConfig, name: str, base: Path, out: Path, nproc: int
             checkpoint=CheckpointConfig(recipe.checkpoint.every, keep_last=1, at=steps),
             preview=replace(recipe.preview, every=0),
         )
-        yield Trial(name, seed, planned, out / name / f"seed_{seed}", costs, per_step, steps)
+        yield Trial(name, seed, planned, out / name / f"seed_{seed}", costs, per_step, steps, found)
 
 
 def _check_picture_shape(trial: Trial, shape: tuple[int, int, int], classifier: str) -> None:
@@ -189,7 +192,7 @@ def run_ablation(
         scores = trial.scores(settings)
         missing = [s for s in trial.steps if s not in scores]
         if not all(step_folder(trial.checkpoints, s).is_dir() for s in missing):
-            outcome = run_local(recipe_mapping(trial.recipe), trial.folder, nproc)
+            outcome = run_local(recipe_mapping(trial.recipe), trial.folder, nproc, trial.data)
             if outcome != "finished":
                 raise TrainingError(f"{trial.folder} was stopped by a signal and saved; give the same command to go on")
         for step in missing:

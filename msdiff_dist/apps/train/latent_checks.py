@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from msdiff_dist.data.access import beside, is_local
-from msdiff_dist.data.index import Shard
-from msdiff_dist.data.make.manifest import MANIFEST, NULL_CONTEXT, Manifest, load_manifest, load_null_context
+from msdiff_dist.data.access import beside
+from msdiff_dist.data.make.manifest import NULL_CONTEXT, Manifest, load_null_context
 from msdiff_dist.errors import ConfigError, DataError
 from msdiff_dist.models.autoencoder import LatentCodec
 from msdiff_dist.models.text_encoder import TextEncoder
 from msdiff_dist.recipe import Recipe
 
 
-def check_latents(recipe: Recipe, index: Sequence[Sequence[Shard]]) -> Tensor | None:
-    """Compare the manifests beside the shards with the recipe; shards of other makers have none and pass.
+def check_latents(recipe: Recipe, manifests: Mapping[str, Manifest]) -> Tensor | None:
+    """Compare the manifests beside the shards, by address, with the recipe; without manifests all passes.
 
     Returns:
         The context [T, D] that stands for "no caption": the embedding of the empty caption if the recipe has a
         text_encoder, else None, which means zeros.
 
     Raises:
-        DataError: shards not encoded to the end, or a manifest that does not fit, naming the recipe's field.
+        DataError: a manifest does not fit, naming the recipe's field.
         ConfigError: the recipe's own networks cannot be loaded to be compared.
     """
-    null_context, found = None, list(_manifests(recipe, index))
+    null_context, found = None, list(manifests.items())
     for _, manifest in found:
         _check_numbers(recipe, manifest)
     if found:
@@ -48,19 +46,6 @@ def check_latents(recipe: Recipe, index: Sequence[Sequence[Shard]]) -> Tensor | 
         at, manifest = found[0]
         null_context = load_null_context(str(beside(at, NULL_CONTEXT)), manifest, recipe.data.access)
     return null_context
-
-
-def _manifests(recipe: Recipe, index: Sequence[Sequence[Shard]]) -> Iterator[tuple[str, Manifest]]:
-    if recipe.data.kind != "latent":
-        return
-    addresses = dict.fromkeys(beside(shard.path, MANIFEST) for shards in index for shard in shards)
-    for address in filter(None, addresses):
-        manifest = load_manifest(address, recipe.data.access)
-        if manifest:
-            yield address, manifest
-        elif is_local(address) and (Path(address).parent / ".encode").is_dir():
-            folder = str(Path(address).parent)
-            raise DataError("data.shards", folder, "was not encoded to its end", "Give `msdiff data encode` again.")
 
 
 def _check_numbers(recipe: Recipe, manifest: Manifest) -> None:

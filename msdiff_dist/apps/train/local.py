@@ -8,6 +8,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from msdiff_dist.apps.train.found_data import FoundData
 from msdiff_dist.distributed.spawn import RankDiedError, run_ranks
 from msdiff_dist.errors import MsdiffError, TrainingError
 from msdiff_dist.recipe import recipe_from
@@ -22,10 +23,13 @@ PRELOAD = (
 _SAVING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)  # at these every rank saves at the next step and ends
 
 
-def run_local(recipe: dict[str, Any], run_dir: Path, nproc: int) -> str:
+def run_local(recipe: dict[str, Any], run_dir: Path, nproc: int, found: FoundData | None = None) -> str:
     """Train on `nproc` ranks of this machine; returns the outcome of `run_rank`.
 
     Rank 0 speaks to this terminal; every rank's output goes to the run folder's logs.
+
+    Args:
+        found: the recipe's data, if it has been found before.
 
     Raises:
         UserError, TrainingError: what ended the rank that failed first.
@@ -34,14 +38,14 @@ def run_local(recipe: dict[str, Any], run_dir: Path, nproc: int) -> str:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
     env = {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # the store is there: rank 0 must not make one
     try:
-        return str(run_ranks(_train, nproc, recipe, run_dir, preload=PRELOAD, env=env, signals=_SAVING)[0])
+        return str(run_ranks(_train, nproc, recipe, run_dir, found, preload=PRELOAD, env=env, signals=_SAVING)[0])
     except RankDiedError as e:
         raise TrainingError(
             f"{e}; its log is {_log(run_dir, e.rank)}. Give the same command again to resume from the newest checkpoint"
         ) from None
 
 
-def _train(rank: int, recipe: dict[str, Any], run_dir: Path) -> str:
+def _train(rank: int, recipe: dict[str, Any], run_dir: Path, found: FoundData | None) -> str:
     """Body of one rank's process."""
     terminal = os.fdopen(os.dup(2), "w", buffering=1)
     with _log(run_dir, rank).open("a") as log:
@@ -50,7 +54,7 @@ def _train(rank: int, recipe: dict[str, Any], run_dir: Path) -> str:
     try:
         from msdiff_dist.apps.train.rank import run_rank
 
-        return run_rank(recipe_from(recipe), run_dir, terminal)
+        return run_rank(recipe_from(recipe), run_dir, terminal, found=found)
     except MsdiffError:
         traceback.print_exc()
         raise

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from msdiff_dist.apps.train.found_data import FoundData, find_data
 from msdiff_dist.apps.train.latent_checks import check_latents
-from msdiff_dist.data.loader import StepLoader, load_index
+from msdiff_dist.data.config import DataConfig
+from msdiff_dist.data.loader import StepLoader
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas
 from msdiff_dist.distributed.placement import Placement, plan
 from msdiff_dist.distributed.plan_report import Workload
@@ -84,14 +87,24 @@ def plan_warnings(recipe: Recipe, world_size: int) -> list[str]:
     return [f"data.lanes = {lanes} cannot be shared evenly by {world_size} ranks: to train, make it a multiple"]
 
 
-def check_run(recipe: Recipe, world_size: int) -> RunPlan:
-    """Everything that can be refused before a process starts: placement, lanes, shards and their manifests.
+def check_run(
+    recipe: Recipe, world_sizes: Sequence[int], find: Callable[[DataConfig], FoundData] = find_data
+) -> FoundData:
+    """All that can be refused before a process starts on any of these numbers of ranks: placement, lanes, shards,
+    manifests.
+
+    Args:
+        find: gives the data, found before perhaps.
+
+    Returns:
+        The data.
 
     Raises:
         UserError: of the part that refuses.
     """
-    run_plan = plan_run(recipe, world_size)
-    index = load_index(recipe.data)
-    check_latents(recipe, index)
-    StepLoader(recipe.data, recipe.train.seed, run_plan.batch_size, 0, world_size, index=index)
-    return run_plan
+    batch_sizes = {world_size: plan_run(recipe, world_size).batch_size for world_size in world_sizes}
+    found = find(recipe.data)
+    check_latents(recipe, found.manifests)
+    for world_size, batch_size in batch_sizes.items():
+        StepLoader(recipe.data, recipe.train.seed, batch_size, 0, world_size, index=found.shards)
+    return found

@@ -10,6 +10,7 @@ from typing import IO
 
 import torch
 
+from msdiff_dist.apps.train.found_data import FoundData
 from msdiff_dist.apps.train.loop import Outcome, train
 from msdiff_dist.apps.train.trainer import Trainer
 from msdiff_dist.distributed.agree import on_rank_0
@@ -22,12 +23,17 @@ from msdiff_dist.training.sinks import SinkContext, Sinks
 
 
 def run_rank(
-    recipe: Recipe, run_dir: Path, terminal: IO[str] | None = None, stop: StopRequest | None = None
+    recipe: Recipe,
+    run_dir: Path,
+    terminal: IO[str] | None = None,
+    stop: StopRequest | None = None,
+    found: FoundData | None = None,
 ) -> Outcome:
     """Train `recipe` in `run_dir` as the rank that the environment names, from its newest checkpoint if it has one.
 
     Rank 0 shows its progress on `terminal`, or on standard error. Returns "preempted" when a signal ended it early:
-    everything is saved, and the same call resumes. `stop`, if given, then knows when the signal came.
+    everything is saved, and the same call resumes. `stop`, if given, then knows when the signal came. `found` is the
+    recipe's data, if it has been found before.
     """
     folder = RunFolder(run_dir)
     torch.set_num_threads(recipe.train.threads or _threads_per_rank())
@@ -37,7 +43,7 @@ def run_rank(
         stop = stack.enter_context(stop or StopRequest())
         on_rank_0(lambda: folder.open(recipe_mapping(recipe)))
         stack.callback(folder.close)
-        trainer = stack.enter_context(Trainer(recipe, folder, env))
+        trainer = stack.enter_context(Trainer(recipe, folder, env, found))
         sinks = Sinks()
         if env.rank == 0:
             context = SinkContext(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from msdiff_dist.apps.train.costs import step_petaflops
+from msdiff_dist.apps.train.found_data import FoundData, find_data
 from msdiff_dist.apps.train.latent_checks import check_latents
 from msdiff_dist.apps.train.plan import plan_run
 from msdiff_dist.apps.train.preview import write_preview
@@ -18,7 +19,7 @@ from msdiff_dist.checkpoint.resume import open_newest_intact, remove_later
 from msdiff_dist.checkpoint.save import HostCopy, write_checkpoint
 from msdiff_dist.data.fingerprint import check_unchanged, mark_shards
 from msdiff_dist.data.index import Shard
-from msdiff_dist.data.loader import StepLoader, load_index
+from msdiff_dist.data.loader import StepLoader
 from msdiff_dist.diffusion.objective import Objective
 from msdiff_dist.distributed.agree import from_rank_0, on_every_rank, on_rank_0
 from msdiff_dist.distributed.engines import EngineConfig, StageParallelEngines
@@ -44,6 +45,7 @@ class Trainer:
 
     Args:
         folder: opened for this run; its newest intact checkpoint is resumed.
+        found: the recipe's data, if rank 0 need not find it.
 
     Attributes:
         state: what checkpoints save, the steps done among it.
@@ -53,7 +55,7 @@ class Trainer:
         UserError: on every rank, if on any rank the recipe, its data or the checkpoints are refused.
     """
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, env: Environment) -> None:
+    def __init__(self, recipe: Recipe, folder: RunFolder, env: Environment, found: FoundData | None = None) -> None:
         self.recipe, self.folder, self.env = recipe, folder, env
         plan = on_every_rank(lambda: plan_run(recipe, env.world_size, _ranks_per_node()))
         self.batch_size, self.placement, self._quotas = plan.batch_size, plan.placement, plan.quotas
@@ -65,7 +67,7 @@ class Trainer:
         self.state = TrainState(recipe_mapping(recipe), self.batch_size, shards, self.ema.averages)
         self.notes = self._resume()
         self.saver = BackgroundSaver(folder.checkpoints, folder.snapshots, shards, self.ema.averages, recipe.checkpoint)
-        index, null_context_TD = self._open_data()
+        index, null_context_TD = self._open_data(found)
         self.feed = self._build_feed(index, groups)
         objective = Objective(recipe.process(), recipe.train.loss)
         self.prepare = self._build_preparation(objective, null_context_TD)
@@ -173,16 +175,16 @@ class Trainer:
             remove_later(self.folder.snapshots, self.state.step)
         return notes
 
-    def _open_data(self) -> tuple[list[list[Shard]], Tensor | None]:
+    def _open_data(self, found: FoundData | None) -> tuple[list[list[Shard]], Tensor | None]:
         """The shards, read and compared with the checkpoint's by rank 0 for all; the context of "no caption"."""
 
         def read() -> tuple[list[list[Shard]], list[list[str]], str | None, Tensor | None]:
-            index, note = load_index(self.recipe.data), None
-            fingerprint = mark_shards(index)
+            data, note = found or find_data(self.recipe.data), None
+            fingerprint = mark_shards(data.shards)
             if self.state.fingerprint:
                 accept = self.recipe.data.accept_changes
                 note = check_unchanged(self.state.fingerprint, fingerprint, self.state.step, accept)
-            return index, fingerprint, note, check_latents(self.recipe, index)
+            return data.shards, fingerprint, note, check_latents(self.recipe, data.manifests)
 
         index, self.state.fingerprint, note, null_context_TD = on_rank_0(read)
         self.notes += [note] if note else []

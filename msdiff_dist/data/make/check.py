@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from msdiff_dist.data.access import DEFAULT_ACCESS
-from msdiff_dist.data.index import read_index, resolve_shards
+from msdiff_dist.data.index import find_shards
 from msdiff_dist.data.latent_blocks import BLOCK_FIELD, BlockError, block_keys, check_block
 from msdiff_dist.data.make.manifest import (
     MANIFEST,
@@ -43,7 +43,7 @@ def check_folder(folder: Path) -> int:
     if (folder / ".encode").is_dir():
         problem = "has no manifest.json: it was not encoded to its end"
         raise DataError("DIR", str(folder), problem, "Give `msdiff data encode` again.")
-    return sum(_check_pictures(shard.path, shard.num_samples) for shard in read_index(resolve_shards(str(folder))))
+    return sum(_check_pictures(shard.path, shard.num_samples) for shard in find_shards(str(folder)))
 
 
 def _check_latents(folder: Path, manifest: Manifest) -> int:

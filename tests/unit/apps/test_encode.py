@@ -16,9 +16,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from msdiff_dist.apps.encode import encode
+from msdiff_dist.apps.train.found_data import find_data
 from msdiff_dist.apps.train.latent_checks import check_latents
 from msdiff_dist.data.config import DataConfig
-from msdiff_dist.data.loader import StepLoader, load_index
+from msdiff_dist.data.loader import StepLoader
 from msdiff_dist.data.make.check import check_folder
 from msdiff_dist.data.make.shard_writer import encode_picture, write_index, write_shard
 from msdiff_dist.data.tar_members import samples
@@ -119,7 +120,7 @@ def test_moments_and_embeddings_are_the_networks_own(pictures, tmp_path):
     assert check_folder(tmp_path / "out") == 15
     assert (manifest.shape, manifest.context_shape, manifest.moments) == ((2, 8, 8), (8, 8), True)
     trained = recipe_of(pictures, autoencoder, text, data)
-    null = check_latents(trained, load_index(trained.data))
+    null = check_latents(trained, find_data(trained.data).manifests)
     context, _ = TextEncoder(recipe.text_encoder, torch.device("cpu"))(["", "picture 3"])
     assert torch.equal(null, context[0].bfloat16())
     step = next(StepLoader(trained.data, 0, 15))
@@ -141,11 +142,11 @@ def test_moments_and_embeddings_are_the_networks_own(pictures, tmp_path):
     ):
         other = recipe_from({**recipe_mapping(trained), **change})
         with pytest.raises(UserError, match=r"manifest|made by") as caught:
-            check_latents(other, load_index(other.data))
+            check_latents(other, find_data(other.data).manifests)
         assert caught.value.field == field
     other = recipe_of(pictures, autoencoder, text, {**data, "latent_shape": [3, 8, 8]})
     with pytest.raises(DataError, match=r"data\.latent_shape.*manifest"):
-        check_latents(other, load_index(other.data))
+        check_latents(other, find_data(other.data).manifests)
 
 
 START = """
@@ -175,7 +176,7 @@ def test_a_killed_encoding_goes_on_and_any_number_of_processes_gives_the_same(pi
             check_folder(out)
         trained = recipe_of(pictures, {}, None, latent_data(out, (12, 4, 4)))
         with pytest.raises(DataError, match="not encoded to its end"):
-            check_latents(trained, load_index(trained.data))
+            check_latents(trained, find_data(trained.data).manifests)
     done = {
         path: path.stat().st_mtime_ns for path in out.glob("0*.tar") if (out / f".encode/{path.stem}.json").exists()
     }

@@ -6,7 +6,7 @@ import fsspec
 import pytest
 
 from msdiff_dist.data.access import Access
-from msdiff_dist.data.index import read_index, resolve_shards
+from msdiff_dist.data.index import IndexFiles, read_index, resolve_shards
 from msdiff_dist.errors import DataError
 
 
@@ -99,7 +99,7 @@ def test_a_text_file_lists_shards(tmp_path, latent_shards, name):
     for file in ("list", "list.txt"):
         lines = ["# two folders", "", "a/{00000..00001}.tar", f" {tmp_path}/b ", "pipe:cat x", "https://host/0.tar"]
         (tmp_path / file).write_text("\n".join(lines))
-    resolved = resolve_shards(name.format(tmp_path), Access(allow_pipe=True))
+    resolved = resolve_shards(name.format(tmp_path), IndexFiles(Access(allow_pipe=True)))
     local = [str(tmp_path / path) for path in ("a/00000.tar", "a/00001.tar", "b/00000.tar")]
     assert resolved == [*local, "pipe:cat x", "https://host/0.tar"]
 
