@@ -1,7 +1,7 @@
 """The order of samples: pure functions of (shard sizes, lanes, window, seed). No files, no ranks, no workers.
 
 Epoch e permutes the shards by (seed, e) and deals each to the lane with fewest samples so far. A lane's sequence is
-its shards one after the other, cut in windows of `shuffle` samples, each permuted by (seed, e, lane, window). The
+its shards one after the other, cut into windows of `shuffle` samples, each permuted by (seed, e, lane, window). The
 epoch's order takes one sample of each lane that still has some, round after round. Global sample number g is sample
 g % N of epoch g // N, so every epoch holds each sample exactly once and batches run on across epochs.
 """
@@ -45,6 +45,8 @@ class EpochPlan:
         fewest = [(0, lane) for lane in range(lanes)]
         self.shards: list[list[int]] = [[] for _ in range(lanes)]
         self.sizes_L: Ints = np.zeros(lanes, dtype=np.int64)
+        # Each shard goes to the lane with fewest samples: lanes end within one shard of each other, whatever the sizes
+        # of the shards, so that near the end of an epoch as many lanes as possible still take turns.
         for shard in generator(seed, "shard order", epoch).permutation(len(counts)).tolist():
             size, lane = fewest[0]
             heapq.heapreplace(fewest, (size + counts[shard], lane))
@@ -83,7 +85,7 @@ class EpochPlan:
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of a lane that is read together and given in permuted order.
+    """A slice of a lane that is read together and given in permuted order.
 
     `start` and `size` are in the lane's reading order; `skip` of its samples (in permuted order) were given before.
     """

@@ -70,11 +70,15 @@ class StageQuotas:
     def draw(self, seed: int, batch: int, accumulation_steps: int = 1) -> StepDraw:
         """The stages, times and micro batches of global batch `batch`, counted from 0."""
         quotas, B = self.quotas_K, int(self.quotas_K.sum())
+        # Exactly quota_k samples of stage k, at indices drawn at random, so that neither lanes nor ranks see a pattern.
         stage_B = np.repeat(np.arange(len(quotas)), quotas)[stage_order(seed, batch, B)]
         u_B = time_uniforms(seed, batch, B)
         t_B = np.empty(B, np.int64 if self._process.discrete else np.float64)
         micro_B = np.empty(B, np.int64)
         first, by_stage = 0, np.argsort(stage_B, kind="stable")
+        # Inside its stage each sample's time follows the process's own distribution, by the inverse of its distribution
+        # function. A stage's samples are dealt to the micro batches in order of index, as evenly as whole numbers
+        # allow.
         for k, bounds in enumerate(self._micro_bounds(accumulation_steps).T):
             members = by_stage[first : first + quotas[k]]
             t_B[members] = self._process.quantile(u_B[members], *self._partition.interval(k))
@@ -104,6 +108,8 @@ def stage_quotas(probability_K: Sequence[float] | np.ndarray, global_batch_size:
     if global_batch_size < len(probability_K):
         problem = f"is smaller than the number of stages, {len(probability_K)}"
         raise ConfigError("train.global_batch_size", global_batch_size, problem, "Use a larger batch.")
+    # Largest remainder: round down, and give the samples still missing to the stages that lost most. A stage that got
+    # none takes one from the largest: every rank of every stage's group must have work in every step.
     exact = np.asarray(probability_K) * global_batch_size
     quotas = np.floor(exact).astype(np.int64)
     most_remaining = np.argsort(quotas - exact, kind="stable")

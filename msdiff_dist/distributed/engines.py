@@ -177,6 +177,7 @@ class _Engine:
 
     def gradient_square_sum(self) -> Tensor:
         """Sum of squares of the reduced gradient elements that live on this rank."""
+        # After the reduction ZeRO leaves on each rank the gradients of the elements that it owns, and of no others.
         squares = torch.zeros((), device=self.engine.device)
         for gradients in self.optimizer.averaged_gradients.values():
             for g in gradients or ():
@@ -252,6 +253,8 @@ class StageParallelEngines:
         assert not self._is_complete, "the global batch is complete: step before the next micro batch"
         with self.forward_clock:
             features = (self.shared or self._shared_module)(*inputs)
+        # Cut the graph: each stage computes on leaves of its own, and the gradients that arrive there are collected in
+        # one buffer per feature. Every row belongs to exactly one stage, so each row of a buffer is written once.
         differentiable = [i for i, f in enumerate(features) if f.requires_grad]
         gradients = [torch.empty_like(features[i]) for i in differentiable]
         shared_scale = self.shared.loss_scale if self.shared else 1.0
@@ -259,6 +262,8 @@ class StageParallelEngines:
             leaves = [f.detach()[rows[k]].requires_grad_(i in differentiable) for i, f in enumerate(features)]
             with self.forward_clock:
                 stage_loss = loss(k, engine(*leaves), rows[k])
+            # Reduces inside the stage's group before the next stage begins: the collectives' order is that of this
+            # loop.
             engine.backward(stage_loss * engine.loss_scale)
             for gradient, i in zip(gradients, differentiable, strict=True):
                 leaf_grad = leaves[i].grad
@@ -266,6 +271,7 @@ class StageParallelEngines:
                     gradient[rows[k]].zero_()
                 else:
                     torch.mul(leaf_grad, shared_scale / engine.loss_scale, out=gradient[rows[k]])
+        # One backward of the encoder for all stages, last of all on every rank, over the world.
         if self.shared:
             self.shared.backward(
                 _GradientsAt.apply(len(differentiable), *(features[i] for i in differentiable), *gradients)

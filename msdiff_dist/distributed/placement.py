@@ -1,8 +1,8 @@
 """Which rank holds which stages, and how many samples of each it computes: decided once, by arithmetic alone.
 
 The work of a stage is its samples times their cost. Ranks stand on a line along which the stages' work is laid out, and
-each rank takes a stretch of it, so a rank holds one stage or a few consecutive ones. The planner looks for the
-stretches whose heaviest is lightest. Numbers of samples are whole and static: every rank that holds a stage computes at
+each rank takes a range of it, so a rank holds one stage or a few consecutive ones. The planner looks for the ranges
+whose heaviest is lightest. Numbers of samples are whole and static: every rank that holds a stage computes at
 least one sample of it in every micro batch, so no rank is idle in a collective.
 """
 
@@ -126,6 +126,8 @@ def _choose(quotas_AK: np.ndarray, cost_K: np.ndarray, world_size: int) -> np.nd
             f"is too small: {world_size} ranks need at least one sample each in each of {least} micro batches",
             f"Make it at least {world_size * least + len(quotas) * (least - 1)}, or use at most {capacity} ranks.",
         )
+    # A line always balances best, but its ranks at the edges of stages hold two decoders: more memory, and they take
+    # part in the collectives of two groups. Disjoint groups have no such ranks and are taken where they cost little.
     line = _line(quotas, costs, least, world_size)
     if world_size < len(quotas):
         assert line is not None
@@ -140,8 +142,10 @@ def _choose(quotas_AK: np.ndarray, cost_K: np.ndarray, world_size: int) -> np.nd
 
 
 def _with_fewer_holders(samples_WK: np.ndarray, quotas_AK: np.ndarray, cost_K: np.ndarray, wanted: float) -> np.ndarray:
-    """Free shared ranks of their smallest stages as long as the balance stays `wanted`: each decoder less on a rank is
-    memory and communication less."""
+    """Free shared ranks of their smallest stages as long as the balance stays `wanted`.
+
+    Each decoder less on a rank saves memory and communication.
+    """
     holds_WK = samples_WK > 0
     shared = [
         (samples_WK[r, k], r, k) for r in np.flatnonzero(holds_WK.sum(axis=1) > 1) for k in np.flatnonzero(holds_WK[r])
@@ -159,6 +163,8 @@ def _with_fewer_holders(samples_WK: np.ndarray, quotas_AK: np.ndarray, cost_K: n
 
 def _disjoint(quotas: list[int], costs: list[float], least: int, world_size: int) -> np.ndarray:
     """One stage per rank: ranks go one by one to the stage whose ranks have most to do."""
+    # Greedy is optimal here: the stage with the most work per rank sets the time of the step, and only a further rank
+    # of that stage can lower it.
     sizes = [1] * len(quotas)
     heaviest = [(-q * c, k) for k, (q, c) in enumerate(zip(quotas, costs, strict=True))]
     heapq.heapify(heaviest)
@@ -179,11 +185,13 @@ def _even(total: int, parts: int) -> np.ndarray:
 
 
 Share = dict[int, int]  # samples of each stage a rank holds
-Run = tuple[int, Share]  # so many neighbouring ranks with equal shares
+Neighbours = tuple[int, Share]  # so many neighbouring ranks, with equal shares
 
 
 def _line(quotas: list[int], costs: list[float], least: int, world_size: int) -> np.ndarray | None:
     """Samples per rank of the line whose maximal load is least, by bisection; None where it cannot feed every rank."""
+    # The fewer ranks a load needs the larger it is, so the least load that needs at most `world_size` is found by
+    # halving between the mean load, which no line can beat, and all work on one rank.
     work = sum(q * c for q, c in zip(quotas, costs, strict=True))
     low, high = max(work / world_size, least * max(costs)), work
     best = _filled(quotas, costs, least, high)
@@ -204,13 +212,15 @@ def _line(quotas: list[int], costs: list[float], least: int, world_size: int) ->
     return samples_RK.repeat([count for count, _ in runs], axis=0)
 
 
-def _filled(quotas: list[int], costs: list[float], least: int, load: float) -> list[Run] | None:
+def _filled(quotas: list[int], costs: list[float], least: int, load: float) -> list[Neighbours] | None:
     """Fill rank after rank up to `load`, stage after stage; None where a holding would fall below `least` samples."""
-    runs: list[Run] = []
-    load *= 1 + 1e-12
+    runs: list[Neighbours] = []
+    load *= 1 + 1e-12  # so that a load of exactly n samples is not one short by rounding
     held: Share = {}  # of the last rank
     room = load
     for k, (left, cost) in enumerate(zip(quotas, costs, strict=True)):
+        # The last rank still has room: it takes the first samples of this stage too, unless they, or those that it
+        # would leave over, are too few to give every micro batch one.
         if held:
             take = min(left, int(room / cost))
             if 0 < left - take < least:
@@ -222,6 +232,8 @@ def _filled(quotas: list[int], costs: list[float], least: int, load: float) -> l
             if not left:
                 continue
             runs.append((1, held))
+        # The rest fills whole ranks of this stage alone; the last one, which shares with the next stage, gets what is
+        # left over, and at least `least`.
         ranks = -(-left // int(load / cost))
         last = max(least, left - (ranks - 1) * int(load / cost))
         if left - last < least * (ranks - 1):
@@ -233,14 +245,14 @@ def _filled(quotas: list[int], costs: list[float], least: int, load: float) -> l
     return [*runs, (1, held)]
 
 
-def _spread(runs: list[Run], costs: list[float], least: int, world_size: int) -> list[Run] | None:
+def _spread(runs: list[Neighbours], costs: list[float], least: int, world_size: int) -> list[Neighbours] | None:
     """Split the heaviest shares until there is one for every rank; None where no share can be split any more."""
 
     def entry(count: int, share: Share) -> tuple[float, list[tuple[int, int]], int]:
         return -sum(n * costs[k] for k, n in share.items()), list(share.items()), count
 
     missing = world_size - sum(count for count, _ in runs)
-    heap, whole = [entry(*run) for run in runs], list[Run]()
+    heap, whole = [entry(*run) for run in runs], list[Neighbours]()
     heapq.heapify(heap)
     while missing:
         if not heap:
@@ -253,6 +265,7 @@ def _spread(runs: list[Run], costs: list[float], least: int, world_size: int) ->
         else:
             whole.append((count, {k: n}))
             continue
+        # Only as many of the equal ranks are split as ranks are missing.
         split = min(count, missing)
         missing -= split
         for size, share in [(split, halves[0]), (split, halves[1]), (count - split, {k: n, **dict(others)})]:
@@ -309,6 +322,9 @@ def _balance_explicit(quotas_AK: np.ndarray, cost_K: np.ndarray, holds_WK: np.nd
     for k, quota in enumerate(quotas_AK.sum(axis=0)):
         samples_WK[holds_WK[:, k], k] = _even(quota, holds_WK[:, k].sum())
     stages = np.arange(len(cost_K))
+    # Of each stage, the busiest rank that can spare samples gives to the idlest that holds it; the stage with the
+    # widest gap moves. A move of one sample helps while the gap is wider than the sample's cost, and half the gap is
+    # moved at once, so that a few rounds do.
     while True:
         load_W = samples_WK @ cost_K
         giver_K = np.where(samples_WK > least, load_W[:, None], -np.inf).argmax(axis=0)

@@ -43,6 +43,8 @@ class Assignment:
         Of the samples of one micro batch and stage, a rank keeps the first ones it read, as many as it is to compute.
         The others, ordered by reader and index, go to the ranks with places left, in rank order.
         """
+        # A cell is one (micro batch, stage, rank). Sorting the samples by the cell of their reader puts those that
+        # could stay side by side, in order of index; the first `planned` of a cell stay.
         planned_AWK = self.placement.samples_AWK
         accumulation, world_size, num_stages = planned_AWK.shape
         planned = planned_AWK.transpose(0, 2, 1).ravel()  # by cell: micro batch, stage, rank
@@ -54,6 +56,9 @@ class Assignment:
             "not the plan's quotas"
         )
         kept = nth_in_cell < planned.repeat(read)
+        # Those left over stand in order of micro batch, stage, reader and index, and free places in order of micro
+        # batch, stage and rank: of every micro batch and stage there are as many of one as of the other, so they pair
+        # up.
         places = planned - np.minimum(planned, read)
         dest_B = self.source_B.copy()
         dest_B[order[~kept]] = np.tile(np.arange(world_size), accumulation * num_stages).repeat(places)
@@ -74,15 +79,15 @@ class Assignment:
 class RoutedBatch:
     """The samples of one micro batch on one rank, sorted by stage, then index; counts are the placement's.
 
-    index_n: int64, index in the global batch. stage_n: int64. x: [n, ...], label: [n] or None, context: [n, T, C] or
-    None, as they were read.
+    index_n: int64, index in the global batch. stage_n: int64. x_nCHW, label_n and context_nTC are as they were read;
+    None where the data have none.
     """
 
     index_n: np.ndarray
     stage_n: np.ndarray
-    x: Tensor
-    label: Tensor | None
-    context: Tensor | None
+    x_nCHW: Tensor
+    label_n: Tensor | None
+    context_nTC: Tensor | None
 
 
 class Router:
@@ -114,6 +119,7 @@ class Router:
         row_n = np.searchsorted(samples.index_n, out_n)
         assert np.array_equal(samples.index_n[row_n], out_n)
         parts = [samples.x_nCHW, samples.label_n, samples.context_nTC]
+        # One exchange of bytes carries samples, labels and contexts: a collective costs more than the bytes of a label.
         packed = _packed([part for part in parts if part is not None], torch.from_numpy(row_n))
         if self._device.type == "cuda":
             packed = packed.pin_memory()
@@ -152,11 +158,12 @@ class PendingBatch:
         """The samples, once they have all arrived. To be called once."""
         self._work.wait()
         self._buffers = ()
+        # By stage, then index: each held stage is one slice of rows, and sums over rows do not depend on who read them.
         order = np.lexsort((self._index_n, self._stage_n))
         rows = self._incoming[torch.from_numpy(order).to(self._incoming.device)]
-        x, label, context = _unpacked(rows, self._formats)
-        assert x is not None
-        return RoutedBatch(self._index_n[order], self._stage_n[order], x, label, context)
+        x_nCHW, label_n, context_nTC = _unpacked(rows, self._formats)
+        assert x_nCHW is not None
+        return RoutedBatch(self._index_n[order], self._stage_n[order], x_nCHW, label_n, context_nTC)
 
 
 def _packed(parts: list[Tensor], row_n: Tensor) -> Tensor:

@@ -91,6 +91,8 @@ class Feed:
         self._loader.close()
 
     def _arrivals(self) -> Iterator[MicroBatch]:
+        # One micro batch ahead: its exchange is started before the current one is handed out, so that it runs while the
+        # current one is computed. Further ahead would cost memory and hide no more.
         ahead = self._exchanges()
         current = next(ahead)
         while True:

@@ -22,21 +22,21 @@ class Conditioning:
     """What samples are conditioned on, and how often they are not (for classifier-free guidance).
 
     dropout: probability of training a sample without its class and caption. null_label: the class that stands for "no
-    class", None without classes. null_context_TD: the context that stands for "no caption"; None: zeros.
+    class", None without classes. null_context_TC: the context that stands for "no caption"; None: zeros.
     """
 
     dropout: float = 0.0
     null_label: int | None = None
-    null_context_TD: Tensor | None = None
+    null_context_TC: Tensor | None = None
 
-    def drop(self, label_n: Tensor | None, context_nTD: Tensor | None, dropped_n: Tensor) -> tuple[Tensor | None, ...]:
-        """(label_n, context_nTD) with the conditions of the samples where `dropped_n` replaced by their nulls."""
+    def drop(self, label_n: Tensor | None, context_nTC: Tensor | None, dropped_n: Tensor) -> tuple[Tensor | None, ...]:
+        """(label_n, context_nTC) with the conditions of the samples where `dropped_n` replaced by their nulls."""
         if label_n is not None and self.null_label is not None:
             label_n = label_n.masked_fill(dropped_n, self.null_label)
-        if context_nTD is not None:
-            null = torch.zeros(()) if self.null_context_TD is None else self.null_context_TD
-            context_nTD = torch.where(dropped_n[:, None, None], null.to(context_nTD), context_nTD)
-        return label_n, context_nTD
+        if context_nTC is not None:
+            null = torch.zeros(()) if self.null_context_TC is None else self.null_context_TC
+            context_nTC = torch.where(dropped_n[:, None, None], null.to(context_nTC), context_nTC)
+        return label_n, context_nTC
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,22 +77,22 @@ class Preparation:
     def __call__(self, micro: MicroBatch) -> PreparedBatch:
         """The micro batch on the device, noised, as the network takes it."""
         samples, index_n = micro.samples, micro.samples.index_n
-        x0_nCHW = self._codec.to_latents(samples.x.to(self._device))
+        x0_nCHW = self._codec.to_latents(samples.x_nCHW.to(self._device))
         augment_labels = None
         if self._augmentation:
             x0_nCHW, augment_labels = augment(x0_nCHW, self._augmentation, self._seed, micro.batch, index_n)
         noise_nCHW = noise(self._seed, micro.batch, index_n, tuple(x0_nCHW.shape[1:])).to(self._device)
         noised = self._objective.noised(x0_nCHW, noise_nCHW, micro.t_n.to(self._device))
-        label_n, context_nTD = self.conditions(micro)
+        label_n, context_nTC = self.conditions(micro)
         x_nCHW = noised.x_nCHW.to(self._dtype, memory_format=self._memory_format)
-        return PreparedBatch(inputs=(x_nCHW, noised.time_n, context_nTD, label_n, augment_labels), noised=noised)
+        return PreparedBatch(inputs=(x_nCHW, noised.time_n, context_nTC, label_n, augment_labels), noised=noised)
 
     def conditions(self, micro: MicroBatch) -> tuple[Tensor | None, ...]:
-        """(label_n, context_nTD) of the micro batch, some of them dropped; None where the data have none."""
+        """(label_n, context_nTC) of the micro batch, some of them dropped; None where the data have none."""
         samples = micro.samples
-        context_nTD = None if samples.context is None else samples.context.to(self._device, self._dtype)
-        label_n = None if samples.label is None else samples.label.to(self._device)
-        if self._conditioning.dropout and (context_nTD is not None or label_n is not None):
+        context_nTC = None if samples.context_nTC is None else samples.context_nTC.to(self._device, self._dtype)
+        label_n = None if samples.label_n is None else samples.label_n.to(self._device)
+        if self._conditioning.dropout and (context_nTC is not None or label_n is not None):
             dropped_n = dropped_conditions(self._seed, micro.batch, samples.index_n, self._conditioning.dropout)
-            return self._conditioning.drop(label_n, context_nTD, dropped_n.to(self._device))
-        return label_n, context_nTD
+            return self._conditioning.drop(label_n, context_nTC, dropped_n.to(self._device))
+        return label_n, context_nTC

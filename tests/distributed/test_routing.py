@@ -50,7 +50,7 @@ def assert_arrived(
     order = list(zip(routed.stage_n.tolist(), routed.index_n.tolist(), strict=True))
     assert order == sorted(order)
     expected = [part[routed.index_n] for part in whole_batch(step, dtype, with_context)]
-    arrived = [part for part in (routed.x, routed.label, routed.context) if part is not None]
+    arrived = [part for part in (routed.x_nCHW, routed.label_n, routed.context_nTC) if part is not None]
     assert len(arrived) == len(expected)
     for a, e in zip(arrived, expected, strict=True):
         assert (a.dtype, a.shape) == (e.dtype, e.shape)

@@ -60,7 +60,7 @@ def conditions(rank: int, world_size: int, mapping: dict[str, Any], path: Path) 
     for _ in range(2):
         (batch,) = run.feed.next_batch()
         _, context = run.prepare.conditions(batch)
-        values = ((batch.samples.x[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+        values = ((batch.samples.x_nCHW[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
         mask_n = dropped_conditions(0, batch.batch, batch.samples.index_n, 0.5).tolist()
         own, _ = encoder([str(value) for value in values])
         for row, is_dropped in enumerate(mask_n):

@@ -78,7 +78,7 @@ def _step_record(recipe: Recipe, micro_batches: list[MicroBatch], keys: list[str
         return torch.cat(parts)[torch.from_numpy(place_B)]
 
     samples = [m.samples for m in micro_batches]
-    x_BCHW, t_B = gathered([s.x for s in samples]), gathered([m.t_n for m in micro_batches]).numpy()
+    x_BCHW, t_B = gathered([s.x_nCHW for s in samples]), gathered([m.t_n for m in micro_batches]).numpy()
     stage_B = np.concatenate([s.stage_n for s in samples])[place_B]
     micro_B = np.repeat(np.arange(len(samples)), [len(s.index_n) for s in samples])[place_B]
     all_B = np.arange(BATCH)
@@ -90,7 +90,7 @@ def _step_record(recipe: Recipe, micro_batches: list[MicroBatch], keys: list[str
         "noise": digest(noise(seed, step, all_B, recipe.latent_shape)),
         "x": projected(x_BCHW) if recipe.data.latent_moments else digest(x_BCHW),
     }
-    labels, contexts = [s.label for s in samples if s.label is not None], [s.context for s in samples]
+    labels, contexts = [s.label_n for s in samples if s.label_n is not None], [s.context_nTC for s in samples]
     if labels:
         record["labels"] = _written(gathered(labels).numpy())
     if contexts[0] is not None:

@@ -67,10 +67,10 @@ class Trainer:
         self.state = TrainState(recipe_mapping(recipe), self.batch_size, shards, self.ema.averages)
         self.notes = self._resume()
         self.saver = BackgroundSaver(folder.checkpoints, folder.snapshots, shards, self.ema.averages, recipe.checkpoint)
-        index, null_context_TD = self._open_data(found)
+        index, null_context_TC = self._open_data(found)
         self.feed = self._build_feed(index, groups)
         objective = Objective(recipe.process(), recipe.train.loss)
-        self.prepare = self._build_preparation(objective, null_context_TD)
+        self.prepare = self._build_preparation(objective, null_context_TC)
         self.train_step = TrainStep(
             self.feed,
             self.prepare,
@@ -186,9 +186,9 @@ class Trainer:
                 note = check_unchanged(self.state.fingerprint, fingerprint, self.state.step, accept)
             return data.shards, fingerprint, note, check_latents(self.recipe, data.manifests)
 
-        index, self.state.fingerprint, note, null_context_TD = on_rank_0(read)
+        index, self.state.fingerprint, note, null_context_TC = on_rank_0(read)
         self.notes += [note] if note else []
-        return index, null_context_TD
+        return index, null_context_TC
 
     def _build_feed(self, index: list[list[Shard]], groups: Groups) -> Feed:
         recipe, env, step = self.recipe, self.env, self.state.step
@@ -206,12 +206,12 @@ class Trainer:
             start_batch=step,
         )
 
-    def _build_preparation(self, objective: Objective, null_context_TD: Tensor | None) -> Preparation:
+    def _build_preparation(self, objective: Objective, null_context_TC: Tensor | None) -> Preparation:
         recipe, env = self.recipe, self.env
         conditioning = Conditioning(
             dropout=recipe.train.condition_dropout,
             null_label=recipe.model.num_classes,
-            null_context_TD=null_context_TD,
+            null_context_TC=null_context_TC,
         )
         return Preparation(
             objective,
