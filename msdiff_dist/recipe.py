@@ -25,6 +25,7 @@ from msdiff_dist.evaluation.grid import PreviewConfig
 from msdiff_dist.models.activation_checkpointing import ActivationCheckpointingConfig
 from msdiff_dist.models.autoencoder import AutoencoderConfig
 from msdiff_dist.models.config import ModelConfig
+from msdiff_dist.models.families import FAMILIES
 from msdiff_dist.models.text_encoder import TextEncoderConfig
 from msdiff_dist.registry import import_extensions
 from msdiff_dist.shipped import where_to_get
@@ -193,7 +194,8 @@ def _check_augmentation(recipe: Recipe) -> None:
             )  # fmt: skip
         return
     if described != AUGMENT_LABELS:
-        remedy = f"Set it to {AUGMENT_LABELS}, with family ddpmpp or ncsnpp; ldm models take no augmentation."
+        taking = [n for n, family in FAMILIES.items() if "augment_labels" in family.config.__dataclass_fields__]
+        remedy = f"Set it to {AUGMENT_LABELS}, with family {' or '.join(taking)}; others take no augmentation."
         raise ConfigError("model.augment_labels", described, "the network must be told of the augmentation", remedy)
     if recipe.data.kind == "latent" or recipe.autoencoder.kind != "pixel":
         raise ConfigError(

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import yaml
 
-from msdiff_dist.config import field_docs
+from msdiff_dist.config import Variant, field_docs
 from msdiff_dist.recipe import Recipe
 from msdiff_dist.registry import Table
 
@@ -79,7 +79,12 @@ def _prose(cls: type) -> str:
 
 
 def _dataclasses(hint: Any) -> list[type]:
-    """The dataclasses in a type, also inside unions and tuples."""
+    """The dataclasses in a type, also inside unions and tuples; all of a `Variant`."""
+    if get_origin(hint) is Annotated:
+        kind, meaning = get_args(hint)
+        if isinstance(meaning, Variant):
+            return list(dict.fromkeys(entry.config for entry in meaning.table.values()))
+        return _dataclasses(kind)
     if dataclasses.is_dataclass(hint):
         return [hint]  # type: ignore[list-item]
     return [cls for arg in get_args(hint) for cls in _dataclasses(arg)]

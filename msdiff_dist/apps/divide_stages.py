@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
@@ -21,6 +21,7 @@ from msdiff_dist.diffusion.clock import clock_grid
 from msdiff_dist.diffusion.config import DiffusionConfig, build_process
 from msdiff_dist.diffusion.objective import Objective
 from msdiff_dist.diffusion.process import Process
+from msdiff_dist.diffusion.processes import PROCESSES
 from msdiff_dist.distributed.environment import is_rank_process, process_group
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.files.atomic import atomic_write
@@ -41,9 +42,6 @@ from msdiff_dist.stage_division.methods import (
     plot,
 )
 
-ProcessName = Literal["vp", "edm", "ldm"]
-
-_NAMES: dict[str, ProcessName] = {"vp": "vp", "edm": "edm", "discrete": "ldm"}
 GRADIENT_GRID, GRADIENT_BATCH = 100, 64
 _MARK = "# boundaries found by: "
 _BOUNDARIES = re.compile(r"boundaries:[ \t]*(?:\[[^\]]*\]|(?:\n[ \t]*-[^\n]*)+)")
@@ -58,7 +56,7 @@ class ClusterRequest:
 
     method: Method
     stages: int
-    process: ProcessName | None = None
+    process: str | None = None
     fields: Sequence[str] = ()
     data: str | None = None
     images: Path | None = None
@@ -76,14 +74,18 @@ def cluster(request: ClusterRequest) -> Division | None:
         ConfigError, DataError, CheckpointError: options that do not go together, or no such boundaries.
     """
     _check(request)
-    if request.method == "optimal-denoiser":
-        division, reports = _divide_data(_process(request), _parts(request), request.stages, request.options)
-        if not reports:
-            return None
-    elif request.method == "gradient":
-        division = _divide_gradients(request)
+    if request.method == "gradient":
+        division, name = _divide_gradients(request)
     else:
-        division = divide_by_schedule(_process(request), request.method, request.stages)
+        diffusion = _diffusion(request)
+        process, name = build_process(diffusion), diffusion.process
+        if request.method == "optimal-denoiser":
+            division, reports = _divide_data(process, _parts(request), request.stages, request.options)
+            if not reports:
+                return None
+        else:
+            division = divide_by_schedule(process, request.method, request.stages)
+    division = replace(division, process_name=name)
     if request.plot:
         plot(division, request.plot)
     if request.write:
@@ -93,6 +95,10 @@ def cluster(request: ClusterRequest) -> Division | None:
 
 
 def _check(request: ClusterRequest) -> None:
+    if request.process == "ldm":
+        raise ConfigError("--process", "ldm", "recipes call this process discrete", "Use --process discrete.")
+    if request.process is not None:
+        PROCESSES.choose("--process", request.process)
     options = {"data": ("optimal-denoiser",), "images": ("optimal-denoiser",), "run": ("gradient",)}
     for name, methods in options.items():
         value = getattr(request, name)
@@ -109,20 +115,19 @@ def _check(request: ClusterRequest) -> None:
         raise ConfigError("--data", request.data, problem, "Give either --data SHARDS or --images FOLDER_OR_IDX.")
 
 
-def _process(request: ClusterRequest) -> Process:
+def _diffusion(request: ClusterRequest) -> DiffusionConfig:
     """The process called `process` with its fields changed; without a name, the recipe's, or else vp."""
     name = request.process or "vp"
     if request.write is not None:
         configured = load_recipe(request.write).diffusion
-        of_recipe = _NAMES[configured.process]
-        if request.process not in (None, of_recipe):
-            problem = f"{request.write} trains the process {of_recipe}"
-            raise ConfigError("--process", request.process, problem, f"Use --process {of_recipe}, or leave it out.")
+        if request.process not in (None, configured.process):
+            problem = f"{request.write} trains the process {configured.process}"
+            remedy = f"Use --process {configured.process}, or leave it out."
+            raise ConfigError("--process", request.process, problem, remedy)
         if not request.fields:
-            return build_process(configured)
-        name = of_recipe
-    section = next(section for section, known in _NAMES.items() if known == name)
-    return build_process(from_mapping(DiffusionConfig, {"process": section, section: _parsed(request.fields)}))
+            return configured
+        name = configured.process
+    return from_mapping(DiffusionConfig, {"process": name, name: _parsed(request.fields)})
 
 
 def _parts(request: ClusterRequest) -> list[Part]:
@@ -151,8 +156,8 @@ def _divide_data(process: Process, parts: list[Part], stages: int, options: Deno
         return divide_by_optimal_denoiser(process, blocks, count, stages, options), True
 
 
-def _divide_gradients(request: ClusterRequest) -> Division:
-    """Division by the gradients of the run's newest averaged weights on a batch of its own data."""
+def _divide_gradients(request: ClusterRequest) -> tuple[Division, str]:
+    """Division by the gradients of the run's newest averaged weights on a batch of its own data; its process's name."""
     assert request.run is not None
     checkpoint, seed, device = find_checkpoint(request.run), request.options.seed, _device()
     recipe = stored_recipe(CheckpointIndex.load(checkpoint).recipe)
@@ -171,7 +176,7 @@ def _divide_gradients(request: ClusterRequest) -> Division:
     with Progress(console=Console(stderr=True), transient=True) as progress:
         times = progress.track(grid, description="gradients")
         affinity = gradient_affinity(shared, decoders, objective, partition, x0, eps, times, label, context)
-    return divide_by_affinity(process, affinity, request.stages)
+    return divide_by_affinity(process, affinity, request.stages), recipe.diffusion.process
 
 
 def write_boundaries(recipe: Path, boundaries: Sequence[float], how: str) -> None:

@@ -8,29 +8,10 @@ from typing import Annotated
 
 import typer
 
+from msdiff_dist.cli import choices
+from msdiff_dist.cli.choices import Names
 
-class SourceFormat(StrEnum):
-    """Formats that can be read."""
-
-    ldm = "ldm"
-    official_ldm = "official-ldm"
-    official_edm = "official-edm"
-    official_scoresde = "official-scoresde"
-    diffusers = "diffusers"
-    deepspeed = "deepspeed"
-    msdiff = "msdiff"
-
-
-class TargetFormat(StrEnum):
-    """Formats that can be written."""
-
-    ldm = "ldm"
-    official_ldm = "official-ldm"
-    official_edm = "official-edm"
-    official_scoresde = "official-scoresde"
-    diffusers = "diffusers"
-    msdiff = "msdiff"
-    safetensors = "safetensors"
+READABLE = Names(choices.readable)
 
 
 class Weights(StrEnum):
@@ -52,8 +33,8 @@ class Prediction(StrEnum):
 def convert(
     src: Annotated[Path, typer.Argument(help="File or folder to convert.")],
     dst: Annotated[Path, typer.Argument(help="New folder, or file for LDM's formats (.safetensors or .ckpt).")],
-    from_format: Annotated[SourceFormat, typer.Option("--from", help="Format of SRC.")],
-    to_format: Annotated[TargetFormat, typer.Option("--to", help="Format of DST.")],
+    from_format: Annotated[str, typer.Option("--from", parser=READABLE, help="Format of SRC.")],
+    to_format: Annotated[str, typer.Option("--to", parser=Names(choices.writable), help="Format of DST.")],
     weights: Annotated[Weights, typer.Option(help="Averaged or last weights; auto: averaged where there are.")] = (
         Weights.auto
     ),
@@ -90,7 +71,7 @@ def convert(
         scale_factor=scale_factor,
         null_class=not no_null_class,
     )
-    report = run(src, dst, from_format.value, to_format.value, options)
+    report = run(src, dst, from_format, to_format, options)
     left_out = sum("left_out" in entry for entry in report["keys"].values())
     typer.echo(
         f"{len(report['keys']) - left_out} tensors in {dst}; {left_out} left out, each with its reason in the report"

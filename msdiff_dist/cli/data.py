@@ -9,6 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from msdiff_dist.cli import choices
+from msdiff_dist.cli.choices import Names, NamingCommand
+
 if TYPE_CHECKING:
     from msdiff_dist.data.make.shard_writer import WrittenDataset
 
@@ -17,15 +20,15 @@ app = typer.Typer(
 )
 
 
-@app.command()
+@app.command(cls=NamingCommand)
 def prepare(
-    dataset: Annotated[Literal["digits", "fashion-mnist", "emoji"], typer.Argument(help="Which data set.")],
+    dataset: Annotated[str, typer.Argument(parser=Names(choices.datasets), help="Which data set.")],
     out: Annotated[Path, typer.Option(help="New or empty folder for the shards.")],
     source: Annotated[
         Path | None, typer.Option(help="Folder of IDX files, or font file, if not in Debian's place.")
     ] = None,
     shards: Annotated[int, typer.Option(min=1, help="Number of shards.")] = 24,
-    size: Annotated[int | None, typer.Option(min=8, help="Pixels a side. Default: 16, 32, 64.")] = None,
+    size: Annotated[int | None, typer.Option(min=8, help="Pixels a side. Default: the data set's own.")] = None,
     split: Annotated[Literal["train", "test"], typer.Option(help="Which part of the data set.")] = "train",
 ) -> None:
     """Write a small real data set as shards, without the network.

@@ -7,16 +7,16 @@ from typing import Annotated
 
 import typer
 
-from msdiff_dist.cli.convert import SourceFormat
+from msdiff_dist.cli.convert import READABLE
 
 
 def extract(
     src: Annotated[Path, typer.Argument(help="Multi-stage model.")],
     dst: Annotated[Path, typer.Argument(help="New export folder.")],
     stage: Annotated[int, typer.Option(help="Its number, 0 nearest the data.")],
-    from_format: Annotated[SourceFormat, typer.Option("--from", help="Format of SRC, as in msdiff convert.")] = (
-        SourceFormat.msdiff
-    ),
+    from_format: Annotated[
+        str, typer.Option("--from", parser=READABLE, help="Format of SRC, as in msdiff convert.")
+    ] = ("msdiff"),
 ) -> None:
     """Take one stage of a multi-stage model, with its encoder, as a unified model.
 
@@ -24,5 +24,5 @@ def extract(
     """
     from msdiff_dist.convert import editing
 
-    editing.extract(src, dst, stage, from_format.value)
+    editing.extract(src, dst, stage, from_format)
     typer.echo(f"stage {stage} of {src} extracted to {dst}")

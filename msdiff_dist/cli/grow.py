@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from msdiff_dist.cli.convert import SourceFormat
+from msdiff_dist.cli.convert import READABLE
 
 
 def grow(
@@ -18,9 +18,9 @@ def grow(
     attention: Annotated[
         str | None, typer.Option(help="Each decoder's downsampling factors with attention, as 8,4,2:8,4: .")
     ] = None,
-    from_format: Annotated[SourceFormat, typer.Option("--from", help="Format of SRC, as in msdiff convert.")] = (
-        SourceFormat.msdiff
-    ),
+    from_format: Annotated[
+        str, typer.Option("--from", parser=READABLE, help="Format of SRC, as in msdiff convert.")
+    ] = ("msdiff"),
 ) -> None:
     """Grow a multi-stage model from a unified one, to start training from it: msdiff init --from DST.
 
@@ -34,5 +34,5 @@ def grow(
 
     places = attention and [parse_numbers("--attention", part) for part in attention.split(":")]
     inner, each = parse_boundaries(boundaries) or (), parse_numbers("--widths", widths)
-    report = editing.grow(src, dst, inner, each, places or None, from_format.value)
+    report = editing.grow(src, dst, inner, each, places or None, from_format)
     typer.echo(f"{src} grown to {len(each)} stages in {dst}, from {len(report['keys'])} tensors")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
+
+from msdiff_dist.cli import choices
+from msdiff_dist.cli.choices import Names
 
 
 def interval_report(
@@ -19,7 +22,7 @@ def interval_report(
     ] = None,
     num: Annotated[int, typer.Option(min=2, help="Pictures for each score.")] = 2000,
     sampler: Annotated[
-        Literal["ddim", "dpmpp_2m", "ddpm", "dpm_3s", "heun"] | None, typer.Option(help="Solver, as for sample.")
+        str | None, typer.Option(parser=Names(choices.solvers, checked=False), help="Solver, as for sample.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Its steps.")] = 50,
     clip: Annotated[bool, typer.Option(help="Keep x0 in [-1, 1]: for pixels, not latents.")] = False,
@@ -37,10 +40,16 @@ def interval_report(
     from msdiff_dist.evaluation.frechet import ScoreConfig
     from msdiff_dist.evaluation.interval_report import interval_report as report
     from msdiff_dist.evaluation.interval_report import markdown
+    from msdiff_dist.export.weights import open_weights
 
     try:
         boundaries = parse_boundaries(intervals)
     except ConfigError as e:
         raise ConfigError("--intervals", e.value, e.problem, e.remedy) from None
-    score = ScoreConfig(str(classifier), data, num, SamplerConfig(sampler, steps, clip=clip), batch_size)
+    open_weights(run)  # with the recipe's extensions, which may bring the solver
+    try:
+        how = SamplerConfig(sampler, steps, clip=clip)
+    except ConfigError as e:
+        raise ConfigError("--sampler" if e.field == "name" else e.field, e.value, e.problem, e.remedy) from None
+    score = ScoreConfig(str(classifier), data, num, how, batch_size)
     typer.echo(markdown(report(run, reference, boundaries, score, seed, out)))

@@ -33,6 +33,7 @@ from msdiff_dist.cli import (
     stages,
     train,
 )
+from msdiff_dist.cli.choices import NamingCommand
 from msdiff_dist.errors import MsdiffError, UserError
 
 app = typer.Typer(
@@ -67,7 +68,7 @@ for verb in (
     attach.attach,
     cancel.cancel,
 ):
-    app.command()(verb)
+    app.command(cls=NamingCommand)(verb)
 
 
 def _version(asked: bool) -> None:

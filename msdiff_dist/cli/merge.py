@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from msdiff_dist.cli.convert import SourceFormat
+from msdiff_dist.cli.convert import READABLE
 
 
 def merge(
     dst: Annotated[Path, typer.Argument(help="New export folder.")],
     models: Annotated[list[Path], typer.Argument(help="Unified models, stage 0 first.")],
     boundaries: Annotated[str, typer.Option(help="Inner stage boundaries, as 442,631.")],
-    from_format: Annotated[SourceFormat, typer.Option("--from", help="Format of the models.")] = SourceFormat.msdiff,
+    from_format: Annotated[str, typer.Option("--from", parser=READABLE, help="Format of the models.")] = "msdiff",
 ) -> None:
     """Put unified models together as the stages of one, the first nearest the data.
 
@@ -25,5 +25,5 @@ def merge(
     from msdiff_dist.convert import editing
     from msdiff_dist.convert.options import parse_boundaries
 
-    report = editing.merge(models, dst, parse_boundaries(boundaries) or (), from_format.value)
+    report = editing.merge(models, dst, parse_boundaries(boundaries) or (), from_format)
     typer.echo(f"{len(models)} models merged in {dst}, from {len(report['keys'])} tensors")

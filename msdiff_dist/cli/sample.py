@@ -7,14 +7,20 @@ from typing import Annotated, Literal
 
 import typer
 
+from msdiff_dist.cli import choices
+from msdiff_dist.cli.choices import Names
+
 
 def sample(
     run: Annotated[Path, typer.Argument(help="Run folder, one checkpoint of it, or an export.")],
     out: Annotated[Path, typer.Option(help="Folder for the pictures: new, or of the same command, cut short.")],
     num: Annotated[int, typer.Option(min=1, help="Pictures to make.")] = 64,
     sampler: Annotated[
-        Literal["ddim", "dpmpp_2m", "ddpm", "dpm_3s", "heun"] | None,
-        typer.Option(help="Solver. Default: ddim, dpm_3s for a vp process, heun for edm."),
+        str | None,
+        typer.Option(
+            parser=Names(choices.solvers, checked=False),
+            help="Solver. Default: the process's own: ddim, dpm_3s for vp, heun for edm.",
+        ),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Network evaluations a picture; heun takes 2 N - 1. Default 50.")
@@ -51,11 +57,17 @@ def sample(
     from msdiff_dist.errors import ConfigError
     from msdiff_dist.evaluation.sample_folder import sample_run
     from msdiff_dist.evaluation.sampling_job import SamplingJob
+    from msdiff_dist.export.weights import open_weights
     from msdiff_dist.files.work_share import Part
 
     if nfe is not None and steps is not None:
         raise ConfigError("--nfe", nfe, f"stands beside --steps {steps}", "Give one of the two.")
-    config = SamplerConfig(sampler, steps or 50, eta, spacing, end, clip, guidance, ChurnConfig(churn))
+    if sampler is not None:
+        open_weights(run, ema=not raw)  # with the recipe's extensions, which may bring the solver
+    try:
+        config = SamplerConfig(sampler, steps or 50, eta, spacing, end, clip, guidance, ChurnConfig(churn))
+    except ConfigError as e:
+        raise ConfigError("--sampler" if e.field == "name" else e.field, e.value, e.problem, e.remedy) from None
     job = SamplingJob(num, seed, config, class_, tuple(prompt or ()), batch_size)
     before, complete = sample_run(run, out, job, not raw, Part(part, parts), nfe)
     made = f"{num} pictures and grid.png in {out}" if complete else f"part {part} of {parts} is done"

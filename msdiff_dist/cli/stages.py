@@ -10,10 +10,13 @@ from typing import Annotated, Literal
 
 import typer
 
+from msdiff_dist.cli import choices
+from msdiff_dist.cli.choices import Names, NamingCommand
+
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Divide time into stages.")
 
 
-@app.command()
+@app.command(cls=NamingCommand)
 def cluster(
     fields: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields of the process, as beta_max=10.")
@@ -22,7 +25,10 @@ def cluster(
         Literal["timestep", "snr", "gradient", "optimal-denoiser"], typer.Option(help="What makes times alike.")
     ] = "optimal-denoiser",
     process: Annotated[
-        Literal["vp", "edm", "ldm"] | None, typer.Option(help="Diffusion process. Default: vp, or the recipe's.")
+        str | None,
+        typer.Option(
+            parser=Names(choices.processes, checked=False), help="Diffusion process. Default: vp, or the recipe's."
+        ),
     ] = None,
     stages: Annotated[int, typer.Option(min=1, help="Number of stages.")] = 3,
     data: Annotated[str | None, typer.Option(help="Shards of pictures or latents: folder, braces or glob.")] = None,
@@ -56,8 +62,13 @@ def cluster(
         return
     unit = division.process.unit
     if as_json:
-        name = {"timestep": "ldm", "t": "vp", "sigma": "edm"}[unit]
-        found = {"method": method, "process": name, "stages": stages, "unit": unit, "boundaries": division.boundaries}
+        found = {
+            "method": method,
+            "process": division.process_name,
+            "stages": stages,
+            "unit": unit,
+            "boundaries": division.boundaries,
+        }
         typer.echo(json.dumps(found))
         return
     typer.echo(f"{method}, {stages} stages: {unit} = {division.boundaries}")

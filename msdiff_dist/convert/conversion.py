@@ -4,48 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from msdiff_dist import __version__
 from msdiff_dist.config import to_mapping
 from msdiff_dist.convert.edit.stages import extract_stage
-from msdiff_dist.convert.formats.deepspeed import DeepspeedSource, read_deepspeed
-from msdiff_dist.convert.formats.diffusers_folder import read_diffusers, write_diffusers
-from msdiff_dist.convert.formats.export_folder import read_export, write_export
-from msdiff_dist.convert.formats.ldm import read_ldm, write_ldm_file
-from msdiff_dist.convert.formats.official_edm import read_edm, write_edm
-from msdiff_dist.convert.formats.official_scoresde import read_scoresde, write_scoresde
+from msdiff_dist.convert.formats import FORMATS, PLAIN, readable, writable
+from msdiff_dist.convert.formats.deepspeed import DeepspeedSource
 from msdiff_dist.convert.model_weights import ModelWeights, Written
 from msdiff_dist.convert.options import ConvertOptions
-from msdiff_dist.convert.sources import open_source
 from msdiff_dist.convert.writing import appearing, write_safetensors
 from msdiff_dist.errors import ConfigError, did_you_mean
 from msdiff_dist.files.atomic import atomic_write
 from msdiff_dist.files.digest import sha256_of
 
 REPORT = "conversion_report.json"
-Reader = Callable[[Path, ConvertOptions], ModelWeights]
-Writer = Callable[[ModelWeights, Path, ConvertOptions, Mapping[str, str]], Written]
-
-READERS: dict[str, Reader] = {
-    "ldm": lambda path, options: read_ldm(open_source(path), options),
-    "official-ldm": lambda path, options: read_ldm(open_source(path), options, multistage=True),
-    "official-edm": lambda path, options: read_edm(open_source(path), options),
-    "official-scoresde": read_scoresde,
-    "diffusers": read_diffusers,
-    "deepspeed": read_deepspeed,
-    "msdiff": read_export,
-}
-WRITERS: dict[str, Writer] = {
-    "ldm": lambda weights, path, options, metadata: write_ldm_file(weights, path, options, metadata),
-    "official-ldm": lambda weights, path, options, metadata: write_ldm_file(weights, path, options, metadata, True),
-    "official-edm": lambda weights, path, options, metadata: write_edm(weights, path, metadata),
-    "official-scoresde": lambda weights, path, options, metadata: write_scoresde(weights, path, metadata),
-    "diffusers": lambda weights, path, options, metadata: write_diffusers(weights, path, metadata),
-    "msdiff": lambda weights, path, options, metadata: write_export(weights, path, metadata),
-}
 
 
 def convert(
@@ -60,7 +35,7 @@ def convert(
         CheckpointError: the source cannot be read or carried exactly, or `dst` cannot be written.
     """
     options = options or ConvertOptions()
-    if to_format == "safetensors":
+    if to_format == PLAIN:
         return _plain(src, dst, from_format)
     weights = read(src, from_format, options)
     return write(weights, dst, to_format, options, {"path": str(src), "format": from_format})
@@ -68,7 +43,10 @@ def convert(
 
 def read(src: Path, from_format: str, options: ConvertOptions) -> ModelWeights:
     """Open a checkpoint of any format, and keep the asked stage alone if one is asked for."""
-    weights = _choose("--from", from_format, READERS)(src, options)
+    _check_known("--from", from_format, readable())
+    reader = FORMATS[from_format].read
+    assert reader is not None
+    weights = reader(src, options)
     return weights if options.stage is None else extract_stage(weights, options.stage)
 
 
@@ -76,7 +54,9 @@ def write(
     weights: ModelWeights, dst: Path, to_format: str, options: ConvertOptions, source: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Write weights in any format, with the report. source: what the report and the metadata say of their origin."""
-    writer = _choose("--to", to_format, WRITERS)
+    _check_known("--to", to_format, writable())
+    writer = FORMATS[to_format].write
+    assert writer is not None
     digests = {p.name: sha256_of(p) for p in _distinct(weights)}
     metadata = {
         **_kept_metadata(weights),
@@ -100,7 +80,7 @@ def _plain(src: Path, dst: Path, from_format: str) -> dict[str, Any]:
     """Any network's weights under their own names, from a DeepSpeed folder."""
     if from_format != "deepspeed":
         raise ConfigError(
-            "--to", "safetensors", "writes the weights of a DeepSpeed folder under their own names",
+            "--to", PLAIN, "writes the weights of a DeepSpeed folder under their own names",
             "Use --from deepspeed, or another --to.",
         )  # fmt: skip
     if dst.suffix != ".safetensors":
@@ -110,7 +90,7 @@ def _plain(src: Path, dst: Path, from_format: str) -> dict[str, Any]:
         digest = write_safetensors(aside, source, {"converter": f"msdiff_dist {__version__}"})
     report = {
         "source": {"path": str(src), "format": from_format, "sha256": {p.name: sha256_of(p) for p in source.files}},
-        "result": {"path": str(dst), "format": "safetensors", "sha256": {dst.name: digest}},
+        "result": {"path": str(dst), "format": PLAIN, "sha256": {dst.name: digest}},
         "keys": {k: {"to": [k]} for k in source.names()} | {k: {"left_out": v} for k, v in source.left_out.items()},
         "assumed": [],
         "remarks": [],
@@ -157,7 +137,6 @@ def _distinct(weights: ModelWeights) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def _choose(option: str, name: str, known: Mapping[str, Any]) -> Any:
+def _check_known(option: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
         raise ConfigError(option, name, "is not a known format", did_you_mean(name, known))
-    return known[name]

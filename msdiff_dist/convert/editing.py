@@ -22,7 +22,7 @@ def grow(
     """Write the export of a multi-stage model grown from a unified one; returns the conversion report.
 
     The encoder is copied, and each decoder is the unified model's: the same where its width and attention are, else by
-    the channel rule of `convert.edit.widths`.
+    the channel rule of `models.ldm.widths`.
 
     Args:
         boundaries: inner stage boundaries.

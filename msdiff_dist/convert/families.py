@@ -14,20 +14,14 @@ _OTHERS = (
     ("a ControlNet", ("control_model.", "controlnet_cond_embedding.")),
     ("a LoRA", ("lora_unet_", "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora")),
 )
-_OURS = (  # the first whose marks are there: both multi-stage codes have de_modules
-    ("official-scoresde", ("en_modules.", "all_modules.", "module.en_modules.", "module.all_modules.")),
-    ("official-ldm", ("model.diffusion_model.de_modules.", "de_modules.", "diffusion_model.de_modules.")),
-    ("ldm", ("model.diffusion_model.input_blocks.", "input_blocks.", "diffusion_model.input_blocks.")),
-    ("msdiff", ("shared.", "stages.0.")),
-    ("diffusers", ("down_blocks.", "conv_in.")),
-    ("official-edm", ("model.enc.", "enc.", "model.decs.", "decs.")),
-)
 
 
 def family_of(keys: Iterable[str]) -> str | None:
     """The format that the names belong to, or None."""
+    from msdiff_dist.convert.formats import FORMATS  # whose readers ask here
+
     names = list(keys)
-    return next((family for family, marks in _OURS if any(k.startswith(marks) for k in names)), None)
+    return next((name for name, known in FORMATS.items() if any(k.startswith(known.marks) for k in names)), None)
 
 
 def refuse_other_families(keys: Iterable[str], wanted: str) -> None:

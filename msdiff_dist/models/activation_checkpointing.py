@@ -6,14 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from msdiff_dist.models.ldm.blocks import ResBlock, UNetBlock
-from msdiff_dist.models.ldm.decoder import Decoder
-from msdiff_dist.models.ldm.encoder import Encoder
-from msdiff_dist.models.song.blocks import SongBlock
-from msdiff_dist.models.song.decoder import SongDecoder
-from msdiff_dist.models.song.encoder import SongEncoder
-
-_ENCODERS, _DECODERS = [Encoder, SongEncoder], [Decoder, SongDecoder]
+from msdiff_dist.models.families import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -36,11 +29,11 @@ def checkpoint_activations(part: nn.Module, config: ActivationCheckpointingConfi
     """
     from fairscale.nn import checkpoint_wrapper
 
-    kinds = [*_ENCODERS] if config.encoder else []
-    kinds += _DECODERS if config.decoders else []
+    families = list(dict.fromkeys(FAMILIES.values()))
+    kinds = [family.encoder for family in families] if config.encoder else []
+    kinds += [family.decoder for family in families] if config.decoders else []
     chosen = [module for module in part.modules() if isinstance(module, tuple(kinds))]
     for module in chosen:
         for block in module.modules():
-            # A lone convolution keeps nothing but its input anyway.
-            if isinstance(block, SongBlock) or (isinstance(block, UNetBlock) and isinstance(block[0], ResBlock)):
+            if any(family.recomputed(block) for family in families):
                 checkpoint_wrapper(block, offload_to_cpu=config.offload_to_cpu)

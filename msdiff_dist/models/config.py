@@ -1,10 +1,11 @@
-"""The recipe section `model`: one dataclass for each U-Net family, told apart by `family`."""
+"""The recipe section `model`: the dataclass of the U-Net family that it names."""
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
 
-from msdiff_dist.models.ldm.config import LDMConfig
-from msdiff_dist.models.song.config import SongConfig
+from msdiff_dist.config import Variant
+from msdiff_dist.models.families import FAMILIES
+from msdiff_dist.models.unet_config import UNetConfig
 
-ModelConfig: TypeAlias = LDMConfig | SongConfig
+ModelConfig: TypeAlias = Annotated[UNetConfig, Variant(FAMILIES, "family", default="ldm")]

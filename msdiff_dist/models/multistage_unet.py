@@ -10,18 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from msdiff_dist.models.config import ModelConfig
-from msdiff_dist.models.ldm.decoder import Decoder
-from msdiff_dist.models.ldm.encoder import Encoder
-from msdiff_dist.models.song.config import SongConfig
-from msdiff_dist.models.song.decoder import SongDecoder
-from msdiff_dist.models.song.encoder import SongEncoder
+from msdiff_dist.models.families import FAMILIES
 
 
 class MultistageUNet(nn.Module):
     """`shared` turns the inputs into a flat tuple of batch-first features, `stages[k]` turns those into outputs.
 
-    With a shared encoder these are an `Encoder` and one `Decoder` per stage; without, a parameter-free `PassThrough`
-    and one `SeparateStage` per stage. One stage is the unified model.
+    With a shared encoder these are the family's encoder and one of its decoders per stage; without, a parameter-free
+    `PassThrough` and one `SeparateStage` per stage. One stage is the unified model.
     """
 
     def __init__(self, shared: nn.Module, stages: Iterable[nn.Module]) -> None:
@@ -73,9 +69,9 @@ class SeparateStage(nn.Module):
     def __init__(self, config: ModelConfig, stage: int) -> None:
         super().__init__()
         self.config = config
-        encoder, decoder = _parts(config)
-        self.encoder = encoder(config, stage)
-        self.decoder = decoder(config, stage)
+        family = FAMILIES[config.family]
+        self.encoder = family.encoder(config, stage)
+        self.decoder = family.decoder(config, stage)
 
     def forward(self, *features: Tensor) -> Tensor:
         x_BCHW, t_B, *conditions = features
@@ -96,15 +92,10 @@ def build_parts(config: ModelConfig, stages: Iterable[int], seed: int = 0) -> tu
     Each part's first weights depend on (`seed`, the part) alone, so a stage is the same on every rank that builds it.
     Torch's own generator is left as it was.
     """
-    encoder, decoder = _parts(config)
-    shared = _seeded(seed, "shared", encoder, config) if config.share_encoder else PassThrough()
-    part = decoder if config.share_encoder else SeparateStage
+    family = FAMILIES[config.family]
+    shared = _seeded(seed, "shared", family.encoder, config, 0) if config.share_encoder else PassThrough()
+    part = family.decoder if config.share_encoder else SeparateStage
     return shared, {k: _seeded(seed, f"stage {k}", part, config, k) for k in stages}
-
-
-def _parts(config: ModelConfig) -> tuple[Callable[..., nn.Module], Callable[..., nn.Module]]:
-    """Encoder and decoder class of the configuration's family."""
-    return (SongEncoder, SongDecoder) if isinstance(config, SongConfig) else (Encoder, Decoder)
 
 
 def _seeded(seed: int, name: str, part: Callable[..., nn.Module], *args: Any) -> nn.Module:

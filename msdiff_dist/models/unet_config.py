@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
@@ -68,6 +68,11 @@ class UNetConfig:
     """One encoder for all stages. false gives every stage a whole U-Net of its own."""
     attention_backend: AttentionBackend = "auto"
     """How attention is computed. `auto` is `sdpa`, but `math` for few bf16 keys on a CPU."""
+    family: str = ""
+    """U-Net family."""
+
+    per_stage: ClassVar[tuple[str, ...]] = ("encoder_channels", "decoder_channels")
+    """Fields in which unified models may differ that become the stages of one."""
 
     def __post_init__(self) -> None:
         self._check_sizes()
@@ -126,6 +131,54 @@ class UNetConfig:
                 blocks.append(UpBlock(channels + skips.pop(), width, 2**level, i == self.num_res_blocks))
                 channels = width
         return blocks
+
+    # Models made of parts of others. A family whose stages differ in more than widths says so here.
+
+    def of_decoders(self, parts: Sequence[tuple[Self, int]], **changes: Any) -> Self:
+        """With decoders that are the given ones of these models, (model, stage), and `changes`."""
+        return replace(self, decoder_channels=tuple(model.decoder_channels[k] for model, k in parts), **changes)
+
+    def of_widths(self, widths: Sequence[int], attention: Sequence[Sequence[int]] | None = None) -> Self:
+        """A unified model's configuration with a decoder for each of `widths`, alike but for that.
+
+        Args:
+            attention: downsampling factors at which each decoder has attention; None: where the one decoder has it.
+
+        Raises:
+            ConfigError: decoders of this family all have attention at the same places.
+        """
+        if attention:
+            problem = f"decoders of family {self.family} have attention where the encoder has it"
+            raise ConfigError("--attention", [list(places) for places in attention], problem, "Leave it out.")
+        return replace(self, decoder_channels=tuple(widths))
+
+    def unified(self) -> Self:
+        """With one decoder, as wide as the shared encoder; of encoders of several widths, the first stage's."""
+        return replace(self, decoder_channels=(self.encoder_width(0),), share_encoder=True)
+
+    def small(self, width: int, context_width: int) -> Self:
+        """As many levels and stages, with one block each, the widest encoder `width` wide, a multiple of four.
+
+        Widths keep their proportions, in multiples of four. Contexts, where it takes some, are `context_width` wide.
+        """
+        encoders = self.encoder_channels if isinstance(self.encoder_channels, tuple) else (self.encoder_channels,)
+
+        def scaled(channels: int) -> int:
+            return max(4, 4 * round(width * channels / max(encoders) / 4))
+
+        return replace(
+            self,
+            encoder_channels=tuple(map(scaled, encoders)) if isinstance(self.encoder_channels, tuple) else width,
+            decoder_channels=tuple(map(scaled, self.decoder_channels)),
+            channel_mult=tuple(min(m, 2) for m in self.channel_mult),
+            num_res_blocks=1,
+            norm_groups=4,
+            **self._small_changes(context_width),
+        )
+
+    def _small_changes(self, context_width: int) -> dict[str, Any]:
+        """What else a small model of the family has."""
+        return {}
 
     def check_latent_size(self, height: int, width: int) -> None:
         """Raise `ConfigError` unless every level halves the size exactly."""

@@ -67,7 +67,10 @@ class DenoiserOptions:
 
 @dataclass(frozen=True)
 class Division:
-    """Boundaries [K - 1] in the process's unit, how they were found, and what to plot."""
+    """Boundaries [K - 1] in the process's unit, how they were found, and what to plot.
+
+    process_name: the recipe's, where a recipe or the command line named the process.
+    """
 
     method: Method
     process: Process
@@ -76,6 +79,7 @@ class Division:
     found_by: str = ""
     limits: LimitSimilarities | None = None
     matrix_GG: np.ndarray | None = field(default=None, repr=False)
+    process_name: str | None = None
 
 
 def divide_by_schedule(process: Process, method: Literal["timestep", "snr"], stages: int) -> Division:

@@ -135,5 +135,5 @@ def test_gradients_of_a_run_divide_time(msdiff: Msdiff, runs: Path) -> None:
     ended = msdiff("stages", "cluster", "--method", "gradient", "--run", runs / "unified", "--stages", 3, "--json")
     assert ended.status == 0, ended.output
     found = json.loads(ended.output[ended.output.index("{") : ended.output.rindex("}") + 1])
-    assert (found["method"], found["process"], found["unit"]) == ("gradient", "ldm", "timestep")
+    assert (found["method"], found["process"], found["unit"]) == ("gradient", "discrete", "timestep")
     assert 0 < found["boundaries"][0] < found["boundaries"][1] < 1000

@@ -15,7 +15,6 @@ from msdiff_dist.diffusion.sampling import sampler_times
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas, stage_probabilities
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.models.flops import ModelCosts
-from msdiff_dist.models.ldm.config import LDMConfig
 from msdiff_dist.recipe import Recipe
 
 GIGA, PETA = 1e9, 1e15
@@ -109,12 +108,9 @@ def _unified_macs(recipe: Recipe) -> int | None:
     model = recipe.model
     if not isinstance(model.encoder_channels, int):
         return None
-    changes: dict[str, Any] = {"decoder_channels": (model.encoder_channels,), "share_encoder": True}
-    if isinstance(model, LDMConfig):
-        changes["decoder_attention"] = None
     try:
         stages = dataclasses.replace(recipe.stages, boundaries=(), sampling="uniform")
-        unified = dataclasses.replace(recipe, model=dataclasses.replace(model, **changes), stages=stages)
+        unified = dataclasses.replace(recipe, model=model.unified(), stages=stages)
     except ConfigError:  # GroupNorms that fit the decoders' widths but not this one
         return None
     costs = recipe_costs(unified)

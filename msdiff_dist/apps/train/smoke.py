@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from msdiff_dist.data.config import DataConfig
+from msdiff_dist.diffusion.solvers import SOLVERS
 from msdiff_dist.models.autoencoder import AutoencoderConfig
-from msdiff_dist.models.config import ModelConfig
-from msdiff_dist.models.ldm.config import LDMConfig
 from msdiff_dist.recipe import Recipe
 
 STEPS = 2
@@ -21,11 +19,11 @@ def smoke(recipe: Recipe) -> Recipe:
 
     Samples are random numbers in the shape of the recipe's pictures or latents, no larger than its levels need.
     """
-    data, model = _data(recipe), _model(recipe.model)
+    data, model = _data(recipe), recipe.model.small(_WIDTH, _CONTEXT[1])
     folds = recipe.autoencoder.kind == "space_to_depth"
     autoencoder = recipe.autoencoder if folds else AutoencoderConfig()
     pictures = data.x_shape[0] in (autoencoder.factor**2, 3 * autoencoder.factor**2)
-    steps = 3 if recipe.preview.sampler.name == "dpm_3s" else 2
+    solver = SOLVERS[recipe.preview.sampler.name or recipe.process().sampler]
     return replace(
         recipe,
         name=f"{recipe.name}_smoke",
@@ -49,7 +47,7 @@ def smoke(recipe: Recipe) -> Recipe:
             every=STEPS if pictures else 0,
             num=2,
             prompts=(),
-            sampler=replace(recipe.preview.sampler, steps=steps),
+            sampler=replace(recipe.preview.sampler, steps=max(2, solver.least_steps)),
         ),
     )
 
@@ -66,23 +64,3 @@ def _data(recipe: Recipe) -> DataConfig:
         num_classes=recipe.data.num_classes,
         context_shape=context,
     )
-
-
-def _model(model: ModelConfig) -> ModelConfig:
-    """Widths in the recipe's proportions, in multiples of four; as many levels, with one block each."""
-    encoders = model.encoder_channels if isinstance(model.encoder_channels, tuple) else (model.encoder_channels,)
-
-    def small(width: int) -> int:
-        return max(4, 4 * round(_WIDTH * width / max(encoders) / 4))
-
-    changes: dict[str, Any] = {
-        "encoder_channels": tuple(map(small, encoders)) if isinstance(model.encoder_channels, tuple) else _WIDTH,
-        "decoder_channels": tuple(map(small, model.decoder_channels)),
-        "channel_mult": tuple(min(m, 2) for m in model.channel_mult),
-        "num_res_blocks": 1,
-        "norm_groups": 4,
-    }
-    if isinstance(model, LDMConfig):
-        changes |= {"num_heads": None, "num_head_channels": 4} if model.num_head_channels else {"num_heads": 1}
-        changes |= {"context_dim": model.context_dim and _CONTEXT[1], "transformer_depth": 1}
-    return replace(model, **changes)

@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from msdiff_dist.convert.edit.widths import Resized, resized_decoder
 from msdiff_dist.convert.model_weights import JoinedSource, ModelWeights, empty_model
 from msdiff_dist.convert.sources import RenamedSource, TensorSource
 from msdiff_dist.diffusion.config import StagesConfig
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.models.config import ModelConfig
-from msdiff_dist.models.ldm.config import LDMConfig
+from msdiff_dist.models.families import FAMILIES
 from msdiff_dist.models.multistage_unet import build_parts
+from msdiff_dist.models.resizing import Resized
 
 
 def extract_stage(weights: ModelWeights, stage: int) -> ModelWeights:
@@ -78,16 +77,13 @@ def grow(
             "--widths", list(decoder_channels), f"are {len(decoder_channels)} for {len(boundaries) + 1} stages",
             "Give one width for each stage.",
         )  # fmt: skip
-    changes: dict[str, Any] = {"decoder_channels": tuple(decoder_channels)}
-    if isinstance(old, LDMConfig):
-        places = tuple(tuple(p) for p in decoder_attention or [old.attention_of(0)] * len(decoder_channels))
-        changes["decoder_attention"] = None if set(places) == {old.attention_downsamples} else places
-    elif decoder_attention or any(w != old.decoder_channels[0] for w in decoder_channels):
+    resizes = FAMILIES[old.family].resized_decoder is not None
+    if not resizes and any(w != old.decoder_channels[0] for w in decoder_channels):
         raise ConfigError(
             "--widths", list(decoder_channels), f"decoders of family {old.family} keep their width when copied",
             f"Use {old.decoder_channels[0]} for every stage.",
         )  # fmt: skip
-    model = replace(old, **changes)
+    model = old.of_widths(decoder_channels, decoder_attention)
     description = replace(weights.description, model=model, stages=StagesConfig(tuple(map(float, boundaries))))
     description.partition()
     tensors = GrownSource(weights, model)
@@ -107,9 +103,10 @@ class GrownSource(TensorSource):
         self.files, self.metadata = unified.tensors.files, unified.tensors.metadata
         self._from: dict[str, Resized | None] = {n: Resized(n) for n in self._old.names() if n.startswith("shared.")}
         own = [n.removeprefix("stages.0.") for n in self._old.names() if n.startswith("stages.0.")]
+        resized_decoder = FAMILIES[model.family].resized_decoder
         for k in range(model.num_stages):
             decoder: dict[str, Resized | None] = {name: Resized(name) for name in own}
-            if isinstance(model, LDMConfig) and isinstance(unified.model, LDMConfig):
+            if resized_decoder is not None:
                 decoder = resized_decoder(unified.model, model, k)
             for name, how in decoder.items():
                 self._from[f"stages.{k}.{name}"] = how and replace(how, name=f"stages.0.{how.name}")
@@ -194,8 +191,7 @@ def _same_encoders(models: Sequence[ModelWeights]) -> bool:
 
 
 def _alike(model: ModelConfig, other: ModelConfig) -> bool:
-    widths = ("encoder_channels", "decoder_channels", "decoder_attention")
-    fields = {f.name for f in dataclasses.fields(other)} - set(widths)
+    fields = {f.name for f in dataclasses.fields(other)} - set(other.per_stage)
     return (
         type(model) is type(other)
         and model.num_stages == 1
@@ -206,29 +202,16 @@ def _alike(model: ModelConfig, other: ModelConfig) -> bool:
 def _merged_model(models: Sequence[ModelConfig], shared: bool) -> ModelConfig:
     first = models[0]
     widths = tuple(m.encoder_width(0) for m in models)
-    changes: dict[str, Any] = {
-        "decoder_channels": tuple(m.decoder_channels[0] for m in models),
-        "encoder_channels": widths[0] if len(set(widths)) == 1 else widths,
-        "share_encoder": shared,
-    }
-    if isinstance(first, LDMConfig):
-        places = tuple(m.attention_of(0) for m in models if isinstance(m, LDMConfig))
-        changes["decoder_attention"] = None if set(places) == {first.attention_downsamples} else places
-    return replace(first, **changes)
+    encoders = widths[0] if len(set(widths)) == 1 else widths
+    return first.of_decoders([(m, 0) for m in models], encoder_channels=encoders, share_encoder=shared)
 
 
 def model_of_stages(model: ModelConfig, stages: Sequence[int]) -> ModelConfig:
     """The configuration with these stages alone; a single one shares its encoder with nobody, whatever it was."""
     one = len(stages) == 1
-    changes: dict[str, Any] = {
-        "encoder_channels": model.encoder_width(stages[0]) if one else model.encoder_channels,
-        "decoder_channels": tuple(model.decoder_channels[k] for k in stages),
-        "share_encoder": one or model.share_encoder,
-    }
-    if isinstance(model, LDMConfig) and model.decoder_attention is not None:
-        places = tuple(model.decoder_attention[k] for k in stages)
-        changes["decoder_attention"] = None if set(places) == {model.attention_downsamples} else places
-    return replace(model, **changes)
+    encoders = model.encoder_width(stages[0]) if one else model.encoder_channels
+    parts = [(model, k) for k in stages]
+    return model.of_decoders(parts, encoder_channels=encoders, share_encoder=one or model.share_encoder)
 
 
 def _new(key: str, old: str, new: str) -> str:

@@ -41,6 +41,8 @@ def read_deepspeed(folder: Path, options: ConvertOptions) -> ModelWeights:
     Raises:
         CheckpointError: the folder is incomplete, or the network is another: `--to safetensors` writes any.
     """
+    from msdiff_dist.convert.formats import FORMATS  # this format among them
+
     if (folder / INDEX).exists() or (folder / "checkpoints").is_dir():
         return read_run(folder, options)
     source = DeepspeedSource(folder)
@@ -53,10 +55,11 @@ def read_deepspeed(folder: Path, options: ConvertOptions) -> ModelWeights:
             used={own.get(k, k): names for k, names in found.used.items()},
             left_out={own.get(k, k): why for k, why in found.left_out.items()},
         )
-    if family in ("ldm", "official-ldm"):
-        return read_ldm(source, options, multistage=family == "official-ldm")
     if family == "diffusers" and options.config is not None:
         return read_unet(json_of(options.config), source, options)
+    read_tensors = FORMATS[family].read_tensors if family else None
+    if read_tensors is not None:
+        return read_tensors(source, options)
     hint = "Give its config.json with --config" if family == "diffusers" else "Use --to safetensors"
     raise CheckpointError(
         "--from", "deepspeed", f"the parameters ({source.names()[0]}, ...) do not tell which network they are of",

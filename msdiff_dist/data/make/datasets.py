@@ -25,6 +25,7 @@ from msdiff_dist.data.make.shard_writer import (
 )
 from msdiff_dist.errors import DataError
 from msdiff_dist.randomness import generator
+from msdiff_dist.registry import Table
 
 Split = Literal["train", "test"]
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -55,12 +56,13 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Source:
+class Dataset:
     """A data set that `msdiff data prepare` knows.
 
     Attributes:
         size: default height and width in pixels.
-        pictures: (source path or None, split, size) to all pictures of the split.
+        pictures: (source path or None, split, size) to all pictures of the split. It refuses a missing source with
+            a `DataError` that says how to get it.
     """
 
     info: DatasetInfo
@@ -76,7 +78,7 @@ def prepare(
     Raises:
         DataError: the source is missing or damaged, or `out` is in use.
     """
-    known = SOURCES[name]
+    known = DATASETS.choose("DATASET", name)
     check_output(out)
     pictures = list(known.pictures(source, split, size or known.size))
     samples = ((picture.key, picture.fields()) for picture in pictures)
@@ -136,19 +138,21 @@ def emoji(source: Path | None, split: Split, size: int) -> Iterator[Picture]:
         yield Picture(f"{ord(character):05x}", image.resize((size, size), Image.Resampling.LANCZOS), caption)
 
 
-SOURCES = {
-    "digits": Source(
+DATASETS: Table[Dataset] = Table(
+    "data set",
+    {
+    "digits": Dataset(
         DatasetInfo(
             "digits", "CC BY 4.0", "E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits, in scikit-learn",
             tuple("0123456789"),
         ),
         16, digits,
     ),
-    "fashion-mnist": Source(
+    "fashion-mnist": Dataset(
         DatasetInfo("fashion-mnist", "MIT", "Zalando Research: Fashion-MNIST", FASHION_CLASSES), 32, fashion_mnist
     ),
-    "emoji": Source(DatasetInfo("emoji", "SIL OFL 1.1", "Google: Noto Color Emoji, with Unicode names"), 64, emoji),
-}  # fmt: skip
+    "emoji": Dataset(DatasetInfo("emoji", "SIL OFL 1.1", "Google: Noto Color Emoji, with Unicode names"), 64, emoji),
+})  # fmt: skip
 
 
 def _split(samples: int, split: Split) -> list[int]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.models.unet_config import UNetConfig
@@ -42,6 +42,8 @@ class LDMConfig(UNetConfig):
     legacy_attention_order: bool = True
     """Self-attention blocks split heads before q, k and v, as LDM's checkpoints do."""
 
+    per_stage = (*UNetConfig.per_stage, "decoder_attention")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("transformer_depth", "num_heads", "num_head_channels", "context_dim"):
@@ -60,6 +62,24 @@ class LDMConfig(UNetConfig):
     def attention_of(self, stage: int) -> tuple[int, ...]:
         """Downsampling factors at which decoder `stage` has attention."""
         return self.attention_downsamples if self.decoder_attention is None else self.decoder_attention[stage]
+
+    def of_decoders(self, parts: Sequence[tuple[Self, int]], **changes: Any) -> Self:
+        return super().of_decoders(parts, **changes, **self._attention([model.attention_of(k) for model, k in parts]))
+
+    def of_widths(self, widths: Sequence[int], attention: Sequence[Sequence[int]] | None = None) -> Self:
+        places = attention or [self.attention_of(0)] * len(widths)
+        return replace(self, decoder_channels=tuple(widths), **self._attention(places))
+
+    def unified(self) -> Self:
+        return replace(self, decoder_channels=(self.encoder_width(0),), share_encoder=True, decoder_attention=None)
+
+    def _attention(self, places: Sequence[Sequence[int]]) -> dict[str, Any]:
+        of_stages = tuple(tuple(factors) for factors in places)
+        return {"decoder_attention": None if set(of_stages) == {self.attention_downsamples} else of_stages}
+
+    def _small_changes(self, context_width: int) -> dict[str, Any]:
+        heads = {"num_heads": None, "num_head_channels": 4} if self.num_head_channels else {"num_heads": 1}
+        return {**heads, "context_dim": self.context_dim and context_width, "transformer_depth": 1}
 
     def heads(self, channels: int) -> int:
         if self.num_heads is not None:

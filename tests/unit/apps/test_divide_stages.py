@@ -37,13 +37,15 @@ def recipe(tmp_path: Path) -> Path:
 
 def test_methods_that_need_the_process_alone() -> None:
     assert cluster(ClusterRequest("snr", 3)).boundaries == [0.348, 0.709]
-    assert cluster(ClusterRequest("timestep", 2, "ldm", ["timesteps=100"])).boundaries == [pytest.approx(50, abs=1)]
+    assert cluster(ClusterRequest("timestep", 2, "discrete", ["timesteps=100"])).boundaries == [
+        pytest.approx(50, abs=1)
+    ]
     slower = cluster(ClusterRequest("snr", 3, "vp", ["beta_max=10"]))
     assert isinstance(slower.process, VPProcess)
     assert slower.boundaries[0] < 0.348
 
 
-@pytest.mark.parametrize("process", ["vp", "edm", "ldm"])
+@pytest.mark.parametrize("process", ["vp", "edm", "discrete"])
 @pytest.mark.parametrize("stages", [2, 3, 4])
 def test_optimal_denoiser_on_pictures(pictures: Path, tmp_path: Path, process: str, stages: int) -> None:
     plot = tmp_path / "plot.png"
@@ -103,7 +105,7 @@ def test_a_recipe_that_cannot_have_the_boundaries_is_left_alone(recipe: Path) ->
     before = recipe.read_text()
     with pytest.raises(ConfigError, match=r"model\.decoder_channels"):
         cluster(ClusterRequest("snr", 5, write=recipe))
-    with pytest.raises(ConfigError, match="trains the process ldm"):
+    with pytest.raises(ConfigError, match="trains the process discrete"):
         cluster(ClusterRequest("snr", 3, "edm", write=recipe))
     assert recipe.read_text() == before
 
@@ -116,6 +118,8 @@ def test_a_recipe_that_cannot_have_the_boundaries_is_left_alone(recipe: Path) ->
         (ClusterRequest("optimal-denoiser", 3, data="a", images=Path("b")), "only one"),
         (ClusterRequest("gradient", 3), "--run"),
         (ClusterRequest("gradient", 3, "vp", run=Path("x")), "--process"),
+        (ClusterRequest("snr", 3, "ldm"), "Use --process discrete"),
+        (ClusterRequest("snr", 3, "ve"), "--process = 've'"),
         (ClusterRequest("snr", 2000), "--stages = 2000"),
         (ClusterRequest("snr", 3, "vp", ["beta_mox=10"]), "beta_max"),
         (ClusterRequest("snr", 3, "vp", ["beta_max"]), "key=value"),

@@ -9,12 +9,13 @@ import torch
 
 from msdiff_dist.convert.conversion import read
 from msdiff_dist.convert.edit.stages import extract_stage, grow, merge
-from msdiff_dist.convert.edit.widths import Channels, resized_decoder
 from msdiff_dist.convert.model_weights import ModelWeights
 from msdiff_dist.convert.options import ConvertOptions
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.models import build_model
 from msdiff_dist.models.ldm.config import LDMConfig
+from msdiff_dist.models.ldm.widths import resized_decoder
+from msdiff_dist.models.resizing import Channels
 from tests.unit.convert.convert_helpers import inputs, loaded, randomise
 
 BASE: dict[str, Any] = {
