@@ -86,6 +86,8 @@ def _around(description: ModelDescription) -> dict[str, Any]:
     }
     if description.text_encoder is not None:
         mapping["text_encoder"] = to_mapping(description.text_encoder)
+    if description.extensions:
+        mapping["extensions"] = list(description.extensions)
     if model.takes_context or model.takes_label:
         mapping["train"]["condition_dropout"] = 0.1
     if model.augment_labels == AUGMENT_LABELS:

@@ -77,8 +77,9 @@ _BY_PARAMETER: dict[str | None, Callable[[], Iterable[str]]] = {
 class NamingCommand(TyperCommand):
     """A command whose help lists the names that its parameters take."""
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        for parameter in self.params:
+    def get_params(self, ctx: Any) -> Any:
+        found = super().get_params(ctx)
+        for parameter in found:
             if parameter.name in _BY_PARAMETER and isinstance(parameter, (TyperOption, TyperArgument)):
                 parameter.metavar = f"[{'|'.join(_BY_PARAMETER[parameter.name]())}]"
-        super().format_help(ctx, formatter)
+        return found

@@ -64,7 +64,8 @@ class Process(ABC):
         """First time whose sigma is at least the given one: the inverse of `sigma_of`."""
 
     @abstractmethod
-    def _sampling_times(self, steps: int, spacing: Spacing, end: float | None) -> tuple[np.ndarray, float]: ...
+    def spaced_times(self, steps: int, spacing: Spacing, end: float | None) -> tuple[np.ndarray, float]:
+        """What `sampling_times` gives, for one of `spacings`."""
 
     # What follows from it.
 
@@ -85,7 +86,7 @@ class Process(ABC):
         if spacing not in self.spacings:
             problem = f"a process in {self.unit} is not sampled that way"
             raise ConfigError("spacing", spacing, problem, f"Choose from: {', '.join(self.spacings)}.")
-        return self._sampling_times(steps, spacing, end)
+        return self.spaced_times(steps, spacing, end)
 
     def perturb(self, x0_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Tensor:
         """x_t of shape [B, C, H, W] (Eq. 1)."""

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
-from msdiff_dist.config import differences, field_docs, from_mapping, to_mapping, with_current_names
+from msdiff_dist.config import (
+    Variant,
+    differences,
+    field_docs,
+    from_mapping,
+    section_of,
+    to_mapping,
+    with_current_names,
+)
 from msdiff_dist.errors import ConfigError
+from msdiff_dist.registry import Table
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,68 @@ def test_earlier_names_are_named_in_errors_and_taken_from_what_was_stored() -> N
 def test_refusals_name_field_and_reason(change: dict[str, Any], field_name: str, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         from_mapping(Outer, FULL | change)
+    assert caught.value.field == field_name
+    assert words in str(caught.value)
+
+
+@dataclass(frozen=True)
+class Circle:
+    radius: int = 1
+    kind: str = "circle"
+
+
+@dataclass(frozen=True)
+class Square:
+    edge: int = 1
+    kind: str = "square"
+
+
+@dataclass(frozen=True)
+class Entry:
+    config: type
+
+
+SHAPES: Table[Entry] = Table("shape", {"circle": Entry(Circle), "square": Entry(Square)})
+
+
+@dataclass(frozen=True)
+class Drawing:
+    shape: Annotated[Circle | Square, Variant(SHAPES, "kind", default="circle")] = Circle()
+    pen: Annotated[str, SHAPES] = "circle"
+    settings: Any = field(default=None, metadata=section_of(SHAPES, "pen"))
+
+
+def test_a_field_names_the_dataclass_of_its_section() -> None:
+    assert from_mapping(Drawing, {"shape": {"radius": 2}}).shape == Circle(2)
+    square = from_mapping(Drawing, {"shape": {"kind": "square", "edge": 3}})
+    assert square.shape == Square(3)
+    assert from_mapping(Drawing, to_mapping(square)) == square
+
+
+def test_a_section_goes_by_the_name_it_belongs_to() -> None:
+    drawing = from_mapping(Drawing, {"pen": "square", "square": {"edge": 5}, "circle": None})
+    assert drawing.settings == Square(5)
+    assert to_mapping(drawing)["square"] == {"edge": 5, "kind": "square"}
+    assert from_mapping(Drawing, to_mapping(drawing)) == drawing
+    assert to_mapping(Drawing())["circle"] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "field_name", "words"),
+    [
+        ({"shape": {"kind": "squre"}}, "shape.kind", "Did you mean 'square'"),
+        ({"shape": {"kind": 3}}, "shape.kind", "must be a string"),
+        ({"shape": {"edge": 3}}, "shape.edge", "is not a known field"),
+        ({"shape": "square"}, "shape", "must be a mapping"),
+        ({"square": {"edge": 5}}, "square", "configures a shape that is not in use (circle)"),
+        ({"circle": {"radus": 5}}, "circle.radus", "Did you mean 'radius'"),
+        ({"circel": {}}, "circel", "Did you mean 'circle'"),
+        ({"settings": {}}, "settings", "is not a known field"),
+    ],
+)
+def test_refusals_of_sections_name_field_and_reason(change: dict[str, Any], field_name: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_mapping(Drawing, change)
     assert caught.value.field == field_name
     assert words in str(caught.value)
 

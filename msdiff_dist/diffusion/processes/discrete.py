@@ -84,7 +84,7 @@ class DiscreteProcess(Process):
     def time_of(self, sigma: ArrayLike) -> np.ndarray:
         return np.searchsorted(self.sigma_of(np.arange(self.hi)), sigma, side="left")
 
-    def _sampling_times(self, steps: int, spacing: Spacing, end: float | None) -> tuple[np.ndarray, float]:
+    def spaced_times(self, steps: int, spacing: Spacing, end: float | None) -> tuple[np.ndarray, float]:
         if steps > self.hi:
             raise ConfigError("steps", steps, f"the process has {self.hi} timesteps", f"Use at most {self.hi}.")
         if end is not None:

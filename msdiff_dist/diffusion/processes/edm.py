@@ -77,7 +77,7 @@ class EDMProcess(Process):
     def time_of(self, sigma: ArrayLike) -> np.ndarray:
         return np.asarray(sigma, np.float64)
 
-    def _sampling_times(self, steps: int, spacing: Spacing, end: float | None) -> tuple[np.ndarray, float]:
+    def spaced_times(self, steps: int, spacing: Spacing, end: float | None) -> tuple[np.ndarray, float]:
         config, end = self._config, self._config.sigma_min if end is None else end
         if not 0 < end < config.sigma_max:
             raise ConfigError("end", end, f"must lie between 0 and sigma_max = {config.sigma_max}", "EDM uses 0.002.")

@@ -76,7 +76,7 @@ class VPProcess(Process):
         log_square = np.log1p(np.asarray(sigma, np.float64) ** 2)
         return 2 * log_square / (self._beta_min + np.sqrt(self._beta_min**2 + 2 * self._slope * log_square))
 
-    def _sampling_times(self, steps: int, spacing: Spacing, end: float | None) -> tuple[np.ndarray, float]:
+    def spaced_times(self, steps: int, spacing: Spacing, end: float | None) -> tuple[np.ndarray, float]:
         end = self.lo if end is None else end
         if not self.lo <= end < self.hi:
             problem = f"training covers t from {self.lo} to {self.hi}"
