@@ -16,7 +16,7 @@ def extract(
     stage: Annotated[int, typer.Option(help="Its number, 0 nearest the data.")],
     from_format: Annotated[
         str, typer.Option("--from", parser=READABLE, help="Format of SRC, as in msdiff convert.")
-    ] = ("msdiff"),
+    ] = "msdiff",
 ) -> None:
     """Take one stage of a multi-stage model, with its encoder, as a unified model.
 

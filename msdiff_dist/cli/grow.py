@@ -20,7 +20,7 @@ def grow(
     ] = None,
     from_format: Annotated[
         str, typer.Option("--from", parser=READABLE, help="Format of SRC, as in msdiff convert.")
-    ] = ("msdiff"),
+    ] = "msdiff",
 ) -> None:
     """Grow a multi-stage model from a unified one, to start training from it: msdiff init --from DST.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.index import read_index, resolve_shards
-from msdiff_dist.data.make.datasets import digits
+from msdiff_dist.data.make.datasets.digits import digits
 from msdiff_dist.data.make.encoding import EncodeConfig, Networks, ShardEncoder
 from msdiff_dist.data.make.pack import pack
 from msdiff_dist.data.tar_members import chunks

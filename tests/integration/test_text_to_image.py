@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msdiff_dist.data.make.datasets import EMOJI_FONT
+from msdiff_dist.data.make.datasets.emoji import EMOJI_FONT
 
 pytestmark = pytest.mark.integration
 

@@ -9,7 +9,10 @@ import pytest
 
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.loader import StepLoader
-from msdiff_dist.data.make.datasets import EMOJI_FONT, FASHION_CLASSES, digits, emoji, prepare
+from msdiff_dist.data.make.datasets import prepare
+from msdiff_dist.data.make.datasets.digits import digits
+from msdiff_dist.data.make.datasets.emoji import EMOJI_FONT, emoji
+from msdiff_dist.data.make.datasets.fashion_mnist import FASHION_CLASSES
 from msdiff_dist.errors import DataError
 
 

@@ -1,0 +1,40 @@
+"""scikit-learn's handwritten digits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from msdiff_dist.data.make.datasets.picture import Dataset, Picture, Split, centred, tenth_apart
+from msdiff_dist.data.make.shard_writer import DatasetInfo
+from msdiff_dist.errors import DataError
+
+
+def digits(source: Path | None, split: Split, size: int) -> Iterator[Picture]:
+    """8x8 handwritten digits, enlarged to three quarters of the picture. A fixed tenth of them is the test split."""
+    from sklearn.datasets import load_digits
+
+    if source is not None:
+        raise DataError("--source", str(source), "has no meaning for digits: they come with scikit-learn", "Remove it.")
+    data = load_digits()
+    for i in tenth_apart(len(data.target), split):
+        small = Image.fromarray((data.images[i] * (255 / 16)).round().astype(np.uint8))
+        inner = max(size * 3 // 4, 1)
+        label = int(data.target[i])
+        image = centred(small.resize((inner, inner), Image.Resampling.BICUBIC), size, "black")
+        yield Picture(f"{i:05d}", image, f"a handwritten digit {label}", label)
+
+
+DIGITS = Dataset(
+    DatasetInfo(
+        "digits",
+        "CC BY 4.0",
+        "E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits, in scikit-learn",
+        tuple("0123456789"),
+    ),
+    16,
+    digits,
+)
