@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from msdiff_dist.errors import ConfigError, did_you_mean
+from msdiff_dist.files.atomic import atomic_write
 
 _PACKAGE = Path(__file__).parent
 _KINDS: dict[Literal["recipe", "ablation", "cluster"], str] = {
@@ -89,7 +90,7 @@ def copy_shipped(name: str, out: Path | None = None) -> Copied:
     out.parent.mkdir(parents=True, exist_ok=True)
     for source, target in targets.items():
         if target not in kept:
-            target.write_text(_pointing_to_copies(source, targets))
+            atomic_write(target, _pointing_to_copies(source, targets))
     return Copied([target for target in targets.values() if target not in kept], kept)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from msdiff_dist.convert.formats.ldm_architecture import HeadsRule
-from msdiff_dist.errors import ConfigError
+from msdiff_dist.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,30 @@ class ConvertOptions:
         if self.num_heads is None and self.head_channels is None:
             return None
         return HeadsRule(self.num_heads, self.head_channels, "as given on the command line")
+
+
+def given_boundaries(
+    given: tuple[float, ...] | None, num_stages: int, paper: tuple[float, ...]
+) -> tuple[tuple[float, ...], list[str]]:
+    """The inner stage boundaries, and what was assumed for them.
+
+    Args:
+        given: by the command line or a file. paper: the paper's for models of this kind.
+
+    Raises:
+        CheckpointError: nothing says them.
+    """
+    if num_stages == 1:
+        return (), []
+    if given is None and num_stages == len(paper) + 1:
+        said = " and ".join(f"{b:g}" for b in paper)
+        return paper, [f"stage boundaries: {said}, the paper's; give --boundaries otherwise"]
+    if given is None or len(given) != num_stages - 1:
+        raise CheckpointError(
+            "--boundaries", given, f"the checkpoint has {num_stages} stages",
+            f"Give their {num_stages - 1} inner boundaries, as in --boundaries {','.join(f'{b:g}' for b in paper)}.",
+        )  # fmt: skip
+    return given, []
 
 
 def parse_numbers(option: str, text: str) -> tuple[int, ...]:

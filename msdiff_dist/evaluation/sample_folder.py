@@ -9,6 +9,7 @@ out/
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ _RECORD = "sampling.json"
 _GRID = "grid.png"
 _LOCKS = ".parts"
 _IN_GRID = 100
+_WRITERS = 16  # threads, for a file is on the disk only milliseconds after it is written
 
 
 def sample_run(
@@ -59,14 +61,15 @@ def sample_run(
     paths = [out / f"{i:05d}.png" for i in range(job.num)]
     mine = part.share(job.batches)
     claim = FolderClaim(out, out / _RECORD, out / _LOCKS, "images", RunFolderError)
-    with claim.held(job.settings(weights), part, {_GRID, *(path.name for path in paths)}):
+    names = {_GRID, *(path.name for path in paths)}
+    with claim.held(job.settings(weights), part, names), ThreadPoolExecutor(_WRITERS) as writers:
         before = sum(path.exists() for path in paths)
         remove_partials(out, [paths[i].name for index_n in mine for i in index_n])
         for index_n in track(mine, description="sampling", transient=True):
             if all(paths[i].exists() for i in index_n):
                 continue
-            for i, image in zip(index_n, job.draw(generator, index_n), strict=True):
-                _write(image, paths[i])
+            images = job.draw(generator, index_n)
+            list(writers.map(_write, images, [paths[i] for i in index_n]))
         with alone(out / _LOCKS):
             complete = all(path.exists() for path in paths)
             if complete:

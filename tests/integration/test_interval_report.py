@@ -124,7 +124,7 @@ def test_budget_and_end_of_sampling(msdiff: Msdiff, runs: Path, tmp_path: Path) 
         assert not (tmp_path / "no").exists()
         return ended.output
 
-    assert "--nfe = 2: a solver of order 3 needs three" in refused("vp", "--nfe", 2)
+    assert "--nfe = 2: dpm_3s needs at least 3 evaluations" in refused("vp", "--nfe", 2)
     assert "--nfe = 2000" in refused("unified", "--nfe", 2000)
     assert "--end = 2.0" in refused("vp", "--end", 2)
     assert "--end = 1.0: a discrete process" in refused("unified", "--end", 1)

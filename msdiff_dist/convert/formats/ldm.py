@@ -30,7 +30,7 @@ from msdiff_dist.convert.key_map import (
     check_complete,
 )
 from msdiff_dist.convert.model_weights import JoinedSource, ModelWeights, Written, empty_model, ldm_model
-from msdiff_dist.convert.options import ConvertOptions
+from msdiff_dist.convert.options import ConvertOptions, given_boundaries
 from msdiff_dist.convert.sources import MemorySource, RenamedSource, TensorSource, under
 from msdiff_dist.convert.writing import write_state_dict
 from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
@@ -122,7 +122,8 @@ def read_ldm(source: TensorSource, options: ConvertOptions, multistage: bool = F
     assumed += said
     scale, said = _scale_factor(source, options, sheet, model)
     assumed += said
-    boundaries, said = _boundaries(options, sheet, model.num_stages)
+    given = options.boundaries or (sheet.boundaries() if sheet else None)
+    boundaries, said = given_boundaries(given, model.num_stages, PAPER_BOUNDARIES)
     assumed += said
     first_stage = read_first_stage(under(source, FIRST_STAGE), sheet.first_stage if sheet else {})
 
@@ -313,17 +314,3 @@ def _scale_factor(
     if model.takes_context and model.in_channels == 4:
         return 0.18215, ["scale factor of latents: 0.18215, as in Stable Diffusion; give --scale-factor otherwise"]
     return 1.0, ["scale factor of latents: 1; give --scale-factor otherwise"]
-
-
-def _boundaries(options: ConvertOptions, sheet: LdmYaml | None, num_stages: int) -> tuple[tuple[float, ...], list[str]]:
-    given = options.boundaries or (sheet.boundaries() if sheet else None)
-    if num_stages == 1:
-        return (), []
-    if given is None and num_stages == len(PAPER_BOUNDARIES) + 1:
-        return PAPER_BOUNDARIES, ["stage boundaries: 442 and 631, the paper's; give --boundaries otherwise"]
-    if given is None or len(given) != num_stages - 1:
-        raise CheckpointError(
-            "--boundaries", given, f"the checkpoint has {num_stages} stages",
-            f"Give their {num_stages - 1} inner boundaries, as in --boundaries 442,631.",
-        )  # fmt: skip
-    return given, []

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from msdiff_dist.convert.families import refuse_other_families
-from msdiff_dist.convert.formats.song import checked_song, given_boundaries, groups_of
+from msdiff_dist.convert.formats.song import checked_song, groups_of, recognising
 from msdiff_dist.convert.key_map import (
     Layout,
     OursFromTheirs,
@@ -28,12 +28,12 @@ from msdiff_dist.convert.key_map import (
     rule,
 )
 from msdiff_dist.convert.model_weights import JoinedSource, ModelWeights, Written, empty_model
-from msdiff_dist.convert.options import ConvertOptions
+from msdiff_dist.convert.options import ConvertOptions, given_boundaries
 from msdiff_dist.convert.sources import MemorySource, RenamedSource, TensorSource
 from msdiff_dist.convert.writing import write_state_dict
 from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
 from msdiff_dist.diffusion.processes.edm import EDMConfig
-from msdiff_dist.errors import CheckpointError, ConfigError
+from msdiff_dist.errors import CheckpointError
 from msdiff_dist.export.description import ModelDescription
 from msdiff_dist.models.song.config import SongConfig
 
@@ -86,7 +86,7 @@ def read_edm(source: TensorSource, options: ConvertOptions) -> ModelWeights:
     filters = {k: "the fixed filter of resampling" for k in names if k.endswith("resample_filter")}
     check_filters(source, list(filters))
     check_complete(source, rules, filters, dict(empty_model(model).named_parameters()), "official-edm")
-    boundaries, said = given_boundaries(options, model.num_stages, PAPER_BOUNDARIES)
+    boundaries, said = given_boundaries(options.boundaries, model.num_stages, PAPER_BOUNDARIES)
     description = ModelDescription(
         model=model,
         diffusion=DiffusionConfig("edm", EDMConfig()),
@@ -185,7 +185,7 @@ def _pair(ours: str, theirs: str) -> Iterator[Rule]:
 
 def _infer(source: TensorSource, groups: int) -> tuple[SongConfig, int]:
     shapes = {k.removeprefix(PREFIX): tuple(source.meta(k).shape) for k in source.names()}
-    try:
+    with recognising("official-edm", "DDPM++ network of the EDM code"):
         size = next(int(m[1]) for k in shapes if (m := re.fullmatch(r"enc\.(\d+)x\d+_conv\.weight", k)))
         width, in_channels = shapes[f"enc.{size}x{size}_conv.weight"][:2]
         at = [size >> i for i in range(16) if f"enc.{size >> i}x{size >> i}_block0.conv0.weight" in shapes]
@@ -208,12 +208,4 @@ def _infer(source: TensorSource, groups: int) -> tuple[SongConfig, int]:
             augment_labels=augment[1] if augment else 0,
             norm_groups=groups,
         )
-    except (KeyError, StopIteration, IndexError) as e:
-        raise CheckpointError(
-            "official-edm keys", str(e), "is missing: this is no DDPM++ network of the EDM code", "Convert another."
-        ) from None
-    except ConfigError as e:
-        raise CheckpointError(
-            e.field, e.value, f"{e.problem}: this network cannot be built", "Give its --norm-groups."
-        ) from None
     return config, size

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from msdiff_dist.convert.families import refuse_other_families
-from msdiff_dist.convert.formats.song import checked_song, given_boundaries, groups_of
+from msdiff_dist.convert.formats.song import checked_song, groups_of, recognising
 from msdiff_dist.convert.key_map import Layout, OursFromTheirs, Rule, TheirsFromOurs, check_complete, rule
 from msdiff_dist.convert.model_weights import ModelWeights, Written, empty_model
-from msdiff_dist.convert.options import ConvertOptions
+from msdiff_dist.convert.options import ConvertOptions, given_boundaries
 from msdiff_dist.convert.sources import (
     PICKLES,
     MemorySource,
@@ -32,7 +32,7 @@ from msdiff_dist.convert.sources import (
 from msdiff_dist.convert.writing import write_state_dict
 from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
 from msdiff_dist.diffusion.processes.vp import VPConfig
-from msdiff_dist.errors import CheckpointError, ConfigError
+from msdiff_dist.errors import CheckpointError
 from msdiff_dist.export.description import ModelDescription
 from msdiff_dist.models.song.config import SongConfig
 
@@ -78,7 +78,7 @@ def read_scoresde(path: Path, options: ConvertOptions) -> ModelWeights:
     rules = scoresde_rules(model, unified)
     left_out = {**source.left_out, **{k: "not used by this network" for k in BUFFERS if k in source}}
     check_complete(source, rules, left_out, dict(empty_model(model).named_parameters()), "official-scoresde")
-    boundaries, said = given_boundaries(options, model.num_stages, PAPER_BOUNDARIES)
+    boundaries, said = given_boundaries(options.boundaries, model.num_stages, PAPER_BOUNDARIES)
     description = ModelDescription(
         model=model,
         diffusion=DiffusionConfig("vp", VPConfig()),
@@ -207,7 +207,7 @@ def _infer(source: TensorSource, groups: int) -> SongConfig:
     base = "all_modules." if unified else "en_modules."
     count = len({k.split(".")[1] for k in shapes if k.startswith(base)})
     pyramid = [n for n in range(count) if f"{base}{n}.Conv2d_0.weight" in shapes]
-    try:
+    with recognising("official-scoresde", "NCSN++ with an input pyramid"):
         width, in_channels = shapes[f"{base}2.weight"][:2]
         # A level's blocks lie between the steps of the pyramid; the block before a step is the one that halves.
         first = [3, *(n + 1 for n in pyramid)]
@@ -226,14 +226,6 @@ def _infer(source: TensorSource, groups: int) -> SongConfig:
             attention_downsamples=attention,
             norm_groups=groups,
         )
-    except (KeyError, IndexError) as e:
-        raise CheckpointError(
-            "official-scoresde keys", str(e), "is missing: this is no NCSN++ with an input pyramid", "Convert another."
-        ) from None
-    except ConfigError as e:
-        raise CheckpointError(
-            e.field, e.value, f"{e.problem}: this network cannot be built", "Give its --norm-groups."
-        ) from None
 
 
 def _decoders(shapes: Mapping[str, tuple[int, ...]], unified: bool) -> list[str]:

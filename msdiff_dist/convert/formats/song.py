@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from msdiff_dist.convert.model_weights import ModelWeights
 from msdiff_dist.convert.options import ConvertOptions
-from msdiff_dist.errors import CheckpointError
+from msdiff_dist.errors import CheckpointError, ConfigError
 from msdiff_dist.models.song.config import SongConfig
 
 
@@ -15,26 +18,23 @@ def groups_of(options: ConvertOptions) -> tuple[int, list[str]]:
     return 16, ["groups of the norms: at most 16, as in the multi-stage code; give --norm-groups otherwise"]
 
 
-def given_boundaries(
-    options: ConvertOptions, num_stages: int, paper: tuple[float, ...]
-) -> tuple[tuple[float, ...], list[str]]:
-    """The inner stage boundaries, and what was assumed for them.
+@contextmanager
+def recognising(format_name: str, network: str) -> Iterator[None]:
+    """Say that the keys are not those of `network`, if one that is looked for inside is missing.
 
     Raises:
-        CheckpointError: nothing says them.
+        CheckpointError: a key is missing, or the shapes make no network.
     """
-    given = options.boundaries
-    if num_stages == 1:
-        return (), []
-    if given is None and num_stages == len(paper) + 1:
-        said = " and ".join(f"{b:g}" for b in paper)
-        return paper, [f"stage boundaries: {said}, the paper's; give --boundaries otherwise"]
-    if given is None or len(given) != num_stages - 1:
+    try:
+        yield
+    except (KeyError, StopIteration, IndexError) as e:
         raise CheckpointError(
-            "--boundaries", given, f"the checkpoint has {num_stages} stages",
-            f"Give their {num_stages - 1} inner boundaries, separated by commas.",
-        )  # fmt: skip
-    return given, []
+            f"{format_name} keys", str(e), f"is missing: this is no {network}", "Convert another."
+        ) from None
+    except ConfigError as e:
+        raise CheckpointError(
+            e.field, e.value, f"{e.problem}: this network cannot be built", "Give its --norm-groups."
+        ) from None
 
 
 def checked_song(weights: ModelWeights, family: str, process: str) -> SongConfig:
