@@ -21,7 +21,6 @@ html_theme_options = {"top_of_page_buttons": []}
 default_role = "code"
 smartquotes = False  # it would make dashes of the hyphens of options
 
-myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]  # docs/recipe.md and typer's pages skip levels of headings
 
