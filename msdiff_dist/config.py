@@ -54,10 +54,10 @@ def section_of(table: Table[Any], named_by: str) -> dict[str, _Section]:
 
 
 @overload
-def from_mapping(cls: type[T], mapping: Mapping[str, Any], path: str = "") -> T: ...
+def from_mapping(cls: type[T], mapping: Any, path: str = "") -> T: ...
 @overload
 def from_mapping(cls: Any, mapping: Any, path: str = "") -> Any: ...
-def from_mapping(cls: Any, mapping: Mapping[str, Any], path: str = "") -> Any:
+def from_mapping(cls: Any, mapping: Any, path: str = "") -> Any:
     """Build dataclass `cls` from plain YAML data.
 
     Unknown keys, missing keys and wrong types raise `ConfigError` with the dotted path of the field; a dataclass's own

@@ -138,7 +138,8 @@ def stored_recipe(mapping: Any) -> Recipe:
 
 def recipe_mapping(recipe: Recipe) -> dict[str, Any]:
     """The resolved recipe as plain YAML data, every default written out."""
-    return to_mapping(recipe)
+    content: dict[str, Any] = to_mapping(recipe)
+    return content
 
 
 def _check_stages(recipe: Recipe) -> None:

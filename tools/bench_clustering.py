@@ -38,7 +38,8 @@ class Pictures(Dataset[Tensor]):
         return len(self._pixels)
 
     def __getitem__(self, i: int) -> Tensor:
-        return to_tensor(Image.fromarray(self._pixels[i])).flatten()
+        out: Tensor = to_tensor(Image.fromarray(self._pixels[i])).flatten()
+        return out
 
 
 def by_data_loader(pixels_Nd: np.ndarray, u_d: Tensor, sigma: float, workers: int) -> Tensor:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -125,7 +126,7 @@ def loopback_bytes() -> int:
     return int(line.split(":")[1].split()[8])
 
 
-def measure(rank: int, mapping: dict, steps: int, folder: Path) -> tuple[Side, Side]:
+def measure(rank: int, mapping: dict[str, Any], steps: int, folder: Path) -> tuple[Side, Side]:
     recipe, world_size = recipe_from(mapping), dist.get_world_size()
     ours, common = StageParallel(recipe, rank, world_size, folder), CommonWay(recipe, rank, world_size)
     seconds: tuple[list[float], list[float]] = ([], [])

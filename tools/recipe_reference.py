@@ -112,7 +112,8 @@ def _choices(values: Iterable[object]) -> str:
 
 def _default(field: dataclasses.Field[Any]) -> str:
     if field.default is not dataclasses.MISSING:
-        return "`" + yaml.safe_dump(_plain(field.default), default_flow_style=True).split("\n")[0] + "`"
+        text: str = "`" + yaml.safe_dump(_plain(field.default), default_flow_style=True).split("\n")[0] + "`"
+        return text
     return "required" if field.default_factory is dataclasses.MISSING else "the section's own"
 
 

@@ -40,7 +40,8 @@ def inner_products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """
     (t_a, gamma_a), (t_b, gamma_b) = a.T[:, :, None], b.T[:, None]
     scale = (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1)
-    return scale * np.where(t_a < t_b, (t_a / t_b) ** gamma_b / t_b, (t_b / t_a) ** gamma_a / t_a)
+    values: np.ndarray = scale * np.where(t_a < t_b, (t_a / t_b) ** gamma_b / t_b, (t_b / t_a) ** gamma_a / t_a)
+    return values
 
 
 def fit(held: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, float]:

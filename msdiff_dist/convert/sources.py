@@ -126,13 +126,15 @@ class TorchSource(TensorSource):
         return list(self._meta)
 
     def meta(self, key: str) -> Tensor:
-        return self._meta[key]
+        out: Tensor = self._meta[key]
+        return out
 
     def read(self, key: str) -> Tensor:
         if self._mapped and self._resident > RESIDENT:
             self._tensors, self._resident = _weights_in(self.files[0])[0], 0
         self._resident += self._meta[key].nbytes
-        return self._tensors[key]
+        out: Tensor = self._tensors[key]
+        return out
 
 
 class RenamedSource(TensorSource):

@@ -254,7 +254,8 @@ def _file_system(address: str) -> tuple[Any, str]:
     import fsspec
 
     try:
-        return fsspec.core.url_to_fs(address)
+        found: tuple[Any, str] = fsspec.core.url_to_fs(address)
+        return found
     except (ImportError, ValueError) as e:
         remedy = "Install what it needs: pip install 'msdiff-dist[s3]' for s3, or the fsspec package of this protocol."
         raise DataError("data.shards", address, f"cannot be opened ({e})", remedy) from e

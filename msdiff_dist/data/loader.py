@@ -233,7 +233,7 @@ def _one_by_one(picked: list[Picked]) -> list[Chunk]:
     return [chunk for _, chunk in sorted(single, key=lambda one: one[0])]
 
 
-class _RankDataset(IterableDataset):
+class _RankDataset(IterableDataset["StepSamples | UserError"]):
     """Runs in each worker; yields its part of every step, or a `UserError` as its last item."""
 
     def __init__(self, schedule: _Schedule, lanes: list[int], start_batch: int) -> None:

@@ -47,4 +47,5 @@ class Mixture:
     def taken_before(self, g: int) -> Ints:
         """Samples each source has given before global sample number g."""
         rounds, at = divmod(g, len(self._source_n))
-        return rounds * self._before_nS[-1] + self._before_nS[at]
+        found: Ints = rounds * self._before_nS[-1] + self._before_nS[at]
+        return found

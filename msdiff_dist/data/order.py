@@ -78,7 +78,7 @@ class EpochPlan:
         segment = int(np.searchsorted(self._segment_starts, p, side="right")) - 1
         lanes = self._lanes_of_segment[segment]
         rounds, turn = divmod(p - int(self._segment_starts[segment]), len(lanes))
-        taken_L = np.minimum(self.sizes_L, self._round_of_segment[segment] + rounds)
+        taken_L: Ints = np.minimum(self.sizes_L, self._round_of_segment[segment] + rounds)
         taken_L[lanes[:turn]] += 1
         return taken_L
 

@@ -20,7 +20,8 @@ def betas(name: ScheduleName, timesteps: int, beta_start: float, beta_end: float
     if name == "linear":
         return np.linspace(beta_start, beta_end, timesteps)
     alpha_bar = np.cos((np.arange(timesteps + 1) / timesteps + 0.008) / 1.008 * np.pi / 2) ** 2
-    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    values: np.ndarray = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    return values
 
 
 def alphas_cumprod(betas_T: np.ndarray) -> np.ndarray:

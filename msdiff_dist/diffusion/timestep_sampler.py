@@ -100,7 +100,8 @@ def stage_probabilities(process: Process, partition: StagePartition, sampling: S
         weights = np.array([process.mass(*partition.interval(k)) for k in range(K)])
     else:
         weights = np.array(sampling)
-    return weights / weights.sum()
+    values: np.ndarray = weights / weights.sum()
+    return values
 
 
 def stage_quotas(probability_K: Sequence[float] | np.ndarray, global_batch_size: int) -> np.ndarray:
@@ -111,7 +112,7 @@ def stage_quotas(probability_K: Sequence[float] | np.ndarray, global_batch_size:
     # Largest remainder: round down, and give the samples still missing to the stages that lost most. A stage that got
     # none takes one from the largest: every rank of every stage's group must have work in every step.
     exact = np.asarray(probability_K) * global_batch_size
-    quotas = np.floor(exact).astype(np.int64)
+    quotas: np.ndarray = np.floor(exact).astype(np.int64)
     most_remaining = np.argsort(quotas - exact, kind="stable")
     quotas[most_remaining[: global_batch_size - quotas.sum()]] += 1
     for k in np.flatnonzero(quotas == 0):

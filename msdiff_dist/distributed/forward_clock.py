@@ -35,6 +35,6 @@ class ForwardClock:
 
     def take(self) -> float:
         """Seconds since the last call. On GPUs to be called after a synchronisation."""
-        seconds = self._seconds + sum(start.elapsed_time(end) for start, end in self._events) / 1e3
+        seconds: float = self._seconds + sum(start.elapsed_time(end) for start, end in self._events) / 1e3
         self._seconds, self._events = 0.0, []
         return seconds

@@ -67,7 +67,8 @@ class Placement:
     @property
     def samples_WK(self) -> np.ndarray:
         """Samples per global batch."""
-        return self.samples_AWK.sum(axis=0)
+        values: np.ndarray = self.samples_AWK.sum(axis=0)
+        return values
 
     def group(self, stage: int) -> tuple[int, ...]:
         """The ranks that hold `stage`, ascending."""
@@ -352,6 +353,8 @@ def _micro_samples(samples_WK: np.ndarray, quotas_AK: np.ndarray) -> np.ndarray:
     offset_AK = turn_AK + quotas_AK.sum(axis=0) % accumulation + 1
 
     def dealt(row_WK: np.ndarray) -> np.ndarray:
-        return (row_WK[None] - offset_AK[:, None]) // accumulation
+        values: np.ndarray = (row_WK[None] - offset_AK[:, None]) // accumulation
+        return values
 
-    return dealt(ends_WK) - dealt(ends_WK - samples_WK)
+    values: np.ndarray = dealt(ends_WK) - dealt(ends_WK - samples_WK)
+    return values

@@ -166,7 +166,8 @@ def samples_crossing(placement: Placement) -> float:
     log_factorial = np.concatenate([[0.0], np.log(np.arange(1, batch + 1)).cumsum()])
 
     def log_choose(n: np.ndarray | int, k: np.ndarray | int) -> np.ndarray:
-        return log_factorial[n] - log_factorial[k] - log_factorial[np.subtract(n, k)]
+        values: np.ndarray = log_factorial[n] - log_factorial[k] - log_factorial[np.subtract(n, k)]
+        return values
 
     def kept(read: int, quota: int, planned: int) -> float:
         j = np.arange(max(0, read + quota - batch), min(read, quota) + 1)  # of those read, how many are in the quota

@@ -60,11 +60,13 @@ class FeatureClassifier(nn.Module):
 
     def features(self, images_NCHW: Tensor) -> Tensor:
         """Features [N, D] of uint8 pictures: the layer before the classes, before its ReLU."""
-        return self.body(to_model_range(images_NCHW))
+        out: Tensor = self.body(to_model_range(images_NCHW))
+        return out
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """Logits [N, classes] of uint8 pictures."""
-        return self.head(F.relu(self.features(images_NCHW)))
+        out: Tensor = self.head(F.relu(self.features(images_NCHW)))
+        return out
 
 
 def train_classifier(data: DataConfig, steps: int, batch_size: int = 128, seed: int = 0) -> FeatureClassifier:

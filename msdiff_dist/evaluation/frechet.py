@@ -12,7 +12,7 @@ from torch import Tensor
 
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.make.images import read_pictures
-from msdiff_dist.diffusion.sampling import SamplerConfig
+from msdiff_dist.diffusion.solvers import SamplerConfig
 from msdiff_dist.errors import ConfigError, DataError
 from msdiff_dist.evaluation.feature_classifier import load_classifier
 from msdiff_dist.evaluation.generate import Generator

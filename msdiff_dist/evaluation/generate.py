@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from msdiff_dist.diffusion.sampling import Condition, SamplerConfig, sample
+from msdiff_dist.diffusion.sampling import Condition, sample
+from msdiff_dist.diffusion.solvers import SamplerConfig
 from msdiff_dist.evaluation.prompts import Prompter
 from msdiff_dist.export.weights import Weights
 from msdiff_dist.models.autoencoder import LatentCodec
@@ -83,7 +84,8 @@ class Generator:
             self._stages[stage] = self._load(build_parts(self._model, [stage])[1][stage], f"stages.{stage}.")
         context = None if context is None else context.to(self._dtype)
         features = self._shared(x_in.to(self._dtype), t_in, context, label)
-        return self._stages[stage](*features)
+        out: Tensor = self._stages[stage](*features)
+        return out
 
     def _load(self, module: nn.Module, prefix: str) -> nn.Module:
         module.load_state_dict(self._weights.module_state(prefix))

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from msdiff_dist.diffusion.sampling import SamplerConfig
+from msdiff_dist.diffusion.solvers import SamplerConfig
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.files.atomic import atomic_write
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from msdiff_dist.config import to_mapping
 from msdiff_dist.diffusion.process import Process
-from msdiff_dist.diffusion.sampling import SamplerConfig
-from msdiff_dist.diffusion.solvers import SOLVERS
+from msdiff_dist.diffusion.solvers import SOLVERS, SamplerConfig
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.evaluation.generate import Generator
 from msdiff_dist.evaluation.grid import class_labels

@@ -37,7 +37,8 @@ class TimedModel(nn.Module):
             context: tokens [B, S, context_dim], where the model takes them.
             label: int64 [B], where the model has classes; num_classes stands for "dropped".
         """
-        return self.network(x_BCHW, self.process.network_time(t_B), self.partition.stage_of(t_B), context, label)
+        out: Tensor = self.network(x_BCHW, self.process.network_time(t_B), self.partition.stage_of(t_B), context, label)
+        return out
 
 
 def load_model(path: Path | str, ema: bool = True) -> TimedModel:

@@ -29,7 +29,8 @@ def attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, backend: Attention
         return _xformers_attention(q_BHTD, k_BHSD, v_BHSD)
     weights_BHTS = (q_BHTD * q_BHTD.shape[-1] ** -0.5) @ k_BHSD.transpose(-2, -1)
     at_least_fp32 = torch.promote_types(weights_BHTS.dtype, torch.float32)
-    return weights_BHTS.softmax(dim=-1, dtype=at_least_fp32).to(v_BHSD.dtype) @ v_BHSD
+    out: Tensor = weights_BHTS.softmax(dim=-1, dtype=at_least_fp32).to(v_BHSD.dtype) @ v_BHSD
+    return out
 
 
 def _fastest(q_BHTD: Tensor, k_BHSD: Tensor) -> AttentionBackend:
@@ -42,7 +43,8 @@ def _xformers_attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tenso
     try:
         from xformers.ops import memory_efficient_attention
 
-        return memory_efficient_attention(q, k, v).transpose(1, 2)
+        out: Tensor = memory_efficient_attention(q, k, v).transpose(1, 2)
+        return out
     except (ImportError, NotImplementedError) as e:
         kind = f"{q_BHTD.dtype} on {q_BHTD.device.type} with {q_BHTD.shape[-1]} channels per head"
         raise ConfigError(
@@ -114,7 +116,8 @@ class SpatialTransformer(nn.Module):
             h_BTC = layer(h_BTC, context_BSE)
         if self.linear_projections:
             return x_BCHW + _to_image(self.proj_out(h_BTC), H, W)
-        return x_BCHW + self.proj_out(_to_image(h_BTC, H, W))
+        out: Tensor = x_BCHW + self.proj_out(_to_image(h_BTC, H, W))
+        return out
 
 
 class TransformerLayer(nn.Module):
@@ -131,7 +134,8 @@ class TransformerLayer(nn.Module):
         h_BTC = self.norm1(x_BTC)
         x_BTC = x_BTC + self.attn1(h_BTC, h_BTC)
         x_BTC = x_BTC + self.attn2(self.norm2(x_BTC), context_BSE)
-        return x_BTC + self.ff(self.norm3(x_BTC))
+        out: Tensor = x_BTC + self.ff(self.norm3(x_BTC))
+        return out
 
 
 class MultiHeadAttention(nn.Module):
@@ -150,7 +154,8 @@ class MultiHeadAttention(nn.Module):
             y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for y in (self.to_q(x_BTC), self.to_k(context_BSE), self.to_v(context_BSE))
         )
-        return self.to_out(attention(q, k, v, self.backend).transpose(1, 2).flatten(2))
+        out: Tensor = self.to_out(attention(q, k, v, self.backend).transpose(1, 2).flatten(2))
+        return out
 
 
 class FeedForward(nn.Module):
@@ -162,7 +167,8 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(GatedGELU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        return self.net(x_BTC)
+        out: Tensor = self.net(x_BTC)
+        return out
 
 
 class GatedGELU(nn.Module):
@@ -187,4 +193,5 @@ def _to_tokens(x_BCHW: Tensor) -> Tensor:
 
 
 def _to_image(x_BTC: Tensor, H: int, W: int) -> Tensor:
-    return x_BTC.transpose(1, 2).unflatten(2, (H, W))
+    out: Tensor = x_BTC.transpose(1, 2).unflatten(2, (H, W))
+    return out

@@ -99,7 +99,8 @@ class LatentCodec:
             problem = f"takes {model.config.in_channels} channels, the pictures have {images.shape[1]}"
             raise ConfigError("autoencoder.path", self._config.path, problem, "Correct the channels of the pictures.")
         if self._config.kind == "vq":
-            return model.encode(images).latents.float().cpu()
+            out: Tensor = model.encode(images).latents.float().cpu()
+            return out
         posterior = model.encode(images).latent_dist
         return torch.cat([posterior.mean, posterior.logvar], dim=1).float().cpu()
 
@@ -123,7 +124,7 @@ class LatentCodec:
                     "autoencoder.path", None, f"a {self._config.kind} autoencoder makes and decodes these latents",
                     "Name its folder or hub id.",
                 )  # fmt: skip
-            model = AutoencoderKL if self._config.kind == "kl" else VQModel
+            model: Any = AutoencoderKL if self._config.kind == "kl" else VQModel
             try:
                 self._model = model.from_pretrained(self._config.path).to(self._device).eval()
             except (OSError, ValueError, RuntimeError) as e:

@@ -43,7 +43,8 @@ class MultistageUNet(nn.Module):
         features = self.shared(x_BCHW, t_B, context, label, augment)
         stages = stage_B.unique().tolist()
         if len(stages) == 1:
-            return self.stages[stages[0]](*features)
+            out: Tensor = self.stages[stages[0]](*features)
+            return out
         rows = [(stage_B == k).nonzero()[:, 0] for k in stages]
         outputs = [self.stages[k](*(f[r] for f in features)) for k, r in zip(stages, rows, strict=True)]
         return torch.cat(outputs)[torch.cat(rows).argsort()]
@@ -77,7 +78,8 @@ class SeparateStage(nn.Module):
         x_BCHW, t_B, *conditions = features
         taken = {"context": self.config.takes_context, "label": self.config.takes_label, "augment": True}
         names = [name for name, takes in taken.items() if takes]
-        return self.decoder(*self.encoder(x_BCHW, t_B, **dict(zip(names, conditions, strict=False))))
+        out: Tensor = self.decoder(*self.encoder(x_BCHW, t_B, **dict(zip(names, conditions, strict=False))))
+        return out
 
 
 def build_model(config: ModelConfig, seed: int = 0) -> MultistageUNet:

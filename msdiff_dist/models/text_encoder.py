@@ -94,7 +94,8 @@ class TextEncoder:
         if end is None:
             return tokens_nT != getattr(self._tower, "pad_id", -1)
         is_end = (tokens_nT == end).long()
-        return is_end.cumsum(1) - is_end == 0
+        out: Tensor = is_end.cumsum(1) - is_end == 0
+        return out
 
 
 def _registered(name: str) -> str:

@@ -119,7 +119,8 @@ def _flat_sample(raw: dict[str, Any]) -> Samples:
     if latent is None:
         problem = f"sample {raw['__key__']!r} has neither a picture nor a latent"
         raise DataError("--data", raw["__url__"], problem, "Name shards of pictures, or of .npy or .latent.npy arrays.")
-    return np.load(io.BytesIO(latent), allow_pickle=False).ravel()
+    found: Samples = np.load(io.BytesIO(latent), allow_pickle=False).ravel()
+    return found
 
 
 def _read_pictures(files: Sequence[Path]) -> Samples:

@@ -12,14 +12,16 @@ from msdiff_dist.errors import ConfigError
 def timestep_boundaries(process: Process, stages: int) -> list[float]:
     """Stages of equal length on the clock: an interval costs sum |t_centre - t| over its grid points."""
     grid = clock_grid(process)
-    return grid[best_intervals(centred_costs(np.arange(len(grid))), stages)].tolist()
+    boundaries: list[float] = grid[best_intervals(centred_costs(np.arange(len(grid))), stages)].tolist()
+    return boundaries
 
 
 def snr_boundaries(process: Process, stages: int) -> list[float]:
     """Stages of like signal-to-noise ratio: an interval costs sum |log SNR(t_centre) - log SNR(t)|."""
     grid = clock_grid(process)
     log_snr = -2 * np.log(process.sigma_of(grid))
-    return grid[best_intervals(centred_costs(log_snr), stages)].tolist()
+    boundaries: list[float] = grid[best_intervals(centred_costs(log_snr), stages)].tolist()
+    return boundaries
 
 
 def affinity_boundaries(grid_G: np.ndarray, affinity_GG: np.ndarray, stages: int) -> list[float]:
@@ -27,7 +29,9 @@ def affinity_boundaries(grid_G: np.ndarray, affinity_GG: np.ndarray, stages: int
     G = len(affinity_GG)
     sums = np.concatenate([np.zeros((G, 1)), np.cumsum(affinity_GG, axis=1)], axis=1)
     i, j, centre = _intervals(G)
-    return grid_G[best_intervals(np.where(j > i, sums[centre, i] - sums[centre, j], np.inf), stages)].tolist()
+    cost = np.where(j > i, sums[centre, i] - sums[centre, j], np.inf)
+    boundaries: list[float] = grid_G[best_intervals(cost, stages)].tolist()
+    return boundaries
 
 
 def similarity_intervals(similarity_GG: np.ndarray, stages: int) -> np.ndarray:

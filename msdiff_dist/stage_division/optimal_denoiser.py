@@ -178,7 +178,8 @@ def limit_boundaries(process: Process, similarities: LimitSimilarities, alpha: f
     if in_first >= before_last:
         problem = "the first and the last stage meet and leave none between"
         raise ConfigError("--alpha", alpha, problem, "Use a larger alpha, or a smaller --eta.")
-    return clock_times(process, [u_M[in_first], u_M[before_last]]).tolist()
+    boundaries: list[float] = clock_times(process, [u_M[in_first], u_M[before_last]]).tolist()
+    return boundaries
 
 
 def running_means(similarities: LimitSimilarities) -> tuple[np.ndarray, np.ndarray]:
@@ -202,7 +203,9 @@ def pairwise_similarity(blocks: Blocks, draws: Draws, sigma_G: np.ndarray, eta: 
 
 def pairwise_boundaries(process: Process, similarity_GG: np.ndarray, stages: int) -> list[float]:
     """Boundaries half-way on the clock between the neighbouring points of the grid u = 0, 1/(G-1), ..., 1."""
-    return clock_times(process, (similarity_intervals(similarity_GG, stages) - 0.5) / (len(similarity_GG) - 1)).tolist()
+    between = (similarity_intervals(similarity_GG, stages) - 0.5) / (len(similarity_GG) - 1)
+    boundaries: list[float] = clock_times(process, between).tolist()
+    return boundaries
 
 
 def _fraction_alike(a: Tensor, b: Tensor, eta: float) -> Tensor:

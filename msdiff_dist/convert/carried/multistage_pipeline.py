@@ -114,7 +114,8 @@ class MultistagePipeline(DiffusionPipeline):
     def _predict(self, x: Tensor, t: Tensor, context: Tensor | None, classes: Tensor | None) -> Tensor:
         conditions = {"encoder_hidden_states": context, "class_labels": classes}
         given = {name: value for name, value in conditions.items() if value is not None}
-        return self.unet(x, t, **given, return_dict=False)[0]
+        out: Tensor = self.unet(x, t, **given, return_dict=False)[0]
+        return out
 
     def _decode(self, x: Tensor) -> Tensor:
         config: Any = self.config

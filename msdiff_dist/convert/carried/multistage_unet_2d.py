@@ -52,7 +52,7 @@ class Blocks:
     def attention(self, channels: int) -> nn.Module:
         heads = self.config.num_attention_heads or channels // self.config.attention_head_dim
         if self.config.cross_attention_dim is not None:
-            return Transformer2DModel(
+            built: nn.Module = Transformer2DModel(
                 heads,
                 channels // heads,
                 in_channels=channels,
@@ -61,6 +61,7 @@ class Blocks:
                 norm_num_groups=self.config.norm_num_groups,
                 use_linear_projection=self.config.use_linear_projection,
             )
+            return built
         return Attention(
             channels,
             heads=heads,
@@ -105,7 +106,8 @@ class Level(nn.Module):
         """Halve or double, by a convolution or inside a residual block."""
         assert self.resampler_name is not None
         layer = self.get_submodule(self.resampler_name)[0]  # type: ignore[index]
-        return layer(x, temb) if isinstance(layer, ResnetBlock2D) else layer(x)
+        out: Tensor = layer(x, temb) if isinstance(layer, ResnetBlock2D) else layer(x)
+        return out
 
 
 class MiddleBlock(nn.Module):
@@ -117,7 +119,8 @@ class MiddleBlock(nn.Module):
         self.attentions = nn.ModuleList([blocks.attention(channels)])
 
     def forward(self, x: Tensor, temb: Tensor, context: Tensor | None) -> Tensor:
-        return self.resnets[1](attend(self.attentions[0], self.resnets[0](x, temb), context), temb)
+        out: Tensor = self.resnets[1](attend(self.attentions[0], self.resnets[0](x, temb), context), temb)
+        return out
 
 
 class StageDecoder(nn.Module):
@@ -144,7 +147,8 @@ class StageDecoder(nn.Module):
                 x = level.block(i, torch.cat([x, skips.pop()], dim=1), temb, context)
             if level.resampler_name:
                 x = level.resample(x, temb)
-        return self.conv_out(nn.functional.silu(self.conv_norm_out(x)))
+        out: Tensor = self.conv_out(nn.functional.silu(self.conv_norm_out(x)))
+        return out
 
 
 class MultistageUNet2DModel(ModelMixin, ConfigMixin):
@@ -254,5 +258,7 @@ class MultistageUNet2DModel(ModelMixin, ConfigMixin):
 def attend(layer: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
     """Self-attention, or a transformer that also attends to the context."""
     if isinstance(layer, Transformer2DModel):
-        return layer(x, encoder_hidden_states=context, return_dict=False)[0]
-    return layer(x)
+        attended: Tensor = layer(x, encoder_hidden_states=context, return_dict=False)[0]
+        return attended
+    out: Tensor = layer(x)
+    return out

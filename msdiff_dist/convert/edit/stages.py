@@ -129,7 +129,8 @@ class GrownSource(TensorSource):
         if how is not None:
             return how.apply(self._old.read(how.name))
         _, stage, name = key.split(".", 2)
-        return build_parts(self._model, [int(stage)])[1][int(stage)].state_dict()[name]
+        out: Tensor = build_parts(self._model, [int(stage)])[1][int(stage)].state_dict()[name]
+        return out
 
 
 def merge(models: Sequence[ModelWeights], boundaries: Sequence[float]) -> ModelWeights:

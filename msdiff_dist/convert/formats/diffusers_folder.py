@@ -334,7 +334,8 @@ def json_of(path: Path) -> dict[str, Any]:
         CheckpointError: there is none.
     """
     try:
-        return json.loads(path.read_text())
+        content: dict[str, Any] = json.loads(path.read_text())
+        return content
     except FileNotFoundError:
         raise CheckpointError(str(path), None, "is missing", "Name a complete diffusers folder.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:

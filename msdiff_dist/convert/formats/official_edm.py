@@ -50,7 +50,8 @@ class InterleavedQKV(Layout):
 
     def to_ours(self, theirs: list[Tensor]) -> Tensor:
         (joint,) = theirs
-        return joint.unflatten(0, (-1, 3)).transpose(0, 1).reshape(joint.shape[0], *joint.shape[1:2])
+        out: Tensor = joint.unflatten(0, (-1, 3)).transpose(0, 1).reshape(joint.shape[0], *joint.shape[1:2])
+        return out
 
     def to_theirs(self, ours: Tensor) -> list[Tensor]:
         interleaved = ours.unflatten(0, (3, -1)).transpose(0, 1).reshape(ours.shape)

@@ -98,7 +98,7 @@ def _readers(
 
 
 def _loaded(dataset: Any, batch_size: int, workers: int) -> Batches:
-    loader: DataLoader = DataLoader(
+    loader: DataLoader[Tensor] = DataLoader(
         dataset,
         batch_size,
         num_workers=workers,
@@ -108,7 +108,7 @@ def _loaded(dataset: Any, batch_size: int, workers: int) -> Batches:
     return itertools.chain.from_iterable(itertools.repeat(loader))
 
 
-class _TarFiles(IterableDataset):
+class _TarFiles(IterableDataset[Tensor]):
     """What one writes first: tarfile, PIL or numpy, shards in random order; samples too, if in the recipe's window."""
 
     def __init__(self, paths: list[str], config: DataConfig, shuffled: bool = False) -> None:
@@ -131,7 +131,7 @@ class _TarFiles(IterableDataset):
                         yield from _decoded(extension, content.read(), self._config)
 
 
-class _WebDataset(IterableDataset):
+class _WebDataset(IterableDataset[Tensor]):
     """webdataset as its documentation has it, with the recipe's shuffle window; packed samples are shuffled singly."""
 
     def __init__(self, paths: list[str], config: DataConfig) -> None:
@@ -168,7 +168,7 @@ def _streaming(
     return lambda: _loaded(_Decoded(dataset, config), batch_size, workers)
 
 
-class _Decoded(IterableDataset):
+class _Decoded(IterableDataset[Tensor]):
     def __init__(self, records: Iterable[dict[str, Any]], config: DataConfig) -> None:
         self._records, self._config = records, config
 

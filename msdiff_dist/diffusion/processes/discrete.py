@@ -79,7 +79,8 @@ class DiscreteProcess(Process):
 
     def sigma_of(self, t: ArrayLike) -> np.ndarray:
         a = self.alphas_cumprod[np.asarray(t, np.int64)]
-        return np.sqrt((1 - a) / a)
+        values: np.ndarray = np.sqrt((1 - a) / a)
+        return values
 
     def time_of(self, sigma: ArrayLike) -> np.ndarray:
         return np.searchsorted(self.sigma_of(np.arange(self.hi)), sigma, side="left")

@@ -69,7 +69,8 @@ class EDMProcess(Process):
         sign, a, b = self._normal_interval(lo, hi)
         p = _normal_cdf(a) + np.maximum(u, 2.0**-54) * (_normal_cdf(b) - _normal_cdf(a))
         z = sign * torch.special.ndtri(torch.from_numpy(p)).numpy()
-        return np.clip(np.exp(self._config.p_mean + self._config.p_std * z), lo, np.nextafter(hi, lo))
+        values: np.ndarray = np.clip(np.exp(self._config.p_mean + self._config.p_std * z), lo, np.nextafter(hi, lo))
+        return values
 
     def sigma_of(self, t: ArrayLike) -> np.ndarray:
         return np.asarray(t, np.float64)

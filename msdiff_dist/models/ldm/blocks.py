@@ -29,7 +29,8 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.conv(_double(x_BCHW))
+        out: Tensor = self.conv(_double(x_BCHW))
+        return out
 
 
 class Downsample(nn.Module):
@@ -40,7 +41,8 @@ class Downsample(nn.Module):
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.op(x_BCHW)
+        out: Tensor = self.op(x_BCHW)
+        return out
 
 
 class ResBlock(nn.Module):
@@ -85,7 +87,8 @@ class ResBlock(nn.Module):
                 h = layer(h)
         else:
             h = self.out_layers(h + emb_BC11)
-        return self.skip_connection(self.resample(x_BCHW)) + h
+        out: Tensor = self.skip_connection(self.resample(x_BCHW)) + h
+        return out
 
 
 class UNetBlock(nn.Sequential):

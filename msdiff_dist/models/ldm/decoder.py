@@ -43,4 +43,5 @@ class Decoder(nn.Module):
         context = rest.pop(0) if self.has_context else None
         for block, skip in zip(self.output_blocks, reversed(rest), strict=True):
             h = block(torch.cat([h, skip], dim=1), emb_BE, context)
-        return self.out(h)
+        out: Tensor = self.out(h)
+        return out

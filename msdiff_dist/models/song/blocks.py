@@ -125,7 +125,8 @@ class SongBlock(nn.Module):
         h = self.in_conv(self._resampled(F.silu(self.in_norm(x_BCHW))))
         h = F.silu(self.out_norm(h + self.emb(emb_BE)[:, :, None, None]))
         h = (self.skip(self._resampled(x_BCHW)) + self.out_conv(self.dropout(h))) * HALF_POWER
-        return h if self.attention is None else self.attention(h) * HALF_POWER
+        out: Tensor = h if self.attention is None else self.attention(h) * HALF_POWER
+        return out
 
     def _resampled(self, x_BCHW: Tensor) -> Tensor:
         if self.resample is None:
@@ -152,7 +153,8 @@ class PyramidStep(nn.Module):
 
     def forward(self, picture_BCHW: Tensor, h_BCHW: Tensor) -> Tensor:
         halved = self.conv(self.filter(picture_BCHW, padding=len(self.filter.taps) // 2))
-        return (halved + h_BCHW) * HALF_POWER
+        out: Tensor = (halved + h_BCHW) * HALF_POWER
+        return out
 
 
 def middle_block(config: SongConfig, channels: int, emb_channels: int) -> SongBlocks:

@@ -42,4 +42,5 @@ class SongDecoder(nn.Module):
         h = skips.pop() if self.shared_middle else self.middle_block(skips[-1], emb_BE)
         for block, skip in zip(self.output_blocks, reversed(skips), strict=True):
             h = block(torch.cat([h, skip], dim=1), emb_BE)
-        return self.out(h)
+        out: Tensor = self.out(h)
+        return out

@@ -90,4 +90,5 @@ class SongEncoder(nn.Module):
             emb_BE = emb_BE + self.label_emb(one_hot * math.sqrt(classes))
         if augment is not None:
             emb_BE = emb_BE + self.augment_emb(augment.to(dtype))
-        return self.time_embed(emb_BE)
+        out: Tensor = self.time_embed(emb_BE)
+        return out

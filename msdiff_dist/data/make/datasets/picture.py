@@ -52,7 +52,7 @@ class Dataset:
 
 def tenth_apart(samples: int, split: Split) -> list[int]:
     """A fixed tenth of the samples is for test; both splits are in a fixed shuffled order."""
-    order = generator(0, "test split").permutation(samples).tolist()
+    order: list[int] = generator(0, "test split").permutation(samples).tolist()
     return order[: samples // 10] if split == "test" else order[samples // 10 :]
 
 
