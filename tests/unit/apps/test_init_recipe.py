@@ -39,9 +39,10 @@ SONG = SongConfig(32, (48, 32, 32), family="ncsnpp", num_classes=5, augment_labe
         (LDM, {"autoencoder": AutoencoderConfig("vq", "some/vq-f4", 4), "precision": "bf16"}),
         (LDMConfig(32, (32,), num_heads=2, context_dim=24, **WIDTHS), {"context_shape": (20, 24)}),
         (LDMConfig(32, (32,), num_heads=2, context_dim=24, **WIDTHS), {}),
+        (LDM, {"extensions": ("msdiff_dist.registry",)}),
         (SONG, {"diffusion": DiffusionConfig("edm", EDMConfig()), "stages": StagesConfig((2.5, 7.6), "equal")}),
     ],
-    ids=["pixels", "not square", "latents", "context", "context of unknown length", "song"],
+    ids=["pixels", "not square", "latents", "context", "context of unknown length", "extensions", "song"],
 )
 def test_from_an_export(model: Any, sections: dict[str, Any], make_export: Any, tmp_path: Path) -> None:
     export, out = make_export(model, **sections), tmp_path / "new" / "recipe.yaml"
@@ -51,6 +52,7 @@ def test_from_an_export(model: Any, sections: dict[str, Any], make_export: Any, 
     assert recipe.diffusion == description.diffusion
     assert recipe.stages == description.stages
     assert recipe.autoencoder == description.autoencoder
+    assert recipe.extensions == description.extensions
     assert recipe.train.precision == description.precision
     assert recipe.latent_shape == description.latent_shape
     assert plan_run(recipe, 2).placement.num_stages == model.num_stages
