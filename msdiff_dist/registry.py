@@ -73,10 +73,12 @@ def import_extensions(mapping: Any) -> None:
     """Import the modules that a recipe's plain data, or an export's, lists under `extensions`.
 
     Raises:
-        ConfigError: one cannot be imported here.
+        ConfigError: one is no module's name, or cannot be imported here.
     """
     listed = mapping.get("extensions") if isinstance(mapping, Mapping) else None
     for name in listed if isinstance(listed, (list, tuple)) else ():
+        if not all(part.isidentifier() for part in str(name).split(".")):
+            raise ConfigError("extensions", name, "is not the name of a module", "Write it as my_package.my_module.")
         try:
             importlib.import_module(str(name))
         except ImportError as e:

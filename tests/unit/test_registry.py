@@ -66,6 +66,12 @@ def test_a_missing_module_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert caught.value.value == "needs_another"
 
 
+@pytest.mark.parametrize("name", ["", ".mine", "my_package/mine.py", "my-package", 3])
+def test_what_is_no_modules_name_is_refused(name: object) -> None:
+    with pytest.raises(ConfigError, match="is not the name of a module"):
+        import_extensions({"extensions": [name]})
+
+
 def install(site: Path, module: str, body: str) -> None:
     """What `pip install` leaves of a package that declares an extension."""
     (site / f"{module}.py").write_text(body)
