@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from rich.console import Console
 from rich.progress import Progress
@@ -22,7 +21,7 @@ from msdiff_dist.diffusion.config import DiffusionConfig, build_process
 from msdiff_dist.diffusion.objective import Objective
 from msdiff_dist.diffusion.process import Process
 from msdiff_dist.diffusion.processes import PROCESSES
-from msdiff_dist.distributed.environment import is_rank_process, process_group
+from msdiff_dist.distributed.environment import is_rank_process, process_group, this_device
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.files.atomic import atomic_write
 from msdiff_dist.models.autoencoder import LatentCodec
@@ -152,14 +151,14 @@ def _divide_data(process: Process, parts: list[Part], stages: int, options: Deno
                 yield first, rows
                 progress.advance(task, len(rows))
 
-        blocks = float_blocks(parts, options.value_range, _device(), track=track)
+        blocks = float_blocks(parts, options.value_range, this_device(), track=track)
         return divide_by_optimal_denoiser(process, blocks, count, stages, options), True
 
 
 def _divide_gradients(request: ClusterRequest) -> tuple[Division, str]:
     """Division by the gradients of the run's newest averaged weights on a batch of its own data; its process's name."""
     assert request.run is not None
-    checkpoint, seed, device = find_checkpoint(request.run), request.options.seed, _device()
+    checkpoint, seed, device = find_checkpoint(request.run), request.options.seed, this_device()
     recipe = stored_recipe(CheckpointIndex.load(checkpoint).recipe)
     process, partition, reader = recipe.process(), recipe.partition(), CheckpointReader(checkpoint)
     shared, decoders = build_parts(recipe.model, range(partition.num_stages))
@@ -204,10 +203,6 @@ def _edit_section(section: str, values: str, how: str) -> str:
     line_start = kept.rfind("\n", 0, found.start()) + 1
     indent = re.match(r"[ \t]*", kept[line_start:]).group()  # type: ignore[union-attr]
     return f"{kept[:line_start]}{indent}{_MARK}{how}\n{kept[line_start : found.start()]}{values}{kept[found.end() :]}"
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _parsed(fields: Sequence[str]) -> dict[str, Any]:

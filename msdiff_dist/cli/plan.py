@@ -25,13 +25,15 @@ def plan(
     Example: msdiff plan celebahq256_ldm_3stage.yaml --world-size 64 --json
     """
     from msdiff_dist.apps.train.plan import plan_run, plan_warnings, workload
+    from msdiff_dist.distributed.environment import this_device
     from msdiff_dist.distributed.plan_report import plan_report, render
     from msdiff_dist.recipe import load_recipe
 
     parsed = load_recipe(recipe, overrides or [])
     ranks = _ranks(world_size, nodes, gpus_per_node)
     run = plan_run(parsed, ranks, gpus_per_node)
-    report = plan_report(run.placement, workload(parsed, run), plan_warnings(parsed, ranks), gpus_per_node)
+    on_gpus = bool(gpus_per_node) or this_device().type == "cuda"
+    report = plan_report(run.placement, workload(parsed, run, on_gpus), plan_warnings(parsed, ranks), gpus_per_node)
     if as_json:
         typer.echo(json.dumps(report))
         return

@@ -17,7 +17,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import deepspeed
 import torch
@@ -28,13 +28,13 @@ from torch import Tensor, nn
 from msdiff_dist.distributed.agree import Agreement
 from msdiff_dist.distributed.environment import Groups
 from msdiff_dist.distributed.forward_clock import ForwardClock
+from msdiff_dist.distributed.precision import Precision
 from msdiff_dist.distributed.zero_state import ShardedState
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 # DeepSpeed's shared-memory collective is compiled on first use (half a minute); gloo serves CPU ranks well.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-Precision = Literal["fp32", "bf16"]
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 StageLoss = Callable[[int, Tensor, slice], Tensor]
 

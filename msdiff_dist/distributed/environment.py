@@ -41,6 +41,11 @@ class Groups:
     routing: dist.ProcessGroup
 
 
+def this_device() -> torch.device:
+    """What a command that runs in one process computes on: the GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def is_rank_process() -> bool:
     """Whether a launcher (torchrun, srun, `msdiff train --nproc`) started this process as one rank of several."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ

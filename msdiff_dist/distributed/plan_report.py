@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 
 from msdiff_dist.distributed.placement import Placement
+from msdiff_dist.distributed.precision import Precision
 from msdiff_dist.distributed.topology import nodes_spanned, ring_share_between_nodes
 
 MOST_ROWS = 16
@@ -31,7 +32,7 @@ class Workload:
     shared_params: int
     stage_params_K: Sequence[int]
     payload_bytes: int
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     zero_shared: int = 1
     zero_decoders: int = 1
     moments: int = 2

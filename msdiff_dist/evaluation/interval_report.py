@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from msdiff_dist.config import differences, to_mapping
 from msdiff_dist.diffusion.config import StagesConfig
 from msdiff_dist.diffusion.stage_partition import build_partition
+from msdiff_dist.distributed.environment import this_device
 from msdiff_dist.errors import ConfigError, RunFolderError
 from msdiff_dist.evaluation.frechet import ScoreConfig, Scorer
 from msdiff_dist.evaluation.generate import Generator, SplicedGenerator
@@ -66,7 +65,7 @@ def interval_report(
         except ConfigError as e:
             raise ConfigError("--intervals", e.value, e.problem, e.remedy) from None
     score.sampler.for_process(process)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     scorer = Scorer(score, device)
     inside, outside = Generator(weights, device), Generator(others, device)
 

@@ -18,6 +18,7 @@ from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
+from msdiff_dist.distributed.environment import this_device
 from msdiff_dist.errors import RunFolderError
 from msdiff_dist.evaluation.generate import Generator
 from msdiff_dist.evaluation.grid import class_labels, write_grid
@@ -55,7 +56,7 @@ def sample_run(
     num_classes = weights.description.model.num_classes
     class_labels([0], num_classes, job.class_)
     job = job.resolved(weights.description.process(), evaluations)
-    generator = Generator(weights, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    generator = Generator(weights, this_device())
     generator.check_prompts(job.prompts)
     part = part or Part()
     paths = [out / f"{i:05d}.png" for i in range(job.num)]

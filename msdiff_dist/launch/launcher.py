@@ -98,7 +98,8 @@ def plan_report_of(run: Run, cluster: ClusterConfig, world_size: int) -> dict[st
     They are what that start did, times the ranks and the balance of this plan over those of that one.
     """
     plan = plan_run(run.recipe, world_size, cluster.ranks_per_node)
-    report = plan_report(plan.placement, workload(run.recipe, plan), (), cluster.ranks_per_node)
+    on_gpus = cluster.gpus_per_node > 0
+    report = plan_report(plan.placement, workload(run.recipe, plan, on_gpus), (), cluster.ranks_per_node)
     starts = Diary(run.folder / "launch/starts.jsonl").starts()
     speeds = [
         line["images_per_second"] for line in last_metrics(run.folder) if starts and line["step"] > starts[-1].step

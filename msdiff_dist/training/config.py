@@ -26,8 +26,9 @@ class TrainConfig:
     checkpoints come first."""
     gradient_accumulation_steps: int = 1
     """Micro batches per optimizer step."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of forward and backward passes; master weights, optimizer moments and averages are always fp32."""
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    """Precision of forward and backward passes; master weights, optimizer moments and averages are always fp32. `auto`
+    is bf16 where the device computes it natively, else fp32; the run keeps what its first start chose."""
     seed: int = 0
     """Seed of first weights, sample order, times and noise."""
     condition_dropout: float = 0.0

@@ -82,14 +82,22 @@ class RunFolder:
                     "Name a new or empty folder.",
                 )  # fmt: skip
             return
-        before: Any = OmegaConf.to_container(OmegaConf.load(self.recipe_file))
+        before = self.stored_recipe() or {}
         changed = [(f, a, b) for f, a, b in differences(before, dict(recipe)) if not f.startswith(FREE_FIELDS)]
+        changed = [(f, a, b) for f, a, b in changed if (f, b) != ("train.precision", "auto")]  # it takes the run's
         if changed:
             lines = "; ".join(f"{f} was {a!r}, now {b!r}" for f, a, b in changed)
             raise RunFolderError(
                 "--run-dir", str(self.path), f"belongs to a run of another recipe ({lines})",
                 "Name another --run-dir, or restore these fields to go on with this run.",
             )  # fmt: skip
+
+    def stored_recipe(self) -> dict[str, Any] | None:
+        """The resolved recipe of the run that is here, as plain data; None if there is none yet."""
+        if not self.recipe_file.exists():
+            return None
+        stored: Any = OmegaConf.to_container(OmegaConf.load(self.recipe_file))
+        return dict(stored)
 
     def open(self, recipe: Mapping[str, Any]) -> None:
         """Take the folder for this process, create its parts and write the resolved recipe.

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from msdiff_dist.apps.train.costs import CostReport, cost_report, step_petaflops
 from msdiff_dist.apps.train.found_data import DataFinder, FoundData
 from msdiff_dist.apps.train.local import run_local
@@ -23,6 +21,7 @@ from msdiff_dist.apps.train.plan import check_run, plan_run
 from msdiff_dist.checkpoint.layout import complete_checkpoints, step_folder, step_of
 from msdiff_dist.checkpoint.policy import CheckpointConfig
 from msdiff_dist.config import from_mapping, to_mapping
+from msdiff_dist.distributed.environment import this_device
 from msdiff_dist.errors import ConfigError, RunFolderError, TrainingError, UserError
 from msdiff_dist.evaluation.feature_classifier import load_classifier
 from msdiff_dist.evaluation.frechet import ScoreConfig, Scorer
@@ -186,7 +185,7 @@ def run_ablation(
     open_trials = [t for t in trials if not set(t.steps) <= t.scores(settings).keys()]
     if not open_trials:
         return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     scorer = Scorer(config.score, device)
     for trial in open_trials:
         scores = trial.scores(settings)

@@ -15,6 +15,7 @@ from msdiff_dist.data.loader import StepLoader
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas
 from msdiff_dist.distributed.placement import Placement, plan
 from msdiff_dist.distributed.plan_report import Workload
+from msdiff_dist.distributed.precision import expected_precision
 from msdiff_dist.distributed.topology import arrange
 from msdiff_dist.models.flops import ModelCosts, costs
 from msdiff_dist.recipe import Recipe
@@ -58,8 +59,8 @@ def recipe_costs(recipe: Recipe) -> ModelCosts:
     return costs(recipe.model, (height, width), tokens)
 
 
-def workload(recipe: Recipe, run_plan: RunPlan) -> Workload:
-    """What a plan report needs to know of a recipe."""
+def workload(recipe: Recipe, run_plan: RunPlan, on_gpus: bool) -> Workload:
+    """What a plan report needs to know of a recipe that trains on GPUs or on CPUs."""
     data, optimizer = recipe.data, recipe.optimizer
     payload = int(np.prod(data.x_shape)) * getattr(torch, data.x_dtype).itemsize
     if data.num_classes is not None:
@@ -71,7 +72,7 @@ def workload(recipe: Recipe, run_plan: RunPlan) -> Workload:
         run_plan.costs.encoder.params,
         [d.params for d in run_plan.costs.decoders],
         payload,
-        recipe.train.precision,
+        expected_precision(recipe.train.precision, on_gpus),
         recipe.parallel.zero_shared,
         recipe.parallel.zero_decoders,
         moments=OPTIMIZERS[optimizer.name].moments(optimizer),

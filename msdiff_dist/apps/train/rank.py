@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -16,6 +17,7 @@ from msdiff_dist.apps.train.trainer import Trainer
 from msdiff_dist.distributed.agree import on_rank_0
 from msdiff_dist.distributed.environment import process_group
 from msdiff_dist.distributed.lost_ranks import naming_lost_ranks
+from msdiff_dist.distributed.precision import PrecisionChoice, choose_precision
 from msdiff_dist.recipe import Recipe, recipe_mapping
 from msdiff_dist.training.preemption import StopRequest
 from msdiff_dist.training.run_folder import RunFolder
@@ -41,6 +43,8 @@ def run_rank(
         env = stack.enter_context(process_group(recipe.train.timeout_s))
         stack.enter_context(naming_lost_ranks(env))
         stop = stack.enter_context(stop or StopRequest())
+        precision = on_rank_0(lambda: _choose_precision(recipe, folder, env.device))
+        recipe = replace(recipe, train=replace(recipe.train, precision=precision.precision))
         on_rank_0(lambda: folder.open(recipe_mapping(recipe)))
         stack.callback(folder.close)
         trainer = stack.enter_context(Trainer(recipe, folder, env, found))
@@ -53,9 +57,16 @@ def run_rank(
                 terminal=terminal or sys.stderr,
             )
             sinks = stack.enter_context(Sinks.of_run(recipe.metrics, context))
-        for line in (trainer.describe(), *trainer.notes):
+        warnings = [f"warning: {precision.warning}"] if precision.warning else []
+        for line in (trainer.describe(precision), *warnings, *trainer.notes):
             sinks.say(line)
         return train(trainer, sinks, lambda: stop.requested_at is not None or trainer.saver.failed)
+
+
+def _choose_precision(recipe: Recipe, folder: RunFolder, device: torch.device) -> PrecisionChoice:
+    """The recipe's, or what the run here has, or what fits rank 0's device: one for all ranks."""
+    stored = folder.stored_recipe()
+    return choose_precision(recipe.train.precision, device, stored["train"]["precision"] if stored else None)
 
 
 def _threads_per_rank() -> int:

@@ -24,6 +24,7 @@ from msdiff_dist.diffusion.objective import Objective
 from msdiff_dist.distributed.agree import from_rank_0, on_every_rank, on_rank_0
 from msdiff_dist.distributed.engines import EngineConfig, StageParallelEngines
 from msdiff_dist.distributed.environment import Environment, Groups, make_groups
+from msdiff_dist.distributed.precision import PrecisionChoice
 from msdiff_dist.distributed.router import Router
 from msdiff_dist.errors import MsdiffError
 from msdiff_dist.models.activation_checkpointing import checkpoint_activations
@@ -56,6 +57,7 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, folder: RunFolder, env: Environment, found: FoundData | None = None) -> None:
+        assert recipe.train.precision != "auto", "the precision is chosen before the run is put together"
         self.recipe, self.folder, self.env = recipe, folder, env
         plan = on_every_rank(lambda: plan_run(recipe, env.world_size, _ranks_per_node()))
         self.batch_size, self.placement, self._quotas = plan.batch_size, plan.placement, plan.quotas
@@ -122,13 +124,14 @@ class Trainer:
         write_checkpoint(weights, averages, self.state.index(self.env.world_size))
         write_preview(self.recipe, weights, self.folder.samples / f"step_{step:08d}.png", self.env)
 
-    def describe(self) -> str:
-        """One line on what is about to run."""
+    def describe(self, precision: PrecisionChoice) -> str:
+        """One line on what is about to run, in which precision and why."""
         params = sum(torch.Size(shape).numel() for shape in self.state.shapes.values())
         scratch = f"from {self.recipe.train.init_from}" if self.recipe.train.init_from else "from scratch"
         start = f"from step {self.state.step}" if self.state.step else scratch
         return (
-            f"{self.recipe.name}: {params / 1e6:.1f} M parameters, {self.placement.num_stages} stages on "
+            f"{self.recipe.name}: {params / 1e6:.1f} M parameters in {precision.precision} ({precision.why}), "
+            f"{self.placement.num_stages} stages on "
             f"{self.env.world_size} ranks {list(map(list, self.placement.stages_of_rank))[:8]}, {start}, "
             f"run folder {self.folder.path}"
         )
@@ -153,7 +156,7 @@ class Trainer:
             checkpoint_activations(part, recipe.activation_checkpointing)
             part.to(device)
         config = EngineConfig(
-            recipe.train.precision,
+            "bf16" if recipe.train.precision == "bf16" else "fp32",
             recipe.parallel.zero_shared,
             recipe.parallel.zero_decoders,
             recipe.train.gradient_accumulation_steps,
