@@ -20,6 +20,7 @@ from torchvision.transforms.functional import to_tensor
 
 from msdiff_dist.diffusion.clock import clock_times
 from msdiff_dist.diffusion.processes.vp import VPConfig, VPProcess
+from msdiff_dist.pixels import unit
 from msdiff_dist.stage_division.image_blocks import DataBlocks, image_parts
 from msdiff_dist.stage_division.methods import float_blocks
 from msdiff_dist.stage_division.optimal_denoiser import Draws, draw_samples, limit_similarities, optimal_noise
@@ -87,7 +88,7 @@ def main() -> None:
     sigmas = process.sigma_of(clock_times(process, found.clock_M))
     picks = np.linspace(0, args.samples - 1, args.loop_samples).round().astype(int)
     noisy = draws.sample_Md + torch.from_numpy(sigmas)[:, None] * draws.noise_Md
-    data = torch.from_numpy(pixels).float() / 255
+    data = unit(torch.from_numpy(pixels).float())
     start = time.perf_counter()
     looped = [by_memory(data, noisy[i].float(), sigmas[i]) for i in picks]
     memory = (time.perf_counter() - start) / len(picks)
@@ -100,7 +101,7 @@ def main() -> None:
 
     some = Draws(draws.sample_Md[picks], draws.noise_Md[picks], draws.mean_d)
     ours = optimal_noise(blocks, some.sample_Md, some.noise_Md, torch.from_numpy(sigmas[picks]))
-    in_float64 = torch.from_numpy(pixels).double() / 255
+    in_float64 = unit(torch.from_numpy(pixels).double())
     exact = [by_memory(in_float64, noisy[i], sigmas[i]) for i in picks]
     print(f"largest difference from the loop in float64: {largest(list(ours), exact):.1e}")
     print(f"and of the float32 loops from it: {max(largest(looped, exact), largest(loaded, exact)):.1e}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from msdiff_dist.config import differences
 from msdiff_dist.errors import UserError
-from msdiff_dist.files.atomic import atomic_write, partial_of, writing
+from msdiff_dist.files.atomic import atomic_write, partial_of, remove_partials, writing
 from msdiff_dist.files.work_share import Part, alone, working
 
 _SHORT = reprlib.Repr()
@@ -50,16 +50,18 @@ class FolderClaim:
                 written.
         """
         held = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
-        if held - {self.locks.name} and not self.record.exists():
+        held = {name for name in held if (partial_of(name) or name) not in (self.locks.name, self.record.name)}
+        if held and not self.record.exists():
             raise self._refused("holds something else", "Name a new folder, or empty it.")
         with writing(self.option, self.folder, self.error):
             try:
                 with working(self.locks, part):
                     with alone(self.locks):
                         self._compare(settings)
-                        for name in sorted(held - {self.locks.name, self.record.name}):
+                        for name in sorted(held):
                             if names is not None and (partial_of(name) or name) not in names:
                                 raise self._refused(f"holds {name} too", "Remove it, or name a new folder.")
+                        remove_partials(self.record.parent, [self.record.name])
                         if not self.record.exists():
                             atomic_write(self.record, json.dumps(settings, indent=1) + "\n")
                     yield

@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from msdiff_dist.checkpoint.power_profile import SNAPSHOTS
 from msdiff_dist.config import differences
 from msdiff_dist.errors import RunFolderError
-from msdiff_dist.files.atomic import atomic_write, writing
+from msdiff_dist.files.atomic import atomic_write, partial_of, remove_partials, writing
 
 # Fields that may change between a run and its continuation: where and how it runs, never what it computes.
 FREE_FIELDS = (
@@ -75,7 +75,8 @@ class RunFolder:
         if not self.path.exists():
             return
         if not self.recipe_file.exists():
-            stray = [p.name for p in self.path.iterdir() if p.name not in ("logs", "launch", ".lock")]
+            made_before = ("logs", "launch", ".lock", self.recipe_file.name)
+            stray = [p.name for p in self.path.iterdir() if (partial_of(p.name) or p.name) not in made_before]
             if stray:
                 raise RunFolderError(
                     "--run-dir", str(self.path), f"is not a run folder: it holds {', '.join(sorted(stray)[:5])}",
@@ -107,17 +108,20 @@ class RunFolder:
         """
         self.check(recipe)
         with writing("--run-dir", self.path, RunFolderError):
-            for folder in (self.path, self.checkpoints, self.samples, self.logs):
-                folder.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 problem, remedy = "is in use by another running process", "Wait for it, or name another folder."
                 raise RunFolderError("--run-dir", str(self.path), problem, remedy) from None
+            remove_partials(self.path, [self.recipe_file.name, self.metrics_file.name])
+            # Before the other folders, so that after a kill at any point the same command may have the folder again.
+            atomic_write(self.recipe_file, OmegaConf.to_yaml(OmegaConf.create(dict(recipe))))
+            for folder in (self.checkpoints, self.samples, self.logs):
+                folder.mkdir(exist_ok=True)
             for leftover in self.samples.glob(".*"):  # of a preview that a kill cut short
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            atomic_write(self.recipe_file, OmegaConf.to_yaml(OmegaConf.create(dict(recipe))))
 
     def close(self) -> None:
         """Let another process take the folder."""

@@ -49,6 +49,14 @@ def test_a_folder_of_something_else(claim: FolderClaim, tmp_path: Path) -> None:
         claim.held(SETTINGS, Part(), {"1"}).__enter__()
 
 
+def test_a_claim_killed_while_it_was_made(claim: FolderClaim) -> None:
+    claim.folder.mkdir()
+    (claim.folder / ".made_of.json.0123abcd.partial").write_text('{"se')
+    with claim.held(SETTINGS, Part(), {"0"}):
+        pass
+    assert sorted(p.name for p in claim.folder.iterdir()) == [".parts", "made_of.json"]
+
+
 def test_parts_at_work(claim: FolderClaim) -> None:
     with claim.held(SETTINGS, Part(0, 2)):
         for other in (Part(0, 2), Part(0, 3), Part()):

@@ -43,6 +43,17 @@ def test_what_a_killed_preview_left_is_removed(tmp_path: Path) -> None:
     assert [p.name for p in folder.samples.iterdir()] == ["step_00000005.png"]
 
 
+def test_a_folder_whose_first_start_was_killed(tmp_path: Path) -> None:
+    left = (".lock", ".recipe.yaml.0123abcd.partial")
+    for name in left:
+        (tmp_path / name).write_text("")
+    folder = RunFolder(tmp_path)
+    folder.open(RECIPE)
+    folder.close()
+    assert folder.recipe_file.exists()
+    assert not (tmp_path / left[1]).exists()
+
+
 def test_a_path_that_cannot_be_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="cannot be written"):
