@@ -38,7 +38,7 @@ class TrainConfig:
     channels_last: bool = False
     """Memory format of the network's inputs; faster convolutions on most GPUs."""
     threads: int = 0
-    """CPU threads per rank; 0 shares the cores evenly."""
+    """CPU threads per rank; 0 takes OMP_NUM_THREADS, or else an even share of the cores."""
     timeout_s: float = 1800.0
     """Seconds that a collective may wait for other ranks."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from msdiff_dist.apps.train.local import run_local
 from msdiff_dist.apps.train.smoke import STEPS, smoke
 from msdiff_dist.recipe import load_recipe, recipe_mapping
 
+# bf16 is emulated on many CPUs: one recipe of each family trains in it, the others in fp32.
+IN_BF16 = {"quickstart", "fashion_mnist_edm_3stage", "fashion_mnist_dpm_3stage"}
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
@@ -18,6 +21,10 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_smoke(path: Path, tmp_path: Path) -> None:
     recipe = smoke(load_recipe(path))
+    if path.stem in IN_BF16:
+        assert recipe.train.precision == "bf16"
+    else:
+        recipe = replace(recipe, train=replace(recipe.train, precision="fp32"))
     run = tmp_path / "run"
     assert run_local(recipe_mapping(recipe), run, min(2, recipe.stages.num_stages)) == "finished"
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])

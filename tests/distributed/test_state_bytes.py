@@ -53,6 +53,7 @@ def held_bytes(rank: int, precision: Literal["fp32", "bf16"], zero_shared: int, 
         lambda params: torch.optim.AdamW(params, lr=1e-3),
         EngineConfig(precision, zero_shared, zero_decoders, 1, 1.0),
         make_groups(STAGES_OF_RANK, rank),
+        torch.device("cpu"),
     )
     state = engines.state()
     ema = ShardedEma(EmaConfig(), state, batch_size=8)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,10 +36,10 @@ def wait_for_starts(run: Path, count: int, timeout_s: float = 180) -> None:
         time.sleep(0.2)
 
 
-def undisturbed(folder: Path, *changes: str) -> dict[int, float]:
+def undisturbed(msdiff: Msdiff, folder: Path, *changes: str) -> dict[int, float]:
     """Losses of the same recipe on one rank of one machine, where nothing happens to it."""
-    command = [sys.executable, "-m", "msdiff_dist.cli.main", "train", str(RECIPE), *changes, "--run-dir", str(folder)]
-    subprocess.run(command, check=True, capture_output=True)
+    status, printed = msdiff("train", RECIPE, *changes, "--run-dir", folder)
+    assert status == 0, printed
     return losses(folder)
 
 
@@ -70,7 +68,7 @@ def test_preemption_and_a_bare_requeue_lose_no_step(
     slurm: SlurmCluster, cluster_file: ClusterFile, msdiff: Msdiff, tmp_path: Path
 ) -> None:
     run, changes = tmp_path / "run", ("train.steps=120", "checkpoint.every=1000")
-    job = start(msdiff, run, *changes, "--cluster", cluster_file())
+    job = start(msdiff, run, *changes, "--cluster", cluster_file(gpus_per_node=1))
     wait_for_step(run, 10)
     preempt(slurm)
     wait_for_starts(run, 2)
@@ -82,7 +80,7 @@ def test_preemption_and_a_bare_requeue_lose_no_step(
     assert (first.outcome, second.outcome, third.outcome) == ("preempted", "preempted", "finished")
     assert second.step == stopped_at
     assert third.step >= stopped_at + 10
-    assert losses(run) == pytest.approx(undisturbed(tmp_path / "alone", *changes), rel=1e-5)
+    assert losses(run) == pytest.approx(undisturbed(msdiff, tmp_path / "alone", *changes), rel=1e-5)
     assert json.loads(msdiff("jobs", run, "--json")[1])["restarts"] == 2
     assert "s from the signal until all was saved; allowed are 60 s" in msdiff("logs", run, "--rank", 0)[1]
 
@@ -112,9 +110,9 @@ def test_a_dead_rank_ends_the_job_quickly(
     slurm: SlurmCluster, cluster_file: ClusterFile, msdiff: Msdiff, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    job = start(msdiff, run, "train.steps=100000", "--cluster", cluster_file())
+    job = start(msdiff, run, "train.steps=100000", "--cluster", cluster_file(gpus_per_node=1))
     wait_for_step(run, 2)
-    os.kill(dict(tasks_of(job))[3], signal.SIGKILL)
+    os.kill(dict(tasks_of(job))[1], signal.SIGKILL)
     assert slurm.wait_job(job, "COMPLETED", "FAILED", "CANCELLED", timeout_s=40) == "FAILED"
     shown = json.loads(msdiff("jobs", run, "--json")[1])["state"]
     assert shown["state"] == "FAILED"
@@ -152,6 +150,6 @@ def test_time_limits_preemption_power_cut_and_requeue_in_one_run(
     assert starts_of(run)[-1].step >= before
     slurm.wait_job(job, "COMPLETED", "FAILED", "CANCELLED", timeout_s=1800)
     assert starts_of(run)[-1].outcome == "finished"
-    found, expected = losses(run), undisturbed(tmp_path / "alone", *changes)
+    found, expected = losses(run), undisturbed(msdiff, tmp_path / "alone", *changes)
     assert list(found) == list(range(1, 801))
     assert found == pytest.approx(expected, rel=1e-5)

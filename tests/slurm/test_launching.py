@@ -95,8 +95,7 @@ def test_two_nodes_give_the_losses_of_one_machine_and_edits_do_not_reach_a_queue
 
     assert json.loads(msdiff("jobs", run, "--json")[1])["state"]["state"] == "PENDING"
     slurm.run("scontrol", "release", job)
-    train = [sys.executable, "-m", "msdiff_dist.cli.main", "train", str(RECIPE), "train.steps=12", "--nproc", "4"]
-    subprocess.run([*train, "--run-dir", str(alone)], check=True, capture_output=True)
+    assert msdiff("train", RECIPE, "train.steps=12", "--nproc", 4, "--run-dir", alone)[0] == 0
     slurm.wait_job(job, "COMPLETED", "FAILED", "CANCELLED")
     assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
     assert len(losses(run)) == 12

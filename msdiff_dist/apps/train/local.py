@@ -13,12 +13,14 @@ from msdiff_dist.distributed.spawn import RankDiedError, run_ranks
 from msdiff_dist.errors import MsdiffError, TrainingError
 from msdiff_dist.recipe import recipe_from
 
-# What every rank imports; all but the first are pulled in late, by DeepSpeed's and torch's first use.
+# What every rank imports; all but the first are pulled in late, by the first use of DeepSpeed and torch.
 PRELOAD = (
     "msdiff_dist.apps.train.rank",
     "torch._dynamo",
     "torch._refs",
+    "torch.utils.tensorboard",
     "deepspeed.runtime.zero.muon.muon_optimizer",
+    "fairscale.nn",
 )
 _SAVING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)  # at these every rank saves at the next step and ends
 
@@ -35,8 +37,8 @@ def run_local(recipe: dict[str, Any], run_dir: Path, nproc: int, found: FoundDat
         UserError, TrainingError: what ended the rank that failed first.
     """
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
     env = {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # the store is there: rank 0 must not make one
+    env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // nproc))
     try:
         return str(run_ranks(_train, nproc, recipe, run_dir, found, preload=PRELOAD, env=env, signals=_SAVING)[0])
     except RankDiedError as e:

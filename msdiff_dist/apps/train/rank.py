@@ -70,5 +70,9 @@ def _choose_precision(recipe: Recipe, folder: RunFolder, device: torch.device) -
 
 
 def _threads_per_rank() -> int:
+    """What OMP_NUM_THREADS says, as the jobs of a cluster do, else an even share of the cores."""
+    said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if said.isdigit() and int(said):
+        return int(said)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
     return max(1, len(os.sched_getaffinity(0)) // local_world)
