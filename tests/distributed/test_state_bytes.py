@@ -61,8 +61,7 @@ def held_bytes(rank: int, precision: Literal["fp32", "bf16"], zero_shared: int, 
     engines.forward_backward(
         (torch.randn(len(rows), 32, dtype=dtype),), rows, lambda k, out, _: out.float().square().sum()
     )
-    engines.reduce_norm(torch.zeros(1))
-    engines.step(1e-3)
+    engines.reduce(engines.agreement()).step(1e-3)
     parts = [shared, *stages.values()]
     tensors = [getattr(p, "ds_tensor", p) for part in parts for p in part.parameters()]
     for sharded in state.values():
