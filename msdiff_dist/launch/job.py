@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shlex
 import shutil
 import subprocess
@@ -36,8 +37,9 @@ class TrainJob:
     max_restarts: int
 
     def __call__(self) -> str:
-        ranks = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         job = submitit.JobEnvironment()
+        os.environ.setdefault("MASTER_PORT", str(_port(job.job_id)))
+        ranks = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         launch_folder = Path(self.run_dir) / "launch"
         diary = Diary(launch_folder / "starts.jsonl", job.job_id, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
         try:
@@ -131,6 +133,12 @@ class CommandJob:
         """Called by submitit for the time limit or a pre-emption: start over, unless cancelled."""
         launch_folder = Path(self.done_file).parents[1] / "launch"
         return None if (launch_folder / STOPPED).exists() else DelayedSubmission(self)
+
+
+def _port(job_id: str) -> int:
+    """Where rank 0 listens: the same on every rank, and below the ports that Linux hands out by itself, which another
+    program may hold at this moment."""
+    return random.Random(job_id).randrange(20_000, 32_768)
 
 
 def requeue(job: submitit.JobEnvironment, launch_folder: Path) -> None:
