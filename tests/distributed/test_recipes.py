@@ -21,10 +21,8 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_smoke(path: Path, tmp_path: Path) -> None:
     recipe = smoke(load_recipe(path))
-    if path.stem in IN_BF16:
-        assert recipe.train.precision == "bf16"
-    else:
-        recipe = replace(recipe, train=replace(recipe.train, precision="fp32"))
+    precision = "bf16" if path.stem in IN_BF16 else "fp32"
+    recipe = replace(recipe, train=replace(recipe.train, precision=precision))
     run = tmp_path / "run"
     assert run_local(recipe_mapping(recipe), run, min(2, recipe.stages.num_stages)) == "finished"
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
