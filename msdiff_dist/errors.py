@@ -34,7 +34,7 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """Shards or samples are missing, damaged or of the wrong kind."""
+    """Shards or samples are missing, corrupt or of the wrong kind."""
 
 
 class PlacementError(UserError):

@@ -201,7 +201,7 @@ def _check_augmentation(recipe: Recipe) -> None:
     if recipe.data.kind == "latent" or recipe.autoencoder.kind != "pixel":
         raise ConfigError(
             "augmentation.probability", recipe.augmentation.probability,
-            "only works on pictures: a transformed latent is not the latent of a transformed picture",
+            "only works on images: a transformed latent is not the latent of a transformed image",
             "Remove the augmentation.",
         )  # fmt: skip
 

@@ -1,5 +1,5 @@
 """Time the optimal denoiser of a data set three ways, in one run: streamed in blocks as this package does it, by a loop
-over draws on data in memory, and by a loop whose every draw reads the pictures twice through a DataLoader, which is how
+over draws on data in memory, and by a loop whose every draw reads the images twice through a DataLoader, which is how
 the paper's published scripts work.
 
     python tools/bench_clustering.py --images /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
@@ -28,8 +28,8 @@ from msdiff_dist.stage_division.optimal_denoiser import Draws, draw_samples, lim
 ETA = 2 / 256
 
 
-class Pictures(Dataset[Tensor]):
-    """Square pictures, decoded one by one as a picture data set does."""
+class Images(Dataset[Tensor]):
+    """Square images, decoded one by one as an image data set does."""
 
     def __init__(self, pixels_Nd: np.ndarray) -> None:
         side = round(pixels_Nd.shape[1] ** 0.5)
@@ -45,7 +45,7 @@ class Pictures(Dataset[Tensor]):
 
 def by_data_loader(pixels_Nd: np.ndarray, u_d: Tensor, sigma: float, workers: int) -> Tensor:
     """eps* of one noisy sample: one pass for the largest exponent, a second for the sums."""
-    loader = DataLoader(Pictures(pixels_Nd), batch_size=4096, shuffle=True, num_workers=workers)
+    loader = DataLoader(Images(pixels_Nd), batch_size=4096, shuffle=True, num_workers=workers)
 
     def exponents(batch: Tensor) -> Tensor:
         return -(u_d - batch).square().sum(1).double() / (2 * sigma**2)
@@ -67,7 +67,7 @@ def by_memory(data_Nd: Tensor, u_d: Tensor, sigma: float) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True, help="folder of square grey pictures, or IDX file")
+    parser.add_argument("--images", type=Path, required=True, help="folder of square grey images, or IDX file")
     parser.add_argument("--samples", type=int, default=2000, help="draws of the streamed way")
     parser.add_argument("--loop-samples", type=int, default=5, help="draws of the loop in memory")
     parser.add_argument("--loader-samples", type=int, default=2, help="draws of the loop over a DataLoader")

@@ -29,7 +29,7 @@ from msdiff_dist.models.multistage_unet import build_parts
 from msdiff_dist.randomness import noise
 from msdiff_dist.recipe import load_recipe, recipe_from, stored_recipe
 from msdiff_dist.stage_division.gradient_affinity import gradient_affinity
-from msdiff_dist.stage_division.image_blocks import Part, image_parts, shard_parts
+from msdiff_dist.stage_division.image_blocks import BlockSource, image_parts, shard_parts
 from msdiff_dist.stage_division.methods import (
     DenoiserOptions,
     Division,
@@ -129,11 +129,13 @@ def _diffusion(request: ClusterRequest) -> DiffusionConfig:
     return from_mapping(DiffusionConfig, {"process": name, name: _parsed(request.fields)})
 
 
-def _parts(request: ClusterRequest) -> list[Part]:
+def _parts(request: ClusterRequest) -> list[BlockSource]:
     return image_parts(request.images) if request.images is not None else shard_parts(request.data or "")
 
 
-def _divide_data(process: Process, parts: list[Part], stages: int, options: DenoiserOptions) -> tuple[Division, bool]:
+def _divide_data(
+    process: Process, parts: list[BlockSource], stages: int, options: DenoiserOptions
+) -> tuple[Division, bool]:
     """Division by the optimal denoiser, with a progress bar, and whether this process is the one to report it.
 
     Under torchrun or srun every rank takes its share of the parts, on its own device.

@@ -1,4 +1,4 @@
-"""`msdiff data encode`: a recipe's pictures and captions -> shards of latents and embeddings, on several processes.
+"""`msdiff data encode`: a recipe's images and captions -> shards of latents and embeddings, on several processes.
 
 Shards are written aside and renamed; the folder's `.encode` holds one record per finished shard, so that the same
 command goes on where it was ended, several processes can each encode a part, and `manifest.json` comes last: with the
@@ -23,11 +23,11 @@ from safetensors.torch import save
 
 from msdiff_dist.config import to_mapping
 from msdiff_dist.data.config import DataConfig
-from msdiff_dist.data.fingerprint import mark_shards
+from msdiff_dist.data.fingerprint import fingerprint_shards
 from msdiff_dist.data.index import Shard
 from msdiff_dist.data.loader import load_index
 from msdiff_dist.data.make.encoding import Networks, ShardEncoder, ShardRecord, measured_scale
-from msdiff_dist.data.make.manifest import MANIFEST, NULL_CONTEXT, Encoder, Manifest, StoredFile, stored_file
+from msdiff_dist.data.make.manifest import MANIFEST, NULL_CONTEXT, Manifest, ManifestFile, NetworkIdentity, stored_file
 from msdiff_dist.data.make.shard_writer import write_index
 from msdiff_dist.errors import ConfigError, DataError, MsdiffError
 from msdiff_dist.files.atomic import atomic_write, remove_partials
@@ -42,18 +42,18 @@ _PR_SET_PDEATHSIG = 1
 
 
 def encode(recipe: Recipe, out: Path, nproc: int, part: Part | None = None) -> Manifest | None:
-    """Encode the recipe's pictures, or this part of the shards, into the folder `out`: what is not encoded yet.
+    """Encode the recipe's images, or this part of the shards, into the folder `out`: what is not encoded yet.
 
     Returns:
         The manifest; None while shards of other parts are missing.
 
     Raises:
-        ConfigError: the recipe has no pictures to encode. DataError: they are damaged, or `out` holds something else.
+        ConfigError: the recipe has no images to encode. DataError: they are corrupt, or `out` holds something else.
         MsdiffError: a process died.
     """
     source = _source(recipe)
     (shards,) = load_index(source)
-    (marks,) = mark_shards([shards])
+    (marks,) = fingerprint_shards([shards])
     tools = _Tools(recipe, torch.device("cpu"))
     part = part or Part()
     claim = FolderClaim(out, out / _RECORDS / "settings.json", out / _RECORDS, "latents", DataError)
@@ -65,7 +65,7 @@ def encode(recipe: Recipe, out: Path, nproc: int, part: Part | None = None) -> M
         with alone(out / _RECORDS):
             found = [_finished(out, i, mark) for i, mark in enumerate(marks)]
             records = [record for record in found if record]
-            _check_damage(records, source.max_bad)
+            _check_corruption(records, source.max_bad)
             if len(records) < len(marks):
                 return None
             manifest = _manifest(recipe, tools, records, tuple(marks), out)
@@ -89,7 +89,7 @@ class _Tools:
 def _source(recipe: Recipe) -> DataConfig:
     source = recipe.encode.data or recipe.data
     if source.kind != "image":
-        raise ConfigError("encode.data", None, "the recipe names no pictures to encode", "Give encode.data.shards.")
+        raise ConfigError("encode.data", None, "the recipe names no images to encode", "Give encode.data.shards.")
     if len(source.mixed) > 1:
         raise ConfigError("encode.data.sources", len(source.sources), "only one can be encoded", "Encode one by one.")
     if recipe.encode.store == "moments" and recipe.autoencoder.kind != "kl":
@@ -167,10 +167,10 @@ def _encode_one(tools: _Tools, number: int, shard: Shard, mark: str, out: Path) 
     atomic_write(out / _RECORDS / f"{number:05d}.json", record.dump())
 
 
-def _check_damage(records: list[ShardRecord], max_bad: int) -> None:
-    left_out = [damage for record in records for damage in record.left_out]
+def _check_corruption(records: list[ShardRecord], max_bad: int) -> None:
+    left_out = [corruption for record in records for corruption in record.left_out]
     if len(left_out) > max_bad:
-        problem = f"{len(left_out)} damaged shards or samples were left out, the last: {left_out[-1]}"
+        problem = f"{len(left_out)} corrupt shards or samples were left out, the last: {left_out[-1]}"
         raise DataError("data.max_bad", max_bad, problem, "Repair or remove them, or raise max_bad.")
 
 
@@ -178,7 +178,7 @@ def _manifest(recipe: Recipe, tools: _Tools, records: list[ShardRecord], marks: 
     shape = next((record.shape for record in records if record.shape), None)
     if shape is None:
         raise DataError("encode.data.shards", len(records), "hold no sample that can be used", "Check them.")
-    null_context: StoredFile | None = None
+    null_context: ManifestFile | None = None
     if tools.text:
         context, mask = tools.text([""])
         stored = {"context": context[0].to(getattr(torch, recipe.encode.dtype)), "mask": mask[0]}
@@ -194,11 +194,11 @@ def _manifest(recipe: Recipe, tools: _Tools, records: list[ShardRecord], marks: 
         flip=recipe.encode.flip,
         scale_factor=measured_scale(records) if measure else autoencoder.scale_factor,
         scale_measured=measure,
-        autoencoder=Encoder(autoencoder.path or autoencoder.kind, tools.codec.identity),
-        text_encoder=Encoder(text_encoder.name, tools.text.identity) if text_encoder and tools.text else None,
+        autoencoder=NetworkIdentity(autoencoder.path or autoencoder.kind, tools.codec.identity),
+        text_encoder=NetworkIdentity(text_encoder.name, tools.text.identity) if text_encoder and tools.text else None,
         context_shape=tools.text.context_shape if tools.text else None,
         null_context=null_context,
         source=marks,
-        left_out=tuple(damage for record in records for damage in record.left_out),
+        left_out=tuple(corruption for record in records for corruption in record.left_out),
         shards=tuple(record.file for record in records),
     )

@@ -11,7 +11,7 @@ import yaml
 from msdiff_dist.checkpoint.layout import INDEX
 from msdiff_dist.config import chosen, to_mapping
 from msdiff_dist.convert.families import family_of
-from msdiff_dist.convert.sources import open_source
+from msdiff_dist.convert.tensor_sources import open_source
 from msdiff_dist.diffusion.augmentation import AUGMENT_LABELS
 from msdiff_dist.errors import CheckpointError, ConfigError
 from msdiff_dist.export.description import ModelDescription

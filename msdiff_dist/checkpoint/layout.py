@@ -11,7 +11,7 @@ depends on world size, ZeRO stage or placement. The position in the data is the 
 step x batch_size.
 
 A folder of that name is complete. Beside it may lie `.step_*.partial`, being written, `.step_*.old`, being removed, and
-`damaged_step_*`, found damaged and put aside.
+`damaged_step_*`, found corrupt and put aside.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from msdiff_dist.checkpoint.tensor_file import StoredFile, damaged
+from msdiff_dist.checkpoint.tensor_file import StoredFile, corrupt
 from msdiff_dist.errors import CheckpointError
 
 FORMAT = 1
@@ -61,7 +61,7 @@ class CheckpointIndex:
         """Read the index of a checkpoint folder.
 
         Raises:
-            DamagedError: absent, or not what was written. CheckpointError: of a newer format.
+            CorruptError: absent, or not what was written. CheckpointError: of a newer format.
         """
         path = folder / INDEX
         try:
@@ -75,9 +75,9 @@ class CheckpointIndex:
             raw["shapes"] = {k: tuple(v) for k, v in raw["shapes"].items()}
             return CheckpointIndex(**raw)
         except OSError as e:
-            raise damaged(path, e.strerror or str(e)) from None
+            raise corrupt(path, e.strerror or str(e)) from None
         except (ValueError, KeyError, TypeError):
-            raise damaged(path, "it is not the index that was written") from None
+            raise corrupt(path, "it is not the index that was written") from None
 
 
 def key_of(kind: str, name: str, start: int) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from msdiff_dist.checkpoint.layout import CheckpointIndex, parse_key
 from msdiff_dist.checkpoint.save import Averages
-from msdiff_dist.checkpoint.tensor_file import TensorReader, check_content, check_size, damaged
+from msdiff_dist.checkpoint.tensor_file import TensorReader, check_content, check_size, corrupt
 from msdiff_dist.distributed.zero_state import Fragment, ShardedState
 from msdiff_dist.errors import CheckpointError
 
@@ -25,7 +25,7 @@ class CheckpointReader:
         open_files: that it holds open at a time.
 
     Raises:
-        DamagedError: a file is missing, cut short or changed. CheckpointError: it is of a newer format.
+        CorruptError: a file is missing, cut short or changed. CheckpointError: it is of a newer format.
     """
 
     def __init__(self, folder: Path, open_files: int = 64) -> None:
@@ -48,7 +48,7 @@ class CheckpointReader:
         """Compare the files with their checksums: all, or the `part`-th of `parts` shares of them.
 
         Raises:
-            DamagedError: naming the first that differs.
+            CorruptError: naming the first that differs.
         """
         for stored in self.index.files[part::parts]:
             check_content(self.folder / stored.name, stored)
@@ -67,7 +67,7 @@ class CheckpointReader:
                 self._open(file).read(key, low - at, out[low - start : high - start])
                 filled += high - low
         if filled != numel:
-            raise damaged(self.folder, f"it holds {filled} of {numel} elements of {kind} of {name}")
+            raise corrupt(self.folder, f"it holds {filled} of {numel} elements of {kind} of {name}")
         return out
 
     def tensor(self, kind: str, name: str) -> Tensor:
@@ -103,7 +103,7 @@ def restore(reader: CheckpointReader, state: Mapping[str, ShardedState], average
     """Put weights, moments and averages of a checkpoint into this rank's shards. Collective: weights are gathered.
 
     Raises:
-        DamagedError: an element is missing.
+        CorruptError: an element is missing.
     """
     for prefix, shards in state.items():
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from msdiff_dist.checkpoint.layout import complete_checkpoints, remove, remove_leftovers, step_of
 from msdiff_dist.checkpoint.load import CheckpointReader, check_architecture
-from msdiff_dist.checkpoint.tensor_file import DamagedError
+from msdiff_dist.checkpoint.tensor_file import CorruptError
 from msdiff_dist.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -18,7 +18,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 def open_newest_intact(checkpoints: Path, shapes: Shapes, batch_size: int) -> tuple[CheckpointReader | None, list[str]]:
     """The newest intact checkpoint, None if there is no checkpoint, and what to tell the reader. Collective.
 
-    Every file is compared with its checksum, each rank its share. A damaged checkpoint is put aside as
+    Every file is compared with its checksum, each rank its share. A corrupt checkpoint is put aside as
     `damaged_step_*`. Leftovers of a killed run are removed.
 
     Args:
@@ -27,7 +27,7 @@ def open_newest_intact(checkpoints: Path, shapes: Shapes, batch_size: int) -> tu
 
     Raises:
         CheckpointError: the newest intact one is of a newer format, another architecture or another batch size, or all
-            are damaged.
+            are corrupt.
     """
     notes: list[str] = []
     found: list[list[Path]] = [[]]
@@ -40,7 +40,7 @@ def open_newest_intact(checkpoints: Path, shapes: Shapes, batch_size: int) -> tu
         reader, error = _opened(folder, shapes, batch_size)
         if error is None:
             return reader, notes
-        if not isinstance(error, DamagedError):
+        if not isinstance(error, CorruptError):
             raise _with_offer(error, found[0][: found[0].index(folder)], shapes, batch_size)
         aside = _free_name(folder.with_name(f"damaged_{folder.name}"))
         notes.append(f"{error.value} {error.problem}; the checkpoint was put aside as {aside.name}")

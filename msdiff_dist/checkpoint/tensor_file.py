@@ -30,13 +30,13 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 1 << 24
 
 
-class DamagedError(CheckpointError):
+class CorruptError(CheckpointError):
     """A file of a checkpoint or export is missing, cut short or changed."""
 
 
-def damaged(path: Path, problem: str) -> DamagedError:
+def corrupt(path: Path, problem: str) -> CorruptError:
     """The error that a file is not as it was written."""
-    return DamagedError("file", str(path), f"is damaged: {problem}", "Use another checkpoint, or restore the file.")
+    return CorruptError("file", str(path), f"is corrupt: {problem}", "Use another checkpoint, or restore the file.")
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class TensorReader:
         metadata: what the file says of itself.
 
     Raises:
-        DamagedError: the file is missing, cut short, or no safetensors file.
+        CorruptError: the file is missing, cut short, or no safetensors file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -123,9 +123,9 @@ class TensorReader:
             self._file: IO[bytes] = path.open("rb", buffering=0)
             header = read_header(self._file.read, os.fstat(self._file.fileno()).st_size)
         except OSError as e:
-            raise damaged(path, e.strerror or str(e)) from None
+            raise corrupt(path, e.strerror or str(e)) from None
         except HeaderError as e:
-            raise damaged(path, str(e)) from None
+            raise corrupt(path, str(e)) from None
         self.metadata = header.metadata
         self.like = {n: torch.empty(p.shape, dtype=DTYPES[p.dtype], device="meta") for n, p in header.tensors.items()}
         self._offsets = {name: place.start for name, place in header.tensors.items()}
@@ -134,15 +134,15 @@ class TensorReader:
         """Fill `out`, contiguous, on the CPU and of the stored type, with the flattened tensor's elements from `start`.
 
         Raises:
-            DamagedError: there is no such tensor of that type, or the file ends in it.
+            CorruptError: there is no such tensor of that type, or the file ends in it.
         """
         if name not in self.like or self.like[name].dtype != out.dtype:
-            raise damaged(self.path, f"it has no {out.dtype} tensor {name}")
+            raise corrupt(self.path, f"it has no {out.dtype} tensor {name}")
         at, target = self._offsets[name] + start * out.element_size(), _bytes_of(out)
         while len(target):
             count = os.preadv(self._file.fileno(), [target], at)
             if not count:
-                raise damaged(self.path, f"it ends in {name}")
+                raise corrupt(self.path, f"it ends in {name}")
             at, target = at + count, target[count:]
 
     def tensor(self, name: str) -> Tensor:
@@ -166,23 +166,23 @@ def check_size(path: Path, stored: StoredFile) -> None:
     """Compare a file's size with what was written.
 
     Raises:
-        DamagedError: it differs, or the file is missing.
+        CorruptError: it differs, or the file is missing.
     """
     size = path.stat().st_size if path.exists() else None
     if size != stored.size:
         problem = "it is missing" if size is None else f"it has {size} bytes and was written with {stored.size}"
-        raise damaged(path, problem)
+        raise corrupt(path, problem)
 
 
 def check_content(path: Path, stored: StoredFile) -> None:
     """Compare a file with its checksum.
 
     Raises:
-        DamagedError: it differs, or the file is missing.
+        CorruptError: it differs, or the file is missing.
     """
     check_size(path, stored)
     if sha256_of(path) != stored.sha256:
-        raise damaged(path, "its content changed since it was written (sha256 differs)")
+        raise corrupt(path, "its content changed since it was written (sha256 differs)")
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

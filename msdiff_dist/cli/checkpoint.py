@@ -54,7 +54,7 @@ def inspect(path: _Path, step: _Step = None, as_json: _Json = False) -> None:
 
 @app.command()
 def verify(path: _Path, step: _Step = None) -> None:
-    """Compare every file with its checksum, in all of a run's checkpoints or in one. Exit status 2 if one is damaged.
+    """Compare every file with its checksum, in all of a run's checkpoints or in one. Exit status 2 if one is corrupt.
 
     Example: msdiff checkpoint verify runs/quickstart
     """
@@ -70,7 +70,7 @@ def verify(path: _Path, step: _Step = None) -> None:
             reader.verify()
             typer.echo(f"{folder}  intact, {sum(f.size for f in reader.index.files) / 1e6:.1f} MB")
         except CheckpointError as e:
-            typer.echo(f"{folder}  damaged")
+            typer.echo(f"{folder}  corrupt")
             errors.append(e)
     if errors:
         raise errors[0]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Classifiers in whose features `msdiff ablate` compares pictures.", no_args_is_help=True)
+app = typer.Typer(help="Classifiers in whose features `msdiff ablate` compares images.", no_args_is_help=True)
 
 
 @app.callback()
@@ -17,13 +17,13 @@ def _verbs() -> None:
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="Recipe whose labelled pictures to train on.")],
+    recipe: Annotated[Path, typer.Argument(help="Recipe whose labelled images to train on.")],
     out: Annotated[Path, typer.Option(help="New .safetensors file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as key=value.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of 128 pictures; 2000 take a minute or two.")] = 2000,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of 128 images; 2000 take a minute or two.")] = 2000,
     seed: Annotated[int, typer.Option(help="Of first weights, order and held-out tenth.")] = 0,
 ) -> None:
-    """Train a small classifier on a recipe's labelled pictures, and measure it on a tenth that it has not seen.
+    """Train a small classifier on a recipe's labelled images, and measure it on a tenth that it has not seen.
 
     Example: msdiff classifier train quickstart.yaml --out data/digits.safetensors
     """

@@ -43,13 +43,13 @@ def prepare(
 
 @app.command()
 def pack(
-    images_dir: Annotated[Path, typer.Argument(help="Folder of pictures: class sub-folders, or .txt captions beside.")],
+    images_dir: Annotated[Path, typer.Argument(help="Folder of images: class sub-folders, or .txt captions beside.")],
     out: Annotated[Path, typer.Option(help="New or empty folder for the shards.")],
     size: Annotated[int | None, typer.Option(min=8, help="Crop to the centre and resize to this many pixels.")] = None,
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples in a shard.")] = 1000,
-    max_bad: Annotated[int, typer.Option(min=0, help="Unusable pictures to leave out before giving up.")] = 10,
+    max_bad: Annotated[int, typer.Option(min=0, help="Unusable images to leave out before giving up.")] = 10,
 ) -> None:
-    """Write your own pictures as shards.
+    """Write your own images as shards.
 
     [bold]Example:[/bold] msdiff data pack photos --out data/photos --size 256
     """
@@ -59,7 +59,7 @@ def pack(
     _report(packed.dataset)
     if packed.left_out:
         console = Console(stderr=True)
-        console.print(f"[yellow]left out {len(packed.left_out)} unusable pictures:[/yellow]")
+        console.print(f"[yellow]left out {len(packed.left_out)} unusable images:[/yellow]")
         for path, reason in packed.left_out:
             console.print(f"  {path}: {reason}", markup=False, highlight=False)
 
@@ -73,7 +73,7 @@ def encode(
     part: Annotated[int, typer.Option(min=0, help="Encode this part of the shards only.")] = 0,
     parts: Annotated[int, typer.Option(min=1, help="Parts that fill the folder; the last one completes it.")] = 1,
 ) -> None:
-    """Write latents, and embeddings of captions, of a recipe's pictures. The same command goes on where it ended.
+    """Write latents, and embeddings of captions, of a recipe's images. The same command goes on where it ended.
 
     Training attends to all tokens of an embedding, padding too, as Stable Diffusion does. The masks of padding that are
     stored beside it are for other programs.
@@ -95,20 +95,20 @@ def encode(
     table.add_row("autoencoder", f"{manifest.autoencoder.name} ({manifest.autoencoder.identity})")
     if manifest.text_encoder:
         table.add_row("context", f"{list(manifest.context_shape or ())} of {manifest.text_encoder.name}")
-    for damage in manifest.left_out:
-        table.add_row("left out", damage)
+    for corruption in manifest.left_out:
+        table.add_row("left out", corruption)
     Console().print(table, markup=False)
 
 
 @app.command()
 def check(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of shards.")]) -> None:
-    """Read every shard of a folder whole; exit status 2 on the first damage, naming shard and sample.
+    """Read every shard of a folder whole; exit status 2 on the first corruption, naming shard and sample.
 
     [bold]Example:[/bold] msdiff data check data/emoji-latents
     """
     from msdiff_dist.data.make.check import check_folder
 
-    typer.echo(f"{folder}: {check_folder(folder):,} samples, no damage")
+    typer.echo(f"{folder}: {check_folder(folder):,} samples, no corruption")
 
 
 @app.command()

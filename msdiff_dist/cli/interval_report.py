@@ -15,19 +15,19 @@ def interval_report(
     run: Annotated[Path, typer.Argument(help="Run folder, one checkpoint of it, or an export.")],
     reference: Annotated[Path, typer.Option(help="The same of the run whose network samples everywhere else.")],
     classifier: Annotated[Path, typer.Option(help="File of `msdiff classifier train`.")],
-    data: Annotated[str, typer.Option(help="Shards of pictures to compare with.")],
+    data: Annotated[str, typer.Option(help="Shards of images to compare with.")],
     out: Annotated[Path, typer.Option(help="New folder for intervals.csv, .md and .png.")],
     intervals: Annotated[
         str | None, typer.Option(help="Inner edges of the intervals, as 442,631. Default: the run's stages.")
     ] = None,
-    num: Annotated[int, typer.Option(min=2, help="Pictures for each score.")] = 2000,
+    num: Annotated[int, typer.Option(min=2, help="Images for each score.")] = 2000,
     sampler: Annotated[
         str | None, typer.Option(parser=Names(choices.solvers, checked=False), help="Solver, as for sample.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Its steps.")] = 50,
     clip: Annotated[bool, typer.Option(help="Keep x0 in [-1, 1]: for pixels, not latents.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the pictures.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 250,
+    seed: Annotated[int, typer.Option(help="Of the images.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 250,
 ) -> None:
     """Sample with RUN inside one interval of time and the reference elsewhere, interval by interval (paper, Figure 2).
 

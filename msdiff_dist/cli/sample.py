@@ -13,8 +13,8 @@ from msdiff_dist.cli.choices import Names
 
 def sample(
     run: Annotated[Path, typer.Argument(help="Run folder, one checkpoint of it, or an export.")],
-    out: Annotated[Path, typer.Option(help="Folder for the pictures: new, or of the same command, cut short.")],
-    num: Annotated[int, typer.Option(min=1, help="Pictures to make.")] = 64,
+    out: Annotated[Path, typer.Option(help="Folder for the images: new, or of the same command, cut short.")],
+    num: Annotated[int, typer.Option(min=1, help="Images to make.")] = 64,
     sampler: Annotated[
         str | None,
         typer.Option(
@@ -23,7 +23,7 @@ def sample(
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Network evaluations a picture; heun takes 2 N - 1. Default 50.")
+        int | None, typer.Option(min=1, help="Network evaluations an image; heun takes 2 N - 1. Default 50.")
     ] = None,
     nfe: Annotated[int | None, typer.Option(min=1, help="Instead of --steps: exactly so many evaluations.")] = None,
     end: Annotated[
@@ -38,16 +38,16 @@ def sample(
     clip: Annotated[bool, typer.Option(help="Keep x0 in [-1, 1]: for pixels, not latents.")] = False,
     class_: Annotated[int | None, typer.Option("--class", help="Only this class; default all in turn.")] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="Text of the pictures; several take turns. Default: no caption.")
+        list[str] | None, typer.Option(help="Text of the images; several take turns. Default: no caption.")
     ] = None,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Pictures depend on it and their number alone.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 64,
-    part: Annotated[int, typer.Option(min=0, help="Make this part of the pictures only.")] = 0,
+    seed: Annotated[int, typer.Option(help="Images depend on it and their number alone.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 64,
+    part: Annotated[int, typer.Option(min=0, help="Make this part of the images only.")] = 0,
     parts: Annotated[int, typer.Option(min=1, help="Parts that fill the folder; the last one draws the grid.")] = 1,
     raw: Annotated[bool, typer.Option("--raw", help="The last weights instead of their average.")] = False,
 ) -> None:
-    """Make pictures with a run's newest checkpoint: PNG files 00000.png ... and grid.png.
+    """Make images with a run's newest checkpoint: PNG files 00000.png ... and grid.png.
 
     The same command goes on where it was ended.
 
@@ -70,5 +70,5 @@ def sample(
         raise ConfigError("--sampler" if e.field == "name" else e.field, e.value, e.problem, e.remedy) from None
     job = SamplingJob(num, seed, config, class_, tuple(prompt or ()), batch_size)
     before, complete = sample_run(run, out, job, not raw, Part(part, parts), nfe)
-    made = f"{num} pictures and grid.png in {out}" if complete else f"part {part} of {parts} is done"
+    made = f"{num} images and grid.png in {out}" if complete else f"part {part} of {parts} is done"
     typer.echo(made + (f" ({before} were there already)" if before else ""))

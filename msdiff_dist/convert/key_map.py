@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from msdiff_dist.convert.sources import TensorSource
+from msdiff_dist.convert.tensor_sources import TensorSource
 from msdiff_dist.errors import CheckpointError, did_you_mean
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msdiff_dist.convert.sources import TensorSource
+from msdiff_dist.convert.tensor_sources import TensorSource
 from msdiff_dist.errors import CheckpointError
 from msdiff_dist.export.description import ModelDescription
 from msdiff_dist.models.config import ModelConfig

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from msdiff_dist.checkpoint.tensor_file import TensorReader, TensorWriter
-from msdiff_dist.convert.sources import PICKLES, RESIDENT, TensorSource
+from msdiff_dist.convert.tensor_sources import PICKLES, RESIDENT, TensorSource
 from msdiff_dist.errors import CheckpointError
 from msdiff_dist.files.atomic import atomic_path, writing
 from msdiff_dist.files.digest import sha256_of

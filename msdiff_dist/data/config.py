@@ -100,7 +100,7 @@ class DataConfig:
                 raise ConfigError(field, getattr(self, field), "has no meaning for kind 'synthetic'", "Remove it.")
         if self.kind == "image":
             if self.image_size is None:
-                raise ConfigError("image_size", None, "is required for kind 'image'", "Give the pictures' size.")
+                raise ConfigError("image_size", None, "is required for kind 'image'", "Give the images' size.")
             _at_least("image_size", self.image_size, 1)
             for field in ("latent_shape", "latent_moments"):
                 if getattr(self, field):

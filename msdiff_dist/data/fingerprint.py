@@ -18,10 +18,10 @@ from msdiff_dist.errors import DataError
 _WHOLE_BYTES = 1 << 18
 _STRETCHES, _STRETCH_BYTES = 8, 4096
 
-Marks = list[list[str]]  # by source
+Fingerprint = list[list[str]]  # by source
 
 
-def mark_shards(index: Sequence[Sequence[Shard]]) -> Marks:
+def fingerprint_shards(index: Sequence[Sequence[Shard]]) -> Fingerprint:
     """The marks of every source's shards. Where the data set lies does not matter."""
     return [
         [f"{name} {s.num_samples} {s.size or '-'} {_digest(s)}" for name, s in zip(_names(shards), shards, strict=True)]
@@ -29,13 +29,13 @@ def mark_shards(index: Sequence[Sequence[Shard]]) -> Marks:
     ]
 
 
-def changes(before: Marks, now: Marks) -> list[str]:
+def changes(before: Fingerprint, now: Fingerprint) -> list[str]:
     """What became of the shards, in words; empty if nothing changed."""
     if len(before) != len(now):
         return [f"there were {len(before)} sources and are {len(now)}"]
     found = []
-    for old_marks, new_marks in zip(before, now, strict=True):
-        old, new = (dict(mark.split(" ", 1) for mark in marks) for marks in (old_marks, new_marks))
+    for old_lines, new_lines in zip(before, now, strict=True):
+        old, new = (dict(mark.split(" ", 1) for mark in marks) for marks in (old_lines, new_lines))
         found += [
             f"{len(names)} {verb} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
             for verb, names in (
@@ -45,12 +45,12 @@ def changes(before: Marks, now: Marks) -> list[str]:
             )
             if names
         ]
-        if old == new and old_marks != new_marks:
+        if old == new and old_lines != new_lines:
             found.append("its shards are listed in another order")
     return found
 
 
-def check_unchanged(before: Marks, now: Marks, step: int, accept: bool) -> str | None:
+def check_unchanged(before: Fingerprint, now: Fingerprint, step: int, accept: bool) -> str | None:
     """A note on what changed since the checkpoint of `step`, if that is accepted; None if nothing did.
 
     Raises:

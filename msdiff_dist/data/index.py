@@ -22,13 +22,13 @@ from msdiff_dist.data.access import (
     matching,
     read_bytes,
 )
-from msdiff_dist.data.corruption import Damage, DamageReport
+from msdiff_dist.data.corruption import Corruption, CorruptionReport
 from msdiff_dist.data.tar_members import TarError, sample_keys
 from msdiff_dist.errors import DataError
 
 FIELD = "data.shards"
 INDEX_NAME = "index.json"
-STRICT = DamageReport(max_bad=0)
+STRICT = CorruptionReport(max_bad=0)
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ class IndexFiles:
 
 
 def find_shards(
-    patterns: str | Sequence[str], indexes: IndexFiles | None = None, damage: DamageReport = STRICT
+    patterns: str | Sequence[str], indexes: IndexFiles | None = None, corruption: CorruptionReport = STRICT
 ) -> list[Shard]:
     """The shards that a recipe names and their sample counts. Raises as `resolve_shards` and `read_index` do."""
     indexes = indexes or IndexFiles()
-    return read_index(resolve_shards(patterns, indexes), indexes, damage)
+    return read_index(resolve_shards(patterns, indexes), indexes, corruption)
 
 
 def resolve_shards(patterns: str | Sequence[str], indexes: IndexFiles | None = None) -> list[str]:
@@ -92,28 +92,32 @@ def resolve_shards(patterns: str | Sequence[str], indexes: IndexFiles | None = N
     return paths
 
 
-def read_index(paths: Iterable[str], indexes: IndexFiles | None = None, damage: DamageReport = STRICT) -> list[Shard]:
+def read_index(
+    paths: Iterable[str], indexes: IndexFiles | None = None, corruption: CorruptionReport = STRICT
+) -> list[Shard]:
     """Sample counts from the `index.json` (wids format) beside the shards; shards it does not list are scanned.
 
     Raises:
-        DataError: a damaged index, an index that is not of these shards, or more damaged shards than may be.
+        DataError: a corrupt index, an index that is not of these shards, or more corrupt shards than may be.
     """
     indexes, shards = indexes or IndexFiles(), []
     for path in paths:
         at = beside(path, INDEX_NAME)
         entry = indexes.entries(at).get(base_name(path))
-        shards.append(scan(path, indexes.access, damage) if entry is None else _indexed(path, str(at), entry, damage))
+        shards.append(
+            scan(path, indexes.access, corruption) if entry is None else _indexed(path, str(at), entry, corruption)
+        )
     if not sum(shard.num_samples for shard in shards):
         raise DataError(FIELD, [s.path for s in shards[:3]], "the shards hold no samples", "Make them again.")
     return shards
 
 
-def scan(path: str, access: Access = DEFAULT_ACCESS, damage: DamageReport = STRICT) -> Shard:
-    """A shard and its samples, counted by reading its headers only; of a damaged one, those before the damage."""
+def scan(path: str, access: Access = DEFAULT_ACCESS, corruption: CorruptionReport = STRICT) -> Shard:
+    """A shard and its samples, counted by reading its headers only; of a corrupt one, those before the corruption."""
     count, problem = 0, None
 
     def duplicate(key: str, what: str) -> None:
-        damage.add(Damage(path, key, what), DataError(FIELD, path, f"sample {key!r}: {what}", "Make it again."))
+        corruption.add(Corruption(path, key, what), DataError(FIELD, path, f"sample {key!r}: {what}", "Make it again."))
 
     try:
         for _ in sample_keys(path, access, duplicate):
@@ -121,16 +125,16 @@ def scan(path: str, access: Access = DEFAULT_ACCESS, damage: DamageReport = STRI
     except (TarError, OSError) as e:
         error = DataError(FIELD, path, f"is not a readable tar file ({e})", "Copy or make the shard again.")
         problem = f"is readable up to sample {count} only ({e})"
-        damage.add(Damage(path, None, problem), error)
+        corruption.add(Corruption(path, None, problem), error)
     return Shard(path, count, _size(path), problem)
 
 
-def _indexed(path: str, index: str, entry: Mapping[str, Any], damage: DamageReport) -> Shard:
+def _indexed(path: str, index: str, entry: Mapping[str, Any], corruption: CorruptionReport) -> Shard:
     size, problem = _size(path) or entry.get("filesize"), None
     if entry.get("filesize", size) != size:
         problem = f"has {size} bytes, but {index} says {entry['filesize']}"
         remedy = "It is cut short or changed: copy it again, or delete the index to have shards counted anew."
-        damage.add(Damage(path, None, problem), DataError(FIELD, path, problem, remedy))
+        corruption.add(Corruption(path, None, problem), DataError(FIELD, path, problem, remedy))
     return Shard(path, int(entry["nsamples"]), size, problem)
 
 

@@ -1,7 +1,7 @@
 """Latents packed in blocks: some hundred samples per tar member, so that reading costs next to nothing per sample.
 
 A member `NNNNNN.latents.safetensors` holds one tensor per field of a sample, named as the file extension would be in an
-unpacked shard and stacked along the first axis: `latent.npy`, `latent_flip.npy` (of the mirrored picture),
+unpacked shard and stacked along the first axis: `latent.npy`, `latent_flip.npy` (of the mirrored image),
 `context.npy`, `context_mask.npy` (false at padding; for other programs: training attends to padding too), `cls`;
 `crc32` is each sample's checksum; the metadata has lists of keys (`__key__`) and captions (`txt`).
 """
@@ -34,7 +34,7 @@ _DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "I64": "<i8", "BOOL": "?"}
 
 
 class BlockError(Exception):
-    """The member is not a block, or not what was written. row: of the first damaged sample, if only samples are."""
+    """The member is not a block, or not what was written. row: of the first corrupt sample, if only samples are."""
 
     def __init__(self, problem: str, row: int | None = None) -> None:
         super().__init__(problem)
@@ -89,7 +89,7 @@ def check_block(content: bytes) -> tuple[list[str], dict[str, Tensor]]:
     """The keys and tensors of a block, every sample compared with its checksum.
 
     Raises:
-        BlockError: naming the first damaged sample's row, if that is all that is damaged.
+        BlockError: naming the first corrupt sample's row, if that is all that is corrupt.
     """
     lists, tensors = _lists(_header(content)), _tensors(content)
     stated = tensors.pop(CHECKSUMS).tolist()

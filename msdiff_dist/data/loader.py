@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from msdiff_dist.data.config import DataConfig
-from msdiff_dist.data.corruption import Damage, DamageReport
+from msdiff_dist.data.corruption import Corruption, CorruptionReport
 from msdiff_dist.data.index import IndexFiles, Shard, find_shards
 from msdiff_dist.data.latent_blocks import Chunk
 from msdiff_dist.data.mixture import Mixture
@@ -42,12 +42,12 @@ class StepSamples:
     Attributes:
         batch: number of the global batch, from 0.
         index_n: int64, in [0, global_batch_size).
-        x_nCHW: uint8 pictures or floating latents; always the same shape but for n, which may be 0.
+        x_nCHW: uint8 images or floating latents; always the same shape but for n, which may be 0.
         label_n: int64 class labels, if the data has `num_classes`.
         context_nTC: context embeddings, if the data has `context_shape`.
         captions: if the data has `captions`.
         keys: the samples' names in their shards.
-        damage: what was found wrong for the first time while this step was read, and left out.
+        corruption: what was found wrong for the first time while this step was read, and left out.
     """
 
     batch: int
@@ -57,17 +57,17 @@ class StepSamples:
     context_nTC: Tensor | None
     captions: list[str] | None
     keys: list[str]
-    damage: tuple[Damage, ...] = ()
+    corruption: tuple[Corruption, ...] = ()
 
 
 def load_index(config: DataConfig) -> list[list[Shard]]:
     """The shards of each source of a configuration and their sample counts; empty for kind `synthetic`.
 
     Raises:
-        DataError: shards are missing or not what their index says, or more are damaged than `config.max_bad`.
+        DataError: shards are missing or not what their index says, or more are corrupt than `config.max_bad`.
     """
-    indexes, damage = IndexFiles(config.access), DamageReport(config.max_bad)
-    return [find_shards(source.shards, indexes, damage) for source in config.mixed]
+    indexes, corruption = IndexFiles(config.access), CorruptionReport(config.max_bad)
+    return [find_shards(source.shards, indexes, corruption) for source in config.mixed]
 
 
 class StepLoader:
@@ -82,7 +82,7 @@ class StepLoader:
 
     Raises:
         ConfigError: the lanes cannot be dealt evenly to the ranks.
-        DataError: shards or samples are missing, damaged or of the wrong kind.
+        DataError: shards or samples are missing, corrupt or of the wrong kind.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class StepLoader:
                 f"Set data.lanes to a multiple of {world_size}, or run on a number of ranks that divides it.",
             )  # fmt: skip
         index = load_index(config) if index is None else index
-        self._found = tuple(Damage(s.path, None, s.problem) for shards in index for s in shards if s.problem)
+        self._found = tuple(Corruption(s.path, None, s.problem) for shards in index for s in shards if s.problem)
         self._schedule = _Schedule(config, index, seed, global_batch_size)
         self._world_size = world_size
         lanes = range(rank, config.lanes, world_size)
@@ -128,7 +128,7 @@ class StepLoader:
             parts.append(part)
         merged = _merge(parts)
         found, self._found = self._found, ()
-        return replace(merged, damage=found + merged.damage) if found else merged
+        return replace(merged, corruption=found + merged.corruption) if found else merged
 
     def close(self) -> None:
         """End the workers and the iteration. Idempotent."""
@@ -167,13 +167,13 @@ class _Schedule:
             lane_B[here] = order.lanes_of(number_B[here])
         return source_B, lane_B
 
-    def lane(self, source: int, lane: int, batch: int, damage: DamageReport) -> _Lane:
+    def lane(self, source: int, lane: int, batch: int, corruption: CorruptionReport) -> _Lane:
         """A lane of one source from a global batch on."""
         assert self.mixture is not None
         number = int(self.mixture.taken_before(batch * self.global_batch_size)[source])
         order = self.orders[source]
-        stream = LaneStream(self.index[source], order, lane, number, self.config.access, damage)
-        return _Lane(stream, order.num_samples, self.config, self.seed, damage)
+        stream = LaneStream(self.index[source], order, lane, number, self.config.access, corruption)
+        return _Lane(stream, order.num_samples, self.config, self.seed, corruption)
 
 
 def _source_seed(seed: int, source: int) -> int:
@@ -184,8 +184,16 @@ class _Lane:
     """Decodes a lane's samples. The place of one that cannot be decoded is filled with the next that can, which comes
     again in its own place: so what a place holds depends on the data alone, wherever reading starts."""
 
-    def __init__(self, stream: LaneStream, longest: int, config: DataConfig, seed: int, damage: DamageReport) -> None:
-        self._stream, self._longest, self._config, self._seed, self._damage = stream, longest, config, seed, damage
+    def __init__(
+        self, stream: LaneStream, longest: int, config: DataConfig, seed: int, corruption: CorruptionReport
+    ) -> None:
+        self._stream, self._longest, self._config, self._seed, self._corruption = (
+            stream,
+            longest,
+            config,
+            seed,
+            corruption,
+        )
         self._ahead: deque[Chunk] = deque()
 
     def take(self, g_n: Ints) -> Iterator[tuple[Ints, Samples]]:
@@ -212,8 +220,8 @@ class _Lane:
             try:
                 return self._decode(sample, g_1)
             except DataError as e:
-                damage = Damage(sample["__url__"][0], sample["__key__"][0], f"{e.field}: {e.problem}")
-                self._damage.add(damage, e)
+                corruption = Corruption(sample["__url__"][0], sample["__key__"][0], f"{e.field}: {e.problem}")
+                self._corruption.add(corruption, e)
             if at == len(self._ahead):
                 self._ahead.extend(_one_by_one(self._stream.take(1)))
             sample = self._ahead[at]
@@ -251,23 +259,23 @@ class _RankDataset(IterableDataset["StepSamples | UserError"]):
     def parts(self, lanes: set[int]) -> Iterator[StepSamples]:
         """The samples of these lanes, step by step."""
         schedule = self.schedule
-        damage = DamageReport(schedule.config.max_bad)
+        corruption = CorruptionReport(schedule.config.max_bad)
         streams: dict[int, _Lane] = {}
         mine_L = np.isin(np.arange(schedule.config.lanes), list(lanes))
         for batch in itertools.count(self.start_batch):
             (source_B, lane_B), first = schedule.locate(batch), batch * schedule.global_batch_size
             index_n = np.flatnonzero(mine_L[lane_B])
-            part = _Part(schedule.config, len(index_n))
+            part = _BatchBuffer(schedule.config, len(index_n))
             if schedule.mixture is None:
                 part.put(np.arange(len(index_n)), synthesize(schedule.config, schedule.seed, first + index_n))
             else:
                 for place, at_n in grouped(source_B[index_n] * schedule.config.lanes + lane_B[index_n]):
                     if place not in streams:
                         source, lane = divmod(place, schedule.config.lanes)
-                        streams[place] = schedule.lane(source, lane, self.start_batch, damage)
+                        streams[place] = schedule.lane(source, lane, self.start_batch, corruption)
                     for where_n, samples in streams[place].take(first + index_n[at_n]):
                         part.put(at_n[where_n], samples)
-            yield part.samples(batch, index_n, damage.take())
+            yield part.samples(batch, index_n, corruption.take())
 
 
 def _start(dataset: _RankDataset, workers: int) -> Iterator[StepSamples | UserError]:
@@ -314,7 +322,7 @@ def _end_with_rank() -> None:
     os._exit(1)
 
 
-class _Part:
+class _BatchBuffer:
     """Room for n samples of a step."""
 
     def __init__(self, config: DataConfig, n: int) -> None:
@@ -337,11 +345,11 @@ class _Part:
             if room is not None:
                 room[at_n] = values
 
-    def samples(self, batch: int, index_n: Ints, damage: tuple[Damage, ...]) -> StepSamples:
+    def samples(self, batch: int, index_n: Ints, corruption: tuple[Corruption, ...]) -> StepSamples:
         """When all places are filled."""
         captions = None if self._caption_n is None else self._caption_n.tolist()
         return StepSamples(
-            batch, index_n, self._x_nCHW, self._label_n, self._context_nTC, captions, self._key_n.tolist(), damage
+            batch, index_n, self._x_nCHW, self._label_n, self._context_nTC, captions, self._key_n.tolist(), corruption
         )
 
 
@@ -373,5 +381,5 @@ def _merge(parts: list[StepSamples]) -> StepSamples:
         context_nTC=tensors([part.context_nTC for part in parts]),
         captions=lists([part.captions for part in parts]),
         keys=lists([part.keys for part in parts]),
-        damage=tuple(itertools.chain(*(part.damage for part in parts))),
+        corruption=tuple(itertools.chain(*(part.corruption for part in parts))),
     )

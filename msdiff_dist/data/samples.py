@@ -26,7 +26,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 
 
 class Samples(NamedTuple):
-    """n decoded samples: x_nCHW (uint8 pictures or floating latents) and what the configuration asks for besides.
+    """n decoded samples: x_nCHW (uint8 images or floating latents) and what the configuration asks for besides.
 
     Keys and captions are strings; bfloat16, which numpy lacks, is uint16 of the same bits.
     """
@@ -42,11 +42,11 @@ def decode(chunk: Chunk, config: DataConfig, seed: int, g_n: Ints) -> Samples:
     """Decode samples that are numbers g_n of the run.
 
     Raises:
-        DataError: a field that is missing, damaged or of the wrong size; names shard, key and field.
+        DataError: a field that is missing, corrupt or of the wrong size; names shard, key and field.
     """
     flipped_n = flips(seed, g_n) if config.flip else np.zeros(len(g_n), np.bool_)
     if config.kind == "image":
-        x_nCHW = np.stack([_picture(chunk, row, config) for row in range(len(g_n))])
+        x_nCHW = np.stack([_image(chunk, row, config) for row in range(len(g_n))])
         x_nCHW[flipped_n] = x_nCHW[flipped_n][..., ::-1]
     else:
         x_nCHW = _latents(chunk, config, flipped_n, seed, g_n)
@@ -77,7 +77,7 @@ def synthesize(config: DataConfig, seed: int, g_n: Ints) -> Samples:
     return Samples(key_n, to_dtype(x_nCHW, config.latent_dtype), label_n, None, context_nTC)
 
 
-def _picture(chunk: Chunk, row: int, config: DataConfig) -> Array:
+def _image(chunk: Chunk, row: int, config: DataConfig) -> Array:
     field = next((name for name in IMAGE_FIELDS if name in chunk), "png")
     data = _column(chunk, field, row)[row]
     try:
@@ -85,13 +85,13 @@ def _picture(chunk: Chunk, row: int, config: DataConfig) -> Array:
             mode = "L" if config.channels == 1 else "RGB"
             pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise _bad(chunk, row, field, f"is not a readable picture ({e})", "Make the shard again without it.") from e
+        raise _bad(chunk, row, field, f"is not a readable image ({e})", "Make the shard again without it.") from e
     height, width = pixels.shape[:2]
     if (height, width) != (config.image_size, config.image_size):
         remedy = f"Make shards of that size (`msdiff data pack --size {config.image_size}`)"
         if height == width:
             remedy = f"Set data.image_size to {height}, or m{remedy[1:]}"
-        problem = f"the picture of {_name(chunk, row)} is {width}x{height} pixels"
+        problem = f"the image of {_name(chunk, row)} is {width}x{height} pixels"
         raise DataError("data.image_size", config.image_size, problem, remedy + ".")
     return pixels[None] if config.channels == 1 else np.moveaxis(pixels, -1, 0)
 
@@ -108,7 +108,7 @@ def _latents(chunk: Chunk, config: DataConfig, flipped_n: NDArray[np.bool_], see
         if flipped not in chunk:
             raise DataError(
                 "data.flip", True, f"shard {chunk['__url__'][0]} has no {flipped}: a mirrored latent is not the "
-                "latent of a mirrored picture", "Remove data.flip, or encode the pictures with encode.flip: true.",
+                "latent of a mirrored image", "Remove data.flip, or encode the images with encode.flip: true.",
             )  # fmt: skip
         stored = _arrays(chunk, field, shape, "data.latent_shape", dtype).copy()
         stored[flipped_n] = _arrays(chunk, flipped, shape, "data.latent_shape", dtype)[flipped_n]

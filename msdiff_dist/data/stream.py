@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from msdiff_dist.data.access import DEFAULT_ACCESS, Access
-from msdiff_dist.data.corruption import Damage, DamageReport
+from msdiff_dist.data.corruption import Corruption, CorruptionReport
 from msdiff_dist.data.index import FIELD, INDEX_NAME, STRICT, Shard
 from msdiff_dist.data.latent_blocks import Chunk
 from msdiff_dist.data.order import Ints, StreamOrder, Window, grouped
@@ -41,11 +41,11 @@ class LaneStream:
         lane: int,
         g: int,
         access: Access = DEFAULT_ACCESS,
-        damage: DamageReport = STRICT,
+        corruption: CorruptionReport = STRICT,
     ) -> None:
         self._windows = order.windows(lane, g)
         first = next(self._windows)
-        self._source = _reading_order(_Reader(shards, access, damage), order, lane, first.epoch, first.start)
+        self._source = _reading_order(_Reader(shards, access, corruption), order, lane, first.epoch, first.start)
         self._given, self._at = _Filled(first), first.skip
         self._coming = _Filled(next(self._windows))
         self._over: Rows | None = None
@@ -54,7 +54,7 @@ class LaneStream:
         """The next `most` samples, or fewer where a window ends, but at least one.
 
         Raises:
-            DataError: more damage than is borne.
+            DataError: more corruption than is borne.
         """
         if self._at == self._given.size:
             self._given, self._at = self._coming, 0
@@ -133,10 +133,10 @@ def _reading_order(reader: _Reader, order: StreamOrder, lane: int, epoch: int, s
 
 
 class _Reader:
-    """Reads shards; the places of samples that a damaged one has lost are filled, always alike."""
+    """Reads shards; the places of samples that a corrupt one has lost are filled, always alike."""
 
-    def __init__(self, shards: Sequence[Shard], access: Access, damage: DamageReport) -> None:
-        self._shards, self._access, self._damage = shards, access, damage
+    def __init__(self, shards: Sequence[Shard], access: Access, corruption: CorruptionReport) -> None:
+        self._shards, self._access, self._corruption = shards, access, corruption
 
     def places(self, number: int) -> Iterator[Rows]:
         """As many samples as the shard was counted to hold: if it lost some, its own again from the first on; if it
@@ -156,12 +156,12 @@ class _Reader:
                     raise DataError(FIELD, self._shards[number].path, "nor any other shard can be read", "Repair them.")
 
     def _readable(self, number: int) -> Iterator[Rows]:
-        """The samples of a shard up to its end or the first damage."""
+        """The samples of a shard up to its end or the first corruption."""
         shard, found = self._shards[number], 0
 
         def duplicate(key: str, what: str) -> None:
             error = DataError(FIELD, shard.path, f"sample {key!r}: {what}", "Make the shard again.")
-            self._damage.add(Damage(shard.path, key, what), error)
+            self._corruption.add(Corruption(shard.path, key, what), error)
 
         try:
             for chunk in chunks(shard.path, self._access, duplicate):
@@ -181,4 +181,4 @@ class _Reader:
             problem = f"holds {held} samples, but {shard.num_samples} were counted"
             remedy = f"Make it again, or delete the {INDEX_NAME} beside it if stale."
         if shard.problem is None:  # else it was told of when shards were counted
-            self._damage.add(Damage(shard.path, None, problem), DataError(FIELD, shard.path, problem, remedy))
+            self._corruption.add(Corruption(shard.path, None, problem), DataError(FIELD, shard.path, problem, remedy))

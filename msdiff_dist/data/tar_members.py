@@ -1,6 +1,6 @@
 """Reading tar members: a WebDataset pipeline stage that parses plain headers itself and leaves the rest to `tarfile`.
 
-`tarfile` spends more time on a header than PIL on a small picture. Plain USTAR and PAX members are parsed here; the
+`tarfile` spends more time on a header than PIL on a small image. Plain USTAR and PAX members are parsed here; the
 first header of another kind (GNU long names, sparse files, a compressed archive) hands the rest over to `tarfile`.
 """
 
@@ -24,7 +24,7 @@ _PAX_PLAIN = {b"path", b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b
 
 
 class TarError(Exception):
-    """The archive is damaged."""
+    """The archive is corrupt."""
 
 
 def samples(
@@ -43,7 +43,7 @@ def chunks(path: str, access: Access = DEFAULT_ACCESS, on_duplicate: OnDuplicate
         on_duplicate: told (key, what) of a file name or key that comes a second time, which is then passed over.
 
     Raises:
-        TarError: a damaged archive, or a duplicate if there is no `on_duplicate`.
+        TarError: a corrupt archive, or a duplicate if there is no `on_duplicate`.
         OSError: the file cannot be read.
     """
     for sample in _grouped(path, access, on_duplicate or _refuse, with_data=True):

@@ -1,6 +1,6 @@
-"""EDM's non-leaky augmentation: pictures are transformed and the network is told how (2206.00364, appendix F.2).
+"""EDM's non-leaky augmentation: images are transformed and the network is told how (2206.00364, appendix F.2).
 
-Told "not at all" when it samples, it makes pictures like the untransformed ones.
+Told "not at all" when it samples, it makes images like the untransformed ones.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from msdiff_dist.randomness import augmentation
 AUGMENT_LABELS = 9
 """Length of the description: mirrored, upside down, scaling, rotation (2), anisotropy (2), translation (2)."""
 _SCALE_STD = 0.2  # of the binary logarithm, for scaling and anisotropy
-_TRANSLATION_STD = 0.125  # of the picture's size
+_TRANSLATION_STD = 0.125  # of the image's size
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class AugmentationConfig:
 def augment(
     x_nCHW: Tensor, config: AugmentationConfig, seed: int, batch: int, index_n: np.ndarray
 ) -> tuple[Tensor, Tensor]:
-    """Transformed pictures, and what was done to each: float32 [n, AUGMENT_LABELS], all zero for nothing.
+    """Transformed images, and what was done to each: float32 [n, AUGMENT_LABELS], all zero for nothing.
 
-    Each picture's transform depends on (seed, global batch, its index there) alone.
+    Each image's transform depends on (seed, global batch, its index there) alone.
     """
     drawn = [_draw(config.probability, augmentation(seed, batch, i)) for i in index_n.tolist()]
     label_n = torch.tensor(np.array([label for label, _ in drawn]), dtype=torch.float32, device=x_nCHW.device)
@@ -54,7 +54,7 @@ def augment(
 
 
 def resampled(x_nCHW: Tensor, inverse_n33: Tensor) -> Tensor:
-    """Pictures whose pixel at p is the old one at inverse p, interpolated cubically, mirrored beyond the border.
+    """Images whose pixel at p is the old one at inverse p, interpolated cubically, mirrored beyond the border.
 
     Positions are (x, y, 1) from the centre, in half widths and half heights.
     """
@@ -63,7 +63,7 @@ def resampled(x_nCHW: Tensor, inverse_n33: Tensor) -> Tensor:
 
 
 def _draw(probability: float, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
-    """Description of one picture's transform, and the matrix that moves its pixels, if it moves them."""
+    """Description of one image's transform, and the matrix that moves its pixels, if it moves them."""
     happens, coins = random.random(5) < probability, random.random(3) < 0.5
     angle, axis = random.uniform(-math.pi, math.pi, 2)
     scale, stretch, *shift = random.standard_normal(4)
@@ -77,7 +77,7 @@ def _draw(probability: float, random: np.random.Generator) -> tuple[np.ndarray, 
     factor, ratio = 2 ** (_SCALE_STD * scale), 2 ** (_SCALE_STD * stretch)
     matrix = np.eye(3)
     matrix[:2, :2] = _rotation(axis) @ np.diag([ratio, 1 / ratio]) @ _rotation(-axis) @ _rotation(angle) * factor
-    matrix[:2, 2] = 2 * _TRANSLATION_STD * shift  # a picture is 2 units wide
+    matrix[:2, 2] = 2 * _TRANSLATION_STD * shift  # an image is 2 units wide
     return label, matrix
 
 

@@ -1,6 +1,6 @@
-"""Sampling from a model: one network call and one stage at a time, guidance, and each picture's own noise.
+"""Sampling from a model: one network call and one stage at a time, guidance, and each image's own noise.
 
-A picture depends on (seed, its index) alone, not on how the pictures are split into batches.
+An image depends on (seed, its index) alone, not on how the images are split into batches.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def sample(
     condition: Condition | None = None,
     unconditional: Condition | None = None,
 ) -> Tensor:
-    """Samples [n, *shape], float32, of the pictures numbered `index_n`.
+    """Samples [n, *shape], float32, of the images numbered `index_n`.
 
     Raises:
         ConfigError: guidance without an `unconditional` condition, or a sampler that does not fit the process.
@@ -93,7 +93,7 @@ def sampler_times(process: Process, partition: StagePartition, config: SamplerCo
 
 
 def image_generators(seed: int, index_n: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator for each picture: the source of its initial noise and of the noise of every step."""
+    """One CPU generator for each image: the source of its initial noise and of the noise of every step."""
     seeds = [int(generator(seed, "sampling", i).integers(2**63)) for i in index_n]
     return [torch.Generator().manual_seed(s) for s in seeds]
 

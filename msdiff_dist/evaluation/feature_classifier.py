@@ -1,4 +1,4 @@
-"""A small classifier of pictures, trained in a minute: its features are where sets of pictures are compared."""
+"""A small classifier of images, trained in a minute: its features are where sets of images are compared."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from msdiff_dist.data.config import DataConfig
-from msdiff_dist.data.make.images import read_pictures
+from msdiff_dist.data.make.images import read_images
 from msdiff_dist.errors import CheckpointError, ConfigError, DataError
 from msdiff_dist.files.atomic import atomic_write
 from msdiff_dist.pixels import to_model_range
 from msdiff_dist.randomness import generator
 
 _KEY = "feature_classifier"
-_HELD_OUT = 10  # one in so many pictures
+_HELD_OUT = 10  # one in so many images
 
 
 @dataclass(frozen=True)
 class ClassifierInfo:
     """What a classifier is: the metadata of its file.
 
-    image_shape: [C, H, W]. channels: of its convolutions, each of which halves the picture. features: width of the
-    layer before the classes. accuracy: on a tenth of the pictures that it was not trained on. steps, batch_size, seed:
+    image_shape: [C, H, W]. channels: of its convolutions, each of which halves the image. features: width of the
+    layer before the classes. accuracy: on a tenth of the images that it was not trained on. steps, batch_size, seed:
     of its training.
     """
 
@@ -59,28 +59,28 @@ class FeatureClassifier(nn.Module):
         self.head = nn.Linear(info.features, info.classes)
 
     def features(self, images_NCHW: Tensor) -> Tensor:
-        """Features [N, D] of uint8 pictures: the layer before the classes, before its ReLU."""
+        """Features [N, D] of uint8 images: the layer before the classes, before its ReLU."""
         out: Tensor = self.body(to_model_range(images_NCHW))
         return out
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
-        """Logits [N, classes] of uint8 pictures."""
+        """Logits [N, classes] of uint8 images."""
         out: Tensor = self.head(F.relu(self.features(images_NCHW)))
         return out
 
 
 def train_classifier(data: DataConfig, steps: int, batch_size: int = 128, seed: int = 0) -> FeatureClassifier:
-    """Train on nine tenths of the labelled pictures of `data`, and measure the accuracy on the others.
+    """Train on nine tenths of the labelled images of `data`, and measure the accuracy on the others.
 
     Raises:
-        ConfigError: the data have no classes or no pictures. DataError: too few pictures, or damaged shards.
+        ConfigError: the data have no classes or no images. DataError: too few images, or corrupt shards.
     """
     if data.num_classes is None:
-        raise ConfigError("data.num_classes", None, "a classifier needs labelled pictures", "Give the recipe classes.")
-    batches = list(read_pictures(data))
+        raise ConfigError("data.num_classes", None, "a classifier needs labelled images", "Give the recipe classes.")
+    batches = list(read_images(data))
     x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches if y is not None])
     if len(x) < 10 * _HELD_OUT:
-        problem = f"holds {len(x)} pictures"
+        problem = f"holds {len(x)} images"
         raise DataError("data.shards", data.shards, problem, f"Use at least {10 * _HELD_OUT}.")
     rng = generator(seed, "feature classifier")
     order = torch.from_numpy(rng.permutation(len(x)))

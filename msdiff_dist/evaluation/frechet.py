@@ -1,4 +1,4 @@
-"""Fréchet distance between sets of pictures, in the features of a small classifier (1706.08500 with other features)."""
+"""Fréchet distance between sets of images, in the features of a small classifier (1706.08500 with other features)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from msdiff_dist.data.config import DataConfig
-from msdiff_dist.data.make.images import read_pictures
+from msdiff_dist.data.make.images import read_images
 from msdiff_dist.diffusion.solvers import SamplerConfig
 from msdiff_dist.errors import ConfigError, DataError
 from msdiff_dist.evaluation.feature_classifier import load_classifier
-from msdiff_dist.evaluation.generate import Generator
+from msdiff_dist.evaluation.generate import ImageGenerator
 from msdiff_dist.evaluation.sampling_job import SamplingJob
 
 
@@ -25,10 +25,10 @@ class ScoreConfig:
 
     Args:
         classifier: file that `msdiff classifier train` wrote.
-        reference: shards of the pictures to compare with.
-        pictures: to generate, class after class in turn. Distances compare at equal numbers only.
+        reference: shards of the images to compare with.
+        pictures: images to generate, class after class in turn. Distances compare at equal numbers only.
         sampler: that makes them.
-        batch_size: pictures at once.
+        batch_size: images at once.
     """
 
     classifier: str
@@ -71,10 +71,10 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 class Scorer:
-    """Fréchet distance of pictures to the reference pictures of `config`, whose features are taken once.
+    """Fréchet distance of images to the reference images of `config`, whose features are taken once.
 
     Raises:
-        CheckpointError: no such classifier. DataError: no such reference, too few pictures or of another shape.
+        CheckpointError: no such classifier. DataError: no such reference, too few images or of another shape.
     """
 
     def __init__(self, config: ScoreConfig, device: torch.device) -> None:
@@ -82,18 +82,18 @@ class Scorer:
         self._classifier = load_classifier(Path(config.classifier)).to(device)
         channels, size, _ = self._classifier.info.image_shape
         data = DataConfig(shards=config.reference, image_size=size, channels=channels)
-        reference = self.features(images for images, _ in read_pictures(data))
+        reference = self.features(images for images, _ in read_images(data))
         if len(reference) < 2:
-            raise DataError("score.reference", config.reference, "has no covariance", "Name more pictures.")
+            raise DataError("score.reference", config.reference, "has no covariance", "Name more images.")
         self._reference = fit(reference)
 
-    def __call__(self, generator: Generator, seed: int) -> float:
-        """Score the pictures numbered 0 to `pictures` - 1 that `generator` makes with `seed`."""
+    def __call__(self, generator: ImageGenerator, seed: int) -> float:
+        """Score the images numbered 0 to `pictures` - 1 that `generator` makes with `seed`."""
         job = SamplingJob(self.config.pictures, seed, self.config.sampler, batch_size=self.config.batch_size)
         images = (job.draw(generator, index_n) for index_n in job.batches)
         return frechet_distance(fit(self.features(images)), self._reference)
 
     @torch.no_grad()
     def features(self, batches: Iterable[Tensor]) -> np.ndarray:
-        """Features [N, D] of batches of uint8 pictures [n, C, H, W]."""
+        """Features [N, D] of batches of uint8 images [n, C, H, W]."""
         return torch.cat([self._classifier.features(x.to(self._device)).cpu() for x in batches]).double().numpy()

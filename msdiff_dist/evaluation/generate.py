@@ -1,4 +1,4 @@
-"""Pictures from a checkpoint, on one process: the encoder once, each decoder when its stage is first reached."""
+"""Images from a checkpoint, on one process: the encoder once, each decoder when its stage is first reached."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from msdiff_dist.models.autoencoder import LatentCodec
 from msdiff_dist.models.multistage_unet import build_parts
 
 
-class Generator:
+class ImageGenerator:
     """Samples with the weights of a checkpoint or an export."""
 
     def __init__(self, weights: Weights, device: torch.device) -> None:
@@ -40,10 +40,10 @@ class Generator:
         label_n: Tensor | None = None,
         prompts: Sequence[str] = (),
     ) -> Tensor:
-        """uint8 pictures [n, C, H, W] numbered `index_n`; each depends on (weights, seed, its number) alone.
+        """uint8 images [n, C, H, W] numbered `index_n`; each depends on (weights, seed, its number) alone.
 
         Args:
-            prompts: for the pictures by number, in turn; none: pictures of no caption.
+            prompts: for the images by number, in turn; none: images of no caption.
 
         Raises:
             ConfigError: prompts for a model that takes none.
@@ -92,18 +92,18 @@ class Generator:
         return module.to(self._device, self._dtype).eval()
 
 
-class SplicedGenerator(Generator):
+class SplicedGenerator(ImageGenerator):
     """`inside`'s network at times in [lo, hi), `outside`'s at all others, as in the paper's Figure 2.
 
     Both must have the same process, latent shape and conditions; their stages may differ.
     """
 
-    def __init__(self, inside: Generator, outside: Generator, lo: float, hi: float) -> None:
+    def __init__(self, inside: ImageGenerator, outside: ImageGenerator, lo: float, hi: float) -> None:
         vars(self).update(vars(inside))
         a, b = inside._partition, outside._partition
         inner = {x for x in (*a.boundaries, *b.boundaries, lo, hi) if a.lo < x < a.hi}
         self._partition = replace(a, boundaries=tuple(sorted(inner)))
-        self._owners: list[tuple[Generator, int]] = []
+        self._owners: list[tuple[ImageGenerator, int]] = []
         for k in range(self._partition.num_stages):
             start, _ = self._partition.interval(k)
             owner = inside if lo <= start < hi else outside

@@ -1,4 +1,4 @@
-"""Looking at what a run makes: how many pictures, by which sampler, laid out as one grid."""
+"""Looking at what a run makes: how many images, by which sampler, laid out as one grid."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class PreviewConfig:
 
 
 def class_labels(index_n: Sequence[int], num_classes: int | None, only: int | None = None) -> Tensor | None:
-    """Labels int64 [n] of pictures by number: class after class in turn, or `only` that one.
+    """Labels int64 [n] of images by number: class after class in turn, or `only` that one.
 
     Raises:
         ConfigError: there is no such class.
@@ -54,7 +54,7 @@ def class_labels(index_n: Sequence[int], num_classes: int | None, only: int | No
 
 
 def write_grid(images_NCHW: Tensor, path: Path, columns: int | None = None) -> None:
-    """Write uint8 pictures as one PNG: cells apart, small pictures enlarged without smoothing."""
+    """Write uint8 images as one PNG: cells apart, small images enlarged without smoothing."""
     from torchvision.utils import make_grid
 
     columns = columns or max(1, round(len(images_NCHW) ** 0.5))

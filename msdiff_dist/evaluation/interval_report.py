@@ -1,4 +1,4 @@
-"""The paper's Figure 2: pictures by one run's network inside an interval of time and another's elsewhere, scored."""
+"""The paper's Figure 2: images by one run's network inside an interval of time and another's elsewhere, scored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from msdiff_dist.diffusion.stage_partition import build_partition
 from msdiff_dist.distributed.environment import this_device
 from msdiff_dist.errors import ConfigError, RunFolderError
 from msdiff_dist.evaluation.frechet import ScoreConfig, Scorer
-from msdiff_dist.evaluation.generate import Generator, SplicedGenerator
+from msdiff_dist.evaluation.generate import ImageGenerator, SplicedGenerator
 from msdiff_dist.export.description import ModelDescription
 from msdiff_dist.export.weights import open_weights
 from msdiff_dist.files.atomic import atomic_folder, is_free, writing
@@ -50,7 +50,7 @@ def interval_report(
 
     Raises:
         ConfigError: the runs differ in process, latents or conditions, or an edge lies outside the process.
-        CheckpointError, DataError: weights, classifier or reference pictures are missing. RunFolderError: `out` is
+        CheckpointError, DataError: weights, classifier or reference images are missing. RunFolderError: `out` is
             in use.
     """
     if not is_free(out):
@@ -67,9 +67,9 @@ def interval_report(
     score.sampler.for_process(process)
     device = this_device()
     scorer = Scorer(score, device)
-    inside, outside = Generator(weights, device), Generator(others, device)
+    inside, outside = ImageGenerator(weights, device), ImageGenerator(others, device)
 
-    def scored(generator: Generator) -> float:
+    def scored(generator: ImageGenerator) -> float:
         return scorer(generator, seed)
 
     edges = [partition.interval(k) for k in range(partition.num_stages)]

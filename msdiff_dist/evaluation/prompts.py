@@ -22,7 +22,7 @@ class Prompter:
         self._known: dict[str, Tensor] = {}
 
     def __call__(self, index_n: Sequence[int], prompts: Sequence[str]) -> tuple[Tensor | None, Tensor | None]:
-        """(context, context of "no caption"), each [n, T, D], of pictures by number; None if the model takes none.
+        """(context, context of "no caption"), each [n, T, D], of images by number; None if the model takes none.
 
         "No caption" is the empty caption, or zeros for a model without a text encoder, as in training.
 

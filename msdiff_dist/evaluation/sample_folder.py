@@ -20,7 +20,7 @@ from torch import Tensor
 
 from msdiff_dist.distributed.environment import this_device
 from msdiff_dist.errors import RunFolderError
-from msdiff_dist.evaluation.generate import Generator
+from msdiff_dist.evaluation.generate import ImageGenerator
 from msdiff_dist.evaluation.grid import class_labels, write_grid
 from msdiff_dist.evaluation.sampling_job import SamplingJob
 from msdiff_dist.export.weights import open_weights
@@ -56,7 +56,7 @@ def sample_run(
     num_classes = weights.description.model.num_classes
     class_labels([0], num_classes, job.class_)
     job = job.resolved(weights.description.process(), evaluations)
-    generator = Generator(weights, this_device())
+    generator = ImageGenerator(weights, this_device())
     generator.check_prompts(job.prompts)
     part = part or Part()
     paths = [out / f"{i:05d}.png" for i in range(job.num)]

@@ -12,7 +12,7 @@ from msdiff_dist.config import to_mapping
 from msdiff_dist.diffusion.process import Process
 from msdiff_dist.diffusion.solvers import SOLVERS, SamplerConfig
 from msdiff_dist.errors import ConfigError
-from msdiff_dist.evaluation.generate import Generator
+from msdiff_dist.evaluation.generate import ImageGenerator
 from msdiff_dist.evaluation.grid import class_labels
 from msdiff_dist.export.weights import Weights
 
@@ -75,7 +75,7 @@ class SamplingJob:
         """The images' numbers, batch by batch."""
         return [range(i, min(i + self.batch_size, self.num)) for i in range(0, self.num, self.batch_size)]
 
-    def draw(self, generator: Generator, index_n: Sequence[int]) -> Tensor:
+    def draw(self, generator: ImageGenerator, index_n: Sequence[int]) -> Tensor:
         """The images numbered `index_n`, uint8 [n, C, H, W].
 
         Raises:

@@ -40,7 +40,7 @@ def export(
         ema_length: of an average made from the run's snapshots, relative to the training so far.
 
     Raises:
-        CheckpointError: no such checkpoint, it is damaged, or `out` holds files or cannot be written; or an average of
+        CheckpointError: no such checkpoint, it is corrupt, or `out` holds files or cannot be written; or an average of
             that length cannot be made.
     """
     if ema_length is None:

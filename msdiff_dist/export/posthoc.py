@@ -60,7 +60,7 @@ def open_posthoc(run: Path, length: float, step: int | None = None) -> PosthocWe
     Every file is compared with its checksum.
 
     Raises:
-        CheckpointError: the length is out of range, or the run has no such step or no snapshots. DamagedError.
+        CheckpointError: the length is out of range, or the run has no such step or no snapshots. CorruptError.
     """
     if not 0 < length < LONGEST:
         raise CheckpointError("--ema-length", length, f"must lie in (0, {LONGEST:.4f})", "Try 0.05, 0.1 or 0.15.")

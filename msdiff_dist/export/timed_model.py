@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from msdiff_dist.checkpoint.tensor_file import damaged
+from msdiff_dist.checkpoint.tensor_file import corrupt
 from msdiff_dist.export.description import ModelDescription
 from msdiff_dist.export.weights import Weights, open_weights
 from msdiff_dist.models.multistage_unet import MultistageUNet, build_model
@@ -32,7 +32,7 @@ class TimedModel(nn.Module):
         """Output [B, out_channels, H, W].
 
         Args:
-            x_BCHW: the network's picture input as it is: nothing is preconditioned here.
+            x_BCHW: the network's image input as it is: nothing is preconditioned here.
             t_B: times in the process's own variable: timestep, t or sigma.
             context: tokens [B, S, context_dim], where the model takes them.
             label: int64 [B], where the model has classes; num_classes stands for "dropped".
@@ -50,7 +50,7 @@ def load_model(path: Path | str, ema: bool = True) -> TimedModel:
         ema: the average of the weights; else the last ones.
 
     Raises:
-        CheckpointError: there are no such weights, or they are damaged.
+        CheckpointError: there are no such weights, or they are corrupt.
     """
     weights = open_weights(Path(path), ema=ema)
     with torch.device("meta"):
@@ -64,10 +64,10 @@ def _fill(network: nn.Module, weights: Weights, path: Path) -> None:
     parameters = dict(network.named_parameters())
     differing = sorted(parameters.keys() ^ set(weights.names()))
     if differing:
-        raise damaged(path, f"{len(differing)} parameters are missing or unknown, the first is {differing[0]}")
+        raise corrupt(path, f"{len(differing)} parameters are missing or unknown, the first is {differing[0]}")
     for name, parameter in parameters.items():
         tensor = weights.tensor(name)
         if tensor.shape != parameter.shape:
-            raise damaged(path, f"{name} has shape {list(tensor.shape)} in place of {list(parameter.shape)}")
+            raise corrupt(path, f"{name} has shape {list(tensor.shape)} in place of {list(parameter.shape)}")
         owner, _, attribute = name.rpartition(".")
         setattr(network.get_submodule(owner), attribute, nn.Parameter(tensor.float()))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from msdiff_dist.checkpoint.layout import INDEX, complete_checkpoints, find_checkpoint
 from msdiff_dist.checkpoint.load import CheckpointReader
-from msdiff_dist.checkpoint.tensor_file import DamagedError, TensorReader, damaged
+from msdiff_dist.checkpoint.tensor_file import CorruptError, TensorReader, corrupt
 from msdiff_dist.errors import CheckpointError
 from msdiff_dist.export.description import FORMAT, ModelDescription, describe, description_from
 from msdiff_dist.files.digest import sha256_of
@@ -37,7 +37,7 @@ class Weights(ABC):
         """One parameter in its shape.
 
         Raises:
-            DamagedError: it is not there in full.
+            CorruptError: it is not there in full.
         """
 
     @abstractmethod
@@ -79,7 +79,7 @@ class ExportWeights(Weights):
     """What an export folder holds.
 
     Raises:
-        DamagedError: a file is missing, cut short or changed. CheckpointError: it is of a newer format.
+        CorruptError: a file is missing, cut short or changed. CheckpointError: it is of a newer format.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -112,7 +112,7 @@ def open_weights(path: Path, step: int | None = None, ema: bool = True) -> Weigh
     these are given, with a warning.
 
     Raises:
-        CheckpointError: there are none, they are damaged, or the last ones are asked for and not there.
+        CheckpointError: there are none, they are corrupt, or the last ones are asked for and not there.
     """
     if not (path / CONFIG).exists():
         return CheckpointWeights(open_checkpoint(path, step), ema)
@@ -134,19 +134,19 @@ def open_checkpoint(path: Path, step: int | None = None, verify: bool = False) -
         verify: compare its files with their checksums.
 
     Raises:
-        CheckpointError: there is none, or it is damaged: then naming the newest older one that is intact.
+        CheckpointError: there is none, or it is corrupt: then naming the newest older one that is intact.
     """
     folder = find_checkpoint(path, step)
     try:
         return _opened(folder, verify)
-    except DamagedError as e:
+    except CorruptError as e:
         older = [p for p in complete_checkpoints(folder.parent) if p.name < folder.name]
         for candidate in reversed(older):
             try:
                 _opened(candidate, verify)
             except CheckpointError:
                 continue
-            raise DamagedError(e.field, e.value, e.problem, f"The newest intact checkpoint is {candidate}.") from None
+            raise CorruptError(e.field, e.value, e.problem, f"The newest intact checkpoint is {candidate}.") from None
         raise
 
 
@@ -162,9 +162,9 @@ def _read_description(path: Path) -> ModelDescription:
         raw = json.loads(path.read_text())
         newer = raw.get("format", FORMAT) > FORMAT
     except OSError as e:
-        raise damaged(path, e.strerror or str(e)) from None
+        raise corrupt(path, e.strerror or str(e)) from None
     except (ValueError, TypeError, AttributeError):
-        raise damaged(path, "it is not JSON") from None
+        raise corrupt(path, "it is not JSON") from None
     if newer:
         raise CheckpointError(
             "export", str(path), f"has format {raw['format']}, newer than {FORMAT}", "Use a newer msdiff_dist."

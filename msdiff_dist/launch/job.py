@@ -75,7 +75,7 @@ class TrainJob:
         step = int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
         nodes = list(job.hostnames)
         print(f"job {job.job_id}: {world_size} ranks on {', '.join(nodes)}, newest checkpoint: step {step}", flush=True)
-        why_stop = diary.fruitless(step, self.max_restarts)
+        why_stop = diary.starts_without_progress(step, self.max_restarts)
         diary.write_start(world_size, step, nodes=nodes)
         if why_stop:
             raise TrainingError(why_stop)

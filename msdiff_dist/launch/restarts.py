@@ -1,4 +1,4 @@
-"""The diary of a run's starts and ends: what the limit on fruitless restarts is judged by."""
+"""The diary of a run's starts and ends: what the limit on restarts without progress is judged by."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Diary:
     def write_end(self, outcome: str, **more: Any) -> None:
         self._append({"key": self._key, "time": time.time(), "outcome": outcome, **more})
 
-    def fruitless(self, step: int, limit: int) -> str | None:
+    def starts_without_progress(self, step: int, limit: int) -> str | None:
         """Why to give up: the last `limit` starts of this job all began at `step`, where it is still. None: go on."""
         recent = [s for s in self.starts() if s.job == self._job][-limit:]
         if len(recent) < limit or any(s.step != step for s in recent):

@@ -1,4 +1,4 @@
-"""Between pictures and the latents that the diffusion sees."""
+"""Between images and the latents that the diffusion sees."""
 
 from __future__ import annotations
 
@@ -30,31 +30,29 @@ class AutoencoderConfig:
 
     def __post_init__(self) -> None:
         if self.kind == "pixel" and self.factor != 1:
-            raise ConfigError(
-                "factor", self.factor, "pixel keeps the size of pictures", "Use factor 1 or another kind."
-            )
+            raise ConfigError("factor", self.factor, "pixel keeps the size of images", "Use factor 1 or another kind.")
         if self.factor < 1:
             raise ConfigError("factor", self.factor, "must be at least 1", "space_to_depth usually takes 2 or 4.")
         if not self.scale_factor > 0:
             raise ConfigError("scale_factor", self.scale_factor, "must be above 0", "Use 1, or the autoencoder's own.")
 
     def latent_shape(self, channels: int, size: int) -> tuple[int, int, int]:
-        """[C, H, W] of the latents of pictures [channels, size, size], for the kinds that fix it by themselves."""
+        """[C, H, W] of the latents of images [channels, size, size], for the kinds that fix it by themselves."""
         if size % self.factor:
             raise ConfigError("factor", self.factor, f"does not divide the image size {size}", "Choose a divisor.")
         if self.kind in ("kl", "vq"):
             raise ConfigError(
                 "kind", self.kind, "latents of this kind are computed beforehand, not while training",
-                "Use data.kind: latent with data.latent_shape; name the pictures in encode.data.",
+                "Use data.kind: latent with data.latent_shape; name the images in encode.data.",
             )  # fmt: skip
         return channels * self.factor**2, size // self.factor, size // self.factor
 
 
 class LatentCodec:
-    """Stored samples -> latents x0, and x0 -> pictures; pictures -> what is stored of them.
+    """Stored samples -> latents x0, and x0 -> images; images -> what is stored of them.
 
     Args:
-        stored_latents: the shards hold latents, not pictures.
+        stored_latents: the shards hold latents, not images.
     """
 
     def __init__(self, config: AutoencoderConfig, stored_latents: bool, device: torch.device) -> None:
@@ -62,7 +60,7 @@ class LatentCodec:
         self._model: Any = None
 
     def to_latents(self, x_BCHW: Tensor) -> Tensor:
-        """uint8 pictures or stored latents -> float32 x0 [B, C, H, W], scaled for diffusion."""
+        """uint8 images or stored latents -> float32 x0 [B, C, H, W], scaled for diffusion."""
         if self._stored_latents:
             return x_BCHW.float() * self._config.scale_factor
         images = centred(x_BCHW.float())
@@ -72,7 +70,7 @@ class LatentCodec:
 
     @torch.no_grad()
     def to_images(self, x0_BCHW: Tensor) -> Tensor:
-        """x0 -> uint8 pictures [B, C, H, W] on the CPU."""
+        """x0 -> uint8 images [B, C, H, W] on the CPU."""
         x = x0_BCHW / self._config.scale_factor
         if self._config.kind == "space_to_depth":
             x = F.pixel_shuffle(x, self._config.factor)
@@ -82,12 +80,12 @@ class LatentCodec:
 
     @torch.no_grad()
     def encode(self, images_BCHW: Tensor) -> Tensor:
-        """uint8 pictures -> float32 latents [B, c, h, w] on the CPU, without the scale factor.
+        """uint8 images -> float32 latents [B, c, h, w] on the CPU, without the scale factor.
 
         Of kind `kl` the posterior's mean and log variance, [B, 2c, h, w]; of kind `vq` the latents before quantisation.
 
         Raises:
-            ConfigError: the autoencoder cannot be loaded, or does not take such pictures.
+            ConfigError: the autoencoder cannot be loaded, or does not take such images.
         """
         images = centred(images_BCHW.to(self._device).float())
         if self._config.kind == "pixel":
@@ -96,8 +94,8 @@ class LatentCodec:
             return F.pixel_unshuffle(images, self._config.factor).cpu()
         model = self._autoencoder()
         if images.shape[1] != model.config.in_channels:
-            problem = f"takes {model.config.in_channels} channels, the pictures have {images.shape[1]}"
-            raise ConfigError("autoencoder.path", self._config.path, problem, "Correct the channels of the pictures.")
+            problem = f"takes {model.config.in_channels} channels, the images have {images.shape[1]}"
+            raise ConfigError("autoencoder.path", self._config.path, problem, "Correct the channels of the images.")
         if self._config.kind == "vq":
             out: Tensor = model.encode(images).latents.float().cpu()
             return out

@@ -1,4 +1,4 @@
-"""A whole data set as blocks of flat samples, for statistics that stream over it: shards, pictures, or an IDX file."""
+"""A whole data set as blocks of flat samples, for statistics that stream over it: shards, images, or an IDX file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _KEPT_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
-class Part:
+class BlockSource:
     """Samples first .. first + count - 1 of a data set; `read` returns them as [count, d], uint8 pixels or floats."""
 
     first: int
@@ -43,10 +43,10 @@ class DataBlocks:
         rank, world_size: this one yields every world_size-th part only.
 
     Raises:
-        DataError: while reading, samples that are damaged or of different sizes; at once, fewer parts than ranks.
+        DataError: while reading, samples that are corrupt or of different sizes; at once, fewer parts than ranks.
     """
 
-    def __init__(self, parts: Sequence[Part], rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, parts: Sequence[BlockSource], rank: int = 0, world_size: int = 1) -> None:
         self.count = sum(part.count for part in parts)
         if len(parts) < world_size:
             problem = f"has {len(parts)} parts for {world_size} ranks"
@@ -70,23 +70,23 @@ class DataBlocks:
                 yield part.first + start, rows[start : start + _ROWS]
 
 
-def shard_parts(patterns: str | Sequence[str]) -> list[Part]:
-    """One part a shard: its pictures, or its .npy latents.
+def shard_parts(patterns: str | Sequence[str]) -> list[BlockSource]:
+    """One part a shard: its images, or its .npy latents.
 
     Raises:
-        DataError: no such shards, or damaged ones.
+        DataError: no such shards, or corrupt ones.
     """
     shards = find_shards(patterns)
     firsts = accumulate((shard.num_samples for shard in shards), initial=0)
     return [
-        Part(first, shard.num_samples, partial(_read_shard, shard.path))
+        BlockSource(first, shard.num_samples, partial(_read_shard, shard.path))
         for first, shard in zip(firsts, shards, strict=False)
         if shard.num_samples
     ]
 
 
-def image_parts(path: Path) -> list[Part]:
-    """The pictures below a folder in the order of their names, or an IDX file of pictures, gzipped or not.
+def image_parts(path: Path) -> list[BlockSource]:
+    """The images below a folder in the order of their names, or an IDX file of images, gzipped or not.
 
     Raises:
         DataError: neither of them, or nothing inside.
@@ -94,12 +94,12 @@ def image_parts(path: Path) -> list[Part]:
     if not path.is_dir():
         rows = _read_idx_images(path)
         groups = [rows[i : i + _ROWS] for i in range(0, len(rows), _ROWS)]
-        return [Part(i * _ROWS, len(group), partial(np.asarray, group)) for i, group in enumerate(groups)]
+        return [BlockSource(i * _ROWS, len(group), partial(np.asarray, group)) for i, group in enumerate(groups)]
     files = sorted(p for p in path.rglob("*") if p.suffix.lower().lstrip(".") in EXTENSIONS and p.is_file())
     if not files:
-        raise DataError("--images", str(path), "holds no pictures", f"Known: {', '.join(sorted(EXTENSIONS))}.")
+        raise DataError("--images", str(path), "holds no images", f"Known: {', '.join(sorted(EXTENSIONS))}.")
     return [
-        Part(i, len(files[i : i + _ROWS]), partial(_read_pictures, files[i : i + _ROWS]))
+        BlockSource(i, len(files[i : i + _ROWS]), partial(_read_images, files[i : i + _ROWS]))
         for i in range(0, len(files), _ROWS)
     ]
 
@@ -108,22 +108,22 @@ def _read_shard(path: str) -> Samples:
     try:
         return _stack(_flat_sample(raw) for raw in samples(path))
     except (TarError, OSError) as e:
-        raise DataError("--data", path, f"is damaged ({e})", "Copy or make the shard again.") from e
+        raise DataError("--data", path, f"is corrupt ({e})", "Copy or make the shard again.") from e
 
 
 def _flat_sample(raw: dict[str, Any]) -> Samples:
-    picture = next((raw[name] for name in IMAGE_FIELDS if name in raw), None)
-    if picture is not None:
-        return _pixels(picture, f"{raw['__key__']} in {raw['__url__']}")
+    image = next((raw[name] for name in IMAGE_FIELDS if name in raw), None)
+    if image is not None:
+        return _pixels(image, f"{raw['__key__']} in {raw['__url__']}")
     latent = next((raw[name] for name in ("latent.npy", "npy") if name in raw), None)
     if latent is None:
-        problem = f"sample {raw['__key__']!r} has neither a picture nor a latent"
-        raise DataError("--data", raw["__url__"], problem, "Name shards of pictures, or of .npy or .latent.npy arrays.")
+        problem = f"sample {raw['__key__']!r} has neither an image nor a latent"
+        raise DataError("--data", raw["__url__"], problem, "Name shards of images, or of .npy or .latent.npy arrays.")
     found: Samples = np.load(io.BytesIO(latent), allow_pickle=False).ravel()
     return found
 
 
-def _read_pictures(files: Sequence[Path]) -> Samples:
+def _read_images(files: Sequence[Path]) -> Samples:
     return _stack(_pixels(path.read_bytes(), str(path)) for path in files)
 
 
@@ -132,7 +132,7 @@ def _pixels(data: bytes, name: str) -> Samples:
         with Image.open(io.BytesIO(data)) as image:
             return np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB")).ravel()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise DataError("--data", name, f"is not a readable picture ({e})", "Remove it.") from e
+        raise DataError("--data", name, f"is not a readable image ({e})", "Remove it.") from e
 
 
 def _stack(rows: Iterator[Samples]) -> Samples:
@@ -147,11 +147,11 @@ def _read_idx_images(path: Path) -> Samples:
     try:
         images = read_idx(path)
         if images.ndim < 2:
-            raise ValueError("not an IDX file of pictures")
+            raise ValueError("not an IDX file of images")
         return images.reshape(len(images), -1)
     except FileNotFoundError:
-        raise DataError("--images", str(path), "does not exist", "Name a folder of pictures or an IDX file.") from None
+        raise DataError("--images", str(path), "does not exist", "Name a folder of images or an IDX file.") from None
     except (OSError, ValueError) as e:
         raise DataError(
-            "--images", str(path), f"is not readable ({e})", "Name a folder of pictures or an IDX file."
+            "--images", str(path), f"is not readable ({e})", "Name a folder of images or an IDX file."
         ) from e

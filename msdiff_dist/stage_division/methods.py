@@ -1,4 +1,4 @@
-"""Where to divide time into stages, by any of the four methods, and a picture of why."""
+"""Where to divide time into stages, by any of the four methods, and an image of why."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from msdiff_dist.diffusion.processes.vp import VPProcess
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.files.atomic import atomic_write
 from msdiff_dist.pixels import centred, unit
-from msdiff_dist.stage_division.image_blocks import DataBlocks, Part
+from msdiff_dist.stage_division.image_blocks import BlockSource, DataBlocks
 from msdiff_dist.stage_division.intervals import affinity_boundaries, snr_boundaries, timestep_boundaries
 from msdiff_dist.stage_division.optimal_denoiser import (
     Blocks,
@@ -45,7 +45,7 @@ class DenoiserOptions:
         eta: entries of two noise estimates are alike if they differ by at most this.
         alpha: mean similarity that the first and the last of three stages must keep.
         samples: noisy samples whose optimal denoiser is computed.
-        value_range: of pictures: [0, 1] or [-1, 1]. Latents stay as they are stored.
+        value_range: of images: [0, 1] or [-1, 1]. Latents stay as they are stored.
         last_limit: see `limit_similarities`.
     """
 
@@ -124,7 +124,7 @@ def divide_by_optimal_denoiser(
 
 
 def float_blocks(
-    parts: list[Part],
+    parts: list[BlockSource],
     value_range: ValueRange,
     device: torch.device,
     rank: int = 0,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msdiff_dist.data.corruption import Damage
+from msdiff_dist.data.corruption import Corruption
 from msdiff_dist.data.loader import StepLoader, StepSamples
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas, StepDraw
 from msdiff_dist.distributed.router import Assignment, PendingBatch, RoutedBatch, Router
@@ -22,15 +22,15 @@ class MicroBatch:
     """One micro batch of this rank, sorted by stage, then by index.
 
     batch: number of the global batch, from 0. samples: as routed. t_n: times in the process's own variable. rows: each
-    held stage's rows. damage: what this rank met for the first time while it read the global batch, with the first of
-    its micro batches.
+    held stage's rows. corruption: what this rank met for the first time while it read the global batch, with the first
+    of its micro batches.
     """
 
     batch: int
     samples: RoutedBatch
     t_n: Tensor
     rows: dict[int, slice]
-    damage: tuple[Damage, ...] = ()
+    corruption: tuple[Corruption, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class _Exchange:
 
     batch: int
     draw: StepDraw
-    damage: tuple[Damage, ...]
+    corruption: tuple[Corruption, ...]
     pending: PendingBatch
 
 
@@ -104,7 +104,7 @@ class Feed:
             following = next(ahead)
             self._under_way = following.pending
             t_n = torch.from_numpy(current.draw.t_B[samples.index_n])
-            yield MicroBatch(current.batch, samples, t_n, _stage_rows(samples.stage_n), current.damage)
+            yield MicroBatch(current.batch, samples, t_n, _stage_rows(samples.stage_n), current.corruption)
             current = following
 
     def _exchanges(self) -> Iterator[_Exchange]:
@@ -122,7 +122,7 @@ class Feed:
                 start = time.perf_counter()
                 pending = self._router.start(assignment, micro, samples)
                 self.seconds.routing += time.perf_counter() - start
-                yield _Exchange(batch, draw, () if micro else samples.damage, pending)
+                yield _Exchange(batch, draw, () if micro else samples.corruption, pending)
 
 
 def _stage_rows(stage_n: np.ndarray) -> dict[int, slice]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from msdiff_dist.data.corruption import Damage
+from msdiff_dist.data.corruption import Corruption
 
 LOSS_WINDOW = 100
 
@@ -15,8 +15,8 @@ class StepOutcome:
     """What every rank knows after a step.
 
     loss: over the global batch. loss_per_stage: mean of each stage. grad_norm: global, before clipping. stop_requested:
-    some rank was asked to stop. busy_W: each rank's seconds of forward computation. damage: shards and samples met by
-    some rank, and before by none. seconds: wall time on this rank: waiting for `data` and for `routing`, `compute`,
+    some rank was asked to stop. busy_W: each rank's seconds of forward computation. corruption: shards and samples met
+    by some rank, and before by none. seconds: wall time on this rank: waiting for `data` and for `routing`, `compute`,
     `optimizer`.
     """
 
@@ -25,7 +25,7 @@ class StepOutcome:
     grad_norm: float
     stop_requested: bool
     busy_W: list[float]
-    damage: list[Damage]
+    corruption: list[Corruption]
     seconds: dict[str, float]
 
     @property
@@ -42,7 +42,7 @@ class StepMetrics:
     each stage's samples, before importance weights. grad_norm: global, before clipping. seconds: wall time of the step
     on rank 0 by part; `checkpoint`: how long training stood still for a checkpoint before this step. balance: mean over
     max of the ranks' busy time. petaflops: 1e15 floating-point operations of all steps so far, forward and backward.
-    damaged: shards and samples left out since the command was given, each counted once.
+    corrupt: shards and samples left out since the command was given, each counted once.
     """
 
     step: int
@@ -85,13 +85,13 @@ class Meter:
 
     def __init__(self, batch_size: int, step_petaflops: float) -> None:
         self._batch_size, self._step_petaflops = batch_size, step_petaflops
-        self._damaged = 0
+        self._corrupt = 0
         self.saving = 0.0
         """Seconds that training stood still for the checkpoint after the last step."""
 
     def measure(self, step: int, outcome: StepOutcome, lr: float, elapsed: float) -> StepMetrics:
         """Metrics of `step`, counted from 1, which took `elapsed` seconds."""
-        self._damaged += len(outcome.damage)
+        self._corrupt += len(outcome.corruption)
         saving, self.saving = self.saving, 0.0
         return StepMetrics(
             step=step,
@@ -104,7 +104,7 @@ class Meter:
             seconds={**outcome.seconds, "checkpoint": saving},
             balance=outcome.balance,
             petaflops=step * self._step_petaflops,
-            damaged=self._damaged,
+            damaged=self._corrupt,
         )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from msdiff_dist.checkpoint.layout import CheckpointIndex
 from msdiff_dist.checkpoint.load import CheckpointReader, restore, start_from
 from msdiff_dist.checkpoint.save import Averages, gather_shapes, moment_kinds
-from msdiff_dist.data.fingerprint import Marks
+from msdiff_dist.data.fingerprint import Fingerprint
 from msdiff_dist.distributed.zero_state import ShardedState
 from msdiff_dist.training.metrics import LossAverage
 
@@ -37,7 +37,7 @@ class TrainState:
         self.shards, self.averages = shards, averages
         self.step = 0
         self.loss_average = LossAverage()
-        self.fingerprint: Marks = []
+        self.fingerprint: Fingerprint = []
         self.shapes = gather_shapes(shards)
         self._recipe, self._batch_size = dict(recipe), batch_size
 

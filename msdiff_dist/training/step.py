@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msdiff_dist.data.corruption import Damage, check_limit
+from msdiff_dist.data.corruption import Corruption, check_limit
 from msdiff_dist.diffusion.objective import Objective
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas
 from msdiff_dist.distributed.agree import gathered
@@ -29,7 +29,7 @@ class TrainStep:
 
     Args:
         prepare: from a micro batch to the network's inputs.
-        max_bad: damaged shards and samples that all ranks together may leave out.
+        max_bad: corrupt shards and samples that all ranks together may leave out.
     """
 
     def __init__(
@@ -49,21 +49,21 @@ class TrainStep:
         self._quota_K, self._importance_K = quotas.quotas_K, quotas.importance_K
         self._batch_size = int(quotas.quotas_K.sum())
         self._losses: list[tuple[Tensor, np.ndarray]] = []  # of the step's samples here, with their indices
-        self._damage: dict[tuple[str, str | None], Damage] = {}
+        self._corruption: dict[tuple[str, str | None], Corruption] = {}
 
     def __call__(self, lr: float, stop_requested: bool = False) -> StepOutcome:
         """Run one global batch and step the optimizers with learning rate `lr`.
 
         Raises:
             TrainingError: on every rank alike, when the loss or the gradient norm is not finite.
-            DataError: on every rank alike, when more is damaged than may be.
+            DataError: on every rank alike, when more is corrupt than may be.
         """
         loss_sum_K = torch.zeros(len(self._quota_K), dtype=torch.float64, device=self._env.device)
-        damage: list[Damage] = []
+        corruption: list[Corruption] = []
         self._losses.clear()
         compute = 0.0
         for micro in self._feed.next_batch():
-            damage += micro.damage
+            corruption += micro.corruption
             start = time.perf_counter()
             self._forward_backward(micro, loss_sum_K)
             _synchronize(self._env.device)
@@ -76,7 +76,7 @@ class TrainStep:
         busy = self._engines.forward_clock.take()
         agreement.add_own("busy", busy, self._env.rank, self._env.world_size)
         agreement.add("stop", float(stop_requested))
-        agreement.add("damaged", float(len(damage)))
+        agreement.add("damaged", float(len(corruption)))
         gradients = self._engines.reduce(agreement)
         loss_per_stage = (gradients.sums["loss sum"] / torch.from_numpy(self._quota_K)).tolist()
         self._check_finite(micro.batch, loss_per_stage, gradients)
@@ -90,7 +90,7 @@ class TrainStep:
             grad_norm=float(gradients.norm),
             stop_requested=bool(gradients.sums["stop"] > 0),
             busy_W=gradients.sums["busy"].tolist(),
-            damage=self._new_damage(damage) if gradients.sums["damaged"] > 0 else [],
+            corruption=self._new_corruption(corruption) if gradients.sums["damaged"] > 0 else [],
             seconds={**seconds, "optimizer": time.perf_counter() - start},
         )
 
@@ -134,12 +134,12 @@ class TrainStep:
             f"Samples: {', '.join(keys[:_KEYS_NAMED])}{more}"
         )
 
-    def _new_damage(self, own: list[Damage]) -> list[Damage]:
+    def _new_corruption(self, own: list[Corruption]) -> list[Corruption]:
         """What the ranks met in this step and none had met before. Collective."""
-        new = {d.place: d for rank in gathered(own) for d in rank if d.place not in self._damage}
-        for damage in new.values():
-            self._damage[damage.place] = damage
-            check_limit(len(self._damage), self._max_bad, damage)
+        new = {d.place: d for rank in gathered(own) for d in rank if d.place not in self._corruption}
+        for corruption in new.values():
+            self._corruption[corruption.place] = corruption
+            check_limit(len(self._corruption), self._max_bad, corruption)
         return list(new.values())
 
 

@@ -128,17 +128,17 @@ def test_networks_are_told_by_their_names(tmp_path: Path) -> None:
     assert report["keys"]["stages.1.out.2.bias"] == {"to": ["stages.1.out.2.bias"]}
 
 
-@pytest.mark.parametrize("damage", ["missing rank", "truncated", "tag"])
-def test_incomplete_folders_are_named(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("corruption", ["missing rank", "truncated", "tag"])
+def test_incomplete_folders_are_named(tmp_path: Path, corruption: str) -> None:
     run_distributed(train, 2, str(tmp_path / "ds"), 2, False, False)
     victim = next((tmp_path / "ds").rglob("*rank_1_mp*optim_states.pt"))
-    if damage == "missing rank":
+    if corruption == "missing rank":
         victim.unlink()
-    elif damage == "truncated":
+    elif corruption == "truncated":
         victim.write_bytes(victim.read_bytes()[:-100])
     else:
         (tmp_path / "ds" / "latest").write_text("global_step9")
-    named = {"missing rank": r"\[1\]", "truncated": "rank_1", "tag": "global_step9"}[damage]
+    named = {"missing rank": r"\[1\]", "truncated": "rank_1", "tag": "global_step9"}[corruption]
     with pytest.raises(CheckpointError, match=named):
         convert(tmp_path / "ds", tmp_path / "x.safetensors", "deepspeed", "safetensors")
     assert not (tmp_path / "x.safetensors").exists()

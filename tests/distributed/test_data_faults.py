@@ -1,4 +1,4 @@
-"""Damaged samples do not depend on the layout, and a changed data set does not pass unnoticed."""
+"""Corrupt samples do not depend on the layout, and a changed data set does not pass unnoticed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def recipe_on(folder: Path, **changes: Any) -> dict[str, Any]:
 def trained(
     rank: int, world_size: int, mapping: dict[str, Any], path: Path, steps: int
 ) -> tuple[list[float], list[str]]:
-    """Go on by some steps and save; losses, and all damage in the order in which it was met."""
+    """Go on by some steps and save; losses, and all corruption in the order in which it was met."""
     run = open_run(rank, world_size, mapping, path)
     try:
         outcomes = [run.step(5e-4) for _ in range(steps)]
@@ -57,27 +57,27 @@ def trained(
         run.saver.finish()
     finally:
         run.feed.close()
-    return [o.loss for o in outcomes], [d.problem for o in outcomes for d in o.damage] + run.notes
+    return [o.loss for o in outcomes], [d.problem for o in outcomes for d in o.corruption] + run.notes
 
 
-def test_losses_and_damage_are_the_same_on_any_layout(tmp_path: Path) -> None:
+def test_losses_and_corruption_are_the_same_on_any_layout(tmp_path: Path) -> None:
     write_shards(tmp_path / "data", harmed=5)
     mapping = recipe_on(tmp_path / "data")
     mapping["data"]["max_bad"] = 5
-    ((losses, damage),) = run_distributed(trained, 1, 1, mapping, tmp_path / "1", 6)
-    assert len(damage) == 5
+    ((losses, corruption),) = run_distributed(trained, 1, 1, mapping, tmp_path / "1", 6)
+    assert len(corruption) == 5
     mapping["data"]["workers"] = 2
     results = run_distributed(trained, 3, 3, mapping, tmp_path / "3", 6)
     for other, told in results:
         assert other == pytest.approx(losses, rel=1e-5)
-        assert sorted(told) == sorted(damage)
+        assert sorted(told) == sorted(corruption)
 
 
 def test_the_limit_is_the_sum_of_all_ranks(tmp_path: Path) -> None:
     write_shards(tmp_path / "data", harmed=5)
     mapping = recipe_on(tmp_path / "data")
     mapping["data"]["max_bad"] = 4
-    with pytest.raises(DataError, match=r"data\.max_bad = 4: 5 damaged"):
+    with pytest.raises(DataError, match=r"data\.max_bad = 4: 5 corrupt"):
         run_distributed(trained, 3, 3, mapping, tmp_path / "run", 6)
 
 

@@ -65,11 +65,11 @@ def cut_index(folder: Path) -> None:
 
 
 DAMAGES: list[tuple[Callable[[Path], None], str]] = [
-    (cut, r"rank_00001.safetensors is damaged: it has 40 bytes"),
-    (flip, r"rank_00001.safetensors is damaged: its content changed"),
-    (lose_file, r"rank_00000.safetensors is damaged: it is missing"),
-    (lose_index, r"checkpoint.json is damaged: No such file"),
-    (cut_index, r"checkpoint.json is damaged"),
+    (cut, r"rank_00001.safetensors is corrupt: it has 40 bytes"),
+    (flip, r"rank_00001.safetensors is corrupt: its content changed"),
+    (lose_file, r"rank_00000.safetensors is corrupt: it is missing"),
+    (lose_index, r"checkpoint.json is corrupt: No such file"),
+    (cut_index, r"checkpoint.json is corrupt"),
 ]
 
 
@@ -80,7 +80,7 @@ def opened(rank: int, checkpoints: Path) -> tuple[float, list[str]]:
 
 
 def refusals(rank: int, checkpoints: Path) -> list[str]:
-    """What is said of checkpoints of another architecture, batch size and format, and of damaged ones alone."""
+    """What is said of checkpoints of another architecture, batch size and format, and of corrupt ones alone."""
     messages = []
 
     def expect(shapes: dict[str, tuple[int, ...]], batch_size: int) -> None:
@@ -113,10 +113,10 @@ def test_falls_back_to_the_newest_intact(tmp_path: Path) -> None:
     run_distributed(nothing_yet, 2, tmp_path / "none")
     run_distributed(write_many, 2, tmp_path / "intact")
     (tmp_path / "intact/.step_00000004.partial").mkdir()
-    for damage, message in DAMAGES:
-        checkpoints = tmp_path / damage.__name__
+    for corruption, message in DAMAGES:
+        checkpoints = tmp_path / corruption.__name__
         shutil.copytree(tmp_path / "intact", checkpoints)
-        damage(checkpoints / "step_00000003")
+        corruption(checkpoints / "step_00000003")
         for value, notes in run_distributed(opened, 2, checkpoints):
             assert value == 2
             assert len(notes) == 1

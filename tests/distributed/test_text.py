@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from msdiff_dist.apps.encode import encode
-from msdiff_dist.data.make.shard_writer import encode_picture, write_shard
+from msdiff_dist.data.make.shard_writer import encode_image, write_shard
 from msdiff_dist.models.text_encoder import TextEncoder
 from msdiff_dist.randomness import dropped_conditions
 from msdiff_dist.recipe import recipe_from
@@ -26,15 +26,15 @@ TEXT = {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 2, "layer
 
 
 def text_recipe(folder: Path) -> dict[str, Any]:
-    """A tiny run on 24 grey pictures, each of one value which is its caption, encoded here."""
-    pictures = folder / "pictures"
-    pictures.mkdir()
+    """A tiny run on 24 grey images, each of one value which is its caption, encoded here."""
+    images = folder / "pictures"
+    images.mkdir()
     for shard in range(6):
         samples = []
         for value in range(shard, 240, 60):
             image = Image.fromarray(np.full((8, 8), value, np.uint8))
-            samples.append((f"{value:03d}", {"png": encode_picture(image), "txt": str(value).encode()}))
-        write_shard(pictures / f"{shard}.tar", samples)
+            samples.append((f"{value:03d}", {"png": encode_image(image), "txt": str(value).encode()}))
+        write_shard(images / f"{shard}.tar", samples)
     tower = folder / "routed_tower.json"
     tower.write_text(json.dumps({"embed_dim": 8, "vision_cfg": VISION, "text_cfg": TEXT}))
     mapping = recipe_of(ADAM)
@@ -43,7 +43,7 @@ def text_recipe(folder: Path) -> dict[str, Any]:
     mapping |= {
         "model": model,
         "data": latents | {"context_shape": [8, 8], "latent_dtype": "float32"},
-        "encode": {"data": {"shards": str(pictures), "image_size": 8, "channels": 1}, "dtype": "float32"},
+        "encode": {"data": {"shards": str(images), "image_size": 8, "channels": 1}, "dtype": "float32"},
         "text_encoder": {"name": str(tower)},
         "train": {"steps": 9, "global_batch_size": 12, "condition_dropout": 0.5},
     }

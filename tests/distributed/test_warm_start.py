@@ -18,7 +18,7 @@ from msdiff_dist.convert.edit.stages import grow
 from msdiff_dist.convert.formats.export_folder import read_export, write_export
 from msdiff_dist.convert.model_weights import ModelWeights
 from msdiff_dist.convert.options import ConvertOptions
-from msdiff_dist.convert.sources import MemorySource
+from msdiff_dist.convert.tensor_sources import MemorySource
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.export.description import describe
 from msdiff_dist.models import build_model

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from msdiff_dist.data.latent_blocks import BLOCK_FIELD, pack_block
-from msdiff_dist.data.make.shard_writer import Fields, encode_picture, write_index, write_shard
+from msdiff_dist.data.make.shard_writer import Fields, encode_image, write_index, write_shard
 from msdiff_dist.recipe import Recipe, recipe_from
 
 SIZES = (7, 5, 9, 6, 8, 4)  # uneven, so that lanes end at different times; three batches of 20 reach into epoch 1
@@ -132,7 +132,7 @@ def write_images(folder: Path, channels: int) -> None:
         for number in range(first, first + count):
             pixels = rng.integers(0, 256, (8, 8, channels), dtype=np.uint8)
             image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
-            yield f"i{number:02d}", {"png": encode_picture(image), "cls": str(number % CLASSES).encode()}
+            yield f"i{number:02d}", {"png": encode_image(image), "cls": str(number % CLASSES).encode()}
 
     _write(folder, samples)
 

@@ -34,7 +34,7 @@ def draws_record(folder: Path) -> dict[str, Any]:
     encoded = _encoded(folder)
     return {
         "sampling": [g.initial_seed() for g in image_generators(SEED, [0, 1, 9])],
-        "test split": " ".join(picture.key for picture in list(digits(None, "test", 8))[:20]),
+        "test split": " ".join(image.key for image in list(digits(None, "test", 8))[:20]),
         "pack order": _packed(folder),
         "encode": digest(encoded["latent.npy"]),
         "encode flipped": digest(encoded["latent_flip.npy"]),

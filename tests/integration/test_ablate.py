@@ -18,7 +18,7 @@ from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.loader import StepLoader
 from msdiff_dist.diffusion.sampling import SamplerConfig
 from msdiff_dist.evaluation.feature_classifier import load_classifier, save_classifier, train_classifier
-from msdiff_dist.evaluation.generate import Generator
+from msdiff_dist.evaluation.generate import ImageGenerator
 from msdiff_dist.export.weights import open_weights
 from tests.integration.conftest import ROOT, Msdiff
 
@@ -67,14 +67,14 @@ def _gaussian(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _score_again(run: Path, step: int, seed: int, digits: Path, classifier: Path) -> float:
-    """The same score by other means: all pictures at once, the data by the training loader, scipy's square root."""
+    """The same score by other means: all images at once, the data by the training loader, scipy's square root."""
     model = load_classifier(classifier)
-    generator = Generator(open_weights(run, step), torch.device("cpu"))
+    generator = ImageGenerator(open_weights(run, step), torch.device("cpu"))
     labels = torch.tensor([i % 10 for i in range(PICTURES)])
-    pictures = generator(range(PICTURES), SamplerConfig("ddim", 3, clip=True), seed, labels)
+    images = generator(range(PICTURES), SamplerConfig("ddim", 3, clip=True), seed, labels)
     data = DataConfig(shards=str(digits), image_size=16, channels=1, lanes=1, shuffle=0)
     with StepLoader(data, 0, 1618) as loader, torch.no_grad():
-        reference, generated = (model.features(x).double().numpy() for x in (next(loader).x_nCHW, pictures))
+        reference, generated = (model.features(x).double().numpy() for x in (next(loader).x_nCHW, images))
     (m, a), (n, b) = _gaussian(generated), _gaussian(reference)
     return float(((m - n) ** 2).sum() + np.trace(a + b - 2 * sqrtm(a @ b).real))
 

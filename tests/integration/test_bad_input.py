@@ -77,7 +77,7 @@ def test_shard_without_the_needed_key(msdiff: Msdiff, digits: Path, tmp_path: Pa
         assert word in ended.output
 
 
-def test_picture_of_the_wrong_size(msdiff: Msdiff, digits: Path, tmp_path: Path) -> None:
+def test_image_of_the_wrong_size(msdiff: Msdiff, digits: Path, tmp_path: Path) -> None:
     ended = msdiff("train", *_quickstart(digits), "data.image_size=32", "--nproc", 2, "--run-dir", tmp_path / "run")
     assert ended.status == 2, ended.output
     for word in ("data.image_size", "32", "16"):

@@ -1,4 +1,4 @@
-"""A diffusers user's three lines make the pictures that `msdiff sample` makes from the same noise."""
+"""A diffusers user's three lines make the images that `msdiff sample` makes from the same noise."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from PIL import Image
 
 from msdiff_dist.convert.formats.export_folder import write_export
 from msdiff_dist.convert.model_weights import ModelWeights
-from msdiff_dist.convert.sources import MemorySource
+from msdiff_dist.convert.tensor_sources import MemorySource
 from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
 from msdiff_dist.diffusion.processes.discrete import DiscreteConfig
 from msdiff_dist.diffusion.sampling import Condition, image_generators, sample
 from msdiff_dist.diffusion.solvers import SamplerConfig
-from msdiff_dist.evaluation.generate import Generator
+from msdiff_dist.evaluation.generate import ImageGenerator
 from msdiff_dist.export.description import ModelDescription
 from msdiff_dist.export.weights import open_weights
 from msdiff_dist.models import build_model
@@ -58,14 +58,14 @@ def export(folder: Path, model: LDMConfig, autoencoder: torch.nn.Module | None =
 def before_rounding(folder: Path, labels: torch.Tensor | None = None) -> torch.Tensor:
     """What `msdiff sample` decodes, without its rounding to 256 levels."""
     weights = open_weights(folder, ema=False)
-    description, generator = weights.description, Generator(weights, torch.device("cpu"))
+    description, generator = weights.description, ImageGenerator(weights, torch.device("cpu"))
     return sample(
         generator._network, description.process(), description.partition(), SamplerConfig("ddim", STEPS), seed=SEED,
         index_n=range(COUNT), shape=description.latent_shape, condition=Condition(labels),
     )  # fmt: skip
 
 
-def pictures(msdiff: Msdiff, folder: Path, out: Path) -> np.ndarray:
+def sampled_images(msdiff: Msdiff, folder: Path, out: Path) -> np.ndarray:
     """Of the command, in [0, 1]."""
     made = msdiff("sample", folder, "--raw", "--num", COUNT, "--seed", SEED, "--steps", STEPS, "--out", out)
     assert made.status == 0, made.output
@@ -73,7 +73,7 @@ def pictures(msdiff: Msdiff, folder: Path, out: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["unified", "stages of unequal widths"])
-def test_the_exported_pipeline_makes_the_same_pictures(msdiff: Msdiff, tmp_path: Path, kind: str) -> None:
+def test_the_exported_pipeline_makes_the_same_images(msdiff: Msdiff, tmp_path: Path, kind: str) -> None:
     torch.manual_seed(0)
     vae = VQModel(
         block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2,
@@ -89,7 +89,7 @@ def test_the_exported_pipeline_makes_the_same_pictures(msdiff: Msdiff, tmp_path:
     images = pipe(generator=image_generators(SEED, range(COUNT)), output_type="np", **conditions).images
 
     assert type(pipe).__name__ == ("DDIMPipeline" if kind == "unified" else "MultistagePipeline")
-    expected = pictures(msdiff, ours, tmp_path / "out")
+    expected = sampled_images(msdiff, ours, tmp_path / "out")
     assert expected.std() > 0.05
     assert np.abs(images - expected).max() <= 0.5 / 255 + TOLERANCE
     if kind == "unified":
@@ -121,4 +121,4 @@ def test_stages_of_equal_widths_are_stock_networks_that_take_turns(msdiff: Msdif
         x = scheduler.step(unets[stage](x, t).sample, t, x).prev_sample
     assert (x - before_rounding(ours)).abs().max() <= TOLERANCE
     images = (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    assert np.abs(images - pictures(msdiff, ours, tmp_path / "out")).max() <= 0.5 / 255 + TOLERANCE
+    assert np.abs(images - sampled_images(msdiff, ours, tmp_path / "out")).max() <= 0.5 / 255 + TOLERANCE

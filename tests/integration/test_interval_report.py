@@ -15,7 +15,7 @@ from msdiff_dist.data.config import DataConfig
 from msdiff_dist.diffusion.sampling import Condition, SamplerConfig, sample
 from msdiff_dist.evaluation.feature_classifier import save_classifier, train_classifier
 from msdiff_dist.evaluation.frechet import ScoreConfig, Scorer
-from msdiff_dist.evaluation.generate import Generator, SplicedGenerator
+from msdiff_dist.evaluation.generate import ImageGenerator, SplicedGenerator
 from msdiff_dist.export.weights import open_weights
 from msdiff_dist.models.multistage_unet import MultistageUNet, build_parts
 from tests.integration.conftest import Msdiff
@@ -46,8 +46,8 @@ def runs(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _generator(run: Path) -> Generator:
-    return Generator(open_weights(run), torch.device("cpu"))
+def _generator(run: Path) -> ImageGenerator:
+    return ImageGenerator(open_weights(run), torch.device("cpu"))
 
 
 def test_a_run_spliced_into_itself_is_itself(runs: Path) -> None:
@@ -110,13 +110,13 @@ def test_report(msdiff: Msdiff, runs: Path, digits: Path, tmp_path: Path) -> Non
 
 
 def test_budget_and_end_of_sampling(msdiff: Msdiff, runs: Path, tmp_path: Path) -> None:
-    def pictures(name: str, *options: object) -> np.ndarray:
+    def images(name: str, *options: object) -> np.ndarray:
         ended = msdiff("sample", runs / "vp", "--num", 2, "--out", tmp_path / name, *options)
         assert ended.status == 0, ended.output
         return np.stack([np.asarray(Image.open(tmp_path / name / f"{i:05d}.png")) for i in range(2)])
 
-    assert (pictures("nfe", "--nfe", 7) == pictures("steps", "--steps", 7)).all()
-    assert (pictures("end", "--nfe", 7, "--end", 0.3) != pictures("again", "--nfe", 7)).any()
+    assert (images("nfe", "--nfe", 7) == images("steps", "--steps", 7)).all()
+    assert (images("end", "--nfe", 7, "--end", 0.3) != images("again", "--nfe", 7)).any()
 
     def refused(run: str, *options: object) -> str:
         ended = msdiff("sample", runs / run, "--out", tmp_path / "no", *options)

@@ -1,4 +1,4 @@
-"""From pictures with captions to a picture of a prompt, by the commands of the emoji recipe's header."""
+"""From images with captions to an image of a prompt, by the commands of the emoji recipe's header."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ pytestmark = pytest.mark.integration
 
 
 @pytest.mark.skipif(not EMOJI_FONT.exists(), reason="needs the Noto colour emoji")
-def test_the_emoji_recipe_from_pictures_to_prompts(tmp_path: Path, msdiff) -> None:
-    pictures, latents, run = tmp_path / "emoji", tmp_path / "latents", tmp_path / "run"
-    assert msdiff("data", "prepare", "emoji", "--size", 32, "--out", pictures).status == 0
+def test_the_emoji_recipe_from_images_to_prompts(tmp_path: Path, msdiff) -> None:
+    images, latents, run = tmp_path / "emoji", tmp_path / "latents", tmp_path / "run"
+    assert msdiff("data", "prepare", "emoji", "--size", 32, "--out", images).status == 0
     recipe, out = "recipes/emoji_text2img_3stage.yaml", f"data.shards={latents}"
-    encoded = msdiff("data", "encode", recipe, f"encode.data.shards={pictures}", "--out", latents)
+    encoded = msdiff("data", "encode", recipe, f"encode.data.shards={images}", "--out", latents)
     assert encoded.status == 0
     assert "[20, 64]" in encoded.output
     assert msdiff("data", "check", latents).status == 0

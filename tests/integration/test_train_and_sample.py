@@ -1,4 +1,4 @@
-"""Training, going on, dying and sampling with the `msdiff` command, on real pictures."""
+"""Training, going on, dying and sampling with the `msdiff` command, on real images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _quickstart(digits: Path, steps: int) -> list[str]:
     return ["recipes/quickstart.yaml", f"data.shards={digits}", f"train.steps={steps}", *small, *more]
 
 
-def test_digits_from_shards_to_pictures(msdiff: Msdiff, digits: Path, tmp_path: Path) -> None:
+def test_digits_from_shards_to_images(msdiff: Msdiff, digits: Path, tmp_path: Path) -> None:
     whole, parts, out = tmp_path / "whole", tmp_path / "parts", tmp_path / "out"
     averages = ["ema.power.snapshot_every=2", "checkpoint.keep_last=1"]
     assert msdiff("train", *_quickstart(digits, 6), *averages, "--nproc", 3, "--run-dir", whole).status == 0
@@ -57,11 +57,11 @@ def test_digits_from_shards_to_pictures(msdiff: Msdiff, digits: Path, tmp_path: 
     for sampler in ("ddim", "dpmpp_2m", "ddpm"):
         made = msdiff("sample", whole, "--num", 3, "--steps", 4, "--sampler", sampler, "--out", out / sampler)
         assert made.status == 0, made.output
-        pictures = [np.asarray(Image.open(out / sampler / f"{i:05d}.png")) for i in range(3)]
-        assert all(p.shape == (16, 16) and p.dtype == np.uint8 for p in pictures)
+        images = [np.asarray(Image.open(out / sampler / f"{i:05d}.png")) for i in range(3)]
+        assert all(p.shape == (16, 16) and p.dtype == np.uint8 for p in images)
         assert (out / sampler / "grid.png").exists()
 
-    # Pictures depend on seed and number alone, not on the batch they are made in; a class can be chosen.
+    # Images depend on seed and number alone, not on the batch they are made in; a class can be chosen.
     again_dir = out / "again"
     assert msdiff("sample", whole, "--num", 3, "--steps", 4, "--batch-size", 2, "--out", again_dir).status == 0
     for i in range(3):
@@ -72,7 +72,7 @@ def test_digits_from_shards_to_pictures(msdiff: Msdiff, digits: Path, tmp_path: 
     assert msdiff("sample", whole, "--class", 10, "--out", out / "none").status == 2
 
 
-def test_sampling_that_is_killed_goes_on_to_the_same_pictures(msdiff: Msdiff, digits: Path, tmp_path: Path) -> None:
+def test_sampling_that_is_killed_goes_on_to_the_same_images(msdiff: Msdiff, digits: Path, tmp_path: Path) -> None:
     run, whole, cut = tmp_path / "run", tmp_path / "whole", tmp_path / "cut"
     assert msdiff("train", *_quickstart(digits, 2), "preview.every=0", "--run-dir", run).status == 0
     options = ["--steps", "3", "--num", "60", "--batch-size", "3", "--eta", "1"]

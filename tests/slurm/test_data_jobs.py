@@ -14,7 +14,7 @@ import pytest
 
 from msdiff_dist.convert.formats.export_folder import write_export
 from msdiff_dist.convert.model_weights import ModelWeights
-from msdiff_dist.convert.sources import MemorySource
+from msdiff_dist.convert.tensor_sources import MemorySource
 from msdiff_dist.data.make.datasets import prepare
 from msdiff_dist.export.description import describe
 from msdiff_dist.models import build_model
@@ -64,10 +64,10 @@ def test_parts_that_were_stopped_go_on_to_what_one_process_makes(
     encode = ["data", "encode", QUICKSTART, *small, "encode.measure_scale=true", "encode.batch_size=1"]
     sample = ["sample", export, "--raw", "--num", 120, "--batch-size", 2, "--steps", 4]
     part = ["--part", "{part}", "--parts", "{parts}"]
-    latents, pictures = tmp_path / "latents", tmp_path / "pictures"
+    latents, images = tmp_path / "latents", tmp_path / "pictures"
     jobs = {
         "encode": [2, *encode, *part, "--out", latents],
-        "sample": [2, *sample, *part, "--out", pictures],
+        "sample": [2, *sample, *part, "--out", images],
         "stages": [1, "stages", "cluster", "--data", digits, "--samples", 50, "--write", tmp_path / "mine.yaml"],
     }
 
@@ -84,21 +84,21 @@ def test_parts_that_were_stopped_go_on_to_what_one_process_makes(
     assert process
     wait_for(lambda: (latents / ".encode/00001.json").exists(), pause=0.001)
     os.kill(process, signal.SIGKILL)
-    wait_for(lambda: len(list(pictures.glob("[0-9]*.png"))) > 10)
+    wait_for(lambda: len(list(images.glob("[0-9]*.png"))) > 10)
     slurm.run("scancel", submitted["sample"][0])
     states = {name: [slurm.wait_job(j, "COMPLETED", "FAILED", "CANCELLED") for j in submitted[name]] for name in jobs}
     assert states == {"encode": ["COMPLETED", "FAILED"], "sample": ["CANCELLED", "COMPLETED"], "stages": ["COMPLETED"]}
     assert not (latents / "manifest.json").exists()
-    assert not (pictures / "grid.png").exists()
+    assert not (images / "grid.png").exists()
     assert "# boundaries found by" in (tmp_path / "mine.yaml").read_text()
-    made = {path: path.stat().st_mtime_ns for path in [*latents.glob("0*.tar"), *pictures.glob("[0-9]*.png")]}
+    made = {path: path.stat().st_mtime_ns for path in [*latents.glob("0*.tar"), *images.glob("[0-9]*.png")]}
 
     for name in ("encode", "sample"):
         (again,) = submit(name)
         assert slurm.wait_job(again, "COMPLETED", "FAILED", "CANCELLED") == "COMPLETED"
         assert json.loads(msdiff("jobs", tmp_path / name, "--json")[1])["step"] == 2
     assert made.items() <= {path: path.stat().st_mtime_ns for path in made}.items()
-    for command, out in ((encode, latents), (sample, pictures)):
+    for command, out in ((encode, latents), (sample, images)):
         alone = tmp_path / "alone" / out.name
         assert msdiff(*command, "--out", alone)[0] == 0
         assert files(out) == files(alone)

@@ -25,7 +25,7 @@ from msdiff_dist.distributed.environment import this_device
 from msdiff_dist.errors import ConfigError, RunFolderError, TrainingError, UserError
 from msdiff_dist.evaluation.feature_classifier import load_classifier
 from msdiff_dist.evaluation.frechet import ScoreConfig, Scorer
-from msdiff_dist.evaluation.generate import Generator
+from msdiff_dist.evaluation.generate import ImageGenerator
 from msdiff_dist.export.weights import open_weights
 from msdiff_dist.files.atomic import atomic_write
 from msdiff_dist.files.digest import sha256_of
@@ -43,7 +43,7 @@ class AblationConfig:
         one. The first is the baseline.
     changes: dotted recipe fields that all variants change.
     budget: training petaflops of every run, forward and backward; train.steps follows.
-    seeds: train.seed of each variant's runs, and the seed of the pictures made with them.
+    seeds: train.seed of each variant's runs, and the seed of the images made with them.
     points: fractions of the budget after which a run is scored, up to 1.
     """
 
@@ -118,7 +118,7 @@ def plan_ablation(config: AblationConfig, base: Path, out: Path, nproc: int) -> 
     find = DataFinder()
     trials = [t for name in config.variants for t in _trials(config, name, base, out, nproc, find)]
     for trial in trials:
-        _check_picture_shape(trial, shape, config.score.classifier)
+        _check_image_shape(trial, shape, config.score.classifier)
         _check_folder(trial, score_settings(config.score))
     return sorted(trials, key=lambda t: config.seeds.index(t.seed))
 
@@ -153,13 +153,13 @@ def _trials(config: AblationConfig, name: str, base: Path, out: Path, nproc: int
         yield Trial(name, seed, planned, out / name / f"seed_{seed}", costs, per_step, steps, found)
 
 
-def _check_picture_shape(trial: Trial, shape: tuple[int, int, int], classifier: str) -> None:
+def _check_image_shape(trial: Trial, shape: tuple[int, int, int], classifier: str) -> None:
     _, height, width = trial.recipe.latent_shape
     factor, data = trial.recipe.autoencoder.factor, trial.recipe.data
     made = (data.channels if data.kind == "image" else shape[0], height * factor, width * factor)
     if made != shape:
-        problem = f"takes pictures of shape {list(shape)}, and {trial.variant} makes {list(made)}"
-        raise ConfigError("score.classifier", classifier, problem, "Train one on such pictures.")
+        problem = f"takes images of shape {list(shape)}, and {trial.variant} makes {list(made)}"
+        raise ConfigError("score.classifier", classifier, problem, "Train one on such images.")
 
 
 def _check_folder(trial: Trial, settings: dict[str, Any]) -> None:
@@ -195,7 +195,7 @@ def run_ablation(
             if outcome != "finished":
                 raise TrainingError(f"{trial.folder} was stopped by a signal and saved; give the same command to go on")
         for step in missing:
-            generator = Generator(open_weights(trial.folder, step), device)
+            generator = ImageGenerator(open_weights(trial.folder, step), device)
             scores[step] = scorer(generator, trial.seed)
             stored = {"settings": settings, "scores": {str(k): scores[k] for k in sorted(scores)}}
             atomic_write(trial.folder / "scores.json", json.dumps(stored, indent=1) + "\n")

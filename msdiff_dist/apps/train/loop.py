@@ -28,8 +28,8 @@ def train(trainer: Trainer, sinks: Sinks, stop_requested: Callable[[], bool]) ->
         start = time.perf_counter()
         lr = recipe.optimizer.lr * recipe.lr_schedule.factor(step, total)
         outcome = trainer.step(lr, stop_requested())
-        for damage in outcome.damage:
-            sinks.say(f"left out: {damage}")
+        for corruption in outcome.corruption:
+            sinks.say(f"left out: {corruption}")
         sinks.write(meter.measure(step, outcome, lr, time.perf_counter() - start))
         start = time.perf_counter()
         trainer.save_if_due(now=step == total or outcome.stop_requested)

@@ -1,4 +1,4 @@
-"""A grid of pictures while training: every rank samples its share."""
+"""A grid of images while training: every rank samples its share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from msdiff_dist.checkpoint.load import CheckpointReader
 from msdiff_dist.distributed.agree import gathered
 from msdiff_dist.distributed.environment import Environment
-from msdiff_dist.evaluation.generate import Generator
+from msdiff_dist.evaluation.generate import ImageGenerator
 from msdiff_dist.evaluation.grid import write_grid
 from msdiff_dist.evaluation.sampling_job import SamplingJob
 from msdiff_dist.export.weights import CheckpointWeights
@@ -25,7 +25,7 @@ def write_preview(recipe: Recipe, weights: Path, target: Path, env: Environment)
     own = range(env.rank, job.num, env.world_size)
     images: Tensor | None = None
     if own:
-        generator = Generator(CheckpointWeights(CheckpointReader(weights)), env.device)
+        generator = ImageGenerator(CheckpointWeights(CheckpointReader(weights)), env.device)
         images = job.draw(generator, own)
     parts = [part for part in gathered(images) if part is not None]
     if env.rank == 0:

@@ -17,12 +17,12 @@ _CONTEXT = (3, 8)  # tokens and their width
 def smoke(recipe: Recipe) -> Recipe:
     """The recipe's process, stages, family, conditioning, optimizer and averaging; everything else as small as it goes.
 
-    Samples are random numbers in the shape of the recipe's pictures or latents, no larger than its levels need.
+    Samples are random numbers in the shape of the recipe's images or latents, no larger than its levels need.
     """
     data, model = _data(recipe), recipe.model.small(_WIDTH, _CONTEXT[1])
     folds = recipe.autoencoder.kind == "space_to_depth"
     autoencoder = recipe.autoencoder if folds else AutoencoderConfig()
-    pictures = data.x_shape[0] in (autoencoder.factor**2, 3 * autoencoder.factor**2)
+    images = data.x_shape[0] in (autoencoder.factor**2, 3 * autoencoder.factor**2)
     solver = SOLVERS[recipe.preview.sampler.name or recipe.process().sampler]
     return replace(
         recipe,
@@ -44,7 +44,7 @@ def smoke(recipe: Recipe) -> Recipe:
         checkpoint=replace(recipe.checkpoint, every=0),
         preview=replace(
             recipe.preview,
-            every=STEPS if pictures else 0,
+            every=STEPS if images else 0,
             num=2,
             prompts=(),
             sampler=replace(recipe.preview.sampler, steps=max(2, solver.least_steps)),

@@ -17,7 +17,7 @@ from msdiff_dist.apps.train.warm_start import start_weights
 from msdiff_dist.checkpoint.background import BackgroundSaver
 from msdiff_dist.checkpoint.resume import open_newest_intact, remove_later
 from msdiff_dist.checkpoint.save import HostCopy, write_checkpoint
-from msdiff_dist.data.fingerprint import check_unchanged, mark_shards
+from msdiff_dist.data.fingerprint import check_unchanged, fingerprint_shards
 from msdiff_dist.data.index import Shard
 from msdiff_dist.data.loader import StepLoader
 from msdiff_dist.diffusion.objective import Objective
@@ -183,7 +183,7 @@ class Trainer:
 
         def read() -> tuple[list[list[Shard]], list[list[str]], str | None, Tensor | None]:
             data, note = found or find_data(self.recipe.data), None
-            fingerprint = mark_shards(data.shards)
+            fingerprint = fingerprint_shards(data.shards)
             if self.state.fingerprint:
                 accept = self.recipe.data.accept_changes
                 note = check_unchanged(self.state.fingerprint, fingerprint, self.state.step, accept)

@@ -19,7 +19,7 @@ def start_weights(recipe: Recipe, checkpoints: Path) -> Weights | None:
     """What training starts from; None: random weights, or one of the `checkpoints` that are there.
 
     Raises:
-        ConfigError: it is neither an export nor a checkpoint, or another model's. DamagedError: a file of it is.
+        ConfigError: it is neither an export nor a checkpoint, or another model's. CorruptError: a file of it is.
     """
     path = recipe.train.init_from
     if path is None or complete_checkpoints(checkpoints):

@@ -1,4 +1,4 @@
-"""Pictures from a model whose decoder changes with the timestep, with any of diffusers' discrete schedulers.
+"""Images from a model whose decoder changes with the timestep, with any of diffusers' discrete schedulers.
 
 Needs torch and diffusers only: exported models carry a copy of this file.
 """
@@ -15,12 +15,12 @@ from torch import Tensor
 
 
 class MultistagePipeline(DiffusionPipeline):
-    """Noise to pictures.
+    """Noise to images.
 
     Args:
         unet: a MultistageUNet2DModel, or a stock U-Net.
         scheduler: any scheduler of discrete timesteps.
-        vae: AutoencoderKL or VQModel that decodes latents; None where the model works on pictures.
+        vae: AutoencoderKL or VQModel that decodes latents; None where the model works on images.
         scale_factor: latents are divided by it before decoding.
         pixel_shuffle: the model's channels are this many pixels squared.
     """
@@ -56,7 +56,7 @@ class MultistagePipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Make pictures.
+        """Make images.
 
         Args:
             class_labels: one each, for models with classes; the last class of the table is the dropped one.
@@ -64,7 +64,7 @@ class MultistagePipeline(DiffusionPipeline):
             guidance_scale: output = unconditional + scale x (conditional - unconditional).
             latents: the noise to start from [B, C, H, W]; drawn with `generator` where None.
             height, width: of the latents; the model's own size where None.
-            output_type: "pil", "np", "pt" (pictures in [0, 1]) or "latent" (what the U-Net saw).
+            output_type: "pil", "np", "pt" (images in [0, 1]) or "latent" (what the U-Net saw).
         """
         device = self._execution_device
         config = self.unet.config

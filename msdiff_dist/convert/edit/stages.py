@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from msdiff_dist.convert.model_weights import JoinedSource, ModelWeights, empty_model
-from msdiff_dist.convert.sources import RenamedSource, TensorSource
+from msdiff_dist.convert.tensor_sources import RenamedSource, TensorSource
 from msdiff_dist.diffusion.config import StagesConfig
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.models.config import ModelConfig

@@ -14,7 +14,7 @@ from msdiff_dist.convert.formats.official_edm import read_edm, write_edm
 from msdiff_dist.convert.formats.official_scoresde import read_scoresde, write_scoresde
 from msdiff_dist.convert.model_weights import ModelWeights, Written
 from msdiff_dist.convert.options import ConvertOptions
-from msdiff_dist.convert.sources import TensorSource, open_source
+from msdiff_dist.convert.tensor_sources import TensorSource, open_source
 from msdiff_dist.registry import Table
 
 PLAIN = "safetensors"  # the tensors of a DeepSpeed folder under their own names, whatever network they are of

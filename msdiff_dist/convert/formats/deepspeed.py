@@ -28,7 +28,7 @@ from msdiff_dist.convert.formats.export_folder import read_run
 from msdiff_dist.convert.formats.ldm import CLASS_TABLE, UNET, read_ldm
 from msdiff_dist.convert.model_weights import ModelWeights
 from msdiff_dist.convert.options import ConvertOptions
-from msdiff_dist.convert.sources import RenamedSource, TensorSource, load_pickle
+from msdiff_dist.convert.tensor_sources import RenamedSource, TensorSource, load_pickle
 from msdiff_dist.errors import CheckpointError
 
 _OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -71,7 +71,7 @@ class DeepspeedSource(TensorSource):
     """Weights by the engine's own names, fp32 where ZeRO keeps them so.
 
     Raises:
-        CheckpointError: a rank's file is missing or damaged, or the model is split other than by ZeRO.
+        CheckpointError: a rank's file is missing or corrupt, or the model is split other than by ZeRO.
     """
 
     def __init__(self, folder: Path) -> None:

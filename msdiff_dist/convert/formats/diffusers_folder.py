@@ -15,7 +15,7 @@ from typing import Any
 
 from msdiff_dist.convert import carried
 from msdiff_dist.convert.families import refuse_other_families
-from msdiff_dist.convert.formats.diffusers_unet import STOCK, model_of_stock, stock_config, unet_rules
+from msdiff_dist.convert.formats.diffusers_unet import STOCK, diffusers_unet_rules, model_of_stock, stock_config
 from msdiff_dist.convert.key_map import OursFromTheirs, TheirsFromOurs, check_complete
 from msdiff_dist.convert.model_weights import (
     AutoencoderWeights,
@@ -25,7 +25,7 @@ from msdiff_dist.convert.model_weights import (
     ldm_model,
 )
 from msdiff_dist.convert.options import ConvertOptions
-from msdiff_dist.convert.sources import SafetensorsSource, TensorSource, open_source
+from msdiff_dist.convert.tensor_sources import SafetensorsSource, TensorSource, open_source
 from msdiff_dist.convert.writing import write_safetensors
 from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
 from msdiff_dist.diffusion.noise_schedule import ScheduleName
@@ -95,7 +95,7 @@ def read_unet(config: Mapping[str, Any], source: TensorSource, options: ConvertO
         )  # fmt: skip
     refuse_other_families(source.names(), "diffusers")
     old = any(".attentions.0.query.weight" in k for k in source.names())
-    rules = unet_rules(model, config["_class_name"] == OWN_CLASS, old)
+    rules = diffusers_unet_rules(model, config["_class_name"] == OWN_CLASS, old)
     check_complete(source, rules, source.left_out, dict(empty_model(model).named_parameters()), "diffusers")
     prediction = options.prediction_type or "epsilon"
     discrete = DiscreteConfig(beta_start=0.00085, beta_end=0.012, prediction_type=prediction)
@@ -135,7 +135,7 @@ def write_diffusers(weights: ModelWeights, folder: Path, metadata: Mapping[str, 
     stock = stock_config(model)
     own = isinstance(stock, str)
     config = _own_config(model, weights) if isinstance(stock, str) else stock
-    rules = unet_rules(model, own_class=own)
+    rules = diffusers_unet_rules(model, own_class=own)
     written = Written(names={r.ours: [f"unet/{k}" for k in r.theirs] for r in rules})
     if isinstance(stock, str):
         written.remarks.append(f"no stock diffusers class holds this model, because {stock}")
@@ -227,7 +227,7 @@ def _model_of_own(config: Mapping[str, Any]) -> LDMConfig:
         )
     except (KeyError, TypeError, ConfigError) as e:
         raise CheckpointError(
-            "unet/config.json", OWN_CLASS, f"is damaged ({type(e).__name__}: {e})", "Export the model again."
+            "unet/config.json", OWN_CLASS, f"is corrupt ({type(e).__name__}: {e})", "Export the model again."
         ) from None
 
 

@@ -129,7 +129,7 @@ def model_of_stock(config: Mapping[str, Any]) -> LDMConfig:
     return model
 
 
-def unet_rules(model: LDMConfig, own_class: bool = False, old_attention: bool = False) -> list[Rule]:
+def diffusers_unet_rules(model: LDMConfig, own_class: bool = False, old_attention: bool = False) -> list[Rule]:
     """Every parameter of ours (shared encoder) and its name in a diffusers U-Net.
 
     Args:

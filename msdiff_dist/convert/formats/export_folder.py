@@ -17,7 +17,7 @@ from msdiff_dist.convert.formats.diffusers_folder import WEIGHTS, weights_of
 from msdiff_dist.convert.key_map import SAME, OursFromTheirs, Rule, check_complete
 from msdiff_dist.convert.model_weights import AutoencoderWeights, ModelWeights, Written, empty_model
 from msdiff_dist.convert.options import ConvertOptions
-from msdiff_dist.convert.sources import SafetensorsSource, TensorSource
+from msdiff_dist.convert.tensor_sources import SafetensorsSource, TensorSource
 from msdiff_dist.convert.writing import write_safetensors
 from msdiff_dist.errors import CheckpointError
 from msdiff_dist.export.export import write_tensors
@@ -59,7 +59,7 @@ def read_run(folder: Path, options: ConvertOptions) -> ModelWeights:
     """The newest checkpoint of a run of this package, or one checkpoint.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is none, or it is corrupt.
     """
     weights = CheckpointWeights(open_checkpoint(folder, verify=True), ema=options.weights != "raw")
     return ModelWeights(

@@ -31,7 +31,7 @@ from msdiff_dist.convert.key_map import (
 )
 from msdiff_dist.convert.model_weights import JoinedSource, ModelWeights, Written, empty_model, ldm_model
 from msdiff_dist.convert.options import ConvertOptions, given_boundaries
-from msdiff_dist.convert.sources import MemorySource, RenamedSource, TensorSource, under
+from msdiff_dist.convert.tensor_sources import MemorySource, RenamedSource, TensorSource, under
 from msdiff_dist.convert.writing import write_state_dict
 from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
 from msdiff_dist.diffusion.processes.discrete import DiscreteConfig
@@ -63,7 +63,7 @@ def decoder_names(num_stages: int, multistage: bool) -> list[DecoderNames]:
     return [DecoderNames(f"de_modules.{k}.", f"outs.{k}.") for k in range(num_stages)]
 
 
-def unet_rules(model: LDMConfig, multistage: bool, null_class: bool = True) -> list[Rule]:
+def ldm_unet_rules(model: LDMConfig, multistage: bool, null_class: bool = True) -> list[Rule]:
     """Every parameter of our model (with a shared encoder) and its name in a state dict of LDM's module."""
     decoders = decoder_names(model.num_stages, multistage)
     rules = []
@@ -115,7 +115,7 @@ def read_ldm(source: TensorSource, options: ConvertOptions, multistage: bool = F
     sheet = LdmYaml.load(options.config) if options.config else None
     model, assumed = _model(source, options, sheet, decoder_names(stages, multistage))
 
-    raw_rules = unet_rules(model, multistage, options.null_class)
+    raw_rules = ldm_unet_rules(model, multistage, options.null_class)
     use_ema = _use_ema(source, options, what)
     rules = _ema_rules(raw_rules) if use_ema else raw_rules
     discrete, said = _schedule(source, options, sheet)
@@ -188,7 +188,7 @@ def write_ldm_file(
         CheckpointError: LDM has no such model, or the file is called neither way.
     """
     model = _checked_model(weights, multistage)
-    rules = unet_rules(model, multistage, options.null_class)
+    rules = ldm_unet_rules(model, multistage, options.null_class)
     tables = schedule_tables(weights.description.diffusion.settings())
     scale = MemorySource({"scale_factor": torch.tensor(weights.description.autoencoder.scale_factor)})
     parts: list[TensorSource] = [TheirsFromOurs(weights.tensors, rules), tables, scale]

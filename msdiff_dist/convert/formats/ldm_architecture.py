@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from msdiff_dist.convert.sources import TensorSource
+from msdiff_dist.convert.tensor_sources import TensorSource
 from msdiff_dist.errors import CheckpointError, ConfigError
 from msdiff_dist.models.ldm.config import LDMConfig
 

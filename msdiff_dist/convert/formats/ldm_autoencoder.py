@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from msdiff_dist.convert.key_map import OursFromTheirs, Pointwise, Rule, rule
 from msdiff_dist.convert.model_weights import AutoencoderWeights
-from msdiff_dist.convert.sources import TensorSource
+from msdiff_dist.convert.tensor_sources import TensorSource
 from msdiff_dist.errors import CheckpointError
 
 _NOT_WEIGHTS = {"loss.": "of the autoencoder's training loss", "colorize": "only shows segmentation maps"}
@@ -33,7 +33,7 @@ def read_first_stage(source: TensorSource, sheet: Mapping[str, Any]) -> FirstSta
     """An LDM first stage (prefix removed) as a diffusers autoencoder; None where there is none.
 
     Args:
-        sheet: `first_stage_config` of LDM's YAML, for the picture size, which no tensor tells.
+        sheet: `first_stage_config` of LDM's YAML, for the image size, which no tensor tells.
 
     Raises:
         CheckpointError: it is no AutoencoderKL or VQModel of LDM, or incomplete.

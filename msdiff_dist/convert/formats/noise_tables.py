@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msdiff_dist.convert.sources import MemorySource, TensorSource
+from msdiff_dist.convert.tensor_sources import MemorySource, TensorSource
 from msdiff_dist.diffusion.noise_schedule import ScheduleName, betas
 from msdiff_dist.diffusion.processes.discrete import DiscreteConfig
 from msdiff_dist.errors import CheckpointError

@@ -29,7 +29,7 @@ from msdiff_dist.convert.key_map import (
 )
 from msdiff_dist.convert.model_weights import JoinedSource, ModelWeights, Written, empty_model
 from msdiff_dist.convert.options import ConvertOptions, given_boundaries
-from msdiff_dist.convert.sources import MemorySource, RenamedSource, TensorSource
+from msdiff_dist.convert.tensor_sources import MemorySource, RenamedSource, TensorSource
 from msdiff_dist.convert.writing import write_state_dict
 from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
 from msdiff_dist.diffusion.processes.edm import EDMConfig
@@ -114,7 +114,7 @@ def write_edm(weights: ModelWeights, path: Path, metadata: Mapping[str, str]) ->
     size = weights.description.sample_size
     if not isinstance(size, int):
         raise CheckpointError(
-            "sample_size", size, "the EDM code names its layers by the size of the picture", "Add it to config.json."
+            "sample_size", size, "the EDM code names its layers by the size of the image", "Add it to config.json."
         )
     rules = edm_rules(model, size, model.num_stages > 1)
     state = TheirsFromOurs(weights.tensors, rules)

@@ -21,7 +21,7 @@ from msdiff_dist.convert.formats.song import checked_song, groups_of, recognisin
 from msdiff_dist.convert.key_map import Layout, OursFromTheirs, Rule, TheirsFromOurs, check_complete, rule
 from msdiff_dist.convert.model_weights import ModelWeights, Written, empty_model
 from msdiff_dist.convert.options import ConvertOptions, given_boundaries
-from msdiff_dist.convert.sources import (
+from msdiff_dist.convert.tensor_sources import (
     PICKLES,
     MemorySource,
     RenamedSource,

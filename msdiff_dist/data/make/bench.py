@@ -48,7 +48,7 @@ def bench(config: DataConfig, batch_size: int, seconds: float) -> list[Speed]:
     """Measure every reader that can be had, in turns of `seconds`, and keep its best turn.
 
     Raises:
-        DataError: there is nothing to read, or the shards are damaged.
+        DataError: there is nothing to read, or the shards are corrupt.
     """
     index = load_index(config)
     if not index:

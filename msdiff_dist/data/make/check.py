@@ -1,4 +1,4 @@
-"""`msdiff data check`: every shard of a folder read whole, up to the first damage."""
+"""`msdiff data check`: every shard of a folder read whole, up to the first corruption."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from msdiff_dist.data.make.manifest import (
     MANIFEST,
     NULL_CONTEXT,
     Manifest,
-    StoredFile,
+    ManifestFile,
     load_manifest,
     load_null_context,
     stored_file,
@@ -30,10 +30,10 @@ REMEDY = "Copy or make it again."
 
 
 def check_folder(folder: Path) -> int:
-    """Verify a folder of latents against its manifest, or one of pictures; returns the number of samples.
+    """Verify a folder of latents against its manifest, or one of images; returns the number of samples.
 
     Raises:
-        DataError: naming the first damaged shard, and the sample where one can be told.
+        DataError: naming the first corrupt shard, and the sample where one can be told.
     """
     if not folder.is_dir():
         raise DataError("DIR", str(folder), "is not a folder", "Name the folder that holds the shards.")
@@ -43,7 +43,7 @@ def check_folder(folder: Path) -> int:
     if (folder / ".encode").is_dir():
         problem = "has no manifest.json: it was not encoded to its end"
         raise DataError("DIR", str(folder), problem, "Give `msdiff data encode` again.")
-    return sum(_check_pictures(shard.path, shard.num_samples) for shard in find_shards(str(folder)))
+    return sum(_check_images(shard.path, shard.num_samples) for shard in find_shards(str(folder)))
 
 
 def _check_latents(folder: Path, manifest: Manifest) -> int:
@@ -68,7 +68,7 @@ def _check_latents(folder: Path, manifest: Manifest) -> int:
     return manifest.samples
 
 
-def _check_blocks(path: Path, file: StoredFile, manifest: Manifest, keys: dict[str, str]) -> int:
+def _check_blocks(path: Path, file: ManifestFile, manifest: Manifest, keys: dict[str, str]) -> int:
     count, last = 0, None
     try:
         with path.open("rb") as stream:
@@ -83,7 +83,7 @@ def _check_blocks(path: Path, file: StoredFile, manifest: Manifest, keys: dict[s
                 count, last = count + len(names), names[-1]
     except (TarError, OSError) as e:
         where = f"after sample {last!r}" if last is not None else "before its first sample"
-        raise DataError("DIR", str(path), f"is damaged {where} ({e})", REMEDY) from e
+        raise DataError("DIR", str(path), f"is corrupt {where} ({e})", REMEDY) from e
     return count
 
 
@@ -94,7 +94,7 @@ def _check_one_block(path: Path, first: int, content: bytes, manifest: Manifest)
         if e.row is None:
             raise DataError("DIR", str(path), f"from sample number {first} on: {e}", REMEDY) from e
         key = block_keys(content)[e.row]
-        raise DataError("DIR", str(path), f"sample {key!r} (number {first + e.row}) is damaged: {e}", REMEDY) from e
+        raise DataError("DIR", str(path), f"sample {key!r} (number {first + e.row}) is corrupt: {e}", REMEDY) from e
     channels, height, width = manifest.shape
     stored: tuple[int, ...] = (2 * channels if manifest.moments else channels, height, width)
     expected: dict[str, tuple[int, ...]] = {"latent.npy": stored} | (
@@ -115,7 +115,7 @@ def _check_one_block(path: Path, first: int, content: bytes, manifest: Manifest)
     return keys
 
 
-def _check_pictures(path: str, stated: int) -> int:
+def _check_images(path: str, stated: int) -> int:
     last, count = None, 0
     try:
         for raw in samples(path):
@@ -126,7 +126,7 @@ def _check_pictures(path: str, stated: int) -> int:
             last, count = raw["__key__"], count + 1
     except (TarError, OSError) as e:
         where = f"after sample {last!r}" if last is not None else "before its first sample"
-        raise DataError("DIR", path, f"is damaged {where} ({e})", REMEDY) from e
+        raise DataError("DIR", path, f"is corrupt {where} ({e})", REMEDY) from e
     if count != stated:
         raise DataError("DIR", path, f"holds {count} samples, its index says {stated}", REMEDY)
     return count

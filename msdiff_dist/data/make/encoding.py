@@ -1,4 +1,4 @@
-"""One shard of pictures -> one shard of latents; what encodes them is handed in."""
+"""One shard of images -> one shard of latents; what encodes them is handed in."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from msdiff_dist.data.config import DataConfig
-from msdiff_dist.data.corruption import Damage, DamageReport
+from msdiff_dist.data.corruption import Corruption, CorruptionReport
 from msdiff_dist.data.index import FIELD, Shard
 from msdiff_dist.data.latent_blocks import BLOCK_FIELD, pack_block
-from msdiff_dist.data.make.manifest import StoredFile, stored_file
+from msdiff_dist.data.make.manifest import ManifestFile, stored_file
 from msdiff_dist.data.make.shard_writer import Fields, write_shard
 from msdiff_dist.data.samples import Samples, decode
 from msdiff_dist.data.tar_members import TarError, chunks
@@ -56,7 +56,7 @@ class EncodeConfig:
 
 @dataclass(frozen=True)
 class Networks:
-    """encode: uint8 pictures [n, C, H, W] -> latents, or [mean, log variance] if `posterior`. embed: captions ->
+    """encode: uint8 images [n, C, H, W] -> latents, or [mean, log variance] if `posterior`. embed: captions ->
     context [n, T, D] and mask [n, T]; None: captions are not embedded."""
 
     encode: Callable[[Tensor], Tensor]
@@ -68,7 +68,7 @@ class Networks:
 class ShardRecord:
     """What became of one shard. mark: of its source. count, sum, squares: of all values of its latents."""
 
-    file: StoredFile
+    file: ManifestFile
     mark: str
     shape: tuple[int, ...] | None
     count: int
@@ -86,7 +86,7 @@ class ShardRecord:
         try:
             raw = json.loads(path.read_text())
             shape = None if raw["shape"] is None else tuple(raw["shape"])
-            return ShardRecord(**{**raw, "file": StoredFile(**raw["file"]), "shape": shape})
+            return ShardRecord(**{**raw, "file": ManifestFile(**raw["file"]), "shape": shape})
         except (OSError, ValueError, TypeError, KeyError):
             return None
 
@@ -95,7 +95,7 @@ class ShardEncoder:
     """Encodes whole shards, each the same whichever process does it.
 
     Args:
-        source: the pictures' configuration.
+        source: the images' configuration.
     """
 
     def __init__(self, config: EncodeConfig, source: DataConfig, networks: Networks) -> None:
@@ -107,9 +107,9 @@ class ShardEncoder:
         """Write the latents of shard `number` of the source to `target`.
 
         Raises:
-            DataError: more than `max_bad` of its samples are damaged.
+            DataError: more than `max_bad` of its samples are corrupt.
         """
-        report = DamageReport(self._source.max_bad)
+        report = CorruptionReport(self._source.max_bad)
         totals = _Totals()
         read = self._decoded(shard, report)
 
@@ -121,13 +121,15 @@ class ShardEncoder:
             totals.samples = first
 
         write_shard(target, blocks())
-        left_out = [str(damage) for damage in report.take()]
+        left_out = [str(corruption) for corruption in report.take()]
         file = stored_file(target, totals.samples)
         return ShardRecord(file, mark, totals.shape, totals.count, totals.sum, totals.squares, left_out)
 
-    def _decoded(self, shard: Shard, report: DamageReport) -> Iterator[Samples]:
+    def _decoded(self, shard: Shard, report: CorruptionReport) -> Iterator[Samples]:
         def duplicate(key: str, what: str) -> None:
-            report.add(Damage(shard.path, key, what), DataError(FIELD, shard.path, f"{key!r}: {what}", "Repair it."))
+            report.add(
+                Corruption(shard.path, key, what), DataError(FIELD, shard.path, f"{key!r}: {what}", "Repair it.")
+            )
 
         try:
             for chunk in chunks(shard.path, self._source.access, duplicate):
@@ -136,10 +138,10 @@ class ShardEncoder:
                     try:
                         yield decode(sample, self._source, 0, np.zeros(1, np.int64))
                     except DataError as e:
-                        report.add(Damage(shard.path, key, f"{e.field}: {e.problem}"), e)
+                        report.add(Corruption(shard.path, key, f"{e.field}: {e.problem}"), e)
         except (TarError, OSError) as e:
             error = DataError(FIELD, shard.path, f"cannot be read to its end ({e})", "Copy or make it again.")
-            report.add(Damage(shard.path, None, error.problem), error)
+            report.add(Corruption(shard.path, None, error.problem), error)
 
     def _block(self, rows: list[Samples], number: int, first: int, totals: _Totals) -> bytes:
         dtype = getattr(torch, self._config.dtype)
@@ -159,7 +161,7 @@ class ShardEncoder:
         return pack_block([row.key_n[0] for row in rows], tensors, captions)
 
     def _latents(self, images: Tensor, purpose: str, number: int, first: int) -> tuple[Tensor, Tensor]:
-        """(what is stored, latents) of pictures first, first + 1, ... of a shard."""
+        """(what is stored, latents) of images first, first + 1, ... of a shard."""
         encoded = torch.cat([self._networks.encode(images[i]) for i in self._batches(len(images))])
         if not self._networks.posterior:
             return encoded, encoded

@@ -1,4 +1,4 @@
-"""Every picture of a data set once, with its class: for classifiers and statistics."""
+"""Every image of a data set once, with its class: for classifiers and statistics."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from msdiff_dist.errors import ConfigError, DataError
 _BATCH = 1000
 
 
-def read_pictures(config: DataConfig) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Batches of uint8 pictures [n, C, H, W], none mirrored, and int64 labels [n] if the data has `num_classes`.
+def read_images(config: DataConfig) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Batches of uint8 images [n, C, H, W], none mirrored, and int64 labels [n] if the data has `num_classes`.
 
     Raises:
-        ConfigError: the data are not pictures. DataError: shards are missing, damaged, or hold other pictures.
+        ConfigError: the data are not images. DataError: shards are missing, corrupt, or hold other images.
     """
     if config.kind != "image":
-        raise ConfigError("data.kind", config.kind, "holds no pictures", "Name shards of pictures, kind image.")
+        raise ConfigError("data.kind", config.kind, "holds no images", "Name shards of images, kind image.")
     config = replace(config, flip=False, captions=False, context_shape=None)
     read: list[Samples] = []
     for path in (shard.path for shards in load_index(config) for shard in shards):
@@ -36,12 +36,12 @@ def read_pictures(config: DataConfig) -> Iterator[tuple[Tensor, Tensor | None]]:
                     yield _batch(read)
                     read = []
         except (TarError, OSError) as e:
-            raise DataError("data.shards", path, f"is damaged ({e})", "Copy or make the shard again.") from e
+            raise DataError("data.shards", path, f"is corrupt ({e})", "Copy or make the shard again.") from e
     if read:
         yield _batch(read)
 
 
 def _batch(read: list[Samples]) -> tuple[Tensor, Tensor | None]:
     labels = [part.label_n for part in read if part.label_n is not None]
-    pictures = torch.from_numpy(np.concatenate([part.x_nCHW for part in read]))
-    return pictures, torch.from_numpy(np.concatenate(labels)) if labels else None
+    images = torch.from_numpy(np.concatenate([part.x_nCHW for part in read]))
+    return images, torch.from_numpy(np.concatenate(labels)) if labels else None

@@ -1,4 +1,4 @@
-"""What a folder of latents says of itself: which pictures, by which networks, and a checksum of every file."""
+"""What a folder of latents says of itself: which images, by which networks, and a checksum of every file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class StoredFile:
+class ManifestFile:
     """A file beside the manifest, and the samples in it."""
 
     name: str
@@ -33,7 +33,7 @@ class StoredFile:
 
 
 @dataclass(frozen=True)
-class Encoder:
+class NetworkIdentity:
     """A frozen network. name: where it came from. identity: digest of its weights and settings."""
 
     name: str
@@ -46,10 +46,10 @@ class Manifest:
 
     Attributes:
         shape: (C, H, W) of a latent; with `moments` twice as many channels are stored, mean and log variance.
-        flip: the latents of the mirrored pictures are stored too.
+        flip: the latents of the mirrored images are stored too.
         scale_factor: by which latents are to be multiplied; measured is one over their standard deviation.
         context_shape: (T, D) of the embedding of a caption. null_context: that of the empty caption.
-        source: marks of the shards of pictures. left_out: damaged ones.
+        source: marks of the shards of images. left_out: corrupt ones.
     """
 
     samples: int
@@ -59,13 +59,13 @@ class Manifest:
     flip: bool
     scale_factor: float
     scale_measured: bool
-    autoencoder: Encoder
-    text_encoder: Encoder | None
+    autoencoder: NetworkIdentity
+    text_encoder: NetworkIdentity | None
     context_shape: tuple[int, int] | None
-    null_context: StoredFile | None
+    null_context: ManifestFile | None
     source: tuple[str, ...]
     left_out: tuple[str, ...]
-    shards: tuple[StoredFile, ...]
+    shards: tuple[ManifestFile, ...]
     format: int = FORMAT
 
     def dump(self) -> str:
@@ -77,7 +77,7 @@ def load_manifest(address: str, access: Access = DEFAULT_ACCESS) -> Manifest | N
     """Read a manifest; None if there is none.
 
     Raises:
-        DataError: it is damaged or of a newer format.
+        DataError: it is corrupt or of a newer format.
     """
     try:
         mapping = json.loads(read_bytes(address, access))
@@ -95,7 +95,7 @@ def load_null_context(address: str, manifest: Manifest, access: Access = DEFAULT
     """The embedding of the empty caption, [T, D].
 
     Raises:
-        DataError: it is missing or damaged.
+        DataError: it is missing or corrupt.
     """
     assert manifest.null_context is not None
     try:
@@ -107,6 +107,6 @@ def load_null_context(address: str, manifest: Manifest, access: Access = DEFAULT
         raise DataError("data.shards", address, f"cannot be used ({e})", "Copy it again, or encode again.") from e
 
 
-def stored_file(path: Path, samples: int = 0) -> StoredFile:
+def stored_file(path: Path, samples: int = 0) -> ManifestFile:
     """Size and checksum of a file."""
-    return StoredFile(path.name, samples, path.stat().st_size, sha256_of(path))
+    return ManifestFile(path.name, samples, path.stat().st_size, sha256_of(path))

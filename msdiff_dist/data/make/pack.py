@@ -1,4 +1,4 @@
-"""Packing a person's own folder of pictures into shards."""
+"""Packing a person's own folder of images into shards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from msdiff_dist.data.make.shard_writer import (
     Fields,
     WrittenDataset,
     check_output,
-    encode_picture,
+    encode_image,
     write_dataset,
 )
 from msdiff_dist.data.samples import IMAGE_FIELDS
@@ -37,7 +37,7 @@ class Packed:
 @dataclass
 class _Folder:
     root: Path
-    pictures: list[Path]
+    files: list[Path]
     classes: tuple[str, ...]
     captioned: bool
     size: int | None
@@ -46,8 +46,8 @@ class _Folder:
 
     def samples(self) -> Iterator[tuple[str, Fields]]:
         number = itertools.count()
-        for i in generator(0, "pack order").permutation(len(self.pictures)).tolist():
-            path = self.pictures[i]
+        for i in generator(0, "pack order").permutation(len(self.files)).tolist():
+            path = self.files[i]
             try:
                 fields = self._fields(path)
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
@@ -61,7 +61,7 @@ class _Folder:
                 yield f"{next(number):08d}", fields
 
     def _fields(self, path: Path) -> Fields:
-        extension, content, (width, height) = _picture(path, self.size)
+        extension, content, (width, height) = _image(path, self.size)
         fields = {extension: content}
         about: dict[str, object] = {"source": path.relative_to(self.root).as_posix(), "width": width, "height": height}
         name = path.relative_to(self.root).parts[0] if self.classes else None
@@ -82,31 +82,31 @@ class _Folder:
 
 
 def pack(images: Path, out: Path, size: int | None = None, samples_per_shard: int = 1000, max_bad: int = 10) -> Packed:
-    """Write a folder of pictures as shards, in a fixed shuffled order.
+    """Write a folder of images as shards, in a fixed shuffled order.
 
-    If every picture lies in a sub-folder, the top sub-folders are classes. A `NAME.txt` beside `NAME.jpg` is its
-    caption; if one picture has one, all must. With `size`, pictures are cropped to the central square and resized.
+    If every image lies in a sub-folder, the top sub-folders are classes. A `NAME.txt` beside `NAME.jpg` is its
+    caption; if one image has one, all must. With `size`, images are cropped to the central square and resized.
 
     Raises:
-        DataError: no pictures, more than `max_bad` unusable ones, or `out` is in use.
+        DataError: no images, more than `max_bad` unusable ones, or `out` is in use.
     """
     check_output(out)
     if not images.is_dir():
-        raise DataError("IMAGES_DIR", str(images), "is not a folder", "Name the folder that holds the pictures.")
-    pictures = sorted(p for p in images.rglob("*") if p.suffix.lower().lstrip(".") in EXTENSIONS and p.is_file())
-    if not pictures:
+        raise DataError("IMAGES_DIR", str(images), "is not a folder", "Name the folder that holds the images.")
+    files = sorted(p for p in images.rglob("*") if p.suffix.lower().lstrip(".") in EXTENSIONS and p.is_file())
+    if not files:
         known = ", ".join(sorted(EXTENSIONS))
-        raise DataError("IMAGES_DIR", str(images), "holds no pictures", f"Known extensions: {known}.")
-    parts = [p.relative_to(images).parts for p in pictures]
+        raise DataError("IMAGES_DIR", str(images), "holds no images", f"Known extensions: {known}.")
+    parts = [p.relative_to(images).parts for p in files]
     classes = tuple(sorted({p[0] for p in parts})) if all(len(p) > 1 for p in parts) else ()
-    captioned = any(p.with_suffix(".txt").is_file() for p in pictures)
-    folder = _Folder(images, pictures, classes, captioned, size, max_bad)
+    captioned = any(p.with_suffix(".txt").is_file() for p in files)
+    folder = _Folder(images, files, classes, captioned, size, max_bad)
     info = DatasetInfo(images.resolve().name, "not stated", "msdiff data pack", classes)
     dataset = write_dataset(out, info, folder.samples(), itertools.repeat(samples_per_shard))
     return Packed(dataset, folder.left_out)
 
 
-def _picture(path: Path, size: int | None) -> tuple[str, bytes, tuple[int, int]]:
+def _image(path: Path, size: int | None) -> tuple[str, bytes, tuple[int, int]]:
     """(extension, file content, (width, height)); the file as it is where nothing has to change."""
     with Image.open(path) as image:
         image.load()
@@ -117,7 +117,7 @@ def _picture(path: Path, size: int | None) -> tuple[str, bytes, tuple[int, int]]
         upright = _opaque(ImageOps.exif_transpose(image))
     if size is not None:
         upright = ImageOps.fit(upright, (size, size), Image.Resampling.LANCZOS)
-    return "png", encode_picture(upright), upright.size
+    return "png", encode_image(upright), upright.size
 
 
 def _opaque(image: Image.Image) -> Image.Image:

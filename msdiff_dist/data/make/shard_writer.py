@@ -43,10 +43,10 @@ class WrittenDataset:
     class_counts: Mapping[int, int]
 
 
-def encode_picture(picture: Image.Image) -> bytes:
-    """The picture as a PNG file."""
+def encode_image(image: Image.Image) -> bytes:
+    """The image as a PNG file."""
     stream = io.BytesIO()
-    picture.save(stream, "png")
+    image.save(stream, "png")
     return stream.getvalue()
 
 

@@ -46,7 +46,7 @@ class Downsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions around the time embedding, on a residual path; may double or halve the picture in between."""
+    """Two convolutions around the time embedding, on a residual path; may double or halve the image in between."""
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from msdiff_dist.models.ldm.config import LDMConfig
 
 
 class Encoder(nn.Module):
-    """Turns noisy pictures into the features that every decoder reads.
+    """Turns noisy images into the features that every decoder reads.
 
     Args:
         stage: whose width to take where each stage has its own encoder.
@@ -59,7 +59,7 @@ class Encoder(nn.Module):
         """Features for a decoder: (h, emb, [context,] *skips), all batch first; skips in the order they arise.
 
         Args:
-            x_BCHW: the network's picture input (c_in x_t).
+            x_BCHW: the network's image input (c_in x_t).
             t_B: the network's time input (c_noise), integer or float.
             context: tokens [B, S, context_dim], where the configuration has them.
             label: int64 [B], num_classes standing for "dropped", where the configuration has classes.

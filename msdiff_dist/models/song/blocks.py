@@ -62,7 +62,7 @@ class TimeFrequencies:
 
 
 class Filter(nn.Module):
-    """A separable low-pass filter over each channel; outside the picture is zero."""
+    """A separable low-pass filter over each channel; outside the image is zero."""
 
     kernel: Tensor
 
@@ -99,7 +99,7 @@ class Filter(nn.Module):
 class SongBlock(nn.Module):
     """Two convolutions around the time embedding, on a residual path; then, perhaps, self-attention with one head.
 
-    May double or halve the picture in between.
+    May double or halve the image in between.
     """
 
     def __init__(
@@ -144,15 +144,15 @@ class SongBlocks(nn.Sequential):
 
 
 class PyramidStep(nn.Module):
-    """The input pyramid's picture, filtered and halved by a convolution, joins the encoder's path."""
+    """The input pyramid's image, filtered and halved by a convolution, joins the encoder's path."""
 
     def __init__(self, config: SongConfig, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.filter = Filter(config.variant.resample_filter)
         self.conv = initialised(nn.Conv2d(in_channels, out_channels, 3, stride=2))
 
-    def forward(self, picture_BCHW: Tensor, h_BCHW: Tensor) -> Tensor:
-        halved = self.conv(self.filter(picture_BCHW, padding=len(self.filter.taps) // 2))
+    def forward(self, image_BCHW: Tensor, h_BCHW: Tensor) -> Tensor:
+        halved = self.conv(self.filter(image_BCHW, padding=len(self.filter.taps) // 2))
         out: Tensor = (halved + h_BCHW) * HALF_POWER
         return out
 

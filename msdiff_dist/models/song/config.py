@@ -18,7 +18,7 @@ class SongVariant:
     Args:
         embedding: of the time: sines of fixed frequencies ("positional") or of random ones ("fourier").
         resample_filter: taps with which the blocks between levels halve and double, once along each axis.
-        input_pyramid: each level of the encoder also reads the picture, halved by convolutions as often as itself.
+        input_pyramid: each level of the encoder also reads the image, halved by convolutions as often as itself.
         shared_middle: the blocks at the lowest resolution belong to the encoder, else each decoder has its own.
     """
 

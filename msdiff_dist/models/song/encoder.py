@@ -12,7 +12,7 @@ from msdiff_dist.models.song.config import SongConfig
 
 
 class SongEncoder(nn.Module):
-    """Turns noisy pictures into the features that every decoder reads.
+    """Turns noisy images into the features that every decoder reads.
 
     Args:
         stage: whose width to take where each stage has its own encoder.
@@ -37,7 +37,7 @@ class SongEncoder(nn.Module):
 
         self.conv_in = conv(config.in_channels, width)
         self.input_blocks, self.pyramid = nn.ModuleList(), nn.ModuleList()
-        self._blocks, picture_channels = config.down_blocks(stage), config.in_channels
+        self._blocks, image_channels = config.down_blocks(stage), config.in_channels
         for block in self._blocks:
             widths = block.in_channels, block.out_channels, emb_channels
             if not block.resamples:
@@ -46,8 +46,8 @@ class SongEncoder(nn.Module):
                 continue
             self.input_blocks.append(SongBlock(config, *widths, resample="down"))
             if config.variant.input_pyramid:
-                self.pyramid.append(PyramidStep(config, picture_channels, block.out_channels))
-                picture_channels = block.out_channels
+                self.pyramid.append(PyramidStep(config, image_channels, block.out_channels))
+                image_channels = block.out_channels
         if config.variant.shared_middle:
             self.middle_block = middle_block(config, self._blocks[-1].out_channels, emb_channels)
 
@@ -62,20 +62,20 @@ class SongEncoder(nn.Module):
         """Features for a decoder: (emb, *skips[, h]), all batch first; h where the middle is shared.
 
         Args:
-            x_BCHW: the network's picture input (c_in x_t).
+            x_BCHW: the network's image input (c_in x_t).
             t_B: the network's time input (c_noise).
             label: int64 [B], num_classes standing for "dropped", where the configuration has classes.
             augment: [B, augment_labels], how each sample was augmented; None is not at all.
         """
         self.config.check_conditions(context, label, augment)
         emb_BE = self._embedding(t_B, label, augment)
-        picture = x_BCHW.to(emb_BE.dtype)
-        h = self.conv_in(picture)
+        image = x_BCHW.to(emb_BE.dtype)
+        h = self.conv_in(image)
         skips, pyramid = [h], iter(self.pyramid)
         for block, module in zip(self._blocks, self.input_blocks, strict=True):
             h = module(h, emb_BE)
             if block.resamples and self.pyramid:
-                h = picture = next(pyramid)(picture, h)
+                h = image = next(pyramid)(image, h)
             skips.append(h)
         if self.config.variant.shared_middle:
             return (emb_BE, *skips, self.middle_block(h, emb_BE))

@@ -17,7 +17,7 @@ RECIPES = Path(__file__).parents[3] / "recipes"
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
+def images(tmp_path: Path) -> Path:
     folder = tmp_path / "pictures"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -47,18 +47,18 @@ def test_methods_that_need_the_process_alone() -> None:
 
 @pytest.mark.parametrize("process", ["vp", "edm", "discrete"])
 @pytest.mark.parametrize("stages", [2, 3, 4])
-def test_optimal_denoiser_on_pictures(pictures: Path, tmp_path: Path, process: str, stages: int) -> None:
+def test_optimal_denoiser_on_images(images: Path, tmp_path: Path, process: str, stages: int) -> None:
     plot = tmp_path / "plot.png"
     options = DenoiserOptions(samples=200, alpha=0.8)
-    found = cluster(ClusterRequest("optimal-denoiser", stages, process, images=pictures, options=options, plot=plot))
+    found = cluster(ClusterRequest("optimal-denoiser", stages, process, images=images, options=options, plot=plot))
     assert len(found.boundaries) == stages - 1
     assert found.boundaries == sorted(set(found.boundaries))
     assert "60 samples" in found.found_by
     assert Image.open(plot).width > 100
 
 
-def test_the_scale_of_pictures_matters(pictures: Path) -> None:
-    request = {"method": "optimal-denoiser", "stages": 3, "images": pictures}
+def test_the_scale_of_images_matters(images: Path) -> None:
+    request = {"method": "optimal-denoiser", "stages": 3, "images": images}
     one, two = (
         cluster(ClusterRequest(**request, options=DenoiserOptions(samples=400, alpha=0.8, value_range=v, eta=eta)))
         for v, eta in (("01", 0.01), ("11", 0.02))
@@ -131,15 +131,15 @@ def test_options_that_do_not_go_together_are_refused(request_: ClusterRequest, m
         cluster(request_)
 
 
-def test_bad_settings_of_the_denoiser_are_refused(pictures: Path) -> None:
+def test_bad_settings_of_the_denoiser_are_refused(images: Path) -> None:
     for fields, name in (({"eta": 0.0}, "--eta"), ({"alpha": 1.5}, "--alpha"), ({"samples": 1}, "--samples")):
         with pytest.raises(ConfigError, match=f"^{name}"):
             DenoiserOptions(**fields)
     with pytest.raises(ConfigError, match=r"--alpha = 0\.9: no boundary of the last stage"):
-        cluster(ClusterRequest("optimal-denoiser", 3, images=pictures, options=DenoiserOptions(eta=1e-7, samples=50)))
+        cluster(ClusterRequest("optimal-denoiser", 3, images=images, options=DenoiserOptions(eta=1e-7, samples=50)))
     with pytest.raises(ConfigError, match="--stages = 22"):
-        cluster(ClusterRequest("optimal-denoiser", 22, images=pictures))
-    for picture in sorted(pictures.iterdir())[5:]:
-        picture.unlink()
+        cluster(ClusterRequest("optimal-denoiser", 22, images=images))
+    for image in sorted(images.iterdir())[5:]:
+        image.unlink()
     with pytest.raises(DataError, match="so few samples"):
-        cluster(ClusterRequest("optimal-denoiser", 3, images=pictures))
+        cluster(ClusterRequest("optimal-denoiser", 3, images=images))

@@ -21,7 +21,7 @@ from msdiff_dist.apps.train.latent_checks import check_latents
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.loader import StepLoader
 from msdiff_dist.data.make.check import check_folder
-from msdiff_dist.data.make.shard_writer import encode_picture, write_index, write_shard
+from msdiff_dist.data.make.shard_writer import encode_image, write_index, write_shard
 from msdiff_dist.data.tar_members import samples
 from msdiff_dist.errors import ConfigError, DataError, UserError
 from msdiff_dist.files.work_share import Part, working
@@ -37,15 +37,15 @@ TOWER = {
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Three shards of 5 pictures with captions and labels."""
+def images(tmp_path):
+    """Three shards of 5 images with captions and labels."""
     rng, folder, counts = np.random.default_rng(0), tmp_path / "pictures", {}
     folder.mkdir()
     for shard in range(3):
         content = []
         for i in range(5):
-            picture = Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
-            fields = {"png": encode_picture(picture), "cls": str(i).encode(), "txt": f"picture {i}".encode()}
+            image = Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
+            fields = {"png": encode_image(image), "cls": str(i).encode(), "txt": f"image {i}".encode()}
             content.append((f"{shard}-{i}", fields))
         write_shard(folder / f"{shard}.tar", content)
         counts[f"{shard}.tar"] = 5
@@ -53,11 +53,11 @@ def pictures(tmp_path):
     return folder
 
 
-def recipe_of(pictures: Path, autoencoder=None, text=None, data=None, **encode_fields):
-    """A recipe that encodes `pictures`, or trains on latents if `data` is given."""
+def recipe_of(images: Path, autoencoder=None, text=None, data=None, **encode_fields):
+    """A recipe that encodes `images`, or trains on latents if `data` is given."""
     channels = {"space_to_depth": 12}.get((autoencoder or {}).get("kind"), 3)
     channels = data["latent_shape"][0] if data else channels
-    images = {"shards": str(pictures), "image_size": SIZE, "num_classes": 5, "lanes": 1}
+    images = {"shards": str(images), "image_size": SIZE, "num_classes": 5, "lanes": 1}
     context = {"context_dim": 8} if data and data.get("context_shape") else {}
     return recipe_from({
         "name": "t", "data": data or images, "autoencoder": autoencoder or {}, "text_encoder": text,
@@ -82,19 +82,19 @@ def latent_data(folder: Path, shape, **fields):
     }
 
 
-def pictures_of(folder: Path):
+def images_of(folder: Path):
     config = DataConfig(shards=str(folder), image_size=SIZE, num_classes=5, lanes=1, shuffle=1)
     step = next(StepLoader(config, 0, 15))
     return dict(zip(step.keys, step.x_nCHW.float() / 127.5 - 1, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["pixel", "space_to_depth"])
-def test_lossless_latents_train_as_the_pictures_would(pictures, tmp_path, kind):
+def test_lossless_latents_train_as_the_images_would(images, tmp_path, kind):
     autoencoder = {"kind": kind, **({"factor": 2} if kind == "space_to_depth" else {})}
-    recipe = recipe_of(pictures, autoencoder, flip=True, dtype="float32", measure_scale=True)
+    recipe = recipe_of(images, autoencoder, flip=True, dtype="float32", measure_scale=True)
     manifest = encode(recipe, tmp_path / "out", nproc=1)
     assert check_folder(tmp_path / "out") == manifest.samples == 15
-    expected = pictures_of(pictures)
+    expected = images_of(images)
     if kind == "space_to_depth":
         expected = {k: torch.nn.functional.pixel_unshuffle(x, 2) for k, x in expected.items()}
     read = [s for i in range(3) for s in samples(str(tmp_path / f"out/{i:05d}.tar"))]
@@ -108,29 +108,29 @@ def test_lossless_latents_train_as_the_pictures_would(pictures, tmp_path, kind):
     assert manifest.scale_factor == pytest.approx(1 / every.std(correction=0).item(), rel=1e-5)
 
 
-def test_moments_and_embeddings_are_the_networks_own(pictures, tmp_path):
+def test_moments_and_embeddings_are_the_networks_own(images, tmp_path):
     torch.manual_seed(0)
     model = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=2).eval()
     model.save_pretrained(tmp_path / "kl")
     (tmp_path / "encode_tower.json").write_text(json.dumps(TOWER))
     autoencoder, text = {"kind": "kl", "path": str(tmp_path / "kl")}, {"name": str(tmp_path / "encode_tower.json")}
     data = latent_data(tmp_path / "out", (2, 8, 8), latent_moments=True, context_shape=[8, 8], flip=True)
-    recipe = recipe_of(pictures, autoencoder, text, data, store="moments", dtype="bfloat16", flip=True)
+    recipe = recipe_of(images, autoencoder, text, data, store="moments", dtype="bfloat16", flip=True)
     manifest = encode(recipe, tmp_path / "out", nproc=1)
     assert check_folder(tmp_path / "out") == 15
     assert (manifest.shape, manifest.context_shape, manifest.moments) == ((2, 8, 8), (8, 8), True)
-    trained = recipe_of(pictures, autoencoder, text, data)
+    trained = recipe_of(images, autoencoder, text, data)
     null = check_latents(trained, find_data(trained.data).manifests)
-    context, _ = TextEncoder(recipe.text_encoder, torch.device("cpu"))(["", "picture 3"])
+    context, _ = TextEncoder(recipe.text_encoder, torch.device("cpu"))(["", "image 3"])
     assert torch.equal(null, context[0].bfloat16())
     step = next(StepLoader(trained.data, 0, 15))
     assert torch.allclose(step.context_nTC[step.keys.index("1-3")].float(), context[1], atol=0.05)
     sample = next(samples(str(tmp_path / "out/00000.tar")))
-    posterior = model.encode(pictures_of(pictures)["0-0"][None]).latent_dist
+    posterior = model.encode(images_of(images)["0-0"][None]).latent_dist
     moments = torch.cat([posterior.mean, posterior.logvar], dim=1)[0].bfloat16()
     stored = torch.from_numpy(sample["latent.npy"]).view(torch.bfloat16)
     assert torch.allclose(stored.float(), moments.float(), rtol=0.02, atol=1e-2)
-    drawn = encode(recipe_of(pictures, autoencoder, text, data), tmp_path / "drawn", nproc=1)
+    drawn = encode(recipe_of(images, autoencoder, text, data), tmp_path / "drawn", nproc=1)
     assert (drawn.shape, drawn.moments) == ((2, 8, 8), False)
 
     for change, field in (
@@ -144,7 +144,7 @@ def test_moments_and_embeddings_are_the_networks_own(pictures, tmp_path):
         with pytest.raises(UserError, match=r"manifest|made by") as caught:
             check_latents(other, find_data(other.data).manifests)
         assert caught.value.field == field
-    other = recipe_of(pictures, autoencoder, text, {**data, "latent_shape": [3, 8, 8]})
+    other = recipe_of(images, autoencoder, text, {**data, "latent_shape": [3, 8, 8]})
     with pytest.raises(DataError, match=r"data\.latent_shape.*manifest"):
         check_latents(other, find_data(other.data).manifests)
 
@@ -159,8 +159,8 @@ if __name__ == "__main__":
 """
 
 
-def test_a_killed_encoding_goes_on_and_any_number_of_processes_gives_the_same(pictures, tmp_path):
-    recipe = recipe_of(pictures, {"kind": "space_to_depth", "factor": 2})
+def test_a_killed_encoding_goes_on_and_any_number_of_processes_gives_the_same(images, tmp_path):
+    recipe = recipe_of(images, {"kind": "space_to_depth", "factor": 2})
     whole, out = tmp_path / "whole", tmp_path / "out"
     reference = encode(recipe, whole, nproc=1)
     (tmp_path / "recipe.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(recipe_mapping(recipe))))
@@ -174,7 +174,7 @@ def test_a_killed_encoding_goes_on_and_any_number_of_processes_gives_the_same(pi
     if not (out / "manifest.json").exists():
         with pytest.raises(DataError, match="not encoded to its end"):
             check_folder(out)
-        trained = recipe_of(pictures, {}, None, latent_data(out, (12, 4, 4)))
+        trained = recipe_of(images, {}, None, latent_data(out, (12, 4, 4)))
         with pytest.raises(DataError, match="not encoded to its end"):
             check_latents(trained, find_data(trained.data).manifests)
     done = {
@@ -189,8 +189,8 @@ def test_a_killed_encoding_goes_on_and_any_number_of_processes_gives_the_same(pi
         assert (out / path.name).read_bytes() == path.read_bytes()
 
 
-def test_parts_fill_one_folder_and_measure_the_scale_of_the_whole(pictures, tmp_path):
-    recipe = recipe_of(pictures, measure_scale=True)
+def test_parts_fill_one_folder_and_measure_the_scale_of_the_whole(images, tmp_path):
+    recipe = recipe_of(images, measure_scale=True)
     whole, out = tmp_path / "whole", tmp_path / "out"
     reference = encode(recipe, whole, 1)
     assert encode(recipe, out, 1, Part(1, 2)) is None
@@ -209,14 +209,14 @@ def test_parts_fill_one_folder_and_measure_the_scale_of_the_whole(pictures, tmp_
         Part(2, 2)
 
 
-def test_damaged_pictures_are_left_out_up_to_the_limit(pictures, tmp_path):
-    data = bytearray((pictures / "1.tar").read_bytes())
+def test_corrupt_images_are_left_out_up_to_the_limit(images, tmp_path):
+    data = bytearray((images / "1.tar").read_bytes())
     data[512:530] = bytes(18)
-    (pictures / "1.tar").write_bytes(data)
-    with pytest.raises(DataError, match=r"1\.tar.*not a readable picture"):
-        encode(recipe_of(pictures), tmp_path / "out", nproc=1)
-    images = {"shards": str(pictures), "image_size": SIZE, "max_bad": 1}
-    recipe = recipe_from({**recipe_mapping(recipe_of(pictures)), "encode": {"block": 2, "data": images}})
+    (images / "1.tar").write_bytes(data)
+    with pytest.raises(DataError, match=r"1\.tar.*not a readable image"):
+        encode(recipe_of(images), tmp_path / "out", nproc=1)
+    source = {"shards": str(images), "image_size": SIZE, "max_bad": 1}
+    recipe = recipe_from({**recipe_mapping(recipe_of(images)), "encode": {"block": 2, "data": source}})
     manifest = encode(recipe, tmp_path / "bad", nproc=1)
     assert (manifest.samples, len(manifest.left_out)) == (14, 1)
     assert "'1-0'" in manifest.left_out[0]
@@ -224,19 +224,19 @@ def test_damaged_pictures_are_left_out_up_to_the_limit(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["bit", "cut", "gone", "extra", "manifest"])
-def test_check_names_the_first_damage(pictures, tmp_path, harm):
+def test_check_names_the_first_corruption(images, tmp_path, harm):
     out = tmp_path / "out"
-    encode(recipe_of(pictures, dtype="float32"), out, nproc=1)
+    encode(recipe_of(images, dtype="float32"), out, nproc=1)
     path, message = out / "00001.tar", r"00001\.tar"
     data = bytearray(path.read_bytes())
     if harm == "bit":
-        at = data.index(pictures_of(pictures)["1-3"].numpy().tobytes())
+        at = data.index(images_of(images)["1-3"].numpy().tobytes())
         data[at + 5] ^= 4
         path.write_bytes(data)
-        message = r"00001\.tar.*sample '1-3' \(number 3\) is damaged"
+        message = r"00001\.tar.*sample '1-3' \(number 3\) is corrupt"
     elif harm == "cut":
         path.write_bytes(data[: len(data) // 2])
-        message = r"00001\.tar.*is damaged after sample '1-\d'"
+        message = r"00001\.tar.*is corrupt after sample '1-\d'"
     elif harm == "gone":
         path.unlink()
     elif harm == "extra":
@@ -249,12 +249,12 @@ def test_check_names_the_first_damage(pictures, tmp_path, harm):
         check_folder(out)
 
 
-def test_what_cannot_be_encoded_is_refused(pictures, tmp_path):
+def test_what_cannot_be_encoded_is_refused(images, tmp_path):
     with pytest.raises(ConfigError, match=r"encode\.store.*no posterior"):
-        encode(recipe_of(pictures, store="moments"), tmp_path / "out", 1)
-    encode(recipe_of(pictures), tmp_path / "out", 1)
+        encode(recipe_of(images, store="moments"), tmp_path / "out", 1)
+    encode(recipe_of(images), tmp_path / "out", 1)
     with pytest.raises(DataError, match=r"made otherwise \(encode\.dtype was"):
-        encode(recipe_of(pictures, dtype="float32"), tmp_path / "out", 1)
+        encode(recipe_of(images, dtype="float32"), tmp_path / "out", 1)
     with pytest.raises(DataError, match="holds something else"):
-        encode(recipe_of(pictures), pictures, 1)
-    assert check_folder(pictures) == 15
+        encode(recipe_of(images), images, 1)
+    assert check_folder(images) == 15

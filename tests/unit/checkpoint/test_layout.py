@@ -17,7 +17,7 @@ from msdiff_dist.checkpoint.layout import (
     remove_leftovers,
     step_folder,
 )
-from msdiff_dist.checkpoint.tensor_file import DamagedError, StoredFile
+from msdiff_dist.checkpoint.tensor_file import CorruptError, StoredFile
 from msdiff_dist.errors import CheckpointError
 
 
@@ -33,19 +33,19 @@ def test_index_round_trip(tmp_path: Path, index: CheckpointIndex) -> None:
 
 
 @pytest.mark.parametrize("text", [None, "", "{}", '{"format": 1, "step": 3', "[1]", '{"format": 1, "files": [{}]}'])
-def test_damaged_index_names_the_file(tmp_path: Path, text: str | None) -> None:
+def test_corrupt_index_names_the_file(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / INDEX).write_text(text)
-    with pytest.raises(DamagedError) as caught:
+    with pytest.raises(CorruptError) as caught:
         CheckpointIndex.load(tmp_path)
     assert caught.value.value == str(tmp_path / INDEX)
 
 
-def test_newer_format_is_refused_not_damaged(tmp_path: Path, index: CheckpointIndex) -> None:
+def test_newer_format_is_refused_not_corrupt(tmp_path: Path, index: CheckpointIndex) -> None:
     (tmp_path / INDEX).write_text(json.dumps(json.loads(index.dump()) | {"format": FORMAT + 1, "unheard": "of"}))
     with pytest.raises(CheckpointError, match=f"format {FORMAT + 1}, newer than {FORMAT}") as caught:
         CheckpointIndex.load(tmp_path)
-    assert not isinstance(caught.value, DamagedError)
+    assert not isinstance(caught.value, CorruptError)
 
 
 def test_keys() -> None:

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from msdiff_dist.checkpoint.load import CheckpointReader, check_architecture
-from msdiff_dist.checkpoint.tensor_file import DamagedError
+from msdiff_dist.checkpoint.tensor_file import CorruptError
 from msdiff_dist.errors import CheckpointError
 
 NAME = "stages.1.out.0.weight"
@@ -41,7 +41,7 @@ def test_any_stretch(run: Path, data: st.DataObject) -> None:
 
 def test_what_is_not_there(run: Path) -> None:
     reader = CheckpointReader(run / "checkpoints/step_00000003")
-    with pytest.raises(DamagedError, match="holds 0 of 8 elements of exp_avg of"):
+    with pytest.raises(CorruptError, match="holds 0 of 8 elements of exp_avg of"):
         reader.tensor("exp_avg", NAME)
 
 
@@ -54,7 +54,7 @@ def test_verify_divides_the_files_between_ranks(run: Path) -> None:
     reader = CheckpointReader(folder)
     reader.verify(part=0, parts=2)
     for part, parts in ((1, 2), (0, 1)):
-        with pytest.raises(DamagedError, match="sha256") as caught:
+        with pytest.raises(CorruptError, match="sha256") as caught:
             reader.verify(part, parts)
         assert caught.value.value == str(path)
 

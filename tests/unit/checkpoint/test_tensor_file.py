@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from msdiff_dist.checkpoint.tensor_file import DamagedError, TensorReader, TensorWriter, check_content, check_size
+from msdiff_dist.checkpoint.tensor_file import CorruptError, TensorReader, TensorWriter, check_content, check_size
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_cut_short(tmp_path: Path, tensors: dict[str, torch.Tensor], size: int) 
     content = path.read_bytes()
     path.write_bytes(content[:size])
     for refuses in (lambda: TensorReader(path), lambda: check_size(path, stored), lambda: check_content(path, stored)):
-        with pytest.raises(DamagedError, match="is damaged") as caught:
+        with pytest.raises(CorruptError, match="is corrupt") as caught:
             refuses()
         assert caught.value.value == str(path)
 
@@ -79,21 +79,21 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path, tensors: dict[str, torch.T
     for at in range(0, len(content), 7):
         content[at] ^= 1 << at % 8
         path.write_bytes(content)
-        with pytest.raises(DamagedError, match="sha256 differs"):
+        with pytest.raises(CorruptError, match="sha256 differs"):
             check_content(path, stored)
         content[at] ^= 1 << at % 8
 
 
 def test_missing_file_and_other_types(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
     stored = written(tmp_path / "x", tensors).stored
-    with pytest.raises(DamagedError, match="missing"):
+    with pytest.raises(CorruptError, match="missing"):
         check_content(tmp_path / "y", stored)
-    with pytest.raises(DamagedError, match="No such file"):
+    with pytest.raises(CorruptError, match="No such file"):
         TensorReader(tmp_path / "y")
     reader = TensorReader(tmp_path / "x")
-    with pytest.raises(DamagedError, match=r"no torch.float32 tensor q"):
+    with pytest.raises(CorruptError, match=r"no torch.float32 tensor q"):
         reader.read("q", 0, torch.empty(1))
-    with pytest.raises(DamagedError, match=r"no torch.float32 tensor whole"):
+    with pytest.raises(CorruptError, match=r"no torch.float32 tensor whole"):
         reader.read("whole", 0, torch.empty(1))
 
 

@@ -30,7 +30,7 @@ def loaded(weights: ModelWeights) -> MultistageUNet:
 
 
 def inputs(config: Any, batch: int = 2, size: int = 8) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Noisy pictures, timesteps of all stages, and the conditions that the model takes."""
+    """Noisy images, timesteps of all stages, and the conditions that the model takes."""
     draw = torch.Generator().manual_seed(3)
     conditions = {}
     if config.takes_label:

@@ -125,15 +125,15 @@ def test_existing_results_stay(tmp_path: Path, make_export: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "named"),
+    ("corruption", "named"),
     [("truncated", r"model\.safetensors"), ("key", "surplus"), ("shape", r"stages\.0\.out\.2\.bias")],
 )
-def test_damaged_exports_are_named(tmp_path: Path, make_export: Any, damage: str, named: str) -> None:
+def test_corrupt_exports_are_named(tmp_path: Path, make_export: Any, corruption: str, named: str) -> None:
     path = make_export(STAGED) / "model.safetensors"
     state = load_file(path)
-    if damage == "truncated":
+    if corruption == "truncated":
         path.write_bytes(path.read_bytes()[:-10])
-    elif damage == "key":
+    elif corruption == "key":
         save_file({**state, "shared.surplus": torch.zeros(1)}, path)
     else:
         save_file({**state, "stages.0.out.2.bias": torch.zeros(5)}, path)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from msdiff_dist.convert.key_map import Pointwise, Rule, SplitQKV, TheirsFromOurs, check_complete, rule
-from msdiff_dist.convert.sources import MemorySource
+from msdiff_dist.convert.tensor_sources import MemorySource
 from msdiff_dist.errors import CheckpointError
 
 

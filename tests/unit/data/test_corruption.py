@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from msdiff_dist.data.config import DataConfig
-from msdiff_dist.data.corruption import Damage, DamageReport
+from msdiff_dist.data.corruption import Corruption, CorruptionReport
 from msdiff_dist.data.index import read_index, resolve_shards
 from msdiff_dist.data.loader import StepLoader
 from msdiff_dist.data.make.shard_writer import write_index, write_shard
@@ -30,13 +30,13 @@ def rewrite(path: Path, change) -> None:
     write_shard(path, change(content))
 
 
-def keys_read(config: DataConfig, n: int, start: int = 0, world_size: int = 1) -> tuple[list[str], set[Damage]]:
-    """`n` keys of the stream from sample number `start` on, put together from all ranks, and all damage told of."""
+def keys_read(config: DataConfig, n: int, start: int = 0, world_size: int = 1) -> tuple[list[str], set[Corruption]]:
+    """`n` keys of the stream from sample number `start` on, put together from all ranks, and all corruption told of."""
     loaders = [StepLoader(config, 0, 1, rank, world_size, start) for rank in range(world_size)]
     steps = [list(itertools.islice(loader, n)) for loader in loaders]
-    told = [damage for parts in steps for step in parts for damage in step.damage]
+    told = [corruption for parts in steps for step in parts for corruption in step.corruption]
     for parts in steps:
-        own = [damage.place for step in parts for damage in step.damage]
+        own = [corruption.place for step in parts for corruption in step.corruption]
         assert len(set(own)) == len(own)
     return [next(part.keys[0] for part in parts if part.keys) for parts in zip(*steps, strict=True)], set(told)
 
@@ -88,7 +88,7 @@ def test_every_harm_is_refused_or_named_and_its_places_filled(tmp_path, latent_s
         (tmp_path / "index.json").unlink()
     else:  # with the size of the harmed file, which must be found by reading it
         write_index(tmp_path, "test", {f"0000{i}.tar": 6 for i in range(3)})
-    counted = sum(s.num_samples for s in read_index(resolve_shards(str(tmp_path)), damage=DamageReport(50)))
+    counted = sum(s.num_samples for s in read_index(resolve_shards(str(tmp_path)), corruption=CorruptionReport(50)))
     if index or harm in (spoil_latent, drop_label, repeat_key):
         assert counted == 18
     if not (harm is lose_last and not index):
@@ -103,10 +103,10 @@ def test_every_harm_is_refused_or_named_and_its_places_filled(tmp_path, latent_s
     if harm is lose_last and not index:
         assert not told
         return
-    (damage,) = told
-    assert damage.url == str(tmp_path / "00001.tar")
-    assert (damage.key is None) == (harm in (tear, empty, lose_last))
-    assert damage.key in (None, "00006")
+    (corruption,) = told
+    assert corruption.url == str(tmp_path / "00001.tar")
+    assert (corruption.key is None) == (harm in (tear, empty, lose_last))
+    assert corruption.key in (None, "00006")
 
 
 def test_a_torn_shard_gives_its_own_samples_again_and_an_unreadable_one_those_after_it(tmp_path, latent_shards):
@@ -130,8 +130,8 @@ def test_the_next_good_sample_fills_the_place_of_a_bad_one(tmp_path, latent_shar
     )
     read, told = keys_read(config_of(tmp_path, shuffle=1), 8)
     assert read == 2 * ["00000", "00003", "00003", "00003"]
-    assert sorted(damage.key for damage in told if damage.key) == ["00001", "00002"]
-    with pytest.raises(DataError, match=r"data\.max_bad = 1.*2 damaged.*'00002'.*\n?.*log names them"):
+    assert sorted(corruption.key for corruption in told if corruption.key) == ["00001", "00002"]
+    with pytest.raises(DataError, match=r"data\.max_bad = 1.*2 corrupt.*'00002'.*\n?.*log names them"):
         keys_read(config_of(tmp_path, shuffle=1, max_bad=1), 8)
     with pytest.raises(DataError, match="no sample of the lane"):
         keys_read(config_of(tmp_path, latent_shape=(9, 9, 9)), 1)
@@ -144,7 +144,7 @@ def test_the_next_good_sample_fills_the_place_of_a_bad_one(tmp_path, latent_shar
     shuffle=st.integers(0, 9),
 )
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_damaged_data_reads_the_same_from_anywhere(tmp_path_factory, latent_shards, harms, start, world_size, shuffle):
+def test_corrupt_data_reads_the_same_from_anywhere(tmp_path_factory, latent_shards, harms, start, world_size, shuffle):
     folder = tmp_path_factory.mktemp("harmed")
     latent_shards(folder, [5] * 5)
     for number, harm in harms.items():
@@ -158,7 +158,7 @@ def test_damaged_data_reads_the_same_from_anywhere(tmp_path_factory, latent_shar
     shutil.rmtree(folder)
 
 
-def test_damage_is_logged_by_name(tmp_path, latent_shards, caplog):
+def test_corruption_is_logged_by_name(tmp_path, latent_shards, caplog):
     latent_shards(tmp_path, [4])
     drop_label(tmp_path / "00000.tar")
     keys_read(config_of(tmp_path), 8)
@@ -176,6 +176,6 @@ def test_an_archive_of_another_kind_that_is_torn(tmp_path, latent_shards):
             archive.addfile(member)
     path.write_bytes(path.read_bytes()[: 512 * 7])
     (tmp_path / "index.json").unlink()
-    damage = DamageReport(3)
-    assert 0 < read_index([str(path)], damage=damage)[0].num_samples < 6
-    assert len(damage.take()) == 1
+    corruption = CorruptionReport(3)
+    assert 0 < read_index([str(path)], corruption=corruption)[0].num_samples < 6
+    assert len(corruption.take()) == 1

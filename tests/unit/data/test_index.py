@@ -72,14 +72,14 @@ def test_a_shard_of_another_size_than_indexed_is_named(tmp_path, latent_shards):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"__kind__": "other", "shardlist": []}'])
-def test_a_damaged_index_is_named(tmp_path, latent_shards, text):
+def test_a_corrupt_index_is_named(tmp_path, latent_shards, text):
     latent_shards(tmp_path, [1])
     (tmp_path / "index.json").write_text(text)
     with pytest.raises(DataError, match=r"index\.json.*is not a shard index"):
         read_index(resolve_shards(str(tmp_path)))
 
 
-def test_a_damaged_shard_is_named(tmp_path, latent_shards):
+def test_a_corrupt_shard_is_named(tmp_path, latent_shards):
     latent_shards(tmp_path, [1, 1], index=False)
     (tmp_path / "00001.tar").write_bytes(b"x" * 4000)
     with pytest.raises(DataError, match=r"00001\.tar.*is not a readable tar file"):

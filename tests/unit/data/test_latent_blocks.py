@@ -111,7 +111,7 @@ def test_packed_and_single_samples_give_the_same_steps(tmp_path):
         for single, row in zip(a, b, strict=True):
             assert torch.equal(single.x_nCHW, row.x_nCHW)
             assert torch.equal(single.label_n, row.label_n)
-        assert sum(len(step.damage) for step in b) == 1
+        assert sum(len(step.corruption) for step in b) == 1
 
 
 def test_flip_takes_the_stored_mirrored_latent_for_half_of_the_samples(shards):

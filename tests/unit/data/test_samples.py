@@ -44,7 +44,7 @@ def latents(**fields) -> DataConfig:
     return DataConfig(shards="x", kind="latent", latent_shape=(2, 3, 3), **fields)
 
 
-def test_pictures_keep_every_pixel():
+def test_images_keep_every_pixel():
     x_CHW = decode_one(raw(png=png(RGB)), images(), 0).x_nCHW[0]
     assert x_CHW.dtype == np.uint8
     assert (x_CHW == RGB.transpose(2, 0, 1)).all()
@@ -53,7 +53,7 @@ def test_pictures_keep_every_pixel():
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "LA", "1"])
-def test_pictures_of_any_mode_become_what_channels_says(mode):
+def test_images_of_any_mode_become_what_channels_says(mode):
     data = png(RGB, mode)
     assert decode_one(raw(png=data), images(), 0).x_nCHW[0].shape == (3, 4, 4)
     assert decode_one(raw(png=data), images(channels=1), 0).x_nCHW[0].shape == (1, 4, 4)
@@ -100,8 +100,8 @@ def test_moments_are_sampled_anew_at_each_visit_with_their_mean_and_deviation():
     ("fields", "config", "words"),
     [
         ({"txt": b"x"}, images(), ["data.shards", "a/3.tar", "k7", "'png'", "is missing", "has: txt"]),
-        ({"png": b"junk"}, images(), ["a/3.tar", "k7", "'png'", "not a readable picture"]),
-        ({"png": png(RGB)[:60]}, images(), ["a/3.tar", "k7", "'png'", "not a readable picture"]),
+        ({"png": b"junk"}, images(), ["a/3.tar", "k7", "'png'", "not a readable image"]),
+        ({"png": png(RGB)[:60]}, images(), ["a/3.tar", "k7", "'png'", "not a readable image"]),
         ({"png": png(RGB[:2, :2])}, images(), ["data.image_size = 4", "a/3.tar", "k7", "2x2", "data.image_size to 2"]),
         ({"png": png(RGB[:2])}, images(), ["data.image_size = 4", "4x2", "--size 4"]),
         ({"png": png(RGB)}, images(num_classes=3), ["a/3.tar", "k7", "'cls'", "is missing"]),

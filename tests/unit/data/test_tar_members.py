@@ -70,7 +70,7 @@ def test_samples_are_those_of_webdataset(tmp_path):
 
 
 @pytest.mark.parametrize("at", [600, 3000, 4200])
-def test_damage_is_an_error(tmp_path, at):
+def test_corruption_is_an_error(tmp_path, at):
     content = {f"{i}.png": bytes(700) for i in range(4)}
     whole = archive(content, tarfile.USTAR_FORMAT)
     path = tmp_path / "x.tar"

@@ -12,12 +12,12 @@ from msdiff_dist.errors import ConfigError
 ALWAYS, SOMETIMES, MIRROR_ONLY = (AugmentationConfig(p) for p in (1.0, 0.12, 0.0))
 
 
-def pictures(n: int, size: int = 12) -> torch.Tensor:
+def images(n: int, size: int = 12) -> torch.Tensor:
     return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
 def smooth(n: int, size: int = 32) -> torch.Tensor:
-    """Pictures that interpolation does not change much."""
+    """Images that interpolation does not change much."""
     axis = torch.linspace(-1, 1, size)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     return torch.stack([torch.stack([torch.sin(2 * x + k), torch.cos(y - k), x * y]) for k in range(n)])
@@ -27,8 +27,8 @@ def matrix(rows: list[list[float]]) -> torch.Tensor:
     return torch.tensor([[*rows[0], 0.0], [*rows[1], 0.0], [0.0, 0.0, 1.0]])[None]
 
 
-def test_a_picture_depends_on_seed_step_and_index_alone() -> None:
-    x, index = pictures(6), np.array([3, 4, 7, 20, 21, 40])
+def test_a_image_depends_on_seed_step_and_index_alone() -> None:
+    x, index = images(6), np.array([3, 4, 7, 20, 21, 40])
     together, labels = augment(x.clone(), ALWAYS, 5, 9, index)
     for rows in (slice(0, 2), slice(2, 6)):
         part, part_labels = augment(x[rows].clone(), ALWAYS, 5, 9, index[rows])
@@ -39,7 +39,7 @@ def test_a_picture_depends_on_seed_step_and_index_alone() -> None:
 
 
 def test_what_is_described_as_untouched_is_untouched() -> None:
-    x = pictures(300)
+    x = images(300)
     y, labels = augment(x.clone(), SOMETIMES, 0, 0, np.arange(300))
     assert labels.shape == (300, AUGMENT_LABELS)
     untouched = (labels == 0).all(1)
@@ -49,7 +49,7 @@ def test_what_is_described_as_untouched_is_untouched() -> None:
 
 
 def test_flips_are_exact_and_described() -> None:
-    x = pictures(200)
+    x = images(200)
     y, labels = augment(x.clone(), MIRROR_ONLY, 0, 0, np.arange(200))
     mirrored = labels[:, 0].bool()
     assert 70 < mirrored.sum() < 130
@@ -81,18 +81,18 @@ def test_descriptions_follow_their_distributions() -> None:
 
 
 def test_resampling_at_the_same_places_changes_nothing() -> None:
-    x = pictures(2)
+    x = images(2)
     torch.testing.assert_close(resampled(x, torch.eye(3).expand(2, 3, 3)), x, rtol=0, atol=1e-5)
 
 
 def test_quarter_turns_are_exact() -> None:
-    x = pictures(1)
+    x = images(1)
     turned = resampled(x, matrix([[0.0, -1.0], [1.0, 0.0]]))
     torch.testing.assert_close(turned, x.rot90(1, (2, 3)), rtol=0, atol=1e-5)
 
 
 def test_translation_by_whole_pixels_mirrors_what_comes_in() -> None:
-    x = pictures(1)
+    x = images(1)
     inverse = torch.eye(3)[None].clone()
     inverse[0, 0, 2] = 2 * 2 / 12  # two of twelve pixels
     moved = resampled(x, inverse)

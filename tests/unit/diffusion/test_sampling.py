@@ -36,7 +36,7 @@ def network(x, t, stage, label, context):
 
 
 @pytest.mark.parametrize("config", SAMPLERS)
-def test_pictures_do_not_depend_on_the_split_into_batches(config: SamplerConfig) -> None:
+def test_images_do_not_depend_on_the_split_into_batches(config: SamplerConfig) -> None:
     whole = sample(network, PROCESS, PARTITION, config, seed=3, index_n=range(6), shape=SHAPE)
     parts = [sample(network, PROCESS, PARTITION, config, seed=3, index_n=i, shape=SHAPE) for i in ([4, 5], [0])]
     torch.testing.assert_close(torch.cat(parts), whole[[4, 5, 0]])
@@ -67,7 +67,7 @@ def test_each_call_gets_the_stage_of_its_time(config: SamplerConfig) -> None:
         (SamplerConfig("ddim", 50, eta=1.0, clip=True, spacing="trailing"), diffusers.DDIMScheduler, {"eta": 1.0}),
     ],
 )
-def test_same_pictures_as_diffusers_on_the_full_schedule(config: SamplerConfig, reference: type, options: dict) -> None:
+def test_same_images_as_diffusers_on_the_full_schedule(config: SamplerConfig, reference: type, options: dict) -> None:
     clip = {} if config.name == "dpmpp_2m" else {"clip_sample": config.clip}
     scheduler = reference(
         1000, 0.0015, 0.0195, "scaled_linear", prediction_type="epsilon", timestep_spacing="trailing", **clip

@@ -115,7 +115,7 @@ def test_refused(run: Path, tmp_path: Path) -> None:
         (lambda out: (out / "shared.safetensors").replace(out / "model.safetensors"), "parameters are missing"),
     ],
 )
-def test_damaged_exports_name_the_file(run: Path, tmp_path: Path, change: Callable[[Path], Any], message: str) -> None:
+def test_corrupt_exports_name_the_file(run: Path, tmp_path: Path, change: Callable[[Path], Any], message: str) -> None:
     export(run, tmp_path / "out")
     change(tmp_path / "out")
     with pytest.raises(CheckpointError, match=message) as caught:

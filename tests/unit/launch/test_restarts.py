@@ -55,11 +55,11 @@ def test_a_line_torn_by_a_crash_is_passed_over(tmp_path: Path) -> None:
 def test_giving_up_needs_as_many_fruitless_starts_in_a_row_of_this_job(tmp_path: Path) -> None:
     stuck = [("7", 5, "preempted"), ("7", 5, None), ("7", 5, "rank 1: ValueError: no")]
     file = write(tmp_path / "a", *stuck)
-    message = Diary(file, "7", 3).fruitless(5, 3)
+    message = Diary(file, "7", 3).starts_without_progress(5, 3)
     assert message is not None
     for words in ("3 starts from step 5", "preempted", "without a word", "ValueError: no", "max_restarts"):
         assert words in message
-    assert Diary(file, "7", 3).fruitless(5, 4) is None
-    assert Diary(file, "7", 3).fruitless(6, 3) is None
-    assert Diary(file, "8", 0).fruitless(5, 3) is None
-    assert Diary(write(tmp_path / "b", ("7", 0, None), *stuck[1:]), "7", 3).fruitless(5, 3) is None
+    assert Diary(file, "7", 3).starts_without_progress(5, 4) is None
+    assert Diary(file, "7", 3).starts_without_progress(6, 3) is None
+    assert Diary(file, "8", 0).starts_without_progress(5, 3) is None
+    assert Diary(write(tmp_path / "b", ("7", 0, None), *stuck[1:]), "7", 3).starts_without_progress(5, 3) is None

@@ -30,13 +30,13 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "factor"), [("pixel", 1), ("space_to_depth", 2), ("space_to_depth", 4)])
-def test_lossless_kinds_give_the_pictures_back(images, kind, factor):
+def test_lossless_kinds_give_the_images_back(images, kind, factor):
     codec = LatentCodec(AutoencoderConfig(kind, factor=factor, scale_factor=0.5), True, CPU)
     latents = codec.encode(images)
     assert latents.shape == (3, 3 * factor**2, 16 // factor, 16 // factor)
     assert torch.equal(codec.to_images(codec.to_latents(latents)), images)
-    from_pictures = LatentCodec(AutoencoderConfig(kind, factor=factor, scale_factor=0.5), False, CPU)
-    assert torch.equal(from_pictures.to_latents(images), codec.to_latents(latents))
+    from_images = LatentCodec(AutoencoderConfig(kind, factor=factor, scale_factor=0.5), False, CPU)
+    assert torch.equal(from_images.to_latents(images), codec.to_latents(latents))
 
 
 @torch.no_grad()
@@ -72,5 +72,5 @@ def test_what_cannot_be_loaded_is_named(saved, images, tmp_path):
         LatentCodec(AutoencoderConfig("kl", str(tmp_path)), True, CPU).encode(images)
     with pytest.raises(ConfigError, match=r"autoencoder\.path = None"):
         LatentCodec(AutoencoderConfig("vq"), True, CPU).encode(images)
-    with pytest.raises(ConfigError, match="takes 3 channels, the pictures have 1"):
+    with pytest.raises(ConfigError, match="takes 3 channels, the images have 1"):
         LatentCodec(AutoencoderConfig("kl", saved["kl"][0]), True, CPU).encode(images[:, :1])

@@ -144,7 +144,7 @@ def test_attention_products_are_counted_whatever_the_backend() -> None:
 
 
 def _time_embedding_macs() -> int:
-    """Products that do not grow with the picture: the time embedding, and its projection in every residual block."""
+    """Products that do not grow with the image: the time embedding, and its projection in every residual block."""
     emb, blocks = 64, [16, 16, 32, 32, 32, 32]
     return 16 * emb + emb * emb + emb * sum(blocks)
 

@@ -53,7 +53,7 @@ def test_filter_halves_and_doubles_as_a_loop_over_pixels(taps: tuple[int, ...]) 
 
 
 @pytest.mark.parametrize("taps", TAPS)
-def test_filter_keeps_a_constant_picture_inside(taps: tuple[int, ...]) -> None:
+def test_filter_keeps_a_constant_image_inside(taps: tuple[int, ...]) -> None:
     x = torch.full((1, 2, 8, 8), 3.0)
     for y in (Filter(taps).halved(x), Filter(taps).doubled(x)):
         torch.testing.assert_close(y[:, :, 2:-2, 2:-2], torch.full_like(y[:, :, 2:-2, 2:-2], 3.0))
@@ -61,11 +61,11 @@ def test_filter_keeps_a_constant_picture_inside(taps: tuple[int, ...]) -> None:
 
 def test_pyramid_step_is_filter_then_convolution_at_every_other_pixel() -> None:
     step = PyramidStep(dataclasses.replace(EDM, family="ncsnpp"), 3, 5)
-    picture, h = torch.randn(2, 3, 8, 8), torch.randn(2, 5, 4, 4)
-    padded = nn.functional.pad(picture, [2] * 4)
+    image, h = torch.randn(2, 3, 8, 8), torch.randn(2, 5, 4, 4)
+    padded = nn.functional.pad(image, [2] * 4)
     blurred = torch.stack([step.filter(padded[:, [c]], padding=0)[:, 0] for c in range(3)], dim=1)
     full = nn.functional.conv2d(blurred, step.conv.weight, step.conv.bias)
-    torch.testing.assert_close(step(picture, h), (full[:, :, ::2, ::2] + h) / math.sqrt(2), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(step(image, h), (full[:, :, ::2, ::2] + h) / math.sqrt(2), rtol=1e-5, atol=1e-5)
 
 
 def test_time_frequencies() -> None:

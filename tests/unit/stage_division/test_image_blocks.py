@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msdiff_dist.data.make.shard_writer import encode_picture, write_shard
+from msdiff_dist.data.make.shard_writer import encode_image, write_shard
 from msdiff_dist.errors import DataError
 from msdiff_dist.stage_division.image_blocks import DataBlocks, image_parts, shard_parts
 
 
-def pictures(n: int, side: int = 6) -> np.ndarray:
+def random_images(n: int, side: int = 6) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (n, side, side), dtype=np.uint8)
 
 
@@ -29,7 +29,7 @@ def idx(array: np.ndarray) -> bytes:
 
 
 def test_idx_folder_and_shards_hold_the_same_samples(tmp_path: Path) -> None:
-    images = pictures(45)
+    images = random_images(45)
     (tmp_path / "plain").write_bytes(idx(images))
     (tmp_path / "packed.gz").write_bytes(gzip.compress(idx(images)))
     folder = tmp_path / "folder"
@@ -39,9 +39,7 @@ def test_idx_folder_and_shards_hold_the_same_samples(tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     shards.mkdir()
     for s in range(3):
-        samples = (
-            (f"{i:03d}", {"png": encode_picture(Image.fromarray(images[i]))}) for i in range(15 * s, 15 * s + 15)
-        )
+        samples = ((f"{i:03d}", {"png": encode_image(Image.fromarray(images[i]))}) for i in range(15 * s, 15 * s + 15))
         write_shard(shards / f"{s}.tar", samples)
     for parts in (*map(image_parts, (tmp_path / "plain", tmp_path / "packed.gz", folder)), shard_parts(str(shards))):
         blocks = DataBlocks(parts)
@@ -62,7 +60,7 @@ def test_latents_keep_their_values(tmp_path: Path) -> None:
 
 
 def test_ranks_share_the_parts(tmp_path: Path) -> None:
-    images = pictures(5000, 2)
+    images = random_images(5000, 2)
     (tmp_path / "data").write_bytes(idx(images))
     parts = image_parts(tmp_path / "data")
     found = [block for rank in range(2) for block in DataBlocks(parts, rank, 2)]
@@ -74,7 +72,7 @@ def test_ranks_share_the_parts(tmp_path: Path) -> None:
 
 def test_unusable_data_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no pictures"):
+    with pytest.raises(DataError, match="holds no images"):
         image_parts(tmp_path / "empty")
     with pytest.raises(DataError, match="does not exist"):
         image_parts(tmp_path / "missing")
@@ -84,12 +82,12 @@ def test_unusable_data_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "sizes"
     folder.mkdir()
     for side in (4, 5):
-        Image.fromarray(pictures(1, side)[0]).save(folder / f"{side}.png")
+        Image.fromarray(random_images(1, side)[0]).save(folder / f"{side}.png")
     with pytest.raises(DataError, match="different numbers of values"):
         list(DataBlocks(image_parts(folder)))
     (folder / "4.png").write_bytes(b"broken")
     with pytest.raises(DataError, match=r"4\.png"):
         list(DataBlocks(image_parts(folder)))
     write_shard(tmp_path / "0.tar", [("a", {"txt": b"a caption"})])
-    with pytest.raises(DataError, match="neither a picture nor a latent"):
+    with pytest.raises(DataError, match="neither an image nor a latent"):
         list(DataBlocks(shard_parts(str(tmp_path / "0.tar"))))

@@ -7,11 +7,11 @@ from pathlib import Path
 from msdiff_dist.data.make.datasets.digits import DIGITS
 from msdiff_dist.data.make.datasets.emoji import EMOJI
 from msdiff_dist.data.make.datasets.fashion_mnist import FASHION_MNIST
-from msdiff_dist.data.make.datasets.picture import Dataset, Picture, Split
+from msdiff_dist.data.make.datasets.labelled_image import Dataset, LabelledImage, Split
 from msdiff_dist.data.make.shard_writer import WrittenDataset, check_output, even_sizes, write_dataset
 from msdiff_dist.registry import Table
 
-__all__ = ["DATASETS", "Dataset", "Picture", "Split", "prepare"]
+__all__ = ["DATASETS", "Dataset", "LabelledImage", "Split", "prepare"]
 
 DATASETS: Table[Dataset] = Table("data set", {"digits": DIGITS, "fashion-mnist": FASHION_MNIST, "emoji": EMOJI})
 
@@ -22,10 +22,10 @@ def prepare(
     """Write a known data set as shards.
 
     Raises:
-        DataError: the source is missing or damaged, or `out` is in use.
+        DataError: the source is missing or corrupt, or `out` is in use.
     """
     known = DATASETS.choose("DATASET", name)
     check_output(out)
-    pictures = list(known.pictures(source, split, size or known.size))
-    samples = ((picture.key, picture.fields()) for picture in pictures)
-    return write_dataset(out, known.info, samples, even_sizes(len(pictures), shards))
+    images = list(known.images(source, split, size or known.size))
+    samples = ((image.key, image.fields()) for image in images)
+    return write_dataset(out, known.info, samples, even_sizes(len(images), shards))

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from msdiff_dist.data.make.datasets.picture import Dataset, Picture, Split, centred, tenth_apart
+from msdiff_dist.data.make.datasets.labelled_image import Dataset, LabelledImage, Split, centred, tenth_apart
 from msdiff_dist.data.make.shard_writer import DatasetInfo
 from msdiff_dist.errors import DataError
 
 
-def digits(source: Path | None, split: Split, size: int) -> Iterator[Picture]:
-    """8x8 handwritten digits, enlarged to three quarters of the picture. A fixed tenth of them is the test split."""
+def digits(source: Path | None, split: Split, size: int) -> Iterator[LabelledImage]:
+    """8x8 handwritten digits, enlarged to three quarters of the image. A fixed tenth of them is the test split."""
     from sklearn.datasets import load_digits
 
     if source is not None:
@@ -25,7 +25,7 @@ def digits(source: Path | None, split: Split, size: int) -> Iterator[Picture]:
         inner = max(size * 3 // 4, 1)
         label = int(data.target[i])
         image = centred(small.resize((inner, inner), Image.Resampling.BICUBIC), size, "black")
-        yield Picture(f"{i:05d}", image, f"a handwritten digit {label}", label)
+        yield LabelledImage(f"{i:05d}", image, f"a handwritten digit {label}", label)
 
 
 DIGITS = Dataset(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from msdiff_dist.data.make.datasets.picture import Dataset, Picture, Split, tenth_apart
+from msdiff_dist.data.make.datasets.labelled_image import Dataset, LabelledImage, Split, tenth_apart
 from msdiff_dist.data.make.shard_writer import DatasetInfo
 from msdiff_dist.errors import DataError
 
@@ -16,8 +16,8 @@ EMOJI_FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 EMOJI_PIXELS = 109  # the one size of the font's bitmaps
 
 
-def emoji(source: Path | None, split: Split, size: int) -> Iterator[Picture]:
-    """The font's single-character pictures on white, captioned with their Unicode names. A fixed tenth is for test."""
+def emoji(source: Path | None, split: Split, size: int) -> Iterator[LabelledImage]:
+    """The font's single-character images on white, captioned with their Unicode names. A fixed tenth is for test."""
     path = source or EMOJI_FONT
     if not path.is_file():
         remedy = "Install it (`apt-get install fonts-noto-color-emoji`) or give its file with --source."
@@ -35,7 +35,7 @@ def emoji(source: Path | None, split: Split, size: int) -> Iterator[Picture]:
         at = ((edge - right - left) // 2, (edge - bottom - top) // 2)
         ImageDraw.Draw(image).text(at, character, font=font, embedded_color=True)
         caption = unicodedata.name(character).lower()
-        yield Picture(f"{ord(character):05x}", image.resize((size, size), Image.Resampling.LANCZOS), caption)
+        yield LabelledImage(f"{ord(character):05x}", image.resize((size, size), Image.Resampling.LANCZOS), caption)
 
 
 def _is_emoji(character: str, font: ImageFont.FreeTypeFont) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from msdiff_dist.data.make.datasets.picture import Dataset, Picture, Split, centred
+from msdiff_dist.data.make.datasets.labelled_image import Dataset, LabelledImage, Split, centred
 from msdiff_dist.data.make.idx import read_idx
 from msdiff_dist.data.make.shard_writer import DatasetInfo
 from msdiff_dist.errors import DataError
@@ -20,7 +20,7 @@ FASHION_CLASSES = (
 )  # fmt: skip
 
 
-def fashion_mnist(source: Path | None, split: Split, size: int) -> Iterator[Picture]:
+def fashion_mnist(source: Path | None, split: Split, size: int) -> Iterator[LabelledImage]:
     """28x28 clothes from the four IDX files, in their own order; padded, or shrunk if `size` is below 28."""
     folder = source or FASHION_FOLDER
     stem = "train" if split == "train" else "t10k"
@@ -33,7 +33,7 @@ def fashion_mnist(source: Path | None, split: Split, size: int) -> Iterator[Pict
         if size < image.width:
             image = image.resize((size, size), Image.Resampling.LANCZOS)
         caption = FASHION_CLASSES[label].lower().replace("t-shirt", "T-shirt")
-        yield Picture(f"{i:05d}", centred(image, size, "black"), caption, label)
+        yield LabelledImage(f"{i:05d}", centred(image, size, "black"), caption, label)
 
 
 def _read_fashion(folder: Path, name: str, dimensions: int) -> NDArray[np.uint8]:
@@ -48,7 +48,7 @@ def _read_fashion(folder: Path, name: str, dimensions: int) -> NDArray[np.uint8]
             raise ValueError(f"{found.ndim} dimensions, not {dimensions}")
         return found
     except (OSError, ValueError) as e:
-        raise DataError("--source", str(path), f"is damaged ({e})", "Install or copy it again.") from e
+        raise DataError("--source", str(path), f"is corrupt ({e})", "Install or copy it again.") from e
 
 
 FASHION_MNIST = Dataset(

@@ -22,7 +22,7 @@ def test_ablation_plans(path: Path, tmp_path: Path) -> None:
     shape = (data.channels, size, size)
     save_classifier(FeatureClassifier(ClassifierInfo(shape, 10)), classifier)
     config.changes.update({"data.kind": "synthetic", "data.shards": [], "data.image_size": None, "data.flip": False})
-    config.changes["data.latent_shape"] = list(shape)  # random numbers in the place of pictures that are not here
+    config.changes["data.latent_shape"] = list(shape)  # random numbers in the place of images that are not here
     config.changes["model.num_res_blocks"] = 1  # as deep as they are, they take long to count
     trials = plan_ablation(config, path.parent, tmp_path / "out", 1)
     assert [t.variant for t in trials] == list(config.variants)

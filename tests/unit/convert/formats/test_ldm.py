@@ -14,7 +14,7 @@ from msdiff_dist.convert.conversion import convert
 from msdiff_dist.convert.formats.ldm import ema_name, read_ldm
 from msdiff_dist.convert.formats.noise_tables import recognise_schedule, schedule_tables
 from msdiff_dist.convert.options import ConvertOptions
-from msdiff_dist.convert.sources import MemorySource, open_source
+from msdiff_dist.convert.tensor_sources import MemorySource, open_source
 from msdiff_dist.diffusion.processes.discrete import DiscreteConfig
 from msdiff_dist.errors import CheckpointError, ConfigError
 from msdiff_dist.models import build_model

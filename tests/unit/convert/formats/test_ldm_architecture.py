@@ -8,11 +8,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from msdiff_dist.convert.formats.ldm import CLASS_TABLE, UNET, decoder_names, unet_rules
+from msdiff_dist.convert.formats.ldm import CLASS_TABLE, UNET, decoder_names, ldm_unet_rules
 from msdiff_dist.convert.formats.ldm_architecture import HeadsRule, infer_model, published_heads
 from msdiff_dist.convert.key_map import TheirsFromOurs
 from msdiff_dist.convert.model_weights import empty_model
-from msdiff_dist.convert.sources import MemorySource, under
+from msdiff_dist.convert.tensor_sources import MemorySource, under
 from msdiff_dist.errors import CheckpointError
 from msdiff_dist.models.ldm.config import LDMConfig
 
@@ -55,7 +55,7 @@ def test_names_and_shapes_give_the_configuration_back(config: LDMConfig, multist
         config = replace(config, decoder_channels=config.decoder_channels[:1], decoder_attention=first)
     if config.decoder_attention is not None and set(config.decoder_attention) == {config.attention_downsamples}:
         config = replace(config, decoder_attention=None)
-    rules = unet_rules(config, multistage)
+    rules = ldm_unet_rules(config, multistage)
     source = TheirsFromOurs(MemorySource(dict(empty_model(config).named_parameters())), rules)
     table = tuple(source.meta(CLASS_TABLE).shape) if CLASS_TABLE in source else None
     heads = HeadsRule(None, 16, "given")
@@ -64,7 +64,7 @@ def test_names_and_shapes_give_the_configuration_back(config: LDMConfig, multist
 
 
 def test_every_parameter_has_one_name() -> None:
-    rules = unet_rules(replace(small(), decoder_channels=(64, 32)), multistage=True)
+    rules = ldm_unet_rules(replace(small(), decoder_channels=(64, 32)), multistage=True)
     theirs = [k for r in rules for k in r.theirs]
     assert len(theirs) == len(set(theirs)) == len({r.ours for r in rules})
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from msdiff_dist.convert.formats.ldm_autoencoder import read_first_stage, write_first_stage
 from msdiff_dist.convert.key_map import TheirsFromOurs
 from msdiff_dist.convert.model_weights import AutoencoderWeights
-from msdiff_dist.convert.sources import MemorySource
+from msdiff_dist.convert.tensor_sources import MemorySource
 from msdiff_dist.errors import CheckpointError
 from tests.unit.convert.convert_helpers import randomise
 

@@ -12,7 +12,7 @@ from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.latent_blocks import BLOCK_FIELD, pack_block
 from msdiff_dist.data.loader import StepLoader, load_index
 from msdiff_dist.data.make.bench import _readers, bench
-from msdiff_dist.data.make.shard_writer import encode_picture, write_shard
+from msdiff_dist.data.make.shard_writer import encode_image, write_shard
 from msdiff_dist.errors import DataError
 
 
@@ -22,9 +22,7 @@ def write(folder, kind):
         values = [10 * (6 * shard + i) for i in range(6)]
         if kind == "image":
             images = [Image.fromarray(np.full((4, 4), value, np.uint8)) for value in values]
-            content = [
-                (str(value), {"png": encode_picture(image)}) for value, image in zip(values, images, strict=True)
-            ]
+            content = [(str(value), {"png": encode_image(image)}) for value, image in zip(values, images, strict=True)]
         else:
             latents = torch.tensor(values).view(-1, 1, 1, 1).expand(-1, 1, 4, 4).half()
             content = [("0", {BLOCK_FIELD: pack_block([str(v) for v in values], {"latent.npy": latents})})]

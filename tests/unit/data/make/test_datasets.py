@@ -42,9 +42,9 @@ def test_digits_are_enlarged_and_centred(tmp_path):
     written = prepare("digits", tmp_path / "out", shards=4)
     assert (written.samples, written.shards, set(written.class_counts)) == (1618, 4, set(range(10)))
     step = read_all(tmp_path / "out", 16, 1, 10, 1618)
-    pictures = step.x_nCHW[:, 0]
-    assert (pictures.amax(dim=(1, 2)) > 240).float().mean() > 0.95
-    border = pictures.clone()
+    images = step.x_nCHW[:, 0]
+    assert (images.amax(dim=(1, 2)) > 240).float().mean() > 0.95
+    border = images.clone()
     border[:, 2:14, 2:14] = 0
     assert border.max() == 0
     assert step.captions == [f"a handwritten digit {label}" for label in step.label_n.tolist()]
@@ -77,13 +77,13 @@ def test_fashion_mnist_can_be_shrunk(tmp_path):
 
 @pytest.mark.skipif(not EMOJI_FONT.is_file(), reason="fonts-noto-color-emoji is not installed")
 def test_emoji_are_coloured_on_white_and_named(tmp_path):
-    pictures = {p.caption: np.asarray(p.image) for p in [*emoji(None, "train", 64), *emoji(None, "test", 64)]}
-    assert len(pictures) > 1300
-    apple = pictures["red apple"].astype(int)
+    images = {p.caption: np.asarray(p.image) for p in [*emoji(None, "train", 64), *emoji(None, "test", 64)]}
+    assert len(images) > 1300
+    apple = images["red apple"].astype(int)
     assert apple.shape == (64, 64, 3)
     assert (apple[:2] > 250).all()
     assert apple[32, 32, 0] > apple[32, 32, 1] + 80
-    assert all(picture.std() > 5 for picture in pictures.values())
+    assert all(image.std() > 5 for image in images.values())
 
 
 @pytest.mark.parametrize(
@@ -102,11 +102,13 @@ def test_a_missing_source_names_path_and_remedy(tmp_path, name, source, words):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("damage", [b"", b"short", gzip.compress(b"\0\0\x08\x01\0\0\0\x05abcde"), gzip.compress(b"xx")])
-def test_damaged_idx_files_are_named(tmp_path, damage):
+@pytest.mark.parametrize(
+    "corruption", [b"", b"short", gzip.compress(b"\0\0\x08\x01\0\0\0\x05abcde"), gzip.compress(b"xx")]
+)
+def test_corrupt_idx_files_are_named(tmp_path, corruption):
     write_fashion(tmp_path / "idx")
-    (tmp_path / "idx" / "train-images-idx3-ubyte.gz").write_bytes(damage)
-    with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz.*damaged"):
+    (tmp_path / "idx" / "train-images-idx3-ubyte.gz").write_bytes(corruption)
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz.*corrupt"):
         prepare("fashion-mnist", tmp_path / "out", tmp_path / "idx")
 
 

@@ -11,7 +11,7 @@ from msdiff_dist.data.tar_members import samples
 from msdiff_dist.errors import DataError
 
 
-def picture(path, width=8, height=8, colour=(255, 0, 0), **save):
+def image(path, width=8, height=8, colour=(255, 0, 0), **save):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB" if len(colour) == 3 else "RGBA", (width, height), colour).save(path, **save)
 
@@ -32,7 +32,7 @@ def opened(data):
 
 def test_sub_folders_are_classes(tmp_path):
     for name in ("cats/a.jpg", "cats/deep/b.png", "wild_dogs/c.jpeg"):
-        picture(tmp_path / "in" / name)
+        image(tmp_path / "in" / name)
     packed = pack(tmp_path / "in", tmp_path / "out", samples_per_shard=2)
     assert (packed.dataset.shards, packed.dataset.class_counts, packed.left_out) == (2, {0: 2, 1: 1}, [])
     found = read(tmp_path / "out")
@@ -46,9 +46,9 @@ def test_sub_folders_are_classes(tmp_path):
 
 def test_side_car_captions(tmp_path):
     for name in ("a", "b.c"):
-        picture(tmp_path / "in" / f"{name}.png")
+        image(tmp_path / "in" / f"{name}.png")
         (tmp_path / "in" / f"{name}.txt").write_text(f"the {name}\n")
-    picture(tmp_path / "in" / "bare.png")
+    image(tmp_path / "in" / "bare.png")
     packed = pack(tmp_path / "in", tmp_path / "out")
     assert {name: s["txt"] for name, s in read(tmp_path / "out").items()} == {"a.png": b"the a", "b.c.png": b"the b.c"}
     assert not packed.dataset.info.classes
@@ -68,19 +68,19 @@ def test_size_crops_the_centre_and_resizes(tmp_path):
 
 
 def test_transparency_becomes_white_and_orientation_is_applied(tmp_path):
-    picture(tmp_path / "in" / "clear.png", colour=(255, 0, 0, 0))
+    image(tmp_path / "in" / "clear.png", colour=(255, 0, 0, 0))
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture(tmp_path / "in" / "turned.jpg", width=16, height=8, exif=exif)
+    image(tmp_path / "in" / "turned.jpg", width=16, height=8, exif=exif)
     pack(tmp_path / "in", tmp_path / "out")
     found = read(tmp_path / "out")
     assert (opened(found["clear.png"]["png"]) == 255).all()
     assert opened(found["turned.jpg"]["png"]).shape == (16, 8, 3)
 
 
-def test_unreadable_pictures_are_left_out_and_named_up_to_a_limit(tmp_path):
+def test_unreadable_images_are_left_out_and_named_up_to_a_limit(tmp_path):
     for i in range(3):
-        picture(tmp_path / "in" / f"{i}.png")
+        image(tmp_path / "in" / f"{i}.png")
         (tmp_path / "in" / f"bad{i}.jpg").write_bytes(b"junk")
     packed = pack(tmp_path / "in", tmp_path / "out", max_bad=3)
     assert packed.dataset.samples == 3
@@ -90,10 +90,10 @@ def test_unreadable_pictures_are_left_out_and_named_up_to_a_limit(tmp_path):
     assert not (tmp_path / "again").exists()
 
 
-def test_a_folder_without_pictures_is_refused(tmp_path):
+def test_a_folder_without_images_is_refused(tmp_path):
     with pytest.raises(DataError, match="is not a folder"):
         pack(tmp_path / "in", tmp_path / "out")
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "note.txt").write_text("x")
-    with pytest.raises(DataError, match="holds no pictures"):
+    with pytest.raises(DataError, match="holds no images"):
         pack(tmp_path / "in", tmp_path / "out")

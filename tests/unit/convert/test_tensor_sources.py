@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from msdiff_dist.convert import sources, writing
-from msdiff_dist.convert.sources import MemorySource, NpzSource, SafetensorsSource, open_source
+from msdiff_dist.convert.tensor_sources import MemorySource, NpzSource, SafetensorsSource, open_source
 from msdiff_dist.convert.writing import appearing, write_safetensors, write_state_dict
 from msdiff_dist.errors import CheckpointError
 from msdiff_dist.files.digest import sha256_of

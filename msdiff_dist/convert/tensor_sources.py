@@ -100,7 +100,7 @@ class NpzSource(TensorSource):
             self._archive = np.load(path, allow_pickle=False)
             self._meta = {key: torch.from_numpy(self._archive[key]).to("meta") for key in self._archive.files}
         except (ValueError, OSError, TypeError, zipfile.BadZipFile, EOFError) as e:
-            raise _damaged(path, e) from None
+            raise _corrupt(path, e) from None
 
     def names(self) -> list[str]:
         return list(self._meta)
@@ -164,7 +164,7 @@ def open_source(path: Path) -> TensorSource:
     """Tensors of a file, or of a folder of safetensors (one file, or parts with an index).
 
     Raises:
-        CheckpointError: absent, damaged, of an unknown kind, or a pickle that would run code.
+        CheckpointError: absent, corrupt, of an unknown kind, or a pickle that would run code.
     """
     if path.is_dir():
         return SafetensorsSource(_parts(path))
@@ -190,7 +190,7 @@ def load_pickle(path: Path) -> Any:
     Classes that checkpoints of this field name without needing them (callbacks, loss scalers) are read as empty shells.
 
     Raises:
-        CheckpointError: damaged, or it would run code to load.
+        CheckpointError: corrupt, or it would run code to load.
     """
     mapped = zipfile.is_zipfile(path)  # what torch < 1.6 wrote cannot be mapped
     try:
@@ -199,10 +199,10 @@ def load_pickle(path: Path) -> Any:
     except pickle.UnpicklingError as e:
         found = re.search(r"GLOBAL ([\w.]+)|([\w.]+) was not an allowed global", str(e))
         if found is None:
-            raise _damaged(path, e) from None
+            raise _corrupt(path, e) from None
         raise code_refused(path, found[1] or found[2]) from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError, IndexError) as e:
-        raise _damaged(path, e) from None
+        raise _corrupt(path, e) from None
 
 
 def code_refused(path: Path, what: str) -> CheckpointError:
@@ -243,9 +243,9 @@ def _parts(folder: Path) -> list[Path]:
     return found
 
 
-def _damaged(path: Path, error: Exception) -> CheckpointError:
+def _corrupt(path: Path, error: Exception) -> CheckpointError:
     reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return CheckpointError(str(path), None, f"is damaged or cut short ({reason})", "Fetch or copy it again.")
+    return CheckpointError(str(path), None, f"is corrupt or cut short ({reason})", "Fetch or copy it again.")
 
 
 class Shell:

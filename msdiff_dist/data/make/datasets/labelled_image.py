@@ -10,15 +10,15 @@ from typing import Literal
 
 from PIL import Image
 
-from msdiff_dist.data.make.shard_writer import DatasetInfo, Fields, encode_picture
+from msdiff_dist.data.make.shard_writer import DatasetInfo, Fields, encode_image
 from msdiff_dist.randomness import generator
 
 Split = Literal["train", "test"]
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture and what is known of it."""
+class LabelledImage:
+    """An image and what is known of it."""
 
     key: str
     image: Image.Image
@@ -28,7 +28,7 @@ class Picture:
     def fields(self) -> Fields:
         """The files of its sample, by extension."""
         about = {"key": self.key, "caption": self.caption, "width": self.image.width, "height": self.image.height}
-        fields = {"png": encode_picture(self.image), "txt": self.caption.encode()}
+        fields = {"png": encode_image(self.image), "txt": self.caption.encode()}
         if self.label is not None:
             fields["cls"] = str(self.label).encode()
             about["label"] = self.label
@@ -41,13 +41,13 @@ class Dataset:
 
     Attributes:
         size: default height and width in pixels.
-        pictures: (source path or None, split, size) to all pictures of the split. It refuses a missing source with
+        images: (source path or None, split, size) to all images of the split. It refuses a missing source with
             a `DataError` that says how to get it.
     """
 
     info: DatasetInfo
     size: int
-    pictures: Callable[[Path | None, Split, int], list[Picture] | Iterator[Picture]]
+    images: Callable[[Path | None, Split, int], list[LabelledImage] | Iterator[LabelledImage]]
 
 
 def tenth_apart(samples: int, split: Split) -> list[int]:
