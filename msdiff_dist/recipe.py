@@ -35,7 +35,7 @@ from msdiff_dist.training.optimizer import LrScheduleConfig, OptimizerConfig
 from msdiff_dist.training.sinks import MetricsConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One training run in full. Only `apps`, `launch` and `cli` see it whole."""
 

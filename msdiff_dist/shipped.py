@@ -20,7 +20,7 @@ _KINDS: dict[Literal["recipe", "ablation", "cluster"], str] = {
 _MENTION = re.compile(r"(?P<folder>recipes/(?:ablations/)?|slurm/|\.\./)(?P<file>\w+\.(?:yaml|json))")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shipped:
     """A file that comes along. name: `quickstart`, `ablations/cifar10_full`, `slurm/gpu`. description: one line."""
 
@@ -41,7 +41,7 @@ class Copied:
 def shipped_files() -> list[Shipped]:
     """Every recipe, then every ablation file, then every cluster file."""
     return [
-        Shipped(_name(folder, path), kind, path, _description(path))
+        Shipped(name=_name(folder, path), kind=kind, path=path, description=_description(path))
         for kind, folder in _KINDS.items()
         for path in sorted(_folder(folder).glob("*.yaml"))
     ]

@@ -16,7 +16,7 @@ from msdiff_dist.config import from_mapping
 from msdiff_dist.errors import ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SweepConfig:
     """A sweep file. It is told from a recipe by its field `recipe`.
 

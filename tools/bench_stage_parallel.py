@@ -92,7 +92,11 @@ class StageParallel:
     """This rank's part of a run."""
 
     def __init__(self, recipe: Recipe, rank: int, world_size: int, folder: Path) -> None:
-        self.run = Trainer(recipe, RunFolder(folder), Environment(rank, rank, world_size, torch.device("cpu")))
+        self.run = Trainer(
+            recipe,
+            RunFolder(folder),
+            Environment(rank=rank, local_rank=rank, world_size=world_size, device=torch.device("cpu")),
+        )
         self.lr = recipe.optimizer.lr
         self.gradient_bytes = 0
         self.reduce = self.run.engines.reduce

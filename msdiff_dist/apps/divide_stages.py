@@ -46,7 +46,7 @@ _MARK = "# boundaries found by: "
 _BOUNDARIES = re.compile(r"boundaries:[ \t]*(?:\[[^\]]*\]|(?:\n[ \t]*-[^\n]*)+)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ClusterRequest:
     """What to divide and how: the options of `msdiff stages cluster` under their names.
 

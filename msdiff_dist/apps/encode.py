@@ -56,7 +56,9 @@ def encode(recipe: Recipe, out: Path, nproc: int, part: Part | None = None) -> M
     (marks,) = fingerprint_shards([shards])
     tools = _Tools(recipe, torch.device("cpu"))
     part = part or Part()
-    claim = FolderClaim(out, out / _RECORDS / "settings.json", out / _RECORDS, "latents", DataError)
+    claim = FolderClaim(
+        folder=out, record=out / _RECORDS / "settings.json", locks=out / _RECORDS, content="latents", error=DataError
+    )
     with claim.held(_settings(recipe, tools, marks), part):
         mine = part.share(range(len(marks)))
         remove_partials(out, [_shard_name(i) for i in mine])

@@ -10,7 +10,7 @@ import torch
 from msdiff_dist.checkpoint.load import CheckpointReader
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TensorDifference:
     """One parameter or moment of both checkpoints, compared element by element.
 
@@ -35,4 +35,4 @@ def compare(a: CheckpointReader, b: CheckpointReader) -> Iterator[TensorDifferen
             if b.index.shapes.get(name) == shape:
                 x, y = a.tensor(kind, name), b.tensor(kind, name)
                 max_abs = float((x - y).abs().nan_to_num(torch.inf).max())
-                yield TensorDifference(kind, name, max_abs, float(x.abs().max()))
+                yield TensorDifference(kind=kind, name=name, max_abs=max_abs, scale=float(x.abs().max()))

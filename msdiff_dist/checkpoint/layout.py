@@ -32,7 +32,7 @@ _STEP_FOLDER = re.compile(r"step_(\d{8,})")
 _LEFTOVER = re.compile(r"\.step_\d{8,}\.(partial|old)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CheckpointIndex:
     """What checkpoint.json says.
 

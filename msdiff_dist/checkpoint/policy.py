@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from msdiff_dist.errors import ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When a run saves, and what it keeps."""
 

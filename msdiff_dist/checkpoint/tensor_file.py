@@ -39,7 +39,7 @@ def corrupt(path: Path, problem: str) -> CorruptError:
     return CorruptError("file", str(path), f"is corrupt: {problem}", "Use another checkpoint, or restore the file.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StoredFile:
     """One file as it was written. keys: number of elements of each tensor."""
 
@@ -96,7 +96,7 @@ class TensorWriter:
     def stored(self) -> StoredFile:
         """What was written."""
         keys = {name: tensor.numel() for name, tensor in self._like.items()}
-        return StoredFile(self.path.name, self._size, self._digest.hexdigest(), keys)
+        return StoredFile(name=self.path.name, size=self._size, sha256=self._digest.hexdigest(), keys=keys)
 
     def _put(self, data: memoryview) -> None:
         for start in range(0, len(data), _CHUNK):

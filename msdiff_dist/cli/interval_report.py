@@ -48,8 +48,8 @@ def interval_report(
         raise ConfigError("--intervals", e.value, e.problem, e.remedy) from None
     open_weights(run)  # with the recipe's extensions, which may bring the solver
     try:
-        how = SamplerConfig(sampler, steps, clip=clip)
+        how = SamplerConfig(name=sampler, steps=steps, clip=clip)
     except ConfigError as e:
         raise ConfigError("--sampler" if e.field == "name" else e.field, e.value, e.problem, e.remedy) from None
-    score = ScoreConfig(str(classifier), data, num, how, batch_size)
+    score = ScoreConfig(classifier=str(classifier), reference=data, pictures=num, sampler=how, batch_size=batch_size)
     typer.echo(markdown(report(run, reference, boundaries, score, seed, out)))

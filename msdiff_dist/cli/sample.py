@@ -65,10 +65,21 @@ def sample(
     if sampler is not None:
         open_weights(run, ema=not raw)  # with the recipe's extensions, which may bring the solver
     try:
-        config = SamplerConfig(sampler, steps or 50, eta, spacing, end, clip, guidance, ChurnConfig(churn))
+        config = SamplerConfig(
+            name=sampler,
+            steps=steps or 50,
+            eta=eta,
+            spacing=spacing,
+            end=end,
+            clip=clip,
+            guidance_scale=guidance,
+            churn=ChurnConfig(amount=churn),
+        )
     except ConfigError as e:
         raise ConfigError("--sampler" if e.field == "name" else e.field, e.value, e.problem, e.remedy) from None
-    job = SamplingJob(num, seed, config, class_, tuple(prompt or ()), batch_size)
+    job = SamplingJob(
+        num=num, seed=seed, sampler=config, class_=class_, prompts=tuple(prompt or ()), batch_size=batch_size
+    )
     before, complete = sample_run(run, out, job, not raw, Part(part, parts), nfe)
     made = f"{num} images and grid.png in {out}" if complete else f"part {part} of {parts} is done"
     typer.echo(made + (f" ({before} were there already)" if before else ""))

@@ -54,9 +54,23 @@ def cluster(
     from msdiff_dist.apps.divide_stages import cluster as find_boundaries
     from msdiff_dist.stage_division.methods import DenoiserOptions
 
-    options = DenoiserOptions(eta, alpha, samples, value_range, last_limit, seed)
+    options = DenoiserOptions(
+        eta=eta, alpha=alpha, samples=samples, value_range=value_range, last_limit=last_limit, seed=seed
+    )
     command = "msdiff " + shlex.join(sys.argv[1:])
-    request = ClusterRequest(method, stages, process, fields or [], data, images, run, options, plot, write, command)
+    request = ClusterRequest(
+        method=method,
+        stages=stages,
+        process=process,
+        fields=fields or [],
+        data=data,
+        images=images,
+        run=run,
+        options=options,
+        plot=plot,
+        write=write,
+        command=command,
+    )
     division = find_boundaries(request)
     if division is None:
         return

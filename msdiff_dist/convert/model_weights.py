@@ -27,7 +27,7 @@ class AutoencoderWeights:
     tensors: TensorSource
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ModelWeights:
     """A model: what it is, its tensors under `MultistageUNet`'s names, and what became of each key of the source.
 
@@ -51,7 +51,7 @@ class ModelWeights:
         return self.description.model
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Written:
     """What a writer made. names: our name -> names in the result. files: file -> sha256."""
 

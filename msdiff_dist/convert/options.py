@@ -10,7 +10,7 @@ from msdiff_dist.convert.formats.ldm_architecture import HeadsRule
 from msdiff_dist.errors import CheckpointError, ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
     """Answers to questions that a checkpoint leaves open; None takes the published models' answer, and says so.
 

@@ -119,7 +119,7 @@ def _reason(e: Exception) -> str:
     return f"{type(e).__name__}: {e}" if str(e) else type(e).__name__
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Connection:
     """An open source. at: position of its next byte. size: of the whole file, if known. tag: changes with content."""
 
@@ -239,7 +239,7 @@ def _open_http(url: str, position: int) -> _Connection:
     if response.status == http.HTTPStatus.PARTIAL_CONTENT:  # "bytes 100-999/1000"; a server may also ignore the range
         at, total = position, response.headers.get("Content-Range", "").rpartition("/")[2]
         size = int(total) if total.isdigit() else None
-    return _Connection(response.read, response.close, at, size, response.headers.get("ETag"))
+    return _Connection(read=response.read, close=response.close, at=at, size=size, tag=response.headers.get("ETag"))
 
 
 def _open_fsspec(address: str, position: int) -> _Connection:
@@ -247,7 +247,7 @@ def _open_fsspec(address: str, position: int) -> _Connection:
     stream = system.open(path, "rb")
     if position:
         stream.seek(position)
-    return _Connection(stream.read, stream.close, position, getattr(stream, "size", None))
+    return _Connection(read=stream.read, close=stream.close, at=position, size=getattr(stream, "size", None))
 
 
 def _file_system(address: str) -> tuple[Any, str]:
@@ -277,4 +277,4 @@ def _open_pipe(command: str) -> _Connection:
         process.kill()
         process.wait()
 
-    return _Connection(read, close, 0)
+    return _Connection(read=read, close=close, at=0)

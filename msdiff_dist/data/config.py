@@ -9,7 +9,7 @@ from msdiff_dist.data.access import Access
 from msdiff_dist.errors import ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """One of several sources that are mixed: its shards, and its weight beside the others'."""
 
@@ -25,7 +25,7 @@ class SourceConfig:
             raise ConfigError("weight", self.weight, "must be above 0", "Remove the source if it is not wanted.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The stream of training samples."""
 
@@ -122,7 +122,7 @@ class DataConfig:
     @property
     def mixed(self) -> tuple[SourceConfig, ...]:
         """The sources: `sources`, or `shards` as the only one; none for kind `synthetic`."""
-        return self.sources or ((SourceConfig(self.shards),) if self.shards else ())
+        return self.sources or ((SourceConfig(shards=self.shards),) if self.shards else ())
 
     @property
     def access(self) -> Access:

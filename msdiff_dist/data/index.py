@@ -31,7 +31,7 @@ INDEX_NAME = "index.json"
 STRICT = CorruptionReport(max_bad=0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shard:
     """One tar file, the number of samples in it, its bytes, if known without opening it, and what was found wrong."""
 
@@ -126,7 +126,7 @@ def scan(path: str, access: Access = DEFAULT_ACCESS, corruption: CorruptionRepor
         error = DataError(FIELD, path, f"is not a readable tar file ({e})", "Copy or make the shard again.")
         problem = f"is readable up to sample {count} only ({e})"
         corruption.add(Corruption(path, None, problem), error)
-    return Shard(path, count, _size(path), problem)
+    return Shard(path=path, num_samples=count, size=_size(path), problem=problem)
 
 
 def _indexed(path: str, index: str, entry: Mapping[str, Any], corruption: CorruptionReport) -> Shard:
@@ -135,7 +135,7 @@ def _indexed(path: str, index: str, entry: Mapping[str, Any], corruption: Corrup
         problem = f"has {size} bytes, but {index} says {entry['filesize']}"
         remedy = "It is cut short or changed: copy it again, or delete the index to have shards counted anew."
         corruption.add(Corruption(path, None, problem), DataError(FIELD, path, problem, remedy))
-    return Shard(path, int(entry["nsamples"]), size, problem)
+    return Shard(path=path, num_samples=int(entry["nsamples"]), size=size, problem=problem)
 
 
 def _resolve(pattern: str, indexes: IndexFiles) -> list[str]:

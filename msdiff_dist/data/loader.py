@@ -35,7 +35,7 @@ from msdiff_dist.randomness import generator
 _CLUSTER_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepSamples:
     """The samples of one global batch that one rank reads, in ascending order of their index in the batch.
 
@@ -349,7 +349,14 @@ class _BatchBuffer:
         """When all places are filled."""
         captions = None if self._caption_n is None else self._caption_n.tolist()
         return StepSamples(
-            batch, index_n, self._x_nCHW, self._label_n, self._context_nTC, captions, self._key_n.tolist(), corruption
+            batch=batch,
+            index_n=index_n,
+            x_nCHW=self._x_nCHW,
+            label_n=self._label_n,
+            context_nTC=self._context_nTC,
+            captions=captions,
+            keys=self._key_n.tolist(),
+            corruption=corruption,
         )
 
 

@@ -83,7 +83,7 @@ class EpochPlan:
         return taken_L
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Window:
     """A slice of a lane that is read together and given in permuted order.
 
@@ -142,7 +142,7 @@ class StreamOrder:
                 length = min(self.shuffle, size - start)
                 if taken < start + length:
                     order = self._permutation(epoch, lane, number, length)
-                    yield Window(epoch, start, order, skip=max(taken - start, 0))
+                    yield Window(epoch=epoch, start=start, order=order, skip=max(taken - start, 0))
             epoch, taken = epoch + 1, 0
 
     def _permutation(self, epoch: int, lane: int, number: int, length: int) -> Ints:

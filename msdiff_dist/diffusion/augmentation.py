@@ -22,7 +22,7 @@ _SCALE_STD = 0.2  # of the binary logarithm, for scaling and anisotropy
 _TRANSLATION_STD = 0.125  # of the image's size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AugmentationConfig:
     """EDM's non-leaky augmentation."""
 

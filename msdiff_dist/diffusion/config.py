@@ -14,7 +14,7 @@ from msdiff_dist.errors import ConfigError
 StageSampling = Literal["uniform", "equal"] | tuple[float, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
     """The diffusion process. The section named like `process` configures it, and only that one may be given."""
 
@@ -32,7 +32,7 @@ def build_process(config: DiffusionConfig) -> Process:
     return PROCESSES[config.process].build(config.settings())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StagesConfig:
     """How time is divided into stages and how often each is trained."""
 

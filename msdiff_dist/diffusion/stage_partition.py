@@ -14,7 +14,7 @@ from msdiff_dist.diffusion.process import Process
 from msdiff_dist.errors import ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StagePartition:
     """Stages 0 .. K - 1 as half-open intervals [b_k, b_{k+1}) of the process's time; stage 0 is nearest the data."""
 
@@ -58,7 +58,7 @@ def build_partition(config: StagesConfig, process: Process) -> StagePartition:
         if not process.lo < b < process.hi:
             problem = f"lies outside the process, whose {process.unit} runs from {process.lo} to {process.hi}"
             raise ConfigError(field, b, problem, "Move it inside.")
-    partition = StagePartition(config.boundaries, process.unit, process.lo, process.hi)
+    partition = StagePartition(boundaries=config.boundaries, unit=process.unit, lo=process.lo, hi=process.hi)
     for k in range(partition.num_stages):
         lo, hi = partition.interval(k)
         if not process.mass(lo, hi) > 0:

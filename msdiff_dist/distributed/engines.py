@@ -39,7 +39,7 @@ OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 StageLoss = Callable[[int, Tensor, slice], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """How the engines run. grad_clip: the greatest global gradient norm, 0 for none."""
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from msdiff_dist.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Environment:
     """Who this process is.
 
@@ -85,7 +85,7 @@ def process_group(timeout_s: float) -> Iterator[Environment]:
         timeout=timeout,
     )
     try:
-        yield Environment(rank, local, world, device)
+        yield Environment(rank=rank, local_rank=local, world_size=world, device=device)
     finally:
         dist.destroy_process_group()
 

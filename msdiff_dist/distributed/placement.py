@@ -23,7 +23,7 @@ GOOD_BALANCE, SMALL_LOSS = 0.95, 0.02
 StageSets = tuple[tuple[int, ...], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How the model is spread over the ranks."""
 

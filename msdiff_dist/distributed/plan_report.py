@@ -18,7 +18,7 @@ from msdiff_dist.distributed.topology import nodes_spanned, ring_share_between_n
 MOST_ROWS = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """What there is to place.
 

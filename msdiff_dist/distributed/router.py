@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Format = tuple[torch.dtype, torch.Size]  # of one sample of x, label or context
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Assignment:
     """The journeys of one global batch; the same on every rank.
 
@@ -75,7 +75,7 @@ class Assignment:
         return index_n[self.source_B[index_n].argsort(kind="stable")]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RoutedBatch:
     """The samples of one micro batch on one rank, sorted by stage, then index; counts are the placement's.
 
@@ -163,7 +163,13 @@ class PendingBatch:
         rows = self._incoming[torch.from_numpy(order).to(self._incoming.device)]
         x_nCHW, label_n, context_nTC = _unpacked(rows, self._formats)
         assert x_nCHW is not None
-        return RoutedBatch(self._index_n[order], self._stage_n[order], x_nCHW, label_n, context_nTC)
+        return RoutedBatch(
+            index_n=self._index_n[order],
+            stage_n=self._stage_n[order],
+            x_nCHW=x_nCHW,
+            label_n=label_n,
+            context_nTC=context_nTC,
+        )
 
 
 def _packed(parts: list[Tensor], row_n: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Fragment:
     """`numel` elements from `start` of the flattened parameter `name`, at `offset` of the rank's flat tensor `flat`."""
 
@@ -96,8 +96,8 @@ class ShardedState:
                 start = opt._get_param_partition_rank(p) * numel
                 numel = min(numel, p.ds_numel - start)  # the last rank's part is padded
                 if numel > 0:
-                    yield Fragment(name, start, numel, flat, offset)
+                    yield Fragment(name=name, start=start, numel=numel, flat=flat, offset=offset)
             elif p._hp_mapping is not None:
                 m = p._hp_mapping
                 low, high = m.lp_fragment_address, m.hp_fragment_address
-                yield Fragment(name, low.start, low.numel, m.param_group_index, high.start)
+                yield Fragment(name=name, start=low.start, numel=low.numel, flat=m.param_group_index, offset=high.start)

@@ -25,7 +25,7 @@ _KEY = "feature_classifier"
 _HELD_OUT = 10  # one in so many images
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ClassifierInfo:
     """What a classifier is: the metadata of its file.
 
@@ -87,7 +87,7 @@ def train_classifier(data: DataConfig, steps: int, batch_size: int = 128, seed: 
     test, train = order[: len(x) // _HELD_OUT], order[len(x) // _HELD_OUT :]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = FeatureClassifier(ClassifierInfo(data.x_shape, data.num_classes))
+        model = FeatureClassifier(ClassifierInfo(image_shape=data.x_shape, classes=data.num_classes))
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in track(range(steps), description="classifier", console=Console(stderr=True), transient=True):
@@ -99,7 +99,12 @@ def train_classifier(data: DataConfig, steps: int, batch_size: int = 128, seed: 
     with torch.no_grad():
         right = sum(int((model(x[rows]).argmax(1) == y[rows]).sum()) for rows in test.split(1000))
     model.info = ClassifierInfo(
-        data.x_shape, data.num_classes, steps=steps, batch_size=batch_size, seed=seed, accuracy=right / len(test)
+        image_shape=data.x_shape,
+        classes=data.num_classes,
+        steps=steps,
+        batch_size=batch_size,
+        seed=seed,
+        accuracy=right / len(test),
     )
     return model.eval()
 

@@ -19,7 +19,7 @@ from msdiff_dist.evaluation.generate import ImageGenerator
 from msdiff_dist.evaluation.sampling_job import SamplingJob
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
     """How a model is scored.
 
@@ -89,7 +89,9 @@ class Scorer:
 
     def __call__(self, generator: ImageGenerator, seed: int) -> float:
         """Score the images numbered 0 to `pictures` - 1 that `generator` makes with `seed`."""
-        job = SamplingJob(self.config.pictures, seed, self.config.sampler, batch_size=self.config.batch_size)
+        job = SamplingJob(
+            num=self.config.pictures, seed=seed, sampler=self.config.sampler, batch_size=self.config.batch_size
+        )
         images = (job.draw(generator, index_n) for index_n in job.batches)
         return frechet_distance(fit(self.features(images)), self._reference)
 

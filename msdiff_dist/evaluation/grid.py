@@ -17,7 +17,7 @@ from msdiff_dist.files.atomic import atomic_write
 _GRID_SIDE = 900
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PreviewConfig:
     """Grids of samples while training, drawn with the averaged weights."""
 

@@ -30,7 +30,7 @@ class IntervalScore:
     score: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class IntervalReport:
     """reference, run: scores of each network everywhere. unit: of the intervals' edges."""
 
@@ -61,7 +61,7 @@ def interval_report(
     process, partition = about.process(), about.partition()
     if boundaries is not None:
         try:
-            partition = build_partition(StagesConfig(tuple(boundaries)), process)
+            partition = build_partition(StagesConfig(boundaries=tuple(boundaries)), process)
         except ConfigError as e:
             raise ConfigError("--intervals", e.value, e.problem, e.remedy) from None
     score.sampler.for_process(process)
@@ -74,7 +74,7 @@ def interval_report(
 
     edges = [partition.interval(k) for k in range(partition.num_stages)]
     scores = tuple(IntervalScore(lo, hi, scored(SplicedGenerator(inside, outside, lo, hi))) for lo, hi in edges)
-    report = IntervalReport(process.unit, scored(outside), scored(inside), scores)
+    report = IntervalReport(unit=process.unit, reference=scored(outside), run=scored(inside), intervals=scores)
     with writing("--out", out, RunFolderError), atomic_folder(out) as aside:
         (aside / "intervals.csv").write_text(_csv(report))
         (aside / "intervals.md").write_text(markdown(report))

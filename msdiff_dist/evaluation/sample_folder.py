@@ -61,7 +61,7 @@ def sample_run(
     part = part or Part()
     paths = [out / f"{i:05d}.png" for i in range(job.num)]
     mine = part.share(job.batches)
-    claim = FolderClaim(out, out / _RECORD, out / _LOCKS, "images", RunFolderError)
+    claim = FolderClaim(folder=out, record=out / _RECORD, locks=out / _LOCKS, content="images", error=RunFolderError)
     names = {_GRID, *(path.name for path in paths)}
     with claim.held(job.settings(weights), part, names), ThreadPoolExecutor(_WRITERS) as writers:
         before = sum(path.exists() for path in paths)

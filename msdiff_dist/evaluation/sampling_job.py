@@ -19,7 +19,7 @@ from msdiff_dist.export.weights import Weights
 _WIDEST_GRID = 20  # classes that still fit side by side
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplingJob:
     """Images 0 to `num` - 1; each depends on the weights, the seed and its number (and the last bits on its batch).
 

@@ -20,7 +20,7 @@ from msdiff_dist.registry import import_extensions
 FORMAT = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelDescription:
     """Everything needed to rebuild and sample a model.
 

@@ -19,7 +19,7 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FolderClaim:
     """What one command holds of a folder that several processes may fill together.
 

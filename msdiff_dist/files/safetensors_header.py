@@ -30,7 +30,7 @@ class HeaderError(MsdiffError):
     """The bytes are not those of a safetensors file."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Place:
     """A tensor's bytes: [start, stop) of the file."""
 
@@ -102,7 +102,7 @@ def _place(name: str, entry: Any, begin: int) -> Place:
             raise HeaderError(f"{name} of shape {shape} is too large")
     if offsets[1] - offsets[0] != numel * ITEM_BYTES[dtype]:
         raise HeaderError(f"{name} has {offsets[1] - offsets[0]} bytes for {dtype} of shape {shape}")
-    return Place(dtype, tuple(shape), begin + offsets[0], begin + offsets[1])
+    return Place(dtype=dtype, shape=tuple(shape), start=begin + offsets[0], stop=begin + offsets[1])
 
 
 def _metadata(raw: Any) -> dict[str, str]:

@@ -19,7 +19,7 @@ from msdiff_dist.shipped import where_to_get
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>[0-5]?\d)(?::(?P<seconds>[0-5]?\d))?")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
     """One cluster file. Every field has a default except those a SLURM cluster cannot do without.
 

@@ -23,7 +23,7 @@ from msdiff_dist.launch.restarts import Diary
 STOPPED = "cancelled"  # a file of this name in the launch folder: do not requeue
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainJob:
     """One run, as one task of a job: joins its peers, trains from the newest checkpoint, and goes on after a stop.
 

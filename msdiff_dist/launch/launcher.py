@@ -157,7 +157,14 @@ def launch(runs: Sequence[Run], cluster: ClusterConfig, folder: Path, name: str)
         (run.folder / "launch").mkdir(parents=True, exist_ok=True)
         (run.folder / "launch" / STOPPED).unlink(missing_ok=True)
         run_dir = str(run.folder.resolve())
-        tasks.append(TrainJob(run_dir, str(snapshot / recipe), cluster.signal_delay_s, cluster.max_restarts))
+        tasks.append(
+            TrainJob(
+                run_dir=run_dir,
+                recipe=str(snapshot / recipe),
+                signal_delay_s=cluster.signal_delay_s,
+                max_restarts=cluster.max_restarts,
+            )
+        )
     jobs = submit(make_executor(cluster, name, folder, snapshot / "code"), tasks)
     return [_record(cluster, run.folder, [job]) for run, job in zip(runs, jobs, strict=True)]
 

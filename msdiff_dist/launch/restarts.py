@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Start:
     """One start of the job.
 
@@ -47,7 +47,11 @@ class Diary:
             key = entry["key"]
             if "step" in entry:
                 outcome = early.pop(key, None)
-                found.append(Start(entry["time"], entry["job"], entry["ranks"], entry["step"], outcome))
+                found.append(
+                    Start(
+                        time=entry["time"], job=entry["job"], ranks=entry["ranks"], step=entry["step"], outcome=outcome
+                    )
+                )
                 open_at[key] = len(found) - 1
             elif key not in open_at:
                 early.setdefault(key, entry["outcome"])

@@ -16,7 +16,7 @@ from msdiff_dist.launch.cluster import ClusterConfig
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "STOPPED")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class JobInfo:
     """One job, or one task of a job array ("12_3"). restarts: times it was requeued, None when no longer known."""
 
@@ -31,7 +31,7 @@ class JobInfo:
         return self.state in ACTIVE
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Node:
     name: str
     gpus: int
@@ -67,7 +67,7 @@ def _check_nodes(cluster: ClusterConfig, partition: str) -> None:
     nodes = {}
     for row in rows:
         name, gres, cpus, memory = row.split("|")
-        nodes[name] = _Node(name, _gpus(gres), int(cpus.rstrip("+")), int(memory.rstrip("+")))
+        nodes[name] = _Node(name=name, gpus=_gpus(gres), cpus=int(cpus.rstrip("+")), memory_mb=int(memory.rstrip("+")))
     if cluster.node_range[1] > len(nodes):
         raise ConfigError(
             "nodes", cluster.nodes, f"partition {partition!r} has {len(nodes)} nodes",
@@ -136,13 +136,15 @@ def job_infos(job_ids: Sequence[str]) -> dict[str, JobInfo]:
     rows = _query("squeue", "-h", "-r", "-t", "all", "-j", ",".join(wanted), "-O", fields, check=False).splitlines()
     for row in rows:
         job_id, state, nodes, restarts, reason = (cell.strip() for cell in row.split("|"))
-        found[job_id] = JobInfo(job_id, state, nodes, int(restarts), "" if reason == "None" else reason)
+        found[job_id] = JobInfo(
+            job_id=job_id, state=state, nodes=nodes, restarts=int(restarts), reason="" if reason == "None" else reason
+        )
     unknown = [job_id for job_id in wanted if not any(known.split("_")[0] == job_id for known in found)]
     if unknown:
         accounting = ("sacct", "-n", "-P", "-X", "-j", ",".join(unknown), "-o", "JobID,State,NNodes")
         for row in _query(*accounting, check=False).splitlines():
             job_id, state, nodes = row.split("|")
-            found[job_id] = JobInfo(job_id, state.split()[0], nodes, None)
+            found[job_id] = JobInfo(job_id=job_id, state=state.split()[0], nodes=nodes, restarts=None)
     return found
 
 

@@ -28,7 +28,7 @@ from msdiff_dist.launch.slurm import ACTIVE, job_infos
 _TAIL_BYTES = 1 << 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class JobRecord:
     """`launch/job.json` of a run folder: its newest job. `parts`: of a data job, each of which has its own job id."""
 
@@ -49,7 +49,7 @@ class JobRecord:
         atomic_write(Path(self.run) / "launch/job.json", json.dumps(asdict(self), indent=1) + "\n")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class JobState:
     """state: SLURM's word, or RUNNING / ENDED; of several jobs "3 RUNNING, 5 COMPLETED". nodes: "" if unknown."""
 
@@ -66,14 +66,18 @@ def states(records: Sequence[JobRecord]) -> list[JobState]:
     for record in records:
         if record.executor != "slurm":
             running = any(_local_controller(i) for i in record.job_ids)
-            found.append(JobState("RUNNING" if running else "ENDED", running, "1"))
+            found.append(JobState(state="RUNNING" if running else "ENDED", active=running, nodes="1"))
             continue
         jobs = [infos[i] for i in record.job_ids if i in infos]
         names = [job.state for job in jobs] or ["UNKNOWN"]
         counts = {name: names.count(name) for name in dict.fromkeys(names)}
         text = names[0] if len(names) == 1 else ", ".join(f"{n} {name}" for name, n in counts.items())
         reason = jobs[0].reason if len(jobs) == 1 and jobs[0].state == "PENDING" else ""
-        found.append(JobState(text, any(job.active for job in jobs), jobs[0].nodes if jobs else "", reason))
+        found.append(
+            JobState(
+                state=text, active=any(job.active for job in jobs), nodes=jobs[0].nodes if jobs else "", reason=reason
+            )
+        )
     return found
 
 
@@ -99,7 +103,7 @@ def _descendants(process: int) -> list[int]:
     return [each for child in children for each in (child, *_descendants(child))]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunStatus:
     """One line of `msdiff jobs`. Numbers are None where nothing is known yet; steps of a data job are its parts.
 
@@ -134,21 +138,31 @@ def _status(record: JobRecord, state: JobState) -> RunStatus:
     restarts = len(starts) - 1 if starts else None
     job_id = record.job_ids[0] if len(record.job_ids) == 1 else record.job_ids[0].split("_")[0]
     if (run / "launch" / STOPPED).exists() and not state.active:
-        state = JobState("CANCELLED", False, state.nodes)
+        state = JobState(state="CANCELLED", active=False, nodes=state.nodes)
     if not state.active and starts and starts[-1].outcome not in (None, "finished", "preempted"):
         state = dataclasses.replace(state, reason=textwrap.shorten(str(starts[-1].outcome), 60))
     if record.parts is not None:
         done = sum(done_file(run, i).exists() for i in range(record.parts))
-        return RunStatus(record.run, job_id, state, done, record.parts)
+        return RunStatus(run=record.run, job_id=job_id, state=state, step=done, total_steps=record.parts)
     total = total_steps(run)
     tail = last_metrics(run)
     if not tail:
-        return RunStatus(record.run, job_id, state, None, total, restarts=restarts)
+        return RunStatus(run=record.run, job_id=job_id, state=state, step=None, total_steps=total, restarts=restarts)
     rate = statistics.median(m["images_per_second"] for m in tail[-20:])
     last = tail[-1]
     per_step = last["images_seen"] / last["step"]
     eta = (total - last["step"]) * per_step / rate if total is not None and rate > 0 and state.active else None
-    return RunStatus(record.run, job_id, state, last["step"], total, rate, eta, restarts, last["loss"])
+    return RunStatus(
+        run=record.run,
+        job_id=job_id,
+        state=state,
+        step=last["step"],
+        total_steps=total,
+        images_per_second=rate,
+        eta_s=eta,
+        restarts=restarts,
+        loss=last["loss"],
+    )
 
 
 def done_file(folder: Path, part: int) -> Path:

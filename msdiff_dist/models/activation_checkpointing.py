@@ -9,7 +9,7 @@ from torch import nn
 from msdiff_dist.models.families import FAMILIES
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ActivationCheckpointingConfig:
     """Which parts trade computation for memory: they keep the inputs of their blocks only."""
 

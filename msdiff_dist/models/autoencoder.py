@@ -14,7 +14,7 @@ from msdiff_dist.models.identity import digest
 from msdiff_dist.pixels import centred, to_pixels
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
     """The first stage of latent diffusion."""
 

@@ -22,7 +22,7 @@ from msdiff_dist.models.unet_config import UNetConfig
 from msdiff_dist.registry import Table
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A U-Net family that a recipe can name.
 
@@ -48,12 +48,16 @@ def _is_residual(module: nn.Module) -> bool:
     return isinstance(module, UNetBlock) and isinstance(module[0], ResBlock)  # a lone convolution keeps its input only
 
 
-_SONG = Family(SongConfig, SongEncoder, SongDecoder, recomputed=lambda module: isinstance(module, SongBlock))
+_SONG = Family(
+    config=SongConfig, encoder=SongEncoder, decoder=SongDecoder, recomputed=lambda module: isinstance(module, SongBlock)
+)
 
 FAMILIES: Table[Family] = Table(
     "U-Net family",
     {
-        "ldm": Family(LDMConfig, Encoder, Decoder, _is_residual, resized_decoder),
+        "ldm": Family(
+            config=LDMConfig, encoder=Encoder, decoder=Decoder, recomputed=_is_residual, resized_decoder=resized_decoder
+        ),
         "ddpmpp": _SONG,
         "ncsnpp": _SONG,
         "ncsnpp_vp": _SONG,

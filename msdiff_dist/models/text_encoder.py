@@ -16,7 +16,7 @@ from msdiff_dist.errors import ConfigError, did_you_mean
 from msdiff_dist.models.identity import digest
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TextEncoderConfig:
     """A frozen text tower."""
 

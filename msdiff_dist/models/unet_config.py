@@ -13,7 +13,7 @@ from msdiff_dist.errors import ConfigError
 AttentionBackend = Literal["auto", "sdpa", "xformers", "math"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DownBlock:
     """One residual block of an encoder's down path, or the step to the next level when `resamples`."""
 
@@ -23,7 +23,7 @@ class DownBlock:
     resamples: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class UpBlock:
     """One residual block of a decoder; reads the path and a skip together."""
 
@@ -38,7 +38,7 @@ class UpBlock:
         return self.ends_level and self.downsampling > 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class UNetConfig:
     """A U-Net with one shared encoder and one decoder per stage (or one whole U-Net per stage)."""
 
@@ -114,10 +114,14 @@ class UNetConfig:
         blocks = []
         for level, mult in enumerate(self.channel_mult):
             for _ in range(self.num_res_blocks):
-                blocks.append(DownBlock(channels, mult * width, 2**level, resamples=False))
+                blocks.append(
+                    DownBlock(in_channels=channels, out_channels=mult * width, downsampling=2**level, resamples=False)
+                )
                 channels = mult * width
             if level < len(self.channel_mult) - 1:
-                blocks.append(DownBlock(channels, channels, 2**level, resamples=True))
+                blocks.append(
+                    DownBlock(in_channels=channels, out_channels=channels, downsampling=2**level, resamples=True)
+                )
         return blocks
 
     def up_blocks(self, stage: int) -> list[UpBlock]:
@@ -128,7 +132,14 @@ class UNetConfig:
         for level, mult in reversed(list(enumerate(self.channel_mult))):
             for i in range(self.num_res_blocks + 1):
                 width = mult * self.decoder_channels[stage]
-                blocks.append(UpBlock(channels + skips.pop(), width, 2**level, i == self.num_res_blocks))
+                blocks.append(
+                    UpBlock(
+                        in_channels=channels + skips.pop(),
+                        out_channels=width,
+                        downsampling=2**level,
+                        ends_level=i == self.num_res_blocks,
+                    )
+                )
                 channels = width
         return blocks
 

@@ -37,7 +37,7 @@ ValueRange = Literal["01", "11"]
 PAIR_GRID = 21
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DenoiserOptions:
     """The optimal denoiser's settings; eta is that of the paper's published scripts, which do not state alpha.
 
@@ -65,7 +65,7 @@ class DenoiserOptions:
             raise ConfigError("--samples", self.samples, "must be at least 10", "Use 2000.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Division:
     """Boundaries [K - 1] in the process's unit, how they were found, and what to plot.
 
@@ -85,14 +85,21 @@ class Division:
 def divide_by_schedule(process: Process, method: Literal["timestep", "snr"], stages: int) -> Division:
     """Stages from the process alone: of equal length, or of like signal-to-noise ratio."""
     found = (timestep_boundaries if method == "timestep" else snr_boundaries)(process, stages)
-    return Division(method, process, stages, rounded(found))
+    return Division(method=method, process=process, stages=stages, boundaries=rounded(found))
 
 
 def divide_by_affinity(process: Process, affinity_GG: np.ndarray, stages: int) -> Division:
     """Stages of like gradients, from their cosine affinity on a grid of the clock."""
     grid = clock_grid(process, len(affinity_GG))
     found = rounded(affinity_boundaries(grid, affinity_GG, stages))
-    return Division("gradient", process, stages, found, f"a grid of {len(grid)} times", matrix_GG=affinity_GG)
+    return Division(
+        method="gradient",
+        process=process,
+        stages=stages,
+        boundaries=found,
+        found_by=f"a grid of {len(grid)} times",
+        matrix_GG=affinity_GG,
+    )
 
 
 def divide_by_optimal_denoiser(
@@ -111,7 +118,14 @@ def divide_by_optimal_denoiser(
         draws = draw_samples(blocks, count, options.samples, options.seed)
         limits = limit_similarities(process, blocks, draws, options.eta, options.seed, options.last_limit)
         found = rounded(limit_boundaries(process, limits, options.alpha))
-        return Division("optimal-denoiser", process, 3, found, f"{about}, alpha {options.alpha:g}", limits)
+        return Division(
+            method="optimal-denoiser",
+            process=process,
+            stages=3,
+            boundaries=found,
+            found_by=f"{about}, alpha {options.alpha:g}",
+            limits=limits,
+        )
     if not 1 <= stages <= PAIR_GRID:
         raise ConfigError(
             "--stages", stages, f"a grid of {PAIR_GRID} times has 1 to {PAIR_GRID}", "Ask for fewer stages."
@@ -120,7 +134,9 @@ def divide_by_optimal_denoiser(
     sigmas = process.sigma_of(clock_times(process, np.linspace(0, 1, PAIR_GRID)))
     matrix = pairwise_similarity(blocks, draws, sigmas, options.eta)
     found = rounded(pairwise_boundaries(process, matrix, stages))
-    return Division("optimal-denoiser", process, stages, found, about, matrix_GG=matrix)
+    return Division(
+        method="optimal-denoiser", process=process, stages=stages, boundaries=found, found_by=about, matrix_GG=matrix
+    )
 
 
 def float_blocks(

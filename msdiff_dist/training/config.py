@@ -8,7 +8,7 @@ from typing import Literal
 from msdiff_dist.errors import ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How long and in what portions to train.
 

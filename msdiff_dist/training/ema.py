@@ -13,7 +13,7 @@ from msdiff_dist.distributed.zero_state import ShardedState
 from msdiff_dist.errors import ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PowerEmaConfig:
     """EDM2's averages, from which `msdiff export --ema-length` makes that of any length when training is over."""
 
@@ -32,7 +32,7 @@ class PowerEmaConfig:
             raise ConfigError("lengths", list(self.lengths), problem, "EDM2 uses 0.05 and 0.1.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EmaConfig:
     """Either a decay per step, or (EDM's) a number of images in which a weight's share in the average halves."""
 

@@ -17,7 +17,7 @@ from msdiff_dist.diffusion.timestep_sampler import StageQuotas, StepDraw
 from msdiff_dist.distributed.router import Assignment, PendingBatch, RoutedBatch, Router
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MicroBatch:
     """One micro batch of this rank, sorted by stage, then by index.
 
@@ -33,7 +33,7 @@ class MicroBatch:
     corruption: tuple[Corruption, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Exchange:
     """One micro batch on its way."""
 
@@ -104,7 +104,13 @@ class Feed:
             following = next(ahead)
             self._under_way = following.pending
             t_n = torch.from_numpy(current.draw.t_B[samples.index_n])
-            yield MicroBatch(current.batch, samples, t_n, _stage_rows(samples.stage_n), current.corruption)
+            yield MicroBatch(
+                batch=current.batch,
+                samples=samples,
+                t_n=t_n,
+                rows=_stage_rows(samples.stage_n),
+                corruption=current.corruption,
+            )
             current = following
 
     def _exchanges(self) -> Iterator[_Exchange]:
@@ -116,13 +122,18 @@ class Feed:
             self._read = {b: read for b, read in self._read.items() if b == batch - 1} | {batch: samples}
             start = time.perf_counter()
             draw = self._quotas.draw(self._seed, batch, self._accumulation)
-            assignment = Assignment(draw.stage_B, draw.micro_B, self._loader.source_rank(batch), self._router.placement)
+            assignment = Assignment(
+                stage_B=draw.stage_B,
+                micro_B=draw.micro_B,
+                source_B=self._loader.source_rank(batch),
+                placement=self._router.placement,
+            )
             self.seconds.routing += time.perf_counter() - start
             for micro in range(self._accumulation):
                 start = time.perf_counter()
                 pending = self._router.start(assignment, micro, samples)
                 self.seconds.routing += time.perf_counter() - start
-                yield _Exchange(batch, draw, () if micro else samples.corruption, pending)
+                yield _Exchange(batch=batch, draw=draw, corruption=() if micro else samples.corruption, pending=pending)
 
 
 def _stage_rows(stage_n: np.ndarray) -> dict[int, slice]:

@@ -55,7 +55,7 @@ OPTIMIZERS: Table[Optimizer] = Table(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """The optimizer of every engine."""
 
@@ -85,7 +85,7 @@ class OptimizerConfig:
             raise ConfigError("betas", self.betas, "must lie in [0, 1)", "Use [0.9, 0.999].")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LrScheduleConfig:
     """Linear warm-up over `warmup_steps`, then constant, or a cosine from 1 to `final_fraction` at the last step."""
 

@@ -35,7 +35,7 @@ def assignment_of(step: int, placement: Placement) -> Assignment:
         ends = quota * np.arange(ACCUMULATION + 1) // ACCUMULATION
         micro_B[stage_B == k] = np.repeat(np.arange(ACCUMULATION), np.diff(ends))
     readers = max(placement.world_size - step, 1)  # rank 0 alone reads at last
-    return Assignment(stage_B, micro_B, rng.integers(0, readers, BATCH), placement)
+    return Assignment(stage_B=stage_B, micro_B=micro_B, source_B=rng.integers(0, readers, BATCH), placement=placement)
 
 
 def placement_of(world_size: int, explicit: StageSets | None) -> Placement:
@@ -72,7 +72,13 @@ def exchange(
             part[mine] for part in (*whole_batch(step, dtype, with_context), *[torch.empty(BATCH)] * 2)
         ][:3]
         samples = StepSamples(
-            step, mine, x, label if with_context else None, context if with_context else None, None, [""] * len(mine)
+            batch=step,
+            index_n=mine,
+            x_nCHW=x,
+            label_n=label if with_context else None,
+            context_nTC=context if with_context else None,
+            captions=None,
+            keys=[""] * len(mine),
         )
         crossing += int((assignment.dest_B[mine] != rank).sum())
         pending += [(step, m, assignment, router.start(assignment, m, samples)) for m in range(ACCUMULATION)]

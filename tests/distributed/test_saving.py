@@ -33,7 +33,11 @@ def write(rank: int, checkpoints: Path, step: int) -> None:
     for name, numel in (("shared.w", 20), ("stages.0.b", 3)):
         start, stop = (0, numel // 2) if rank == 0 else (numel // 2, numel)
         pieces[key_of("param", name, start)] = torch.full((stop - start,), float(step))
-    write_checkpoint(step_folder(checkpoints, step), pieces, CheckpointIndex(step, 8, None, {}, SHAPES, [], 2))
+    write_checkpoint(
+        step_folder(checkpoints, step),
+        pieces,
+        CheckpointIndex(step=step, batch_size=8, loss=None, recipe={}, shapes=SHAPES, moments=[], world_size=2),
+    )
 
 
 def write_many(rank: int, checkpoints: Path) -> None:

@@ -51,7 +51,13 @@ def held_bytes(rank: int, precision: Literal["fp32", "bf16"], zero_shared: int, 
         shared,
         stages,
         lambda params: torch.optim.AdamW(params, lr=1e-3),
-        EngineConfig(precision, zero_shared, zero_decoders, 1, 1.0),
+        EngineConfig(
+            precision=precision,
+            zero_shared=zero_shared,
+            zero_decoders=zero_decoders,
+            gradient_accumulation_steps=1,
+            grad_clip=1.0,
+        ),
         make_groups(STAGES_OF_RANK, rank),
         torch.device("cpu"),
     )
@@ -74,7 +80,15 @@ def held_bytes(rank: int, precision: Literal["fp32", "bf16"], zero_shared: int, 
 def test_predicted_state_is_what_the_engines_hold() -> None:
     placement = plan(np.array([[6, 6]]), [1.0, 1.0], 3, STAGES_OF_RANK)
     held = run_distributed(held_bytes_of_all, 3)
-    for i, (precision, *zeros) in enumerate(CONFIGURATIONS):
-        workload = Workload([1.0, 1.0], size(Shared(300)), [size(Part(100)), size(Part(200))], 1, precision, *zeros)
+    for i, (precision, zero_shared, zero_decoders) in enumerate(CONFIGURATIONS):
+        workload = Workload(
+            cost_K=[1.0, 1.0],
+            shared_params=size(Shared(300)),
+            stage_params_K=[size(Part(100)), size(Part(200))],
+            payload_bytes=1,
+            precision=precision,
+            zero_shared=zero_shared,
+            zero_decoders=zero_decoders,
+        )
         expected = [of_rank[i] for of_rank in held]
         assert state_bytes_W(placement, workload).tolist() == pytest.approx(expected, rel=0.02)  # padding

@@ -51,7 +51,9 @@ def unified(tmp_path: Path) -> nn.Module:
         for p in model.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=draw))
     description = replace(describe(recipe_mapping(recipe), 7), weights="ema")
-    write_export(ModelWeights(description, MemorySource(model.state_dict())), tmp_path / "unified", {})
+    write_export(
+        ModelWeights(description=description, tensors=MemorySource(model.state_dict())), tmp_path / "unified", {}
+    )
     return model
 
 

@@ -39,7 +39,11 @@ def recipe_of(optimizer: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 def open_run(rank: int, world_size: int, mapping: dict[str, Any], path: Path) -> Trainer:
     """A rank's part of the run in folder `path`, as it stands."""
-    return Trainer(recipe_from(mapping), RunFolder(path), Environment(rank, rank, world_size, torch.device("cpu")))
+    return Trainer(
+        recipe_from(mapping),
+        RunFolder(path),
+        Environment(rank=rank, local_rank=rank, world_size=world_size, device=torch.device("cpu")),
+    )
 
 
 def trained(

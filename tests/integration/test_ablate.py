@@ -71,7 +71,7 @@ def _score_again(run: Path, step: int, seed: int, digits: Path, classifier: Path
     model = load_classifier(classifier)
     generator = ImageGenerator(open_weights(run, step), torch.device("cpu"))
     labels = torch.tensor([i % 10 for i in range(PICTURES)])
-    images = generator(range(PICTURES), SamplerConfig("ddim", 3, clip=True), seed, labels)
+    images = generator(range(PICTURES), SamplerConfig(name="ddim", steps=3, clip=True), seed, labels)
     data = DataConfig(shards=str(digits), image_size=16, channels=1, lanes=1, shuffle=0)
     with StepLoader(data, 0, 1618) as loader, torch.no_grad():
         reference, generated = (model.features(x).double().numpy() for x in (next(loader).x_nCHW, images))

@@ -46,10 +46,10 @@ def export(folder: Path, model: LDMConfig, autoencoder: torch.nn.Module | None =
     codec = AutoencoderConfig(kind="vq", path="autoencoder", scale_factor=0.8) if autoencoder else AutoencoderConfig()
     description = ModelDescription(
         model=model, sample_size=8, weights="raw", autoencoder=codec,
-        stages=StagesConfig({1: (), 3: (442.0, 631.0)}[model.num_stages]),
-        diffusion=DiffusionConfig("discrete", DiscreteConfig()),
+        stages=StagesConfig(boundaries={1: (), 3: (442.0, 631.0)}[model.num_stages]),
+        diffusion=DiffusionConfig(process="discrete", section=DiscreteConfig()),
     )  # fmt: skip
-    write_export(ModelWeights(description, MemorySource(network.state_dict())), folder, {})
+    write_export(ModelWeights(description=description, tensors=MemorySource(network.state_dict())), folder, {})
     if autoencoder:
         autoencoder.save_pretrained(folder / "autoencoder")  # type: ignore[operator]
     return folder
@@ -60,7 +60,8 @@ def before_rounding(folder: Path, labels: torch.Tensor | None = None) -> torch.T
     weights = open_weights(folder, ema=False)
     description, generator = weights.description, ImageGenerator(weights, torch.device("cpu"))
     return sample(
-        generator._network, description.process(), description.partition(), SamplerConfig("ddim", STEPS), seed=SEED,
+        generator._network, description.process(), description.partition(), SamplerConfig(name="ddim", steps=STEPS),
+        seed=SEED,
         index_n=range(COUNT), shape=description.latent_shape, condition=Condition(labels),
     )  # fmt: skip
 

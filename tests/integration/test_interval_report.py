@@ -22,7 +22,7 @@ from tests.integration.conftest import Msdiff
 
 pytestmark = pytest.mark.integration
 
-SAMPLER = SamplerConfig("ddim", 12)
+SAMPLER = SamplerConfig(name="ddim", steps=12)
 LABELS = torch.arange(6)
 
 
@@ -89,7 +89,12 @@ def test_report(msdiff: Msdiff, runs: Path, digits: Path, tmp_path: Path) -> Non
     assert [(row["lo"], row["hi"]) for row in rows] == [
         ("", ""), ("0", "442.0"), ("442.0", "631.0"), ("631.0", "1000"), ("0", "1000"),
     ]  # fmt: skip
-    score = ScoreConfig(str(runs / "classifier.safetensors"), str(digits), 20, SamplerConfig(None, 4))
+    score = ScoreConfig(
+        classifier=str(runs / "classifier.safetensors"),
+        reference=str(digits),
+        pictures=20,
+        sampler=SamplerConfig(name=None, steps=4),
+    )
     scorer = Scorer(score, torch.device("cpu"))
     assert float(rows[0]["score"]) == pytest.approx(scorer(_generator(runs / "unified"), 0))
     assert float(rows[-1]["score"]) == pytest.approx(scorer(_generator(runs / "stages"), 0))

@@ -58,7 +58,9 @@ def test_parts_that_were_stopped_go_on_to_what_one_process_makes(
     small = ["model.encoder_channels=16", "model.decoder_channels=[24,16,8]", f"data.shards={digits}"]
     recipe = load_recipe(QUICKSTART, small)
     description = replace(describe(recipe_mapping(recipe), 0), weights="raw")
-    write_export(ModelWeights(description, MemorySource(build_model(recipe.model).state_dict())), export, {})
+    write_export(
+        ModelWeights(description=description, tensors=MemorySource(build_model(recipe.model).state_dict())), export, {}
+    )
     (tmp_path / "mine.yaml").write_text(QUICKSTART.read_text())
 
     encode = ["data", "encode", QUICKSTART, *small, "encode.measure_scale=true", "encode.batch_size=1"]

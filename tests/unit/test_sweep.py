@@ -11,7 +11,9 @@ from msdiff_dist.sweep import SweepConfig, load_sweep, overrides_of, run_names
 
 
 def test_every_combination_then_the_single_runs() -> None:
-    sweep = SweepConfig("r.yaml", {"optimizer.lr": [0.1, 0.2], "train.seed": [0, 1]}, [{"train.steps": 3}])
+    sweep = SweepConfig(
+        recipe="r.yaml", grid={"optimizer.lr": [0.1, 0.2], "train.seed": [0, 1]}, runs=[{"train.steps": 3}]
+    )
     assert sweep.changes == [
         {"optimizer.lr": 0.1, "train.seed": 0},
         {"optimizer.lr": 0.1, "train.seed": 1},

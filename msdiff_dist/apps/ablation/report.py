@@ -15,7 +15,7 @@ from msdiff_dist.apps.ablation.run import Trial
 from msdiff_dist.files.atomic import atomic_write
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Curve:
     """A variant's scores after each point's compute: petaflops_P, score_PS with a column a seed, NaN where missing."""
 
@@ -46,7 +46,7 @@ def curves(trials: Sequence[Trial], settings: dict[str, Any]) -> list[Curve]:
         scores = [t.scores(settings) for t in own]
         table = np.array([[s.get(step, np.nan) for s in scores] for step in own[0].steps])
         petaflops = own[0].step_petaflops * np.array(own[0].steps)
-        found.append(Curve(own[0], [t.seed for t in own], petaflops, table))
+        found.append(Curve(first=own[0], seeds=[t.seed for t in own], petaflops_P=petaflops, score_PS=table))
     return found
 
 

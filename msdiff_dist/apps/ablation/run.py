@@ -34,7 +34,7 @@ from msdiff_dist.sweep import overrides_of
 from msdiff_dist.training.run_folder import RunFolder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AblationConfig:
     """An ablation file.
 
@@ -72,7 +72,7 @@ class AblationConfig:
                 raise ConfigError(fixed, "given", "follows from the budget and the seeds", "Remove it.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trial:
     """One run. steps: after which it is scored."""
 
@@ -147,10 +147,19 @@ def _trials(config: AblationConfig, name: str, base: Path, out: Path, nproc: int
             recipe,
             name=f"{name}_seed_{seed}",
             train=replace(recipe.train, steps=last, seed=seed),
-            checkpoint=CheckpointConfig(recipe.checkpoint.every, keep_last=1, at=steps),
+            checkpoint=CheckpointConfig(every=recipe.checkpoint.every, keep_last=1, at=steps),
             preview=replace(recipe.preview, every=0),
         )
-        yield Trial(name, seed, planned, out / name / f"seed_{seed}", costs, per_step, steps, found)
+        yield Trial(
+            variant=name,
+            seed=seed,
+            recipe=planned,
+            folder=out / name / f"seed_{seed}",
+            costs=costs,
+            step_petaflops=per_step,
+            steps=steps,
+            data=found,
+        )
 
 
 def _check_image_shape(trial: Trial, shape: tuple[int, int, int], classifier: str) -> None:

@@ -20,7 +20,7 @@ from msdiff_dist.recipe import Recipe
 GIGA, PETA = 1e9, 1e15
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CostReport:
     """Counts of a recipe's network, and the share of each stage among all evaluations.
 
@@ -83,14 +83,16 @@ def cost_report(recipe: Recipe) -> CostReport:
     edges = [0.0, *clock_of(process, partition.boundaries).tolist(), 1.0]
     stages = [stage for _, stage in sampler_times(process, partition, recipe.preview.sampler)]
     return CostReport(
-        recipe_costs(recipe),
-        tuple(np.diff(edges).tolist()),
-        tuple(stage_probabilities(process, partition, recipe.stages.sampling).tolist()),
-        tuple(stages.count(k) / len(stages) for k in range(K)),
-        len(stages),
-        _unified_macs(recipe),
-        recipe.train.steps,
-        recipe.train.batch_size(1) if recipe.train.micro_batch_size is None else recipe.train.global_batch_size,
+        costs=recipe_costs(recipe),
+        interval_K=tuple(np.diff(edges).tolist()),
+        training_K=tuple(stage_probabilities(process, partition, recipe.stages.sampling).tolist()),
+        sampling_K=tuple(stages.count(k) / len(stages) for k in range(K)),
+        evaluations=len(stages),
+        unified_macs=_unified_macs(recipe),
+        steps=recipe.train.steps,
+        batch_size=recipe.train.batch_size(1)
+        if recipe.train.micro_batch_size is None
+        else recipe.train.global_batch_size,
     )
 
 

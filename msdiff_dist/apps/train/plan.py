@@ -22,7 +22,7 @@ from msdiff_dist.recipe import Recipe
 from msdiff_dist.training.optimizer import OPTIMIZERS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunPlan:
     """cost_K: multiply-adds of one sample of each stage, encoder and decoder."""
 
@@ -49,7 +49,7 @@ def plan_run(recipe: Recipe, world_size: int, ranks_per_node: int | None = None)
     placement = plan(micro_quotas, cost_K, world_size, explicit)
     if explicit is None and ranks_per_node is not None:
         placement = arrange(placement, ranks_per_node, [d.params for d in model_costs.decoders])
-    return RunPlan(batch_size, quotas, model_costs, cost_K, placement)
+    return RunPlan(batch_size=batch_size, quotas=quotas, costs=model_costs, cost_K=cost_K, placement=placement)
 
 
 def recipe_costs(recipe: Recipe) -> ModelCosts:
@@ -68,13 +68,13 @@ def workload(recipe: Recipe, run_plan: RunPlan, on_gpus: bool) -> Workload:
     if data.context_shape is not None:
         payload += int(np.prod(data.context_shape)) * getattr(torch, data.latent_dtype).itemsize
     return Workload(
-        run_plan.cost_K,
-        run_plan.costs.encoder.params,
-        [d.params for d in run_plan.costs.decoders],
-        payload,
-        expected_precision(recipe.train.precision, on_gpus),
-        recipe.parallel.zero_shared,
-        recipe.parallel.zero_decoders,
+        cost_K=run_plan.cost_K,
+        shared_params=run_plan.costs.encoder.params,
+        stage_params_K=[d.params for d in run_plan.costs.decoders],
+        payload_bytes=payload,
+        precision=expected_precision(recipe.train.precision, on_gpus),
+        zero_shared=recipe.parallel.zero_shared,
+        zero_decoders=recipe.parallel.zero_decoders,
         moments=OPTIMIZERS[optimizer.name].moments(optimizer),
         averages=1 + (len(recipe.ema.power.lengths) if recipe.ema.power else 0),
     )

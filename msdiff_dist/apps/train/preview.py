@@ -21,7 +21,7 @@ from msdiff_dist.recipe import Recipe
 def write_preview(recipe: Recipe, weights: Path, target: Path, env: Environment) -> None:
     """Sample the recipe's grid with `weights`, which is removed afterwards. Collective."""
     config, num_classes = recipe.preview, recipe.model.num_classes
-    job = SamplingJob(config.num, config.seed, config.sampler, prompts=config.prompts)
+    job = SamplingJob(num=config.num, seed=config.seed, sampler=config.sampler, prompts=config.prompts)
     own = range(env.rank, job.num, env.world_size)
     images: Tensor | None = None
     if own:

@@ -156,11 +156,11 @@ class Trainer:
             checkpoint_activations(part, recipe.activation_checkpointing)
             part.to(device)
         config = EngineConfig(
-            "bf16" if recipe.train.precision == "bf16" else "fp32",
-            recipe.parallel.zero_shared,
-            recipe.parallel.zero_decoders,
-            recipe.train.gradient_accumulation_steps,
-            recipe.optimizer.grad_clip,
+            precision="bf16" if recipe.train.precision == "bf16" else "fp32",
+            zero_shared=recipe.parallel.zero_shared,
+            zero_decoders=recipe.parallel.zero_decoders,
+            gradient_accumulation_steps=recipe.train.gradient_accumulation_steps,
+            grad_clip=recipe.optimizer.grad_clip,
         )
         optimizer = optimizer_factory(recipe.optimizer, fused=device.type == "cuda")
         return StageParallelEngines(shared, stages, optimizer, config, groups, device)

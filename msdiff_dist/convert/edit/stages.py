@@ -84,7 +84,9 @@ def grow(
             f"Use {old.decoder_channels[0]} for every stage.",
         )  # fmt: skip
     model = old.of_widths(decoder_channels, decoder_attention)
-    description = replace(weights.description, model=model, stages=StagesConfig(tuple(map(float, boundaries))))
+    description = replace(
+        weights.description, model=model, stages=StagesConfig(boundaries=tuple(map(float, boundaries)))
+    )
     description.partition()
     tensors = GrownSource(weights, model)
     return replace(
@@ -167,7 +169,9 @@ def merge(models: Sequence[ModelWeights], boundaries: Sequence[float]) -> ModelW
     model = _merged_model([part.model for part in models], shared)
     return replace(
         first,
-        description=replace(first.description, model=model, stages=StagesConfig(tuple(map(float, boundaries)))),
+        description=replace(
+            first.description, model=model, stages=StagesConfig(boundaries=tuple(map(float, boundaries)))
+        ),
         tensors=JoinedSource(parts),
         used=used,
         left_out=left_out,

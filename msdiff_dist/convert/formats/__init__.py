@@ -20,7 +20,7 @@ from msdiff_dist.registry import Table
 PLAIN = "safetensors"  # the tensors of a DeepSpeed folder under their own names, whatever network they are of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Format:
     """A format that `msdiff convert` knows.
 
@@ -41,38 +41,38 @@ FORMATS: Table[Format] = Table(
     "format",
     {
         "official-scoresde": Format(
-            read_scoresde,
-            lambda weights, path, options, metadata: write_scoresde(weights, path, metadata),
-            ("en_modules.", "all_modules.", "module.en_modules.", "module.all_modules."),
+            read=read_scoresde,
+            write=lambda weights, path, options, metadata: write_scoresde(weights, path, metadata),
+            marks=("en_modules.", "all_modules.", "module.en_modules.", "module.all_modules."),
         ),
         "official-ldm": Format(  # after official-scoresde: both have de_modules
-            lambda path, options: read_ldm(open_source(path), options, multistage=True),
-            lambda weights, path, options, metadata: write_ldm_file(weights, path, options, metadata, True),
-            ("model.diffusion_model.de_modules.", "de_modules.", "diffusion_model.de_modules."),
-            lambda source, options: read_ldm(source, options, multistage=True),
+            read=lambda path, options: read_ldm(open_source(path), options, multistage=True),
+            write=lambda weights, path, options, metadata: write_ldm_file(weights, path, options, metadata, True),
+            marks=("model.diffusion_model.de_modules.", "de_modules.", "diffusion_model.de_modules."),
+            read_tensors=lambda source, options: read_ldm(source, options, multistage=True),
         ),
         "ldm": Format(
-            lambda path, options: read_ldm(open_source(path), options),
-            write_ldm_file,
-            ("model.diffusion_model.input_blocks.", "input_blocks.", "diffusion_model.input_blocks."),
-            read_ldm,
+            read=lambda path, options: read_ldm(open_source(path), options),
+            write=write_ldm_file,
+            marks=("model.diffusion_model.input_blocks.", "input_blocks.", "diffusion_model.input_blocks."),
+            read_tensors=read_ldm,
         ),
         "msdiff": Format(
-            read_export,
-            lambda weights, path, options, metadata: write_export(weights, path, metadata),
-            ("shared.", "stages.0."),
+            read=read_export,
+            write=lambda weights, path, options, metadata: write_export(weights, path, metadata),
+            marks=("shared.", "stages.0."),
         ),
         "diffusers": Format(
-            read_diffusers,
-            lambda weights, path, options, metadata: write_diffusers(weights, path, metadata),
-            ("down_blocks.", "conv_in."),
+            read=read_diffusers,
+            write=lambda weights, path, options, metadata: write_diffusers(weights, path, metadata),
+            marks=("down_blocks.", "conv_in."),
         ),
         "official-edm": Format(
-            lambda path, options: read_edm(open_source(path), options),
-            lambda weights, path, options, metadata: write_edm(weights, path, metadata),
-            ("model.enc.", "enc.", "model.decs.", "decs."),
+            read=lambda path, options: read_edm(open_source(path), options),
+            write=lambda weights, path, options, metadata: write_edm(weights, path, metadata),
+            marks=("model.enc.", "enc.", "model.decs.", "decs."),
         ),
-        "deepspeed": Format(read_deepspeed),
+        "deepspeed": Format(read=read_deepspeed),
     },
 )
 

@@ -68,7 +68,7 @@ def read_diffusers(folder: Path, options: ConvertOptions) -> ModelWeights:
             found.left_out[f"{name}/"] = "a part of the pipeline that is not the network"
     if vae and vae_weights:
         found.used |= {f"{vae.name}/{k}": [f"autoencoder/{k}"] for k in vae_weights.tensors.names()}
-    diffusion = DiffusionConfig("discrete", discrete)
+    diffusion = DiffusionConfig(process="discrete", section=discrete)
     return replace(
         found,
         description=replace(found.description, diffusion=diffusion, autoencoder=autoencoder),
@@ -102,8 +102,8 @@ def read_unet(config: Mapping[str, Any], source: TensorSource, options: ConvertO
     size = config.get("sample_size")
     description = ModelDescription(
         model=model,
-        diffusion=DiffusionConfig("discrete", discrete),
-        stages=StagesConfig(options.boundaries or boundaries),
+        diffusion=DiffusionConfig(process="discrete", section=discrete),
+        stages=StagesConfig(boundaries=options.boundaries or boundaries),
         autoencoder=AutoencoderConfig(scale_factor=options.scale_factor or 1.0),
         sample_size=tuple(size) if isinstance(size, list) else size,
     )

@@ -137,8 +137,8 @@ def read_ldm(source: TensorSource, options: ConvertOptions, multistage: bool = F
     check_complete(source, rules, {*left_out, *used}, shapes, what)
     description = ModelDescription(
         model=model,
-        diffusion=DiffusionConfig("discrete", discrete),
-        stages=StagesConfig(boundaries),
+        diffusion=DiffusionConfig(process="discrete", section=discrete),
+        stages=StagesConfig(boundaries=boundaries),
         autoencoder=AutoencoderConfig(scale_factor=scale, **(first_stage.config_fields() if first_stage else {})),
         sample_size=sheet.sample_size() if sheet else None,
         weights="ema" if use_ema else "raw",
@@ -205,7 +205,7 @@ def write_ldm_file(
         first_stage = write_first_stage(weights.autoencoder_weights)
         parts.append(_under_prefix(FIRST_STAGE, TheirsFromOurs(weights.autoencoder_weights.tensors, first_stage)))
         names |= {f"autoencoder/{r.ours}": [FIRST_STAGE + k for k in r.theirs] for r in first_stage}
-    return Written(names, {path.name: write_state_dict(path, JoinedSource(parts), metadata)}, added)
+    return Written(names=names, files={path.name: write_state_dict(path, JoinedSource(parts), metadata)}, added=added)
 
 
 def _checked_model(weights: ModelWeights, multistage: bool) -> LDMConfig:

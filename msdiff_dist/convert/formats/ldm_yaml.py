@@ -20,7 +20,7 @@ _SCHEDULES: dict[str, ScheduleName] = {"linear": "scaled_linear", "sqrt_linear":
 _PREDICTIONS: dict[str, PredictionType] = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LdmYaml:
     """The parts of an LDM configuration that a conversion needs."""
 
@@ -46,7 +46,9 @@ class LdmYaml:
                 "Give the YAML that holds model.params.unet_config.params.",
             ) from None  # fmt: skip
         first_stage = model.get("first_stage_config") or {}
-        return LdmYaml(path, model, unet, first_stage if isinstance(first_stage, Mapping) else {})
+        return LdmYaml(
+            path=path, model=model, unet=unet, first_stage=first_stage if isinstance(first_stage, Mapping) else {}
+        )
 
     def heads(self) -> HeadsRule | None:
         """The heads it sets; channels per head count where both are set, as in LDM."""

@@ -90,8 +90,8 @@ def read_edm(source: TensorSource, options: ConvertOptions) -> ModelWeights:
     boundaries, said = given_boundaries(options.boundaries, model.num_stages, PAPER_BOUNDARIES)
     description = ModelDescription(
         model=model,
-        diffusion=DiffusionConfig("edm", EDMConfig()),
-        stages=StagesConfig(boundaries),
+        diffusion=DiffusionConfig(process="edm", section=EDMConfig()),
+        stages=StagesConfig(boundaries=boundaries),
         sample_size=size,
         weights="ema",
     )

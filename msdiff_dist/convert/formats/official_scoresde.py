@@ -81,8 +81,8 @@ def read_scoresde(path: Path, options: ConvertOptions) -> ModelWeights:
     boundaries, said = given_boundaries(options.boundaries, model.num_stages, PAPER_BOUNDARIES)
     description = ModelDescription(
         model=model,
-        diffusion=DiffusionConfig("vp", VPConfig()),
-        stages=StagesConfig(boundaries),
+        diffusion=DiffusionConfig(process="vp", section=VPConfig()),
+        stages=StagesConfig(boundaries=boundaries),
         weights="ema" if averaged else "raw",
     )
     return ModelWeights(

@@ -26,7 +26,7 @@ from msdiff_dist.errors import ConfigError, DataError
 from msdiff_dist.randomness import generator
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
     """What `msdiff data encode` makes."""
 
@@ -64,7 +64,7 @@ class Networks:
     embed: Callable[[Sequence[str]], tuple[Tensor, Tensor]] | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShardRecord:
     """What became of one shard. mark: of its source. count, sum, squares: of all values of its latents."""
 
@@ -123,7 +123,15 @@ class ShardEncoder:
         write_shard(target, blocks())
         left_out = [str(corruption) for corruption in report.take()]
         file = stored_file(target, totals.samples)
-        return ShardRecord(file, mark, totals.shape, totals.count, totals.sum, totals.squares, left_out)
+        return ShardRecord(
+            file=file,
+            mark=mark,
+            shape=totals.shape,
+            count=totals.count,
+            sum=totals.sum,
+            squares=totals.squares,
+            left_out=left_out,
+        )
 
     def _decoded(self, shard: Shard, report: CorruptionReport) -> Iterator[Samples]:
         def duplicate(key: str, what: str) -> None:
@@ -177,7 +185,7 @@ class ShardEncoder:
         return [slice(i, i + self._config.batch_size) for i in range(0, n, self._config.batch_size)]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Totals:
     samples: int = 0
     shape: tuple[int, ...] | None = None

@@ -22,7 +22,7 @@ NULL_CONTEXT = "null_context.safetensors"
 FORMAT = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ManifestFile:
     """A file beside the manifest, and the samples in it."""
 
@@ -40,7 +40,7 @@ class NetworkIdentity:
     identity: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The content of manifest.json.
 
@@ -109,4 +109,4 @@ def load_null_context(address: str, manifest: Manifest, access: Access = DEFAULT
 
 def stored_file(path: Path, samples: int = 0) -> ManifestFile:
     """Size and checksum of a file."""
-    return ManifestFile(path.name, samples, path.stat().st_size, sha256_of(path))
+    return ManifestFile(name=path.name, samples=samples, bytes=path.stat().st_size, sha256=sha256_of(path))

@@ -34,7 +34,7 @@ class Packed:
     left_out: list[tuple[Path, str]]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Folder:
     root: Path
     files: list[Path]
@@ -100,8 +100,8 @@ def pack(images: Path, out: Path, size: int | None = None, samples_per_shard: in
     parts = [p.relative_to(images).parts for p in files]
     classes = tuple(sorted({p[0] for p in parts})) if all(len(p) > 1 for p in parts) else ()
     captioned = any(p.with_suffix(".txt").is_file() for p in files)
-    folder = _Folder(images, files, classes, captioned, size, max_bad)
-    info = DatasetInfo(images.resolve().name, "not stated", "msdiff data pack", classes)
+    folder = _Folder(root=images, files=files, classes=classes, captioned=captioned, size=size, max_bad=max_bad)
+    info = DatasetInfo(name=images.resolve().name, licence="not stated", origin="msdiff data pack", classes=classes)
     dataset = write_dataset(out, info, folder.samples(), itertools.repeat(samples_per_shard))
     return Packed(dataset, folder.left_out)
 

@@ -21,7 +21,7 @@ from msdiff_dist.files.atomic import atomic_folder, atomic_write, is_free, writi
 Fields = Mapping[str, bytes]  # file extension -> content
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
     """What `dataset.json` tells about a folder of shards."""
 
@@ -31,7 +31,7 @@ class DatasetInfo:
     classes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WrittenDataset:
     """A finished folder of shards. `class_counts` has the samples of each class that has any."""
 
@@ -120,7 +120,12 @@ def write_dataset(
             raise DataError("--out", str(out), "there are no samples to write", "Check the source.")
         write_index(aside, info.name, counts)
         written = WrittenDataset(
-            out, info, len(counts), sum(counts.values()), _bytes(aside), dict(sorted(class_counts.items()))
+            out=out,
+            info=info,
+            shards=len(counts),
+            samples=sum(counts.values()),
+            bytes=_bytes(aside),
+            class_counts=dict(sorted(class_counts.items())),
         )
         (aside / "dataset.json").write_text(json.dumps(_description(written), indent=1, ensure_ascii=False) + "\n")
     return written

@@ -15,7 +15,7 @@ from msdiff_dist.diffusion.process import Process, Spacing
 from msdiff_dist.errors import ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DiscreteConfig:
     """LDM's discrete process: integer timesteps 0 .. timesteps - 1."""
 

@@ -15,7 +15,7 @@ from msdiff_dist.diffusion.process import Process, Spacing
 from msdiff_dist.errors import ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EDMConfig:
     """EDM (2206.00364): noise level sigma with ln(sigma) ~ N(p_mean, p_std^2), and its preconditioning."""
 

@@ -14,7 +14,7 @@ from msdiff_dist.diffusion.process import Process, Spacing
 from msdiff_dist.errors import ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VPConfig:
     """Continuous variance-preserving SDE (2011.13456): beta(t) linear from beta_min to beta_max over t in [0, 1]."""
 

@@ -25,21 +25,21 @@ def _variance_preserving(process: Process) -> bool:
 SOLVERS: Table[Solver] = Table(
     "solver",
     {
-        "ddim": Solver(ddim, _variance_preserving, options=("eta",), clips=True),
-        "dpmpp_2m": Solver(dpmpp_2m, _variance_preserving),
-        "ddpm": Solver(ddpm, _variance_preserving, clips=True),
+        "ddim": Solver(run=ddim, fits=_variance_preserving, options=("eta",), clips=True),
+        "dpmpp_2m": Solver(run=dpmpp_2m, fits=_variance_preserving),
+        "ddpm": Solver(run=ddpm, fits=_variance_preserving, clips=True),
         "dpm_3s": Solver(
-            dpm_solver_singlestep,
+            run=dpm_solver_singlestep,
             fits=lambda process: process.variance_preserving and not process.discrete,
             spacings=("log_snr",),
             least_steps=3,
         ),
-        "heun": Solver(heun, lambda process: process.unit == "sigma", options=("churn",), steps_of=heun_steps),
+        "heun": Solver(run=heun, fits=lambda process: process.unit == "sigma", options=("churn",), steps_of=heun_steps),
     },
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ChurnConfig:
     """Heun's stochastic noise (2206.00364, Algorithm 2): S_churn, S_noise, and the sigmas between which it acts."""
 
@@ -57,7 +57,7 @@ class ChurnConfig:
             raise ConfigError("amount", self.amount, "must not be negative", "Use 0 for deterministic sampling.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
     """How samples are made."""
 

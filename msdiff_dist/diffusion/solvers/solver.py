@@ -21,7 +21,7 @@ def _one_each(evaluations: int) -> int:
     return evaluations
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Solver:
     """A solver that a recipe and the command line can name.
 

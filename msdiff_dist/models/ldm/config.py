@@ -11,7 +11,7 @@ from msdiff_dist.errors import ConfigError
 from msdiff_dist.models.unet_config import UNetConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LDMConfig(UNetConfig):
     """The U-Net of latent diffusion (Dhariwal and Nichol 2021; Rombach et al. 2022), with a decoder per stage."""
 

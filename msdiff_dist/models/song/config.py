@@ -11,7 +11,7 @@ from msdiff_dist.models.unet_config import UNetConfig
 SongFamily = Literal["ddpmpp", "ncsnpp", "ncsnpp_vp"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SongVariant:
     """What a family is made of.
 
@@ -29,13 +29,15 @@ class SongVariant:
 
 
 VARIANTS: dict[SongFamily, SongVariant] = {
-    "ddpmpp": SongVariant("positional", (1, 1), input_pyramid=False, shared_middle=False),
-    "ncsnpp": SongVariant("fourier", (1, 3, 3, 1), input_pyramid=True, shared_middle=False),
-    "ncsnpp_vp": SongVariant("positional", (1, 3, 3, 1), input_pyramid=True, shared_middle=True),
+    "ddpmpp": SongVariant(embedding="positional", resample_filter=(1, 1), input_pyramid=False, shared_middle=False),
+    "ncsnpp": SongVariant(embedding="fourier", resample_filter=(1, 3, 3, 1), input_pyramid=True, shared_middle=False),
+    "ncsnpp_vp": SongVariant(
+        embedding="positional", resample_filter=(1, 3, 3, 1), input_pyramid=True, shared_middle=True
+    ),
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SongConfig(UNetConfig):
     """The U-Net of score-based diffusion (2011.13456), in EDM's form (2206.00364), with a decoder per stage."""
 

@@ -36,11 +36,11 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def test_methods_that_need_the_process_alone() -> None:
-    assert cluster(ClusterRequest("snr", 3)).boundaries == [0.348, 0.709]
-    assert cluster(ClusterRequest("timestep", 2, "discrete", ["timesteps=100"])).boundaries == [
-        pytest.approx(50, abs=1)
-    ]
-    slower = cluster(ClusterRequest("snr", 3, "vp", ["beta_max=10"]))
+    assert cluster(ClusterRequest(method="snr", stages=3)).boundaries == [0.348, 0.709]
+    assert cluster(
+        ClusterRequest(method="timestep", stages=2, process="discrete", fields=["timesteps=100"])
+    ).boundaries == [pytest.approx(50, abs=1)]
+    slower = cluster(ClusterRequest(method="snr", stages=3, process="vp", fields=["beta_max=10"]))
     assert isinstance(slower.process, VPProcess)
     assert slower.boundaries[0] < 0.348
 
@@ -50,7 +50,11 @@ def test_methods_that_need_the_process_alone() -> None:
 def test_optimal_denoiser_on_images(images: Path, tmp_path: Path, process: str, stages: int) -> None:
     plot = tmp_path / "plot.png"
     options = DenoiserOptions(samples=200, alpha=0.8)
-    found = cluster(ClusterRequest("optimal-denoiser", stages, process, images=images, options=options, plot=plot))
+    found = cluster(
+        ClusterRequest(
+            method="optimal-denoiser", stages=stages, process=process, images=images, options=options, plot=plot
+        )
+    )
     assert len(found.boundaries) == stages - 1
     assert found.boundaries == sorted(set(found.boundaries))
     assert "60 samples" in found.found_by
@@ -104,26 +108,26 @@ def test_all_ways_to_write_the_section(recipe: Path, section: str) -> None:
 def test_a_recipe_that_cannot_have_the_boundaries_is_left_alone(recipe: Path) -> None:
     before = recipe.read_text()
     with pytest.raises(ConfigError, match=r"model\.decoder_channels"):
-        cluster(ClusterRequest("snr", 5, write=recipe))
+        cluster(ClusterRequest(method="snr", stages=5, write=recipe))
     with pytest.raises(ConfigError, match="trains the process discrete"):
-        cluster(ClusterRequest("snr", 3, "edm", write=recipe))
+        cluster(ClusterRequest(method="snr", stages=3, process="edm", write=recipe))
     assert recipe.read_text() == before
 
 
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (ClusterRequest("snr", 3, data="x"), "--data"),
-        (ClusterRequest("optimal-denoiser", 3), "--data = None"),
-        (ClusterRequest("optimal-denoiser", 3, data="a", images=Path("b")), "only one"),
-        (ClusterRequest("gradient", 3), "--run"),
-        (ClusterRequest("gradient", 3, "vp", run=Path("x")), "--process"),
-        (ClusterRequest("snr", 3, "ldm"), "Use --process discrete"),
-        (ClusterRequest("snr", 3, "ve"), "--process = 've'"),
-        (ClusterRequest("snr", 2000), "--stages = 2000"),
-        (ClusterRequest("snr", 3, "vp", ["beta_mox=10"]), "beta_max"),
-        (ClusterRequest("snr", 3, "vp", ["beta_max"]), "key=value"),
-        (ClusterRequest("snr", 3, plot=Path("x.unknown")), "--plot"),
+        (ClusterRequest(method="snr", stages=3, data="x"), "--data"),
+        (ClusterRequest(method="optimal-denoiser", stages=3), "--data = None"),
+        (ClusterRequest(method="optimal-denoiser", stages=3, data="a", images=Path("b")), "only one"),
+        (ClusterRequest(method="gradient", stages=3), "--run"),
+        (ClusterRequest(method="gradient", stages=3, process="vp", run=Path("x")), "--process"),
+        (ClusterRequest(method="snr", stages=3, process="ldm"), "Use --process discrete"),
+        (ClusterRequest(method="snr", stages=3, process="ve"), "--process = 've'"),
+        (ClusterRequest(method="snr", stages=2000), "--stages = 2000"),
+        (ClusterRequest(method="snr", stages=3, process="vp", fields=["beta_mox=10"]), "beta_max"),
+        (ClusterRequest(method="snr", stages=3, process="vp", fields=["beta_max"]), "key=value"),
+        (ClusterRequest(method="snr", stages=3, plot=Path("x.unknown")), "--plot"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(request_: ClusterRequest, message: str) -> None:
@@ -136,10 +140,14 @@ def test_bad_settings_of_the_denoiser_are_refused(images: Path) -> None:
         with pytest.raises(ConfigError, match=f"^{name}"):
             DenoiserOptions(**fields)
     with pytest.raises(ConfigError, match=r"--alpha = 0\.9: no boundary of the last stage"):
-        cluster(ClusterRequest("optimal-denoiser", 3, images=images, options=DenoiserOptions(eta=1e-7, samples=50)))
+        cluster(
+            ClusterRequest(
+                method="optimal-denoiser", stages=3, images=images, options=DenoiserOptions(eta=1e-7, samples=50)
+            )
+        )
     with pytest.raises(ConfigError, match="--stages = 22"):
-        cluster(ClusterRequest("optimal-denoiser", 22, images=images))
+        cluster(ClusterRequest(method="optimal-denoiser", stages=22, images=images))
     for image in sorted(images.iterdir())[5:]:
         image.unlink()
     with pytest.raises(DataError, match="so few samples"):
-        cluster(ClusterRequest("optimal-denoiser", 3, images=images))
+        cluster(ClusterRequest(method="optimal-denoiser", stages=3, images=images))

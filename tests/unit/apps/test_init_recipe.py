@@ -27,8 +27,10 @@ from tests.unit.convert.conftest import make_export
 __all__ = ["make_export", "run"]
 
 WIDTHS: dict[str, Any] = {"channel_mult": (1, 2), "num_res_blocks": 1, "attention_downsamples": (2,), "norm_groups": 16}
-LDM = LDMConfig(32, (48, 32, 32), num_head_channels=16, **WIDTHS)
-SONG = SongConfig(32, (48, 32, 32), family="ncsnpp", num_classes=5, augment_labels=9, **WIDTHS)
+LDM = LDMConfig(encoder_channels=32, decoder_channels=(48, 32, 32), num_head_channels=16, **WIDTHS)
+SONG = SongConfig(
+    encoder_channels=32, decoder_channels=(48, 32, 32), family="ncsnpp", num_classes=5, augment_labels=9, **WIDTHS
+)
 
 
 @pytest.mark.parametrize(
@@ -36,11 +38,20 @@ SONG = SongConfig(32, (48, 32, 32), family="ncsnpp", num_classes=5, augment_labe
     [
         (LDM, {}),
         (LDM, {"sample_size": (8, 16), "name": "wide"}),
-        (LDM, {"autoencoder": AutoencoderConfig("vq", "some/vq-f4", 4), "precision": "bf16"}),
-        (LDMConfig(32, (32,), num_heads=2, context_dim=24, **WIDTHS), {"context_shape": (20, 24)}),
-        (LDMConfig(32, (32,), num_heads=2, context_dim=24, **WIDTHS), {}),
+        (LDM, {"autoencoder": AutoencoderConfig(kind="vq", path="some/vq-f4", factor=4), "precision": "bf16"}),
+        (
+            LDMConfig(encoder_channels=32, decoder_channels=(32,), num_heads=2, context_dim=24, **WIDTHS),
+            {"context_shape": (20, 24)},
+        ),
+        (LDMConfig(encoder_channels=32, decoder_channels=(32,), num_heads=2, context_dim=24, **WIDTHS), {}),
         (LDM, {"extensions": ("msdiff_dist.registry",)}),
-        (SONG, {"diffusion": DiffusionConfig("edm", EDMConfig()), "stages": StagesConfig((2.5, 7.6), "equal")}),
+        (
+            SONG,
+            {
+                "diffusion": DiffusionConfig(process="edm", section=EDMConfig()),
+                "stages": StagesConfig(boundaries=(2.5, 7.6), sampling="equal"),
+            },
+        ),
     ],
     ids=["pixels", "not square", "latents", "context", "context of unknown length", "extensions", "song"],
 )

@@ -53,7 +53,16 @@ def _write(run: Path, step: int, changes: dict[str, Any] | None = None) -> Value
             for key, piece in pieces.items():
                 writer.write(key, piece)
         files.append(writer.stored)
-    index = CheckpointIndex(step, 6, 0.5, recipe_mapping(parsed), dict(sorted(shapes.items())), [], 2, files)
+    index = CheckpointIndex(
+        step=step,
+        batch_size=6,
+        loss=0.5,
+        recipe=recipe_mapping(parsed),
+        shapes=dict(sorted(shapes.items())),
+        moments=[],
+        world_size=2,
+        files=files,
+    )
     (folder / INDEX).write_text(index.dump())
     return values
 

@@ -36,7 +36,7 @@ def test_verify(run: Path) -> None:
     result = command("checkpoint", "verify", run)
     assert isinstance(result.exception, CheckpointError)
     assert "rank_00001.safetensors" in str(result.exception)
-    assert (result.stdout.count("intact"), result.stdout.count("damaged")) == (1, 1)
+    assert (result.stdout.count("intact"), result.stdout.count("corrupt")) == (1, 1)
     assert command("checkpoint", "verify", run, "--step", 5).exit_code == 0
 
 

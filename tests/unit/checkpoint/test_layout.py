@@ -23,8 +23,17 @@ from msdiff_dist.errors import CheckpointError
 
 @pytest.fixture
 def index() -> CheckpointIndex:
-    files = [StoredFile("rank_00000.safetensors", 12, "ab", {"param/shared.w@0": 6})]
-    return CheckpointIndex(7, 24, 0.5, {"name": "x"}, {"shared.w": (2, 3)}, ["exp_avg"], 1, files)
+    files = [StoredFile(name="rank_00000.safetensors", size=12, sha256="ab", keys={"param/shared.w@0": 6})]
+    return CheckpointIndex(
+        step=7,
+        batch_size=24,
+        loss=0.5,
+        recipe={"name": "x"},
+        shapes={"shared.w": (2, 3)},
+        moments=["exp_avg"],
+        world_size=1,
+        files=files,
+    )
 
 
 def test_index_round_trip(tmp_path: Path, index: CheckpointIndex) -> None:

@@ -30,9 +30,12 @@ def make_export(tmp_path: Path) -> Exporter:
         model = randomise(build_model(config))
         save_file({k: v.to(dtype) for k, v in model.state_dict().items()}, folder / "model.safetensors")
         stages = {1: (), 2: (500.0,), 3: (442.0, 631.0)}[config.num_stages]
-        known: dict[str, Any] = {"diffusion": DiffusionConfig("discrete", DiscreteConfig()), "sample_size": 8}
+        known: dict[str, Any] = {
+            "diffusion": DiffusionConfig(process="discrete", section=DiscreteConfig()),
+            "sample_size": 8,
+        }
         description = ModelDescription(
-            model=config, version=__version__, **{**known, "stages": StagesConfig(stages), **sections}
+            model=config, version=__version__, **{**known, "stages": StagesConfig(boundaries=stages), **sections}
         )
         (folder / "config.json").write_text(json.dumps(to_mapping(description)))
         return folder

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from msdiff_dist.convert import sources, writing
+from msdiff_dist.convert import tensor_sources, writing
 from msdiff_dist.convert.tensor_sources import MemorySource, NpzSource, SafetensorsSource, open_source
 from msdiff_dist.convert.writing import appearing, write_safetensors, write_state_dict
 from msdiff_dist.errors import CheckpointError
@@ -154,7 +154,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 
 def test_tensors_outlive_the_mapping_that_they_were_read_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "RESIDENT", 0)
+    monkeypatch.setattr(tensor_sources, "RESIDENT", 0)
     expected = {str(i): torch.randn(100) for i in range(5)}
     torch.save({"state_dict": expected}, tmp_path / "x.ckpt")
     source = open_source(tmp_path / "x.ckpt")

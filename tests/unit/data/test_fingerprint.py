@@ -62,6 +62,10 @@ def test_a_sample_that_grows_in_a_large_shard_is_noticed(tmp_path):
 
 
 def test_shards_of_the_same_name_and_behind_addresses():
-    shards = [Shard("s3://b/x/0.tar", 3, 10), Shard("s3://b/y/0.tar", 4), Shard("pipe:cat a b", 1)]
+    shards = [
+        Shard(path="s3://b/x/0.tar", num_samples=3, size=10),
+        Shard(path="s3://b/y/0.tar", num_samples=4),
+        Shard(path="pipe:cat a b", num_samples=1),
+    ]
     assert fingerprint_shards([shards[:2]]) == [["/x/0.tar 3 10 -", "/y/0.tar 4 - -"]]
     assert fingerprint_shards([shards[2:]]) == [["pipe:cat%20a%20b 1 - -"]]

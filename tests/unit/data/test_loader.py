@@ -71,7 +71,7 @@ def test_content_does_not_depend_on_ranks_workers_or_start(
         assert sorted(stream[epoch * N : (epoch + 1) * N]) == every_key
     assert batches(config, B, steps, world_size, start_step) == reference[start_step:]
 
-    shards = [Shard(str(folder / f"{i:05d}.tar"), n) for i, n in enumerate(sizes)]
+    shards = [Shard(path=str(folder / f"{i:05d}.tar"), num_samples=n) for i, n in enumerate(sizes)]
     dataset = _RankDataset(_Schedule(config, [shards], 0, B), list(range(lanes)), start_step)
     parts = [dataset.parts(set(range(lanes)[v::workers])) for v in range(workers)]
     merged = [_merge([next(part) for part in parts]) for _ in range(steps)]
@@ -95,7 +95,7 @@ def test_sources_are_mixed_by_weight_and_each_in_its_own_epochs(
     for source, counts in enumerate(sizes):
         latent_shards(folder / str(source), counts, first=1000 * source)
         keys.append([f"{1000 * source + i:05d}" for i in range(sum(counts))])
-    sources = tuple(SourceConfig(str(folder / str(s)), weight) for s, weight in enumerate(weights))
+    sources = tuple(SourceConfig(shards=str(folder / str(s)), weight=weight) for s, weight in enumerate(weights))
     config = replace(config_of(folder, lanes=2 * world_size), shards=(), sources=sources)
     steps = start_step + -(-3 * max(map(len, keys)) // B)
     reference = batches(config, B, steps)

@@ -12,7 +12,7 @@ from msdiff_dist.errors import DataError
 
 
 def shards_in(folder, sizes):
-    return [Shard(str(folder / f"{i:05d}.tar"), n) for i, n in enumerate(sizes)]
+    return [Shard(path=str(folder / f"{i:05d}.tar"), num_samples=n) for i, n in enumerate(sizes)]
 
 
 def keys_of(shards, order, lane, g, n):

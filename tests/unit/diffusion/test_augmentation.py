@@ -9,7 +9,7 @@ import torch
 from msdiff_dist.diffusion.augmentation import AUGMENT_LABELS, AugmentationConfig, augment, resampled
 from msdiff_dist.errors import ConfigError
 
-ALWAYS, SOMETIMES, MIRROR_ONLY = (AugmentationConfig(p) for p in (1.0, 0.12, 0.0))
+ALWAYS, SOMETIMES, MIRROR_ONLY = (AugmentationConfig(probability=p) for p in (1.0, 0.12, 0.0))
 
 
 def images(n: int, size: int = 12) -> torch.Tensor:
@@ -130,4 +130,4 @@ def test_pixels_move_as_described() -> None:
 @pytest.mark.parametrize("probability", [-0.1, 1.5, float("nan")])
 def test_probability_must_be_one(probability: float) -> None:
     with pytest.raises(ConfigError, match="probability"):
-        AugmentationConfig(probability)
+        AugmentationConfig(probability=probability)

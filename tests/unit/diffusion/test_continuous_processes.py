@@ -94,7 +94,7 @@ def test_edm_draws_a_log_normal_restricted_to_the_stage(lo: float, hi: float) ->
 @given(u=st.floats(0, 1, exclude_max=True), k=st.integers(0, 2))
 @pytest.mark.parametrize("process", [DISCRETE, VP, EDM], ids=lambda p: p.unit)
 def test_drawn_times_lie_in_their_stage(process, u: float, k: int) -> None:
-    partition = build_partition(StagesConfig(BOUNDARIES[process.unit]), process)
+    partition = build_partition(StagesConfig(boundaries=BOUNDARIES[process.unit]), process)
     t = process.quantile(np.array([0.0, u, np.nextafter(1, 0)]), *partition.interval(k))
     assert (partition.stage_of(t) == k).all()
     assert (t > 0).all() or process is DISCRETE
@@ -102,7 +102,7 @@ def test_drawn_times_lie_in_their_stage(process, u: float, k: int) -> None:
 
 @pytest.mark.parametrize("process", [DISCRETE, VP, EDM], ids=lambda p: p.unit)
 def test_stages_change_exactly_at_the_boundary(process) -> None:
-    partition = build_partition(StagesConfig(BOUNDARIES[process.unit]), process)
+    partition = build_partition(StagesConfig(boundaries=BOUNDARIES[process.unit]), process)
     for k, b in enumerate(partition.boundaries):
         below = b - 1 if process is DISCRETE else np.nextafter(b, 0)
         assert partition.stage_of(np.array([below, b])).tolist() == [k, k + 1]
@@ -161,4 +161,4 @@ def test_bad_sections_name_the_field(section: dict, field: str) -> None:
 )
 def test_boundaries_outside_the_process_are_refused(process, boundaries: tuple[float, ...]) -> None:
     with pytest.raises(ConfigError, match=r"^stages\.boundaries"):
-        build_partition(StagesConfig(boundaries), process)
+        build_partition(StagesConfig(boundaries=boundaries), process)

@@ -17,13 +17,13 @@ from msdiff_dist.diffusion.stage_partition import build_partition
 from msdiff_dist.errors import ConfigError
 
 PROCESS = build_process(DiffusionConfig())
-PARTITION = build_partition(StagesConfig((442, 631)), PROCESS)
+PARTITION = build_partition(StagesConfig(boundaries=(442, 631)), PROCESS)
 SHAPE = (2, 4, 4)
 SAMPLERS = [
-    SamplerConfig("ddim"),
-    SamplerConfig("ddim", eta=1.0, clip=True),
-    SamplerConfig("dpmpp_2m"),
-    SamplerConfig("ddpm"),
+    SamplerConfig(name="ddim"),
+    SamplerConfig(name="ddim", eta=1.0, clip=True),
+    SamplerConfig(name="dpmpp_2m"),
+    SamplerConfig(name="ddpm"),
 ]
 
 
@@ -61,10 +61,14 @@ def test_each_call_gets_the_stage_of_its_time(config: SamplerConfig) -> None:
 @pytest.mark.parametrize(
     ("config", "reference", "options"),
     [
-        (SamplerConfig("ddim", 50, spacing="trailing"), diffusers.DDIMScheduler, {}),
-        (SamplerConfig("dpmpp_2m", 20, spacing="trailing"), diffusers.DPMSolverMultistepScheduler, {}),
-        (SamplerConfig("ddpm", 50, spacing="trailing"), diffusers.DDPMScheduler, {}),
-        (SamplerConfig("ddim", 50, eta=1.0, clip=True, spacing="trailing"), diffusers.DDIMScheduler, {"eta": 1.0}),
+        (SamplerConfig(name="ddim", steps=50, spacing="trailing"), diffusers.DDIMScheduler, {}),
+        (SamplerConfig(name="dpmpp_2m", steps=20, spacing="trailing"), diffusers.DPMSolverMultistepScheduler, {}),
+        (SamplerConfig(name="ddpm", steps=50, spacing="trailing"), diffusers.DDPMScheduler, {}),
+        (
+            SamplerConfig(name="ddim", steps=50, eta=1.0, clip=True, spacing="trailing"),
+            diffusers.DDIMScheduler,
+            {"eta": 1.0},
+        ),
     ],
 )
 def test_same_images_as_diffusers_on_the_full_schedule(config: SamplerConfig, reference: type, options: dict) -> None:
@@ -91,7 +95,7 @@ def test_guidance_extrapolates_from_the_unconditional_output() -> None:
 
     arguments = {"seed": 0, "index_n": [0, 1], "shape": SHAPE}
     null = Condition(torch.tensor([10, 10]))
-    config = SamplerConfig("ddim", 5, guidance_scale=3.0)
+    config = SamplerConfig(name="ddim", steps=5, guidance_scale=3.0)
     guided = sample(
         constant, PROCESS, PARTITION, config, condition=Condition(torch.tensor([1, 2])), unconditional=null, **arguments
     )
@@ -99,7 +103,7 @@ def test_guidance_extrapolates_from_the_unconditional_output() -> None:
         constant,
         PROCESS,
         PARTITION,
-        SamplerConfig("ddim", 5),
+        SamplerConfig(name="ddim", steps=5),
         condition=Condition(torch.tensor([-17, -14])),
         **arguments,
     )

@@ -68,7 +68,7 @@ def flow_error(process: Process, config: SamplerConfig) -> float:
 def test_the_probability_flow_is_solved_with_the_stated_order(
     process: Process, name: str, spacing: str, steps: tuple[int, int], order: int, tolerance: float
 ) -> None:
-    error, half = (flow_error(process, SamplerConfig(name, n, spacing=spacing)) for n in steps)
+    error, half = (flow_error(process, SamplerConfig(name=name, steps=n, spacing=spacing)) for n in steps)
     assert error < tolerance
     assert math.log2(error / half) > order - 0.1
 
@@ -77,18 +77,18 @@ def test_the_probability_flow_is_solved_with_the_stated_order(
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "log_snr"])
 def test_the_discrete_process_is_solved_up_to_its_last_step(name: str, spacing: str) -> None:
     """Timesteps end at sigma 0.04; from there to clean data is one step, whatever their number."""
-    assert flow_error(DISCRETE, SamplerConfig(name, 500, spacing=spacing)) < 0.03
+    assert flow_error(DISCRETE, SamplerConfig(name=name, steps=500, spacing=spacing)) < 0.03
 
 
 @pytest.mark.parametrize(
     ("process", "config"),
     [
-        (DISCRETE, SamplerConfig("ddim", 400, eta=1.0)),
-        (DISCRETE, SamplerConfig("ddpm", 300)),
-        (VP, SamplerConfig("ddpm", 400)),
-        (VP, SamplerConfig("ddim", 400, eta=0.5)),
-        (EDM, SamplerConfig("heun", 64, churn=ChurnConfig(20.0))),
-        (EDM, SamplerConfig("heun", 64)),
+        (DISCRETE, SamplerConfig(name="ddim", steps=400, eta=1.0)),
+        (DISCRETE, SamplerConfig(name="ddpm", steps=300)),
+        (VP, SamplerConfig(name="ddpm", steps=400)),
+        (VP, SamplerConfig(name="ddim", steps=400, eta=0.5)),
+        (EDM, SamplerConfig(name="heun", steps=64, churn=ChurnConfig(amount=20.0))),
+        (EDM, SamplerConfig(name="heun", steps=64)),
     ],
     ids=lambda v: v.name if isinstance(v, SamplerConfig) else v.unit,
 )
@@ -108,7 +108,7 @@ def test_singlestep_spends_its_budget_exactly(steps: int) -> None:
         calls.append(t)
         return 0 * x
 
-    solve(count, VP, SamplerConfig("dpm_3s", steps), torch.zeros(1, 1), [torch.Generator()])
+    solve(count, VP, SamplerConfig(name="dpm_3s", steps=steps), torch.zeros(1, 1), [torch.Generator()])
     assert len(calls) == steps
     assert np.all(np.diff(calls) < 0)
     assert min(calls) > 1e-3
@@ -117,7 +117,7 @@ def test_singlestep_spends_its_budget_exactly(steps: int) -> None:
 
 def test_heun_takes_two_evaluations_for_each_step_but_the_last() -> None:
     calls = []
-    config = SamplerConfig("heun", SOLVERS["heun"].steps_of(35))
+    config = SamplerConfig(name="heun", steps=SOLVERS["heun"].steps_of(35))
     solve(lambda x, t: calls.append(t) or 0 * x, EDM, config, torch.zeros(1, 1), [torch.Generator()])
     assert config.steps == 18
     assert len(calls) == 35
@@ -131,7 +131,7 @@ def test_clip_keeps_estimates_in_range() -> None:
         (VP, "dpm_3s"),
         (EDM, "heun"),
     ]:
-        config = SamplerConfig(name, 30, clip=True)
+        config = SamplerConfig(name=name, steps=30, clip=True)
         x_T = process.prior_std * torch.ones(1, 4, dtype=torch.float64)
         x = solve(lambda x, t: torch.full_like(x, 3.0), process, config, x_T, image_generators(0, [0]))
         torch.testing.assert_close(x, torch.ones_like(x), atol=0.02, rtol=0)
@@ -154,8 +154,8 @@ def test_clip_keeps_estimates_in_range() -> None:
         (VP, {"steps": 0}, "steps"),
         (VP, {"eta": 2.0}, "eta"),
         (VP, {"name": "ddpm", "eta": 0.5}, "eta"),
-        (VP, {"churn": ChurnConfig(1.0)}, "churn.amount"),
-        (DISCRETE, {"churn": ChurnConfig(1.0)}, "churn.amount"),
+        (VP, {"churn": ChurnConfig(amount=1.0)}, "churn.amount"),
+        (DISCRETE, {"churn": ChurnConfig(amount=1.0)}, "churn.amount"),
     ],
 )
 def test_samplers_that_do_not_fit_are_refused(process: Process, fields: dict, field: str) -> None:

@@ -16,7 +16,7 @@ PROCESS = build_process(DiffusionConfig())
 
 @given(st.sets(st.integers(1, 999), max_size=6))
 def test_intervals_are_half_open_and_tile_the_process(boundaries: set[int]) -> None:
-    partition = build_partition(StagesConfig(tuple(sorted(boundaries))), PROCESS)
+    partition = build_partition(StagesConfig(boundaries=tuple(sorted(boundaries))), PROCESS)
     t = np.arange(1000)
     stage = partition.stage_of(t)
     assert stage.dtype == np.int64
@@ -41,7 +41,7 @@ def test_boundaries_that_the_process_does_not_have_are_refused(boundaries: list[
 
 def test_a_fraction_of_time_is_answered_with_its_timestep() -> None:
     with pytest.raises(ConfigError, match="Write 442"):
-        build_partition(StagesConfig((0.442, 0.631)), PROCESS)
+        build_partition(StagesConfig(boundaries=(0.442, 0.631)), PROCESS)
 
 
 @pytest.mark.parametrize(

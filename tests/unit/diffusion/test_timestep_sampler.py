@@ -13,7 +13,7 @@ from msdiff_dist.errors import ConfigError
 from msdiff_dist.randomness import dropped_conditions, noise
 
 PROCESS = build_process(DiffusionConfig())
-PARTITION = build_partition(StagesConfig((442, 631)), PROCESS)
+PARTITION = build_partition(StagesConfig(boundaries=(442, 631)), PROCESS)
 
 
 @given(st.lists(st.floats(1e-6, 1), min_size=1, max_size=6), st.integers(6, 5000))

@@ -86,7 +86,7 @@ def test_expected_crossings_are_the_mean_of_the_router(quotas: list[int], world_
     crossings = []
     for _ in range(1500):
         stage_B = rng.permutation(np.repeat(np.arange(3), quotas))
-        assignment = Assignment(stage_B, np.zeros_like(stage_B), source_B, placement)
+        assignment = Assignment(stage_B=stage_B, micro_B=np.zeros_like(stage_B), source_B=source_B, placement=placement)
         crossings.append((assignment.dest_B != source_B).sum())
     error = np.std(crossings) / np.sqrt(len(crossings))
     assert samples_crossing(placement) == pytest.approx(np.mean(crossings), abs=4 * error + 1e-9)

@@ -24,7 +24,7 @@ def assignments(draw: st.DrawFn) -> Assignment:
     for k in range(num_stages):
         micro_B[stage_B == k] = np.repeat(np.arange(accumulation), quotas_AK[:, k])
     readers = rng.choice(world_size, draw(st.integers(1, world_size)), replace=False)  # some ranks may read nothing
-    return Assignment(stage_B, micro_B, rng.choice(readers, len(stage_B)), placement)
+    return Assignment(stage_B=stage_B, micro_B=micro_B, source_B=rng.choice(readers, len(stage_B)), placement=placement)
 
 
 @given(assignments())

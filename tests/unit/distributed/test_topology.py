@@ -81,7 +81,10 @@ def test_shared_ranks_keep_the_line() -> None:
 
 def test_bytes_between_nodes_against_counting_every_link() -> None:
     """Two nodes of four; stage 0 on the first five ranks: a ring of 8, one of 5 over both nodes, one of 3 in one."""
-    placement, work = line(5, 3), Workload([1.0, 1.0], 800, [500, 300], 8)
+    placement, work = (
+        line(5, 3),
+        Workload(cost_K=[1.0, 1.0], shared_params=800, stage_params_K=[500, 300], payload_bytes=8),
+    )
     shared, first = 2 * 2 * 800 * 7 / 8, 2 * 2 * 500 * 4 / 5  # two passes, two links between nodes
     assert reduced_between_nodes(placement, work, 4) == pytest.approx((shared + first) * 4)
     assert reduced_bytes(placement, work) == 2 * (7 * 800 + 4 * 500 + 2 * 300) * 4

@@ -20,7 +20,7 @@ def tower(tmp_path):
     vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
     text = {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 2}
     path.write_text(json.dumps({"embed_dim": 8, "vision_cfg": vision, "text_cfg": text}))
-    return TextEncoderConfig(str(path))
+    return TextEncoderConfig(name=str(path))
 
 
 def prompter_of(context_dim=8, **fields):

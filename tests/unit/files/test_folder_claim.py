@@ -17,7 +17,7 @@ SETTINGS = {"seed": 0, "sampler": {"steps": 3}, "prompts": ("a", "b")}
 @pytest.fixture
 def claim(tmp_path: Path) -> FolderClaim:
     out = tmp_path / "out"
-    return FolderClaim(out, out / "made_of.json", out / ".parts", "images", DataError)
+    return FolderClaim(folder=out, record=out / "made_of.json", locks=out / ".parts", content="images", error=DataError)
 
 
 def test_the_same_settings_resume_and_others_are_named(claim: FolderClaim) -> None:

@@ -36,7 +36,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "launch").mkdir(parents=True)
     (folder / "logs").mkdir()
     (folder / "recipe.yaml").write_text("train: {steps: 50}\n")
-    JobRecord(str(folder), ["999999999"], "local", str(folder / "logs"), 0.0).save()
+    JobRecord(run=str(folder), job_ids=["999999999"], executor="local", logs=str(folder / "logs"), submitted=0.0).save()
     lines = [
         {"step": i, "images_seen": 8 * i, "images_per_second": 4.0 * i, "loss": 1 / i, "loss_per_stage": [1.0]}
         | {"grad_norm": 1.0, "lr": 0.1}
@@ -111,7 +111,9 @@ def test_cancelling_what_does_not_run_is_refused(run: Path) -> None:
 def test_a_local_job_is_at_work_from_its_start_to_its_end(tmp_path: Path) -> None:
     for _ in range(20):
         with subprocess.Popen(f"{sys.executable} -S -c pass submitit", shell=True) as shell:
-            record = JobRecord(str(tmp_path), [str(shell.pid)], "local", str(tmp_path), 0.0)
+            record = JobRecord(
+                run=str(tmp_path), job_ids=[str(shell.pid)], executor="local", logs=str(tmp_path), submitted=0.0
+            )
             looks = [states([record])[0].active for _ in range(60)]
             shell.wait()
             assert looks[0]

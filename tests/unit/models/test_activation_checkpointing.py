@@ -60,7 +60,9 @@ def test_same_loss_and_gradients_dropout_included(
 ) -> None:
     plain, wrapped = busy_model(config), busy_model(config)
     for part in (wrapped.shared, *wrapped.stages):
-        checkpoint_activations(part, ActivationCheckpointingConfig(encoder, decoders, offload))
+        checkpoint_activations(
+            part, ActivationCheckpointingConfig(encoder=encoder, decoders=decoders, offload_to_cpu=offload)
+        )
     assert list(wrapped.state_dict()) == list(plain.state_dict())
     expected_loss, expected = loss_and_gradients(plain)
     loss, gradients = loss_and_gradients(wrapped)
@@ -73,7 +75,7 @@ def test_same_loss_and_gradients_dropout_included(
 def test_only_the_asked_part_is_wrapped(config: ModelConfig) -> None:
     for encoder, decoders in ((True, False), (False, True), (False, False)):
         model = build_model(config)
-        checkpoint_activations(model, ActivationCheckpointingConfig(encoder, decoders))
+        checkpoint_activations(model, ActivationCheckpointingConfig(encoder=encoder, decoders=decoders))
         wrapped = {n for n, m in model.named_modules() if isinstance(m.__dict__.get("forward"), functools.partial)}
         assert any("input_blocks" in name for name in wrapped) == encoder
         assert any("middle_block" in name for name in wrapped) == encoder

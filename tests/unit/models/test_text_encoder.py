@@ -37,7 +37,7 @@ def tower(request, tmp_path):
     torch.manual_seed(7)
     model = open_clip.create_model(name).eval()
     torch.save(model.state_dict(), tmp_path / "weights.pt")
-    return TextEncoderConfig(str(path), pretrained=str(tmp_path / "weights.pt")), model
+    return TextEncoderConfig(name=str(path), pretrained=str(tmp_path / "weights.pt")), model
 
 
 def encoder_of(config, **changes):

@@ -34,7 +34,7 @@ def build(stages: int) -> tuple[nn.Module, dict[int, nn.Module]]:
 
 @pytest.mark.parametrize("boundaries", [(), (442.0, 631.0)])
 def test_affinity_is_the_cosine_of_gradients_that_times_share(boundaries: tuple[float, ...]) -> None:
-    partition = build_partition(StagesConfig(boundaries), PROCESS)
+    partition = build_partition(StagesConfig(boundaries=boundaries), PROCESS)
     shared, stages = build(partition.num_stages)
     x0, eps = torch.randn(2, 6, 2, 5, 5)
     affinity = gradient_affinity(shared, stages, Objective(PROCESS), partition, x0, eps, TIMES)
@@ -53,7 +53,7 @@ def test_affinity_is_the_cosine_of_gradients_that_times_share(boundaries: tuple[
 
 
 def test_stages_without_common_parameters_are_refused() -> None:
-    partition = build_partition(StagesConfig((442.0,)), PROCESS)
+    partition = build_partition(StagesConfig(boundaries=(442.0,)), PROCESS)
     with pytest.raises(ConfigError, match="share no parameters"):
         gradient_affinity(
             nn.Identity(), build(2)[1], Objective(PROCESS), partition, *torch.randn(2, 2, 2, 5, 5), times=TIMES

@@ -88,7 +88,7 @@ def test_blocks_of_similar_times_are_found() -> None:
 @pytest.mark.parametrize("method", [timestep_boundaries, snr_boundaries])
 def test_boundaries_make_a_partition_of_their_process(process: Process, stages: int, method) -> None:
     boundaries = method(process, stages)
-    assert build_partition(StagesConfig(tuple(boundaries)), process).num_stages == stages
+    assert build_partition(StagesConfig(boundaries=tuple(boundaries)), process).num_stages == stages
 
 
 def test_systems_agree_on_the_clock() -> None:

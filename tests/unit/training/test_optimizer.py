@@ -13,7 +13,7 @@ from msdiff_dist.training.optimizer import LrScheduleConfig, OptimizerConfig, op
 
 
 def test_warm_up_then_cosine() -> None:
-    schedule = LrScheduleConfig("cosine", warmup_steps=10, final_fraction=0.1)
+    schedule = LrScheduleConfig(kind="cosine", warmup_steps=10, final_fraction=0.1)
     assert [schedule.factor(s, 110) for s in (1, 5, 10)] == pytest.approx([0.1, 0.5, 1.0])
     assert schedule.factor(11, 110) == pytest.approx(1.0)
     assert schedule.factor(61, 110) == pytest.approx(0.1 + 0.9 * 0.5)
@@ -23,10 +23,10 @@ def test_warm_up_then_cosine() -> None:
 
 
 def test_ema_decay_warms_up_as_in_ldm() -> None:
-    config = EmaConfig(0.9999)
+    config = EmaConfig(decay=0.9999)
     assert [config.decay_at(n, 64) for n in (1, 2, 90)] == pytest.approx([2 / 11, 3 / 12, 91 / 100])
     assert config.decay_at(10**6, 64) == 0.9999
-    assert EmaConfig(0.5, warmup=False).decay_at(1, 64) == 0.5
+    assert EmaConfig(decay=0.5, warmup=False).decay_at(1, 64) == 0.5
 
 
 def test_ema_halves_in_a_number_of_images() -> None:

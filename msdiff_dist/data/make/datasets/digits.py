@@ -25,15 +25,15 @@ def digits(source: Path | None, split: Split, size: int) -> Iterator[LabelledIma
         inner = max(size * 3 // 4, 1)
         label = int(data.target[i])
         image = centred(small.resize((inner, inner), Image.Resampling.BICUBIC), size, "black")
-        yield LabelledImage(f"{i:05d}", image, f"a handwritten digit {label}", label)
+        yield LabelledImage(key=f"{i:05d}", image=image, caption=f"a handwritten digit {label}", label=label)
 
 
 DIGITS = Dataset(
     DatasetInfo(
-        "digits",
-        "CC BY 4.0",
-        "E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits, in scikit-learn",
-        tuple("0123456789"),
+        name="digits",
+        licence="CC BY 4.0",
+        origin="E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits, in scikit-learn",
+        classes=tuple("0123456789"),
     ),
     16,
     digits,

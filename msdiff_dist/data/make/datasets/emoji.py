@@ -35,7 +35,9 @@ def emoji(source: Path | None, split: Split, size: int) -> Iterator[LabelledImag
         at = ((edge - right - left) // 2, (edge - bottom - top) // 2)
         ImageDraw.Draw(image).text(at, character, font=font, embedded_color=True)
         caption = unicodedata.name(character).lower()
-        yield LabelledImage(f"{ord(character):05x}", image.resize((size, size), Image.Resampling.LANCZOS), caption)
+        yield LabelledImage(
+            key=f"{ord(character):05x}", image=image.resize((size, size), Image.Resampling.LANCZOS), caption=caption
+        )
 
 
 def _is_emoji(character: str, font: ImageFont.FreeTypeFont) -> bool:
@@ -46,4 +48,6 @@ def _is_emoji(character: str, font: ImageFont.FreeTypeFont) -> bool:
     return bool(name) and bottom > top
 
 
-EMOJI = Dataset(DatasetInfo("emoji", "SIL OFL 1.1", "Google: Noto Color Emoji, with Unicode names"), 64, emoji)
+EMOJI = Dataset(
+    DatasetInfo(name="emoji", licence="SIL OFL 1.1", origin="Google: Noto Color Emoji, with Unicode names"), 64, emoji
+)

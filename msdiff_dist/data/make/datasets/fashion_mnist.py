@@ -33,7 +33,7 @@ def fashion_mnist(source: Path | None, split: Split, size: int) -> Iterator[Labe
         if size < image.width:
             image = image.resize((size, size), Image.Resampling.LANCZOS)
         caption = FASHION_CLASSES[label].lower().replace("t-shirt", "T-shirt")
-        yield LabelledImage(f"{i:05d}", centred(image, size, "black"), caption, label)
+        yield LabelledImage(key=f"{i:05d}", image=centred(image, size, "black"), caption=caption, label=label)
 
 
 def _read_fashion(folder: Path, name: str, dimensions: int) -> NDArray[np.uint8]:
@@ -52,5 +52,7 @@ def _read_fashion(folder: Path, name: str, dimensions: int) -> NDArray[np.uint8]
 
 
 FASHION_MNIST = Dataset(
-    DatasetInfo("fashion-mnist", "MIT", "Zalando Research: Fashion-MNIST", FASHION_CLASSES), 32, fashion_mnist
+    DatasetInfo(name="fashion-mnist", licence="MIT", origin="Zalando Research: Fashion-MNIST", classes=FASHION_CLASSES),
+    32,
+    fashion_mnist,
 )

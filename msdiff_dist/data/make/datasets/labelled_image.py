@@ -16,7 +16,7 @@ from msdiff_dist.randomness import generator
 Split = Literal["train", "test"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LabelledImage:
     """An image and what is known of it."""
 

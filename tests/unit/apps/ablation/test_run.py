@@ -20,7 +20,7 @@ def test_ablation_plans(path: Path, tmp_path: Path) -> None:
     data = load_recipe(path.parent / config.recipe).data
     size = config.changes.get("data.image_size", data.image_size)
     shape = (data.channels, size, size)
-    save_classifier(FeatureClassifier(ClassifierInfo(shape, 10)), classifier)
+    save_classifier(FeatureClassifier(ClassifierInfo(image_shape=shape, classes=10)), classifier)
     config.changes.update({"data.kind": "synthetic", "data.shards": [], "data.image_size": None, "data.flip": False})
     config.changes["data.latent_shape"] = list(shape)  # random numbers in the place of images that are not here
     config.changes["model.num_res_blocks"] = 1  # as deep as they are, they take long to count

@@ -80,11 +80,11 @@ def test_there_and_back_is_bitwise(tmp_path: Path, make_export: Any, config: LDM
 
 
 def sampled(model: MultistageUNet, sampler: SamplerConfig, label: torch.Tensor | None, n: int) -> torch.Tensor:
-    process = build_process(DiffusionConfig("discrete", DiscreteConfig()))
+    process = build_process(DiffusionConfig(process="discrete", section=DiscreteConfig()))
     return sample(
         lambda x, t, stage, label, context: model.stages[stage](*model.shared(x, t, context, label)),
         process,
-        build_partition(StagesConfig((442.0, 631.0)), process),
+        build_partition(StagesConfig(boundaries=(442.0, 631.0)), process),
         sampler,
         seed=0,
         index_n=range(n),
@@ -107,7 +107,7 @@ def test_the_pipeline_samples_as_we_do(tmp_path: Path, make_export: Any, name: A
     convert(make_export(config), tmp_path / "theirs", "msdiff", "diffusers")
     model, label = randomise(build_model(config)), torch.tensor([0, 1])
     assert isinstance(model, MultistageUNet)
-    latents = sampled(model, SamplerConfig(name, steps, guidance_scale=scale), label, 2)
+    latents = sampled(model, SamplerConfig(name=name, steps=steps, guidance_scale=scale), label, 2)
     expected = LatentCodec(AutoencoderConfig(), False, torch.device("cpu")).to_images(latents)
 
     pipe = pipeline(tmp_path / "theirs")
@@ -174,10 +174,14 @@ def test_space_to_depth_is_undone_by_the_pipeline(tmp_path: Path, make_export: A
 
 def test_schedules_go_through(tmp_path: Path, make_export: Any) -> None:
     discrete = DiscreteConfig(timesteps=500, schedule="cosine", prediction_type="v_prediction")
-    export = make_export(STAGED, diffusion=DiffusionConfig("discrete", discrete), stages=StagesConfig((100.0, 200.0)))
+    export = make_export(
+        STAGED,
+        diffusion=DiffusionConfig(process="discrete", section=discrete),
+        stages=StagesConfig(boundaries=(100.0, 200.0)),
+    )
     convert(export, tmp_path / "theirs", "msdiff", "diffusers")
     scheduler = pipeline(tmp_path / "theirs").scheduler
-    ours = build_process(DiffusionConfig("discrete", discrete)).alphas_cumprod  # type: ignore[attr-defined]
+    ours = build_process(DiffusionConfig(process="discrete", section=discrete)).alphas_cumprod  # type: ignore[attr-defined]
     assert torch.allclose(scheduler.alphas_cumprod.double(), torch.from_numpy(ours), atol=1e-6)
     found = read_diffusers(tmp_path / "theirs", ConvertOptions())
     assert found.description.diffusion.section == discrete
@@ -185,8 +189,8 @@ def test_schedules_go_through(tmp_path: Path, make_export: Any) -> None:
 
 
 def test_continuous_processes_are_refused(tmp_path: Path, make_export: Any) -> None:
-    diffusion = DiffusionConfig("vp", VPConfig())
-    export = make_export(STAGED, diffusion=diffusion, stages=StagesConfig((0.4, 0.6)))
+    diffusion = DiffusionConfig(process="vp", section=VPConfig())
+    export = make_export(STAGED, diffusion=diffusion, stages=StagesConfig(boundaries=(0.4, 0.6)))
     with pytest.raises(CheckpointError, match=r"diffusion\.process"):
         convert(export, tmp_path / "theirs", "msdiff", "diffusers")
     assert not (tmp_path / "theirs").exists()

@@ -35,7 +35,7 @@ PROCESS = {
 
 def exported(make_export: Any, form: str, **changes: Any) -> Path:
     config, diffusion, bounds = PROCESS[form]
-    return make_export(config, **{"diffusion": diffusion, "stages": StagesConfig(bounds), **changes})
+    return make_export(config, **{"diffusion": diffusion, "stages": StagesConfig(boundaries=bounds), **changes})
 
 
 @torch.no_grad()

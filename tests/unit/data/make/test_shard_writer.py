@@ -10,7 +10,7 @@ from msdiff_dist.data.index import read_index, resolve_shards, scan
 from msdiff_dist.data.make.shard_writer import DatasetInfo, even_sizes, write_dataset, write_shard
 from msdiff_dist.errors import DataError
 
-INFO = DatasetInfo("things", "CC0", "here", ("a", "b"))
+INFO = DatasetInfo(name="things", licence="CC0", origin="here", classes=("a", "b"))
 
 
 def things(n):
