@@ -1,28 +1,34 @@
-"""Settings of all tests."""
+"""Settings of all tests, and how pytest-xdist deals them to its workers."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 settings.register_profile("project", deadline=None)  # machines differ and are shared: no test asserts a time
 settings.load_profile("project")
 
-# Folders whose files take minutes and of which the first mostly waits; all others follow.
-_LONG = ("tests/slurm/", "tests/distributed/", "tests/integration/")
+SLURM = "tests/slurm/"
+# Folders whose files take minutes, and of which the first mostly waits: they come first, lest one worker end long
+# after the other.
+_LONG = (SLURM, "tests/distributed/", "tests/integration/", "tests/golden/")
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
+class ByFile(LoadScopeScheduling):
+    """Keeps the tests of a file, which share fixtures, on one worker, and all that share the SLURM cluster."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return SLURM if nodeid.startswith(SLURM) else nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    config.option.loadscopereorder = False  # in the order of collection, not of the number of tests
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Deal the tests to pytest-xdist's workers by file, the longest first.
-
-    The tests of a file share its fixtures; those of the SLURM cluster share one cluster.
-    """
-
-    def folder_of(item: pytest.Item) -> int:
-        return next((i for i, folder in enumerate(_LONG) if item.nodeid.startswith(folder)), len(_LONG))
-
-    items.sort(key=folder_of)
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group("slurm" if folder_of(item) == 0 else file))
+    items.sort(key=lambda item: [not item.nodeid.startswith(folder) for folder in _LONG])

@@ -56,6 +56,7 @@ def test_parts_that_were_stopped_go_on_to_what_one_process_makes(
     digits, export = tmp_path / "digits", tmp_path / "export"
     prepare("digits", digits, None, "train", 6)
     small = ["model.encoder_channels=16", "model.decoder_channels=[24,16,8]", f"data.shards={digits}"]
+    small += ["train.precision=fp32"]
     recipe = load_recipe(QUICKSTART, small)
     description = replace(describe(recipe_mapping(recipe), 0), weights="raw")
     write_export(
