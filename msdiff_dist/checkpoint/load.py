@@ -57,7 +57,7 @@ class CheckpointReader:
         """Parameters whose names begin with `prefix`."""
         return [n for n in self.index.shapes if n.startswith(prefix)]
 
-    def stretch(self, kind: str, name: str, start: int, numel: int) -> Tensor:
+    def read_range(self, kind: str, name: str, start: int, numel: int) -> Tensor:
         """Elements [start, start + numel) of the flattened `kind` of parameter `name`, float32."""
         out = torch.empty(numel)
         filled = 0
@@ -73,7 +73,7 @@ class CheckpointReader:
     def tensor(self, kind: str, name: str) -> Tensor:
         """The whole `kind` of parameter `name`, in its shape."""
         shape = self.index.shapes[name]
-        return self.stretch(kind, name, 0, math.prod(shape)).view(shape)
+        return self.read_range(kind, name, 0, math.prod(shape)).view(shape)
 
     def module_state(self, kind: str, prefix: str) -> dict[str, Tensor]:
         """State dict of the part of the model under `prefix` (`shared.`, `stages.1.`), prefix removed."""
@@ -108,7 +108,7 @@ def restore(reader: CheckpointReader, state: Mapping[str, ShardedState], average
     for prefix, shards in state.items():
 
         def read(kind: str, f: Fragment, prefix: str = prefix) -> Tensor:
-            return reader.stretch(kind, prefix + f.name, f.start, f.numel)
+            return reader.read_range(kind, prefix + f.name, f.start, f.numel)
 
         shards.restore(read, reader.index.moments, reader.index.step)
         for kind, average in averages.items():
@@ -117,17 +117,17 @@ def restore(reader: CheckpointReader, state: Mapping[str, ShardedState], average
 
 
 def start_from(
-    stretch: Callable[[str, int, int], Tensor], state: Mapping[str, ShardedState], averages: Averages
+    read_range: Callable[[str, int, int], Tensor], state: Mapping[str, ShardedState], averages: Averages
 ) -> None:
     """Put weights into this rank's shards and their averages. Collective: weights are gathered.
 
     Args:
-        stretch: (name, start, numel) -> elements of the flattened parameter, float32.
+        read_range: (name, start, numel) -> elements of the flattened parameter, float32.
     """
     for prefix, shards in state.items():
 
         def read(kind: str, f: Fragment, prefix: str = prefix) -> Tensor:
-            return stretch(prefix + f.name, f.start, f.numel)
+            return read_range(prefix + f.name, f.start, f.numel)
 
         shards.restore(read, [], 0)
         for average in averages.values():

@@ -41,12 +41,12 @@ class PosthocWeights(CheckpointWeights):
 
     def tensor(self, name: str) -> Tensor:
         shape = self.reader.index.shapes[name]
-        return self.stretch(name, 0, math.prod(shape)).view(shape)
+        return self.read_range(name, 0, math.prod(shape)).view(shape)
 
-    def stretch(self, name: str, start: int, numel: int) -> Tensor:
+    def read_range(self, name: str, start: int, numel: int) -> Tensor:
         total = torch.zeros(numel, dtype=torch.float64)
         for reader, kind, coefficient in self._terms:
-            total.add_(reader.stretch(kind, name, start, numel), alpha=coefficient)
+            total.add_(reader.read_range(kind, name, start, numel), alpha=coefficient)
         return total.float()
 
     def identity(self) -> str:

@@ -41,7 +41,7 @@ class Weights(ABC):
         """
 
     @abstractmethod
-    def stretch(self, name: str, start: int, numel: int) -> Tensor:
+    def read_range(self, name: str, start: int, numel: int) -> Tensor:
         """Elements [start, start + numel) of the flattened parameter `name`, float32."""
 
     @abstractmethod
@@ -67,8 +67,8 @@ class CheckpointWeights(Weights):
     def tensor(self, name: str) -> Tensor:
         return self.reader.tensor(self._kind, name)
 
-    def stretch(self, name: str, start: int, numel: int) -> Tensor:
-        return self.reader.stretch(self._kind, name, start, numel)
+    def read_range(self, name: str, start: int, numel: int) -> Tensor:
+        return self.reader.read_range(self._kind, name, start, numel)
 
     def identity(self) -> str:
         digests = sorted(f"{stored.name} {stored.sha256}" for stored in self.reader.index.files)
@@ -96,7 +96,7 @@ class ExportWeights(Weights):
     def tensor(self, name: str) -> Tensor:
         return self._reader.tensor(name)
 
-    def stretch(self, name: str, start: int, numel: int) -> Tensor:
+    def read_range(self, name: str, start: int, numel: int) -> Tensor:
         out = torch.empty(numel, dtype=self._reader.like[name].dtype)
         self._reader.read(name, start, out)
         return out.float()

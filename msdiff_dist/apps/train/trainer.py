@@ -170,7 +170,7 @@ class Trainer:
         weights = on_every_rank(lambda: start_weights(self.recipe, self.folder.checkpoints))
         reader, notes = open_newest_intact(self.folder.checkpoints, self.state.shapes, self.batch_size)
         if weights:
-            self.state.start_from(weights.stretch)
+            self.state.start_from(weights.read_range)
         if reader:
             self.state.restore(reader)
         if self.env.rank == 0:

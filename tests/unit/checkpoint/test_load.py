@@ -30,13 +30,13 @@ def test_whole_tensors_across_ranks(tmp_path: Path, write_checkpoint: Callable[.
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 @given(st.data())
-def test_any_stretch(run: Path, data: st.DataObject) -> None:
+def test_any_range(run: Path, data: st.DataObject) -> None:
     reader = CheckpointReader(run / "checkpoints/step_00000003")
     name = data.draw(st.sampled_from(reader.names()))
     flat = reader.tensor("param", name).flatten()
     start = data.draw(st.integers(0, len(flat) - 1))
     stop = data.draw(st.integers(start + 1, len(flat)))
-    assert torch.equal(reader.stretch("param", name, start, stop - start), flat[start:stop])
+    assert torch.equal(reader.read_range("param", name, start, stop - start), flat[start:stop])
 
 
 def test_what_is_not_there(run: Path) -> None:

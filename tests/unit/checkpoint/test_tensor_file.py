@@ -49,8 +49,8 @@ def test_reads_what_the_library_writes(tmp_path: Path, tensors: dict[str, torch.
 
 
 @given(st.data())
-def test_any_stretch(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    path = tmp_path_factory.getbasetemp() / "stretches"
+def test_any_range(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    path = tmp_path_factory.getbasetemp() / "ranges"
     values = torch.arange(20.0)
     written(path, {"a": values[:8], "b": values[8:]})
     start = data.draw(st.integers(0, 11))
