@@ -1,1 +1,1 @@
-"""State on disk by parameter name."""
+"""Checkpoints: a run's state on disk, by parameter name, so that any layout of ranks resumes any other."""

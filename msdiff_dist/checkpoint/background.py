@@ -1,4 +1,7 @@
-"""Saving while training goes on: the loop waits for the copy to host memory, the rest happens in a thread."""
+"""Saves beside training: the loop waits only for the copy to host memory, and a thread writes the files.
+
+An error of the thread is kept and raised by the next `save` or `finish`.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +31,12 @@ from msdiff_dist.errors import MsdiffError
 class BackgroundSaver:
     """Makes a run's checkpoints, and snapshots of its averages other than `ema`, at most one save at a time.
 
-    Collective: every rank calls it alike.
+    Collective: every rank makes it, and calls `save` and `finish`, in the same order.
 
-    The ranks agree on a finished checkpoint through a process group of their own, so nothing of it meets training.
+    Args:
+        checkpoints, snapshots: folders that hold one `step_XXXXXXXX` per checkpoint or snapshot.
+        state: fp32 weights and moments of this rank, by prefix of the parameter names.
+        averages: averages of the weights on this rank, by kind and prefix.
     """
 
     def __init__(
@@ -44,17 +50,19 @@ class BackgroundSaver:
         self._checkpoints, self._snapshots, self._config = checkpoints, snapshots, config
         self._copy = HostCopy(state, averages)
         self._snapshot_kinds = averages.keys() - {"ema"}
+        # The threads' collectives have a process group of their own: in training's groups they would mix with the
+        # collectives that the main threads issue at the same time, in another order on every rank.
         self._group: Any = dist.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
     def save(self, index: CheckpointIndex, *, checkpoint: bool = True, snapshot: bool = False) -> None:
-        """Copy the state of this moment and begin to write it: a snapshot, then a checkpoint.
+        """Copy the current state and begin to write it: a snapshot, then a checkpoint.
 
-        Waits for the save before it, if that still goes on.
+        The previous save is finished first: the copy reuses its buffers.
 
         Raises:
-            CheckpointError: on every rank, if the save before it failed.
+            CheckpointError: on every rank, if the previous save failed.
         """
         self.finish()
         pieces = self._copy.take(None if checkpoint else self._snapshot_kinds)
@@ -63,14 +71,14 @@ class BackgroundSaver:
 
     @property
     def failed(self) -> bool:
-        """Whether the last save is known here to have failed; `finish` then raises on every rank."""
+        """Whether this rank already knows that the last save failed; `finish` then raises on every rank."""
         return self._error is not None
 
     def finish(self) -> None:
-        """Wait until the checkpoint under way is complete.
+        """Wait until the save under way is complete.
 
         Raises:
-            CheckpointError: on every rank, if it could not be written.
+            CheckpointError: on every rank, if any rank could not write it.
         """
         if self._thread:
             self._thread.join()
@@ -87,7 +95,7 @@ class BackgroundSaver:
 
     def _write(self, pieces: Mapping[str, Tensor], index: CheckpointIndex, checkpoint: bool, snapshot: bool) -> None:
         try:
-            if snapshot:  # first: the run that goes on from a checkpoint finds every snapshot before it
+            if snapshot:  # first, so that a run resumed from the checkpoint finds every snapshot up to its step
                 chosen = {k: piece for k, piece in pieces.items() if parse_key(k)[0] in self._snapshot_kinds}
                 write_checkpoint(step_folder(self._snapshots, index.step), chosen, index, self._group)
             if checkpoint:
@@ -99,7 +107,7 @@ class BackgroundSaver:
 
 
 def remove_old(checkpoints: Path, config: CheckpointConfig) -> None:
-    """Delete the checkpoints that the policy does not keep."""
+    """Delete the checkpoints that the policy does not keep. For rank 0 alone."""
     folders = {step_of(p): p for p in complete_checkpoints(checkpoints)}
     losses = {step: CheckpointIndex.load(p).loss if config.keep_best else None for step, p in folders.items()}
     for step in folders.keys() - kept(losses, config):

@@ -1,4 +1,4 @@
-"""How two checkpoints differ."""
+"""How two checkpoints differ, tensor by tensor: what `msdiff checkpoint diff` prints."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from msdiff_dist.checkpoint.load import CheckpointReader
 
 @dataclass(frozen=True, kw_only=True)
 class TensorDifference:
-    """One parameter or moment of both checkpoints, compared element by element.
+    """One tensor that both checkpoints hold, compared element by element.
 
-    max_abs: greatest difference, infinite where one is not a number. scale: greatest absolute value in the first.
+    Attributes:
+        kind: what it is of its parameter: `param`, an optimizer moment, or an average.
+        name: name of the parameter.
+        max_abs: greatest absolute difference of two elements, infinite if a difference is not a number.
+        scale: greatest absolute value in the first checkpoint.
     """
 
     kind: str
@@ -24,12 +28,12 @@ class TensorDifference:
 
     @property
     def relative(self) -> float:
-        """Greatest difference over greatest value."""
+        """Greatest difference over greatest value; without a value above 0, 1 for any difference and 0 for none."""
         return self.max_abs / self.scale if self.scale else float(self.max_abs > 0)
 
 
 def compare(a: CheckpointReader, b: CheckpointReader) -> Iterator[TensorDifference]:
-    """Everything both hold in the same shape, one tensor in memory of each at a time."""
+    """The differences of all tensors that both hold in the same shape. Memory holds one tensor of each at a time."""
     for kind in sorted({*a.kinds} & {*b.kinds}):
         for name, shape in a.index.shapes.items():
             if b.index.shapes.get(name) == shape:

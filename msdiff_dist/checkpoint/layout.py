@@ -1,17 +1,21 @@
-"""One layout for everything a run keeps: stretches of flattened parameters, by name.
+"""The layout of a checkpoint: ranges of flattened parameters, by name.
 
 checkpoints/step_00000100/
   checkpoint.json               `CheckpointIndex`: step, recipe, every file with size, sha256 and keys
   rank_00000.safetensors ...    one file per rank that wrote; keys are KIND/NAME@START, values 1-D float32
 
 KIND is `param` (fp32 weights), an optimizer moment (`exp_avg`, `exp_avg_sq`, `momentum_buffer`), `ema`, or, with
-`ema.power`, `ema_LENGTH`; `ema_snapshots/step_XXXXXXXX` are checkpoints of these last alone. NAME is the
-parameter's name in the whole model and START where in the flattened parameter the stretch begins, so that nothing
-depends on world size, ZeRO stage or placement. The position in the data is the step: sample numbers begin at
-step x batch_size.
+`ema.power`, `ema_LENGTH`; a folder `ema_snapshots/step_XXXXXXXX` has the same layout and holds the kinds `ema_LENGTH`
+alone. NAME is the parameter's name in the whole model, and START is the index of the range's first element in the
+flattened parameter. So nothing depends on world size, ZeRO level or placement. The position in the data is the step:
+the next sample's number in the stream is step x batch_size.
 
-A folder of that name is complete. Beside it may lie `.step_*.partial`, being written, `.step_*.old`, being removed, and
-`damaged_step_*`, found corrupt and put aside.
+A folder named `step_*` is complete. Folders of other names may lie beside it:
+
+  .step_*.partial    being written
+  .step_*.replaced   complete; a new checkpoint of the same step is taking its place
+  .step_*.old        being removed
+  damaged_step_*     found corrupt and put aside
 """
 
 from __future__ import annotations
@@ -25,20 +29,29 @@ from typing import Any
 
 from msdiff_dist.checkpoint.tensor_file import StoredFile, corrupt
 from msdiff_dist.errors import CheckpointError
+from msdiff_dist.files.atomic import rename_to, sync_folder
 
 FORMAT = 1
 INDEX = "checkpoint.json"
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
-_LEFTOVER = re.compile(r"\.step_\d{8,}\.(partial|old)")
+_LEFTOVER = re.compile(r"\.(step_\d{8,})\.(partial|old|replaced)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointIndex:
-    """What checkpoint.json says.
+    """The content of checkpoint.json.
 
-    batch_size: global. loss: the training loss, smoothed; None before the first step. shapes: of every parameter by
-    name. moments: the optimizer's kinds of tensors. world_size: ranks that wrote it. data: marks of the
-    data set's shards, by source.
+    Attributes:
+        step: optimizer steps done.
+        batch_size: samples per step, over all ranks.
+        loss: the smoothed training loss; None before the first step.
+        recipe: the resolved recipe, as plain data.
+        shapes: shape of every parameter of the whole model, by name.
+        moments: the optimizer's kinds of tensors (`exp_avg`, ...).
+        world_size: how many ranks wrote the checkpoint.
+        files: the tensor files, with their sizes, checksums and keys.
+        data: fingerprint of the data set's shards, by source.
+        format: version of this layout.
     """
 
     step: int
@@ -53,7 +66,7 @@ class CheckpointIndex:
     format: int = FORMAT
 
     def dump(self) -> str:
-        """As JSON text."""
+        """The index as JSON text."""
         return json.dumps(asdict(self), indent=1)
 
     @staticmethod
@@ -61,7 +74,8 @@ class CheckpointIndex:
         """Read the index of a checkpoint folder.
 
         Raises:
-            CorruptError: absent, or not what was written. CheckpointError: of a newer format.
+            CorruptError: the index is absent or cannot be parsed.
+            CheckpointError: it has a newer format.
         """
         path = folder / INDEX
         try:
@@ -81,7 +95,7 @@ class CheckpointIndex:
 
 
 def key_of(kind: str, name: str, start: int) -> str:
-    """Key of one stretch inside a rank's file."""
+    """Key of one range inside a rank's file."""
     return f"{kind}/{name}@{start}"
 
 
@@ -103,17 +117,20 @@ def step_of(folder: Path) -> int:
 
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
-    """Every checkpoint, oldest first."""
+    """The complete checkpoints in a folder, in order of step."""
     if not checkpoints.is_dir():
         return []
     return sorted((p for p in checkpoints.iterdir() if _STEP_FOLDER.fullmatch(p.name)), key=step_of)
 
 
 def find_checkpoint(path: Path, step: int | None = None) -> Path:
-    """A checkpoint of a run folder, the newest or the one of `step`, or `path` itself if it is a checkpoint.
+    """The checkpoint that a command names: `path` itself if it is one, else one of the run folder `path`.
+
+    Args:
+        step: which of the run's checkpoints; None: the newest.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or none of this step.
     """
     if (path / INDEX).exists() and step is None:
         return path
@@ -129,10 +146,20 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
 
 
 def remove_leftovers(checkpoints: Path) -> None:
-    """Delete what a killed run had begun to write or to remove."""
-    for path in checkpoints.iterdir() if checkpoints.is_dir() else ():
-        if _LEFTOVER.fullmatch(path.name):
-            shutil.rmtree(path)
+    """Delete what a killed run had begun to write or to remove; bring back what it was about to replace.
+
+    To be called before anything else is read from or written to the folder.
+    """
+    for path in sorted(checkpoints.iterdir()) if checkpoints.is_dir() else ():
+        leftover = _LEFTOVER.fullmatch(path.name)
+        if leftover:
+            folder = checkpoints / leftover[1]
+            # The kill came between the two renames of `put_in_place`: the old checkpoint is whole, and the new one
+            # is not in its place.
+            if leftover[2] == "replaced" and not folder.exists():
+                path.rename(folder)
+            else:
+                shutil.rmtree(path)
 
 
 def remove(folder: Path) -> None:
@@ -141,3 +168,27 @@ def remove(folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
     shutil.rmtree(aside)
+
+
+def put_in_place(aside: Path, folder: Path) -> None:
+    """Rename `aside`, whose content is on the disk, to the checkpoint `folder`, over the one that may be there.
+
+    After a kill at any moment `remove_leftovers` leaves one of the two under the name `folder`, whole.
+
+    Raises:
+        OSError: `folder` holds the old checkpoint, or the new one if only the old one could not be deleted.
+    """
+    if not folder.exists():
+        rename_to(folder, aside)
+        return
+    # A folder that is not empty cannot be renamed over. So the old one steps aside until the new one has the name.
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    folder.rename(replaced)
+    try:
+        aside.rename(folder)
+    except OSError:
+        replaced.rename(folder)
+        raise
+    sync_folder(folder.parent)
+    shutil.rmtree(replaced)

@@ -1,4 +1,7 @@
-"""Reading a checkpoint by parameter name, whatever layout wrote it."""
+"""Reading a checkpoint by parameter name, whatever layout wrote it.
+
+A rank asks for the ranges that its own layout holds; the reader finds the stored ranges that overlap them.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +22,24 @@ from msdiff_dist.errors import CheckpointError
 
 
 class CheckpointReader:
-    """Stretches and whole tensors of one checkpoint. Opens and reads no more than what is asked for.
+    """Reads ranges and whole tensors of one checkpoint. Opens and reads no more than what is asked for.
 
     Args:
-        open_files: that it holds open at a time.
+        open_files: how many files may be open at a time.
+
+    Attributes:
+        index: the content of checkpoint.json.
 
     Raises:
-        CorruptError: a file is missing, cut short or changed. CheckpointError: it is of a newer format.
+        CorruptError: the index is corrupt, or a file is missing or of another size.
+        CheckpointError: the checkpoint has a newer format.
     """
 
     def __init__(self, folder: Path, open_files: int = 64) -> None:
         self.folder = folder
         self.index = CheckpointIndex.load(folder)
         self._open: Callable[[str], TensorReader] = lru_cache(open_files)(lambda name: TensorReader(folder / name))
+        # By kind and parameter: (start, numel, file, key) of every stored range.
         self._pieces: dict[tuple[str, str], list[tuple[int, int, str, str]]] = defaultdict(list)
         for stored in self.index.files:
             check_size(folder / stored.name, stored)
@@ -41,14 +49,14 @@ class CheckpointReader:
 
     @property
     def kinds(self) -> list[str]:
-        """Kinds of tensors it holds."""
+        """Kinds of tensors in the checkpoint: `param`, optimizer moments, averages."""
         return sorted({kind for kind, _ in self._pieces})
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Compare the files with their checksums: all, or the `part`-th of `parts` shares of them.
+        """Compare the files with their checksums: every `parts`-th file from number `part`, or all.
 
         Raises:
-            CorruptError: naming the first that differs.
+            CorruptError: naming the first file that differs.
         """
         for stored in self.index.files[part::parts]:
             check_content(self.folder / stored.name, stored)
@@ -58,9 +66,13 @@ class CheckpointReader:
         return [n for n in self.index.shapes if n.startswith(prefix)]
 
     def read_range(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of the flattened `kind` of parameter `name`, float32."""
+        """Elements [start, start + numel) of the flattened `kind` of parameter `name`, float32.
+
+        Raises:
+            CorruptError: some of them are not stored.
+        """
         out = torch.empty(numel)
-        filled = 0
+        filled = 0  # stored ranges do not overlap, so a count is enough to know that every element was found
         for at, length, file, key in self._pieces[kind, name]:
             low, high = max(at, start), min(at + length, start + numel)
             if low < high:
@@ -71,20 +83,20 @@ class CheckpointReader:
         return out
 
     def tensor(self, kind: str, name: str) -> Tensor:
-        """The whole `kind` of parameter `name`, in its shape."""
+        """The whole `kind` of parameter `name`, in its shape, float32."""
         shape = self.index.shapes[name]
         return self.read_range(kind, name, 0, math.prod(shape)).view(shape)
 
     def module_state(self, kind: str, prefix: str) -> dict[str, Tensor]:
-        """State dict of the part of the model under `prefix` (`shared.`, `stages.1.`), prefix removed."""
+        """State dict of the part of the model under `prefix` (`shared.`, `stages.1.`), without the prefix."""
         return {name.removeprefix(prefix): self.tensor(kind, name) for name in self.names(prefix)}
 
 
 def check_architecture(reader: CheckpointReader, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare the checkpoint's parameters with those of the model being trained.
+    """Compare the names and shapes of the checkpoint's parameters with those of the model being trained.
 
     Raises:
-        CheckpointError: naming the first that differs and how many do.
+        CheckpointError: naming the first parameter that differs, and how many do.
     """
     stored = reader.index.shapes
     differing = [n for n in sorted({*stored, *shapes}) if stored.get(n) != shapes.get(n)]
@@ -100,7 +112,9 @@ def check_architecture(reader: CheckpointReader, shapes: Mapping[str, tuple[int,
 
 
 def restore(reader: CheckpointReader, state: Mapping[str, ShardedState], averages: Averages) -> None:
-    """Put weights, moments and averages of a checkpoint into this rank's shards. Collective: weights are gathered.
+    """Put weights, moments and averages of a checkpoint into this rank's shards.
+
+    Collective: once the shards are filled, the network's own weights are gathered from them.
 
     Raises:
         CorruptError: an element is missing.
@@ -119,7 +133,7 @@ def restore(reader: CheckpointReader, state: Mapping[str, ShardedState], average
 def start_from(
     read_range: Callable[[str, int, int], Tensor], state: Mapping[str, ShardedState], averages: Averages
 ) -> None:
-    """Put weights into this rank's shards and their averages. Collective: weights are gathered.
+    """Put weights into this rank's shards, and into every average of them. Collective as `restore` is.
 
     Args:
         read_range: (name, start, numel) -> elements of the flattened parameter, float32.
@@ -129,6 +143,6 @@ def start_from(
         def read(kind: str, f: Fragment, prefix: str = prefix) -> Tensor:
             return read_range(prefix + f.name, f.start, f.numel)
 
-        shards.restore(read, [], 0)
+        shards.restore(read, moments=[], optimizer_steps=0)
         for average in averages.values():
             torch._foreach_copy_(average[prefix], [f.detach() for f in shards.flats()])

@@ -1,4 +1,4 @@
-"""When checkpoints are made and which are kept."""
+"""When checkpoints are made, and which of them are kept."""
 
 from __future__ import annotations
 
@@ -38,14 +38,15 @@ class CheckpointConfig:
             )  # fmt: skip
 
     def due(self, step: int) -> bool:
-        """Whether there is to be a checkpoint after `step` steps, be it the last or not."""
+        """Whether the recipe asks for a checkpoint after `step` steps. One after the last step is always made."""
         return step in self.at or (self.every > 0 and step % self.every == 0)
 
 
 def kept(losses: Mapping[int, float | None], config: CheckpointConfig) -> set[int]:
-    """Which of the existing checkpoints to keep.
+    """Steps of the existing checkpoints that are kept.
 
-    losses: smoothed loss by step.
+    Args:
+        losses: the smoothed loss of each existing checkpoint, by step; None where there is none.
     """
     steps = sorted(losses)
     keep = set(steps[-config.keep_last :]) | (losses.keys() & set(config.at))
@@ -53,5 +54,5 @@ def kept(losses: Mapping[int, float | None], config: CheckpointConfig) -> set[in
         keep |= {s for s in steps if s % config.keep_every == 0}
     known = {s: v for s, v in losses.items() if v is not None}
     if config.keep_best and known:
-        keep.add(min(known, key=lambda s: (known[s], -s)))
+        keep.add(min(known, key=lambda s: (known[s], -s)))  # of equal losses the newest
     return keep

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest that is intact."""
+"""Which checkpoint a run resumes from: the newest that is intact."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def open_newest_intact(checkpoints: Path, shapes: Shapes, batch_size: int) -> tuple[CheckpointReader | None, list[str]]:
-    """The newest intact checkpoint, None if there is no checkpoint, and what to tell the reader. Collective.
+    """The newest intact checkpoint, or None if there is no checkpoint, and notes for the user. Collective.
 
-    Every file is compared with its checksum, each rank its share. A corrupt checkpoint is put aside as
-    `damaged_step_*`. Leftovers of a killed run are removed.
+    Every file is compared with its checksum; each rank compares its share of the files. A corrupt checkpoint is put
+    aside as `damaged_step_*`, and the notes say so. Leftovers of a killed run are removed.
 
     Args:
-        shapes: of the parameters of the model being trained, by name.
-        batch_size: the run's global batch.
+        shapes: shapes of the parameters of the model being trained, by name.
+        batch_size: the run's global batch size.
 
     Raises:
-        CheckpointError: the newest intact one is of a newer format, another architecture or another batch size, or all
-            are corrupt.
+        CheckpointError: the newest intact checkpoint has a newer format, another architecture or another batch size,
+            or all are corrupt.
     """
     notes: list[str] = []
     found: list[list[Path]] = [[]]
@@ -44,7 +44,7 @@ def open_newest_intact(checkpoints: Path, shapes: Shapes, batch_size: int) -> tu
             raise _with_offer(error, found[0][: found[0].index(folder)], shapes, batch_size)
         aside = _free_name(folder.with_name(f"damaged_{folder.name}"))
         notes.append(f"{error.value} {error.problem}; the checkpoint was put aside as {aside.name}")
-        dist.barrier()
+        dist.barrier()  # a rename under another rank's `_free_name` would give it another name for its note
         if dist.get_rank() == 0:
             folder.rename(aside)
     if error:
@@ -56,7 +56,7 @@ def open_newest_intact(checkpoints: Path, shapes: Shapes, batch_size: int) -> tu
 
 
 def remove_later(snapshots: Path, step: int) -> None:
-    """Delete snapshots past `step`, which are about to be made again, and what a killed run left of others."""
+    """Delete snapshots of steps past `step`, which will be trained again, and leftovers of a kill. Rank 0 only."""
     remove_leftovers(snapshots)
     for folder in complete_checkpoints(snapshots):
         if step_of(folder) > step:
@@ -64,7 +64,7 @@ def remove_later(snapshots: Path, step: int) -> None:
 
 
 def _opened(folder: Path, shapes: Shapes, batch_size: int) -> tuple[CheckpointReader | None, CheckpointError | None]:
-    """The checkpoint if it is good on every rank, or the error of the first rank that found one. Collective."""
+    """The checkpoint and the error of the first rank that raised one, None if none did. Collective."""
     reader: CheckpointReader | None = None
     error: CheckpointError | None = None
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -80,6 +80,7 @@ def _opened(folder: Path, shapes: Shapes, batch_size: int) -> tuple[CheckpointRe
 
 
 def _check_fits(reader: CheckpointReader, shapes: Shapes, batch_size: int) -> None:
+    # The batch size must be the same because the position in the data is step x batch_size.
     check_architecture(reader, shapes)
     if reader.index.batch_size != batch_size:
         raise CheckpointError(
@@ -91,13 +92,13 @@ def _check_fits(reader: CheckpointReader, shapes: Shapes, batch_size: int) -> No
 
 
 def _with_offer(error: CheckpointError, older: list[Path], shapes: Shapes, batch_size: int) -> CheckpointError:
-    """The error, telling also of the newest of the `older` checkpoints that would do."""
+    """The error, whose remedy also names the newest of the `older` checkpoints that fits, if one does."""
     for folder in reversed(older):
         try:
             _check_fits(CheckpointReader(folder), shapes, batch_size)
         except CheckpointError:
             continue
-        remedy = f"{error.remedy} The newest that fits is {folder.name}: move the newer ones away to go on from it."
+        remedy = f"{error.remedy} The newest that fits is {folder.name}: move the newer ones away to resume from it."
         return CheckpointError(error.field, error.value, error.problem, remedy)
     return error
 

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: every rank its own shards, then one rename makes it exist."""
+"""Writing a checkpoint: every rank writes its own shards, then rank 0 makes them visible by one rename."""
 
 from __future__ import annotations
 
@@ -11,21 +11,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from msdiff_dist.checkpoint.layout import INDEX, CheckpointIndex, key_of, remove
+from msdiff_dist.checkpoint.layout import INDEX, CheckpointIndex, key_of, put_in_place
 from msdiff_dist.checkpoint.tensor_file import StoredFile, TensorWriter
 from msdiff_dist.distributed.zero_state import ShardedState
 from msdiff_dist.errors import CheckpointError
-from msdiff_dist.files.atomic import WriteError, aside_of, atomic_write, rename_to
+from msdiff_dist.files.atomic import WriteError, aside_of, atomic_write
 
 Averages = Mapping[str, Mapping[str, list[Tensor]]]
+"""This rank's shards of the averages of the weights: by kind (`ema`), by prefix of the parameter names, then one tensor
+for each of `ShardedState.flats`."""
 
 
 class HostCopy:
-    """This rank's weights, optimizer moments and averages, copied to host memory that is kept for the next time.
+    """Copies this rank's weights, optimizer moments and averages to host memory, which is kept for the next copy.
+
+    Memory is pinned for copies from a GPU. That is fast to copy to, and slow to allocate: hence it is kept.
 
     Args:
-        state: by prefix of the parameter names (`shared.`, `stages.0.`).
-        averages: by kind (`ema`), then by prefix.
+        state: fp32 shards by prefix of the parameter names (`shared.`, `stages.0.`).
+        averages: averages of the same shards.
     """
 
     def __init__(self, state: Mapping[str, ShardedState], averages: Averages) -> None:
@@ -34,7 +38,11 @@ class HostCopy:
 
     @torch.no_grad()
     def take(self, kinds: Collection[str] | None = None) -> dict[str, Tensor]:
-        """Copy everything, or these kinds, as it is now. The stretches by key; they change with the next `take`."""
+        """Copy everything, or these kinds, as it is now.
+
+        Returns:
+            The ranges on this rank by key (see `layout`), 1-D float32. The next `take` overwrites them.
+        """
         on_gpu = False
         for prefix, flat, kind, source in self._sources():
             if kinds is not None and kind not in kinds:
@@ -45,18 +53,19 @@ class HostCopy:
                 self._buffers[prefix, flat, kind] = buffer
             buffer.copy_(source, non_blocking=True)
             on_gpu |= source.is_cuda
-        if on_gpu:
+        if on_gpu:  # the copies were only queued, and the next step may change their sources
             torch.cuda.synchronize()
         pieces: dict[str, Tensor] = {}
         for (prefix, flat, kind), buffer in self._buffers.items():
             if kinds is not None and kind not in kinds:
                 continue
             for f in self._state[prefix].fragments:
-                if f.flat == flat:
+                if f.flat == flat:  # a view: only what belongs to a parameter is written, ZeRO's padding is not
                     pieces[key_of(kind, prefix + f.name, f.start)] = buffer[f.offset : f.offset + f.numel]
         return pieces
 
     def _sources(self) -> Iterator[tuple[str, int, str, Tensor]]:
+        """Every flat tensor as (prefix, number of the flat tensor, kind, tensor)."""
         for prefix, shards in self._state.items():
             for kind, average in self._averages.items():
                 for i, source in enumerate(average[prefix]):
@@ -69,13 +78,19 @@ class HostCopy:
 def write_checkpoint(
     folder: Path, pieces: Mapping[str, Tensor], index: CheckpointIndex, group: dist.ProcessGroup | None = None
 ) -> None:
-    """Write `folder`, complete or not at all. Collective in `group` (the world); rank 0's index counts.
+    """Write the checkpoint `folder`, complete or not at all. Collective in `group` (None: the world).
+
+    Args:
+        pieces: this rank's ranges by key, as `HostCopy.take` returns them.
+        index: what checkpoint.json is to say; files and world size are filled in. Rank 0's is written.
 
     Raises:
-        CheckpointError: on every rank, when any rank could not write; `folder` is then as it was.
+        CheckpointError: on every rank, if any rank could not write.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     aside = aside_of(folder)
+    # Every rank takes part in all three collectives, whatever failed on it: a rank that raised in between would leave
+    # the others waiting. `error` is a list because `broadcast_object_list` fills one in place.
     error: list[str | None] = [None]
     stored: StoredFile | None = None
     if rank == 0:
@@ -112,13 +127,13 @@ def _write_pieces(path: Path, pieces: Mapping[str, Tensor]) -> StoredFile:
 
 
 def _publish(aside: Path, folder: Path, index: str) -> None:
+    """Add the index to a folder to which every rank has written its file and synced it, and give it its name."""
     atomic_write(aside / INDEX, index)
-    if folder.exists():
-        remove(folder)
-    rename_to(folder, aside)  # every rank has brought its own file to the disk
+    put_in_place(aside, folder)
 
 
 def _attempt(action: Callable[[], None]) -> str | None:
+    """Run `action`; why it could not write, None if it could."""
     try:
         action()
     except WriteError as e:
@@ -140,5 +155,5 @@ def gather_shapes(state: Mapping[str, ShardedState]) -> dict[str, tuple[int, ...
 
 
 def moment_kinds(state: Mapping[str, ShardedState]) -> list[str]:
-    """Kinds of the optimizer's tensors, the same on every rank."""
+    """Kinds of the optimizer's tensors (`exp_avg`, ...); none before the first step."""
     return sorted({kind for shards in state.values() for moments in shards.moments() for kind in moments})

@@ -1,6 +1,10 @@
-"""safetensors files written and read as streams: nothing is held twice, nothing is mapped.
+"""safetensors files written and read tensor by tensor, or by ranges of tensors.
 
-A file is 8 bytes with the header's length, the header as JSON (name -> dtype, shape, place), then the tensors' bytes.
+The library of that name writes a file from tensors that are all in memory at once, and computes no checksum. Here a
+file is written as a stream and hashed on the way, and a range is read without the rest of its tensor.
+
+A file is 8 bytes with the header's length (little-endian), the header as JSON (name -> dtype, shape, place), then the
+tensors' bytes.
 """
 
 from __future__ import annotations
@@ -22,12 +26,13 @@ from msdiff_dist.errors import CheckpointError
 from msdiff_dist.files.digest import sha256_of
 from msdiff_dist.files.safetensors_header import HeaderError, read_header
 
+# By the names that safetensors headers use.
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_CHUNK = 1 << 24
+_CHUNK = 1 << 24  # bytes written and hashed at a time
 
 
 class CorruptError(CheckpointError):
@@ -41,7 +46,14 @@ def corrupt(path: Path, problem: str) -> CorruptError:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredFile:
-    """One file as it was written. keys: number of elements of each tensor."""
+    """One file as it was written, for the index of its checkpoint.
+
+    Attributes:
+        name: file name inside the checkpoint folder.
+        size: bytes.
+        sha256: hex digest of the content.
+        keys: number of elements of each tensor, by key.
+    """
 
     name: str
     size: int
@@ -50,10 +62,11 @@ class StoredFile:
 
 
 class TensorWriter:
-    """Writes one file tensor by tensor. Leave the `with` block, then ask for `stored`.
+    """Writes one file tensor by tensor, in a `with` block. After the block `stored` describes the file.
 
     Args:
-        like: every tensor to come, in order: its type and shape. It may be on the meta device.
+        like: tensors of the types and shapes to come, by name, in order. They may be on the meta device.
+        metadata: text by name, kept in the header.
     """
 
     def __init__(self, path: Path, like: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -68,7 +81,7 @@ class TensorWriter:
             }
             offset = end
         text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-len(text) % 8)  # so that the tensors' bytes begin at a multiple of 8, as the library has it
         self.path, self._like = path, like
         self._waiting = iter(like)
         self._digest, self._size = hashlib.sha256(), 0
@@ -79,7 +92,7 @@ class TensorWriter:
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next tensor, on the CPU."""
+        """Append the next tensor of `like`, which must be on the CPU."""
         assert name == next(self._waiting)
         assert tensor.dtype == self._like[name].dtype
         assert tensor.shape == self._like[name].shape
@@ -94,7 +107,7 @@ class TensorWriter:
 
     @property
     def stored(self) -> StoredFile:
-        """What was written."""
+        """The file as it was written."""
         keys = {name: tensor.numel() for name, tensor in self._like.items()}
         return StoredFile(name=self.path.name, size=self._size, sha256=self._digest.hexdigest(), keys=keys)
 
@@ -110,8 +123,8 @@ class TensorReader:
     """Reads tensors of one file, whole or in part.
 
     Attributes:
-        like: every tensor's type and shape, on the meta device.
-        metadata: what the file says of itself.
+        like: meta tensors with every stored tensor's type and shape, by name.
+        metadata: text by name from the header.
 
     Raises:
         CorruptError: the file is missing, cut short, or no safetensors file.
@@ -131,28 +144,35 @@ class TensorReader:
         self._offsets = {name: place.start for name, place in header.tensors.items()}
 
     def read(self, name: str, start: int, out: Tensor) -> None:
-        """Fill `out`, contiguous, on the CPU and of the stored type, with the flattened tensor's elements from `start`.
+        """Fill `out` with elements of the flattened tensor `name`, from index `start`.
+
+        Args:
+            out: contiguous, on the CPU, of the stored type.
 
         Raises:
-            CorruptError: there is no such tensor of that type, or the file ends in it.
+            CorruptError: there is no such tensor of that type, or the file ends within it.
         """
         if name not in self.like or self.like[name].dtype != out.dtype:
             raise corrupt(self.path, f"it has no {out.dtype} tensor {name}")
         at, target = self._offsets[name] + start * out.element_size(), _bytes_of(out)
-        while len(target):
+        while len(target):  # the system may read less than it is asked for: 2 GiB at most on Linux
             count = os.preadv(self._file.fileno(), [target], at)
             if not count:
                 raise corrupt(self.path, f"it ends in {name}")
             at, target = at + count, target[count:]
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor."""
+        """The whole tensor `name`, on the CPU."""
         out = torch.empty_like(self.like[name], device="cpu")
         self.read(name, 0, out)
         return out
 
     def mapped(self) -> tuple[mmap.mmap, dict[str, Tensor]]:
-        """The file as private memory, and every tensor in it, each with a storage of its own."""
+        """The file mapped as private memory (writes do not reach the file), and every tensor as a view of it.
+
+        Each tensor has a storage of its own, so `torch.save` writes its elements alone. Through the mapping a caller
+        can drop pages that it has read.
+        """
         memory = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
         tensors = {n: torch.empty_like(like, device="cpu") for n, like in self.like.items() if not like.numel()}
         for name, like in self.like.items():
@@ -163,7 +183,7 @@ class TensorReader:
 
 
 def check_size(path: Path, stored: StoredFile) -> None:
-    """Compare a file's size with what was written.
+    """Compare a file's size with that in the index.
 
     Raises:
         CorruptError: it differs, or the file is missing.
@@ -175,7 +195,7 @@ def check_size(path: Path, stored: StoredFile) -> None:
 
 
 def check_content(path: Path, stored: StoredFile) -> None:
-    """Compare a file with its checksum.
+    """Compare a file's content with the checksum in the index.
 
     Raises:
         CorruptError: it differs, or the file is missing.
@@ -186,4 +206,5 @@ def check_content(path: Path, stored: StoredFile) -> None:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, shared with it. Viewed as uint8 first: numpy has no bfloat16."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data

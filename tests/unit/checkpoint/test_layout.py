@@ -1,6 +1,11 @@
+"""The index, the names of folders, and what a kill leaves of them."""
+
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +18,7 @@ from msdiff_dist.checkpoint.layout import (
     find_checkpoint,
     key_of,
     parse_key,
+    put_in_place,
     remove,
     remove_leftovers,
     step_folder,
@@ -82,3 +88,59 @@ def test_folders(tmp_path: Path) -> None:
     remove_leftovers(checkpoints)
     left = {p.name for p in checkpoints.iterdir()}
     assert left == {"step_00000005", "step_123456789", "damaged_step_00000070", "notes"}
+
+
+CHANGES = ("os.rename", "os.rmdir", "os.remove")
+
+
+def replace_and_be_killed(checkpoints: Path, allowed: int) -> bool:
+    """In a fork, replace step 5's checkpoint; SIGKILL comes before change `allowed` of the file system, if it makes so
+    many. Whether it came."""
+    child = os.fork()
+    if child == 0:
+        try:
+            left = [allowed]
+
+            def count(event: str, args: tuple[object, ...]) -> None:
+                if event in CHANGES:
+                    if not left[0]:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    left[0] -= 1
+
+            sys.addaudithook(count)
+            put_in_place(checkpoints / ".step_00000005.partial", step_folder(checkpoints, 5))
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def test_a_kill_leaves_the_old_checkpoint_or_the_new(tmp_path: Path) -> None:
+    found: list[str] = []
+    while True:
+        checkpoints = tmp_path / str(len(found))
+        for folder, content in ((".step_00000005.partial", "new"), ("step_00000005", "old")):
+            (checkpoints / folder).mkdir(parents=True)
+            for name in (INDEX, "rank_00000.safetensors"):
+                (checkpoints / folder / name).write_text(content)
+        killed = replace_and_be_killed(checkpoints, allowed=len(found))
+        remove_leftovers(checkpoints)
+        assert [p.name for p in checkpoints.iterdir()] == ["step_00000005"]
+        (content,) = {p.read_text() for p in (checkpoints / "step_00000005").iterdir()}
+        assert len(list((checkpoints / "step_00000005").iterdir())) == 2
+        found.append(content)
+        if not killed:
+            break
+    assert found == ["old", "old", "new", "new", "new", "new"]  # two renames, then the old one's two files and folder
+
+
+def test_a_checkpoint_that_cannot_be_replaced_stays(tmp_path: Path) -> None:
+    folder = step_folder(tmp_path, 5)
+    folder.mkdir()
+    (folder / INDEX).write_text("old")
+    with pytest.raises(FileNotFoundError):
+        put_in_place(tmp_path / ".step_00000005.partial", folder)
+    assert (folder / INDEX).read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == [folder.name]
