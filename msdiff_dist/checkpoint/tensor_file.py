@@ -13,6 +13,7 @@ import hashlib
 import json
 import mmap
 import os
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +121,7 @@ class TensorWriter:
 
 
 class TensorReader:
-    """Reads tensors of one file, whole or in part.
+    """Reads tensors of one file, whole or in part. The file is closed when the reader is no longer referenced.
 
     Attributes:
         like: meta tensors with every stored tensor's type and shape, by name.
@@ -134,6 +135,7 @@ class TensorReader:
         self.path = path
         try:
             self._file: IO[bytes] = path.open("rb", buffering=0)
+            weakref.finalize(self, self._file.close)  # readers live in caches and sources, which end without a call
             header = read_header(self._file.read, os.fstat(self._file.fileno()).st_size)
         except OSError as e:
             raise corrupt(path, e.strerror or str(e)) from None

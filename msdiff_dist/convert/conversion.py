@@ -1,4 +1,4 @@
-"""From one format to another, through our own: `convert`, and the report that it leaves."""
+"""Conversion of a checkpoint: read into `ModelWeights`, written in another format, with a report of every key."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from msdiff_dist.convert.edit.stages import extract_stage
 from msdiff_dist.convert.formats import FORMATS, PLAIN, readable, writable
 from msdiff_dist.convert.formats.deepspeed import DeepspeedSource
 from msdiff_dist.convert.model_weights import ModelWeights, Written
-from msdiff_dist.convert.options import ConvertOptions
+from msdiff_dist.convert.options import FLAGS, ConvertOptions
 from msdiff_dist.convert.writing import appearing, write_safetensors
 from msdiff_dist.errors import ConfigError, did_you_mean
 from msdiff_dist.files.atomic import atomic_write
@@ -26,15 +26,18 @@ REPORT = "conversion_report.json"
 def convert(
     src: Path, dst: Path, from_format: str, to_format: str, options: ConvertOptions | None = None
 ) -> dict[str, Any]:
-    """Convert a checkpoint; returns the report that is written beside the result (inside it, for a folder).
+    """Convert a checkpoint; returns the report, which is also written: inside `dst` if a folder, beside it if a file.
 
     Nothing appears at `dst` unless everything succeeded.
 
     Raises:
-        ConfigError: an unknown format or contradictory options.
+        ConfigError: a format is unknown, or an option is given that this conversion does not use.
         CheckpointError: the source cannot be read or carried exactly, or `dst` cannot be written.
     """
     options = options or ConvertOptions()
+    _check_known("--from", from_format, readable())
+    _check_known("--to", to_format, writable())
+    _check_used(options, from_format, to_format)
     if to_format == PLAIN:
         return _plain(src, dst, from_format)
     weights = read(src, from_format, options)
@@ -42,7 +45,12 @@ def convert(
 
 
 def read(src: Path, from_format: str, options: ConvertOptions) -> ModelWeights:
-    """Open a checkpoint of any format, and keep the asked stage alone if one is asked for."""
+    """Open a checkpoint of any format; where `options.stage` names a stage, that stage alone.
+
+    Raises:
+        ConfigError: the format is unknown, or there is no such stage.
+        CheckpointError: the checkpoint cannot be read.
+    """
     _check_known("--from", from_format, readable())
     reader = FORMATS[from_format].read
     assert reader is not None
@@ -53,7 +61,15 @@ def read(src: Path, from_format: str, options: ConvertOptions) -> ModelWeights:
 def write(
     weights: ModelWeights, dst: Path, to_format: str, options: ConvertOptions, source: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Write weights in any format, with the report. source: what the report and the metadata say of their origin."""
+    """Write weights in any format; returns the report, which is also written.
+
+    Args:
+        source: `path` and `format` of the origin, for the report and the file's metadata.
+
+    Raises:
+        ConfigError: the format is unknown.
+        CheckpointError: the format does not have such a model, or `dst` cannot be written.
+    """
     _check_known("--to", to_format, writable())
     writer = FORMATS[to_format].write
     assert writer is not None
@@ -77,7 +93,7 @@ def write(
 
 
 def _plain(src: Path, dst: Path, from_format: str) -> dict[str, Any]:
-    """Any network's weights under their own names, from a DeepSpeed folder."""
+    """Write the weights of a DeepSpeed folder under their own names, whatever network they are of."""
     if from_format != "deepspeed":
         raise ConfigError(
             "--to", PLAIN, "writes the weights of a DeepSpeed folder under their own names",
@@ -123,6 +139,27 @@ def _report(
 
 def _save(report: Mapping[str, Any], path: Path) -> None:
     atomic_write(path, json.dumps(report, indent=1) + "\n")
+
+
+def _check_used(options: ConvertOptions, from_format: str, to_format: str) -> None:
+    """Raise if an option is given that neither the reader nor the writer uses: it would change nothing.
+
+    Raises:
+        ConfigError: naming the option and those that this conversion takes.
+    """
+    plain = to_format == PLAIN  # writes every tensor as it is, so there is nothing to choose
+    used = set() if plain else {*FORMATS[from_format].read_options, *FORMATS[to_format].write_options}
+    # The flag --no-null-class says the opposite of the field.
+    given = {FLAGS[name]: not value if name == "null_class" else value for name, value in options.given().items()}
+    taken = [flag for name, flag in FLAGS.items() if name in used]
+    if not plain:
+        taken.append("--stage")
+    elif options.stage is not None:
+        given["--stage"] = options.stage
+    for flag, value in given.items():
+        if flag not in taken:
+            choices = f"Remove it; {', '.join(taken)} can be given." if taken else "Remove it."
+            raise ConfigError(flag, value, f"is not used in a conversion from {from_format} to {to_format}", choices)
 
 
 def _kept_metadata(weights: ModelWeights) -> dict[str, str]:

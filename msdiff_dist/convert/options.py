@@ -1,29 +1,53 @@
-"""What a conversion needs to be told, beyond what the files say."""
+"""The user's choices in a conversion: answers to what the files do not say, and which weights to take."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from msdiff_dist.convert.formats.ldm_architecture import HeadsRule
 from msdiff_dist.errors import CheckpointError, ConfigError
 
+OptionName = Literal[
+    "weights", "config", "num_heads", "head_channels", "norm_groups", "boundaries", "prediction_type", "scale_factor",
+    "null_class",
+]  # fmt: skip
+"""An option that a format may take. `stage` is none of them: it applies to every format that is read."""
+
+FLAGS: dict[OptionName, str] = {
+    "weights": "--weights",
+    "config": "--config",
+    "num_heads": "--heads",
+    "head_channels": "--head-channels",
+    "norm_groups": "--norm-groups",
+    "boundaries": "--boundaries",
+    "prediction_type": "--prediction",
+    "scale_factor": "--scale-factor",
+    "null_class": "--no-null-class",
+}
+"""What each option is called on the command line."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """Answers to questions that a checkpoint leaves open; None takes the published models' answer, and says so.
+    """Answers to questions that a checkpoint leaves open.
+
+    None means that the reader takes the published models' answer, and lists it in the report as an assumption.
 
     Args:
-        weights: `ema` or `raw` of a checkpoint that holds both; `auto` is the average where there is one.
-        config: the original program's YAML, which then decides and is compared with the tensors.
-        stage: convert this stage alone, as a unified model.
-        num_heads, head_channels: attention heads by number, or by channels each.
-        boundaries: inner stage boundaries.
-        norm_groups: the most groups of a norm, in families whose shapes do not tell.
-        prediction_type, scale_factor: what the network predicts, and the factor on latents.
-        null_class: the table of classes ends in the row of the dropped class; without, a row of zeros is added (or
-            the last one dropped, on the way out).
+        weights: `ema` (averaged) or `raw` (last) weights of a checkpoint that holds both; `auto` takes the averaged
+            ones where there are any.
+        config: the original program's configuration file. Its values are used, and compared with the tensors.
+        stage: the one stage to convert, as a unified model; None converts all.
+        num_heads: number of attention heads, which no tensor's shape shows.
+        head_channels: channels of each attention head; excludes `num_heads`.
+        norm_groups: the largest number of groups of a norm, which no tensor's shape shows.
+        boundaries: inner stage boundaries, in the process's own time.
+        prediction_type: what the network predicts.
+        scale_factor: the factor that latents are multiplied by before they enter the network.
+        null_class: whether the other format's table of classes ends in the row of the dropped class. If not, a row of
+            zeros is added on reading, and the last row removed on writing.
     """
 
     weights: Literal["auto", "ema", "raw"] = "auto"
@@ -41,8 +65,13 @@ class ConvertOptions:
         if self.num_heads is not None and self.head_channels is not None:
             raise ConfigError("--heads", self.num_heads, "stands beside --head-channels", "Give one of the two.")
 
+    def given(self) -> dict[OptionName, Any]:
+        """The options of formats that differ from their defaults, with their values."""
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return {name: value for name, value in changed.items() if name in FLAGS}
+
     def heads(self) -> HeadsRule | None:
-        """The heads as asked for, or None."""
+        """The rule for attention heads that `num_heads` or `head_channels` gives; None where neither is given."""
         if self.num_heads is None and self.head_channels is None:
             return None
         return HeadsRule(self.num_heads, self.head_channels, "as given on the command line")
@@ -51,19 +80,22 @@ class ConvertOptions:
 def given_boundaries(
     given: tuple[float, ...] | None, num_stages: int, paper: tuple[float, ...]
 ) -> tuple[tuple[float, ...], list[str]]:
-    """The inner stage boundaries, and what was assumed for them.
+    """The inner stage boundaries, and the lines of the report about what was assumed for them.
 
     Args:
-        given: by the command line or a file. paper: the paper's for models of this kind.
+        given: boundaries from the command line or a configuration file.
+        paper: the published boundaries for models of this kind, assumed where the number of stages fits them.
 
     Raises:
-        CheckpointError: nothing says them.
+        CheckpointError: none are given and the number of stages is not the paper's, or their number does not fit.
     """
-    if num_stages == 1:
+    if num_stages == 1 and not given:
         return (), []
     if given is None and num_stages == len(paper) + 1:
-        said = " and ".join(f"{b:g}" for b in paper)
-        return paper, [f"stage boundaries: {said}, the paper's; give --boundaries otherwise"]
+        listed = " and ".join(f"{b:g}" for b in paper)
+        return paper, [f"stage boundaries: {listed}, the paper's; give --boundaries otherwise"]
+    if num_stages == 1:
+        raise CheckpointError("--boundaries", given, "the checkpoint has one stage", "Remove --boundaries.")
     if given is None or len(given) != num_stages - 1:
         raise CheckpointError(
             "--boundaries", given, f"the checkpoint has {num_stages} stages",
@@ -73,10 +105,10 @@ def given_boundaries(
 
 
 def parse_numbers(option: str, text: str) -> tuple[int, ...]:
-    """`256,192,128` as whole numbers.
+    """Parse text such as `256,192,128`; empty text is an empty tuple.
 
     Raises:
-        ConfigError: it is something else, naming the option.
+        ConfigError: it is no list of whole numbers; the error names `option`.
     """
     try:
         return tuple(int(part) for part in text.split(",") if part)
@@ -85,10 +117,10 @@ def parse_numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def parse_boundaries(text: str | None) -> tuple[float, ...] | None:
-    """`442,631` as numbers.
+    """Parse the value of --boundaries, such as `442,631`; None stays None.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: it is no list of numbers.
     """
     if text is None:
         return None

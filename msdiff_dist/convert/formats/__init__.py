@@ -13,11 +13,11 @@ from msdiff_dist.convert.formats.ldm import read_ldm, write_ldm_file
 from msdiff_dist.convert.formats.official_edm import read_edm, write_edm
 from msdiff_dist.convert.formats.official_scoresde import read_scoresde, write_scoresde
 from msdiff_dist.convert.model_weights import ModelWeights, Written
-from msdiff_dist.convert.options import ConvertOptions
+from msdiff_dist.convert.options import ConvertOptions, OptionName
 from msdiff_dist.convert.tensor_sources import TensorSource, open_source
 from msdiff_dist.registry import Table
 
-PLAIN = "safetensors"  # the tensors of a DeepSpeed folder under their own names, whatever network they are of
+PLAIN = "safetensors"  # not in the table: a DeepSpeed folder's tensors under their own names, of any network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,17 +25,29 @@ class Format:
     """A format that `msdiff convert` knows.
 
     Args:
-        read: (file or folder, options) to weights, checked and mapped to our names.
-        write: (weights, new file or folder, options, metadata of the file) to what was written.
-        marks: how tensors' names begin in this format; the first format of the table that has one of them claims them.
-        read_tensors: (tensors, options) to weights, where the names of its tensors tell a network in any container.
+        read: reads a file or folder; returns its weights under our names, checked to be complete. None: cannot be read.
+        write: writes weights to a new file or folder, with metadata for its header. None: cannot be written.
+        read_options: the options that `read` uses. An option that neither side of a conversion uses is an error.
+        write_options: the options that `write` uses.
+        marks: beginnings of tensors' names by which this format is recognised. A checkpoint belongs to the first
+            format of the table with a match.
+        read_tensors: like `read`, from tensors in whatever container. None: the tensors alone do not determine the
+            network.
     """
 
     read: Callable[[Path, ConvertOptions], ModelWeights] | None = None
     write: Callable[[ModelWeights, Path, ConvertOptions, Mapping[str, str]], Written] | None = None
+    read_options: tuple[OptionName, ...] = ()
+    write_options: tuple[OptionName, ...] = ()
     marks: tuple[str, ...] = ()
     read_tensors: Callable[[TensorSource, ConvertOptions], ModelWeights] | None = None
 
+
+_LDM_READ: tuple[OptionName, ...] = (
+    "weights", "config", "num_heads", "head_channels", "prediction_type", "scale_factor", "null_class",
+)  # fmt: skip
+_LDM_WRITE: tuple[OptionName, ...] = ("weights", "null_class")
+_SONG_READ: tuple[OptionName, ...] = ("weights", "norm_groups", "boundaries")
 
 FORMATS: Table[Format] = Table(
     "format",
@@ -43,45 +55,54 @@ FORMATS: Table[Format] = Table(
         "official-scoresde": Format(
             read=read_scoresde,
             write=lambda weights, path, options, metadata: write_scoresde(weights, path, metadata),
+            read_options=_SONG_READ,
             marks=("en_modules.", "all_modules.", "module.en_modules.", "module.all_modules."),
         ),
-        "official-ldm": Format(  # after official-scoresde: both have de_modules
+        "official-ldm": Format(  # after official-scoresde, whose checkpoints have names in de_modules too
             read=lambda path, options: read_ldm(open_source(path), options, multistage=True),
             write=lambda weights, path, options, metadata: write_ldm_file(weights, path, options, metadata, True),
+            read_options=(*_LDM_READ, "boundaries"),
+            write_options=_LDM_WRITE,
             marks=("model.diffusion_model.de_modules.", "de_modules.", "diffusion_model.de_modules."),
             read_tensors=lambda source, options: read_ldm(source, options, multistage=True),
         ),
         "ldm": Format(
             read=lambda path, options: read_ldm(open_source(path), options),
             write=write_ldm_file,
+            read_options=_LDM_READ,
+            write_options=_LDM_WRITE,
             marks=("model.diffusion_model.input_blocks.", "input_blocks.", "diffusion_model.input_blocks."),
             read_tensors=read_ldm,
         ),
         "msdiff": Format(
             read=read_export,
             write=lambda weights, path, options, metadata: write_export(weights, path, metadata),
+            read_options=("weights",),
             marks=("shared.", "stages.0."),
         ),
         "diffusers": Format(
             read=read_diffusers,
             write=lambda weights, path, options, metadata: write_diffusers(weights, path, metadata),
+            read_options=("weights", "boundaries", "prediction_type", "scale_factor"),
             marks=("down_blocks.", "conv_in."),
         ),
         "official-edm": Format(
             read=lambda path, options: read_edm(open_source(path), options),
             write=lambda weights, path, options, metadata: write_edm(weights, path, metadata),
+            read_options=_SONG_READ,
             marks=("model.enc.", "enc.", "model.decs.", "decs."),
         ),
-        "deepspeed": Format(read=read_deepspeed),
+        # A container: which of these count depends on the network that is found in it.
+        "deepspeed": Format(read=read_deepspeed, read_options=(*_LDM_READ, "boundaries")),
     },
 )
 
 
 def readable() -> list[str]:
-    """Formats that can be converted from."""
+    """Names of the formats that can be converted from."""
     return [name for name, known in FORMATS.items() if known.read is not None]
 
 
 def writable() -> list[str]:
-    """Formats that can be converted to."""
+    """Names of the formats that can be converted to."""
     return [*(name for name, known in FORMATS.items() if known.write is not None), PLAIN]

@@ -16,6 +16,7 @@ from typing import Any
 from msdiff_dist.convert import carried
 from msdiff_dist.convert.families import refuse_other_families
 from msdiff_dist.convert.formats.diffusers_unet import STOCK, diffusers_unet_rules, model_of_stock, stock_config
+from msdiff_dist.convert.formats.ldm import PAPER_BOUNDARIES
 from msdiff_dist.convert.key_map import OursFromTheirs, TheirsFromOurs, check_complete
 from msdiff_dist.convert.model_weights import (
     AutoencoderWeights,
@@ -24,7 +25,7 @@ from msdiff_dist.convert.model_weights import (
     empty_model,
     ldm_model,
 )
-from msdiff_dist.convert.options import ConvertOptions
+from msdiff_dist.convert.options import ConvertOptions, given_boundaries
 from msdiff_dist.convert.tensor_sources import SafetensorsSource, TensorSource, open_source
 from msdiff_dist.convert.writing import write_safetensors
 from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
@@ -93,6 +94,8 @@ def read_unet(config: Mapping[str, Any], source: TensorSource, options: ConvertO
             "config.json", config.get("_class_name"), "is a class that this package has no model for",
             f"Convert one of {', '.join([*STOCK, OWN_CLASS])}.",
         )  # fmt: skip
+    if options.boundaries is not None:
+        boundaries, _ = given_boundaries(options.boundaries, model.num_stages, PAPER_BOUNDARIES)
     refuse_other_families(source.names(), "diffusers")
     old = any(".attentions.0.query.weight" in k for k in source.names())
     rules = diffusers_unet_rules(model, config["_class_name"] == OWN_CLASS, old)
@@ -103,7 +106,7 @@ def read_unet(config: Mapping[str, Any], source: TensorSource, options: ConvertO
     description = ModelDescription(
         model=model,
         diffusion=DiffusionConfig(process="discrete", section=discrete),
-        stages=StagesConfig(boundaries=options.boundaries or boundaries),
+        stages=StagesConfig(boundaries=boundaries),
         autoencoder=AutoencoderConfig(scale_factor=options.scale_factor or 1.0),
         sample_size=tuple(size) if isinstance(size, list) else size,
     )

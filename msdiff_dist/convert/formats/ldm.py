@@ -122,9 +122,11 @@ def read_ldm(source: TensorSource, options: ConvertOptions, multistage: bool = F
     assumed += said
     scale, said = _scale_factor(source, options, sheet, model)
     assumed += said
-    given = options.boundaries or (sheet.boundaries() if sheet else None)
-    boundaries, said = given_boundaries(given, model.num_stages, PAPER_BOUNDARIES)
-    assumed += said
+    boundaries: tuple[float, ...] = ()
+    if multistage:
+        given = options.boundaries or (sheet.boundaries() if sheet and model.num_stages > 1 else None)
+        boundaries, said = given_boundaries(given, model.num_stages, PAPER_BOUNDARIES)
+        assumed += said
     first_stage = read_first_stage(under(source, FIRST_STAGE), sheet.first_stage if sheet else {})
 
     used = {k: [r.ours] for r in rules for k in r.theirs}

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,14 @@ from typer.testing import CliRunner
 
 from msdiff_dist import load_model
 from msdiff_dist.cli.main import app
-from msdiff_dist.convert.conversion import convert
-from msdiff_dist.convert.options import ConvertOptions, parse_boundaries
+from msdiff_dist.convert.conversion import convert, read
+from msdiff_dist.convert.formats import FORMATS
+from msdiff_dist.convert.options import FLAGS, ConvertOptions, parse_boundaries
+from msdiff_dist.diffusion.config import DiffusionConfig
 from msdiff_dist.errors import CheckpointError, ConfigError
 from msdiff_dist.models import build_model
 from msdiff_dist.models.ldm.config import LDMConfig
+from msdiff_dist.models.song.config import SongConfig
 from tests.unit.convert.convert_helpers import files_below, inputs, randomise
 
 STAGED = LDMConfig(
@@ -99,6 +104,75 @@ def test_options_that_contradict(tmp_path: Path, make_export: Any, options: dict
     with pytest.raises(ConfigError, match=named):
         convert(export, tmp_path / "out", "msdiff", "msdiff", ConvertOptions(**options))  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("from_format", "to_format", "options", "named"),
+    [
+        ("ldm", "msdiff", {"norm_groups": 8}, r"--norm-groups = 8: .* from ldm to msdiff.*--config, --heads"),
+        (
+            "msdiff",
+            "ldm",
+            {"num_heads": 2},
+            r"--heads = 2.*Remove it; --weights, --no-null-class, --stage can",
+        ),
+        ("ldm", "msdiff", {"boundaries": (442.0,)}, "--boundaries"),
+        ("official-edm", "msdiff", {"null_class": False}, "--no-null-class = True"),
+        ("official-scoresde", "msdiff", {"config": Path("x.yaml")}, "--config"),
+        ("msdiff", "diffusers", {"prediction_type": "sample"}, "--prediction = 'sample'"),
+        ("deepspeed", "safetensors", {"stage": 1}, r"--stage = 1.*Remove it\.$"),
+    ],
+)
+def test_options_that_the_formats_do_not_use(
+    tmp_path: Path, from_format: str, to_format: str, options: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        convert(tmp_path / "absent", tmp_path / "out", from_format, to_format, ConvertOptions(**options))
+
+
+def test_every_option_has_its_flag() -> None:
+    assert {*FLAGS, "stage"} == {f.name for f in fields(ConvertOptions)}
+    shown = CliRunner().invoke(app, ["convert", "--help"], env={"COLUMNS": "200"}).output
+    assert all(flag in shown for flag in FLAGS.values())
+
+
+class Recording(ConvertOptions):
+    """Options that remember which of them were looked at."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in FLAGS:
+            super().__getattribute__("__dict__").setdefault("looked_at", set()).add(name)
+        return super().__getattribute__(name)
+
+
+def recorded(use: Callable[[ConvertOptions], Any]) -> set[str]:
+    """The options that `use` looks at."""
+    options = Recording()
+    options.__dict__["looked_at"] = set()  # building them looked at some
+    use(options)
+    return set(options.__dict__["looked_at"])
+
+
+SONG: dict[str, Any] = {
+    "encoder_channels": 16, "decoder_channels": (16, 16, 16), "channel_mult": (1, 2), "num_res_blocks": 1,
+    "attention_downsamples": (2,), "norm_groups": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["ldm", "official-ldm", "msdiff", "diffusers", "official-edm", "official-scoresde"])
+def test_formats_use_the_options_that_they_name(tmp_path: Path, make_export: Any, form: str) -> None:
+    config, process = {
+        "ldm": (replace(STAGED, decoder_channels=(32,), decoder_attention=None), "discrete"),
+        "official-edm": (SongConfig(**SONG, family="ddpmpp"), "edm"),
+        "official-scoresde": (SongConfig(**SONG, family="ncsnpp_vp"), "vp"),
+    }.get(form, (STAGED, "discrete"))
+    weights = read(make_export(config, diffusion=DiffusionConfig(process=process)), "msdiff", ConvertOptions())
+    out, known = tmp_path / ("out" if form in ("msdiff", "diffusers") else "out.safetensors"), FORMATS[form]
+    reader, writer = known.read, known.write
+    assert reader is not None
+    assert writer is not None
+    assert recorded(lambda options: writer(weights, out, options, {})) == set(known.write_options)
+    assert recorded(lambda options: reader(out, options)) == set(known.read_options)
 
 
 def test_boundaries_on_the_command_line() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -57,6 +58,15 @@ def test_load_model_is_the_model(tmp_path: Path, write_checkpoint: Write, model:
         torch.testing.assert_close(loaded(x, t, label=label), model(x, t.float(), stage, None, label))
         from_run = msdiff_dist.load_model(str(tmp_path / "run"))
         assert torch.equal(loaded(x, t, label=label), from_run(x, t, label=label))
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("error::ResourceWarning")
+def test_load_model_closes_the_files(run: Path, tmp_path: Path) -> None:
+    export(run, tmp_path / "out")
+    for path in (run, tmp_path / "out"):
+        msdiff_dist.load_model(path)
+    gc.collect()
 
 
 def test_times_of_edm_are_sigmas(tmp_path: Path, write_checkpoint: Write, model: MultistageUNet) -> None:

@@ -188,6 +188,16 @@ def test_schedules_go_through(tmp_path: Path, make_export: Any) -> None:
     assert found.description.stages.boundaries == (100.0, 200.0)
 
 
+def test_boundaries_that_do_not_fit_the_stages(tmp_path: Path, make_export: Any) -> None:
+    convert(make_export(STAGED), tmp_path / "three", "msdiff", "diffusers")
+    convert(make_export(LDMConfig(**BASE, decoder_channels=(32,)), "b"), tmp_path / "one", "msdiff", "diffusers")
+    found = read_diffusers(tmp_path / "three", ConvertOptions(boundaries=(400.0, 600.0)))
+    assert found.description.stages.boundaries == (400.0, 600.0)
+    for folder, named in (("three", "has 3 stages"), ("one", "has one stage")):
+        with pytest.raises(CheckpointError, match=rf"--boundaries.*{named}"):
+            read_diffusers(tmp_path / folder, ConvertOptions(boundaries=(500.0,)))
+
+
 def test_continuous_processes_are_refused(tmp_path: Path, make_export: Any) -> None:
     diffusion = DiffusionConfig(process="vp", section=VPConfig())
     export = make_export(STAGED, diffusion=diffusion, stages=StagesConfig(boundaries=(0.4, 0.6)))
