@@ -1,1 +1,1 @@
-"""Shards to samples: WebDataset lanes, order, decoding."""
+"""From shards to the samples of each step: finding shards, ordering, reading and decoding."""

@@ -1,7 +1,7 @@
 """Opening what a recipe names: local files, http(s), anything fsspec knows (s3, gs, ...) and, if allowed, commands.
 
-Everything that is not a local file is read through `_Remote`: a file that opens its source again where it stopped when
-a connection breaks, after waits that double each time.
+Everything that is not a local file is read through `_Remote`. When a connection breaks, it opens its source again at
+the position it had reached. The wait before each further try doubles.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from msdiff_dist.errors import DataError
 
 PIPE = "pipe:"
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
-_TIMEOUT_S = 60.0
-_SKIP_BYTES = 1 << 20  # a gap up to this is read and thrown away instead of opening the source again
+_TIMEOUT_S = 60.0  # of an http socket: to connect, and for each read
+_SKIP_BYTES = 1 << 20  # a gap up to this size is read and discarded: cheaper than a new connection
 _BUFFER_BYTES = 1 << 18
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -34,7 +34,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Access:
-    """How shards may be reached. retries: further tries after a source fails. allow_pipe: commands may be run."""
+    """How shards may be reached.
+
+    Attributes:
+        retries: how often a failed operation is tried again.
+        allow_pipe: whether `pipe:` addresses may run their shell commands.
+    """
 
     retries: int = 5
     allow_pipe: bool = False
@@ -44,16 +49,16 @@ DEFAULT_ACCESS = Access()
 
 
 class AbsentError(OSError):
-    """There is no such file, or it is not ours to read: trying again would not help."""
+    """The file is missing, may not be read, or changed while it was read: trying again would not help."""
 
 
 def is_local(address: str) -> bool:
-    """Whether the address is a path on this machine."""
+    """Whether the address is a path in the file system of this machine."""
     return "://" not in address and not address.startswith(PIPE)
 
 
 def base_name(address: str) -> str:
-    """File name of an address, without a query."""
+    """File name of an address, without the query of an http address."""
     return (urlsplit(address).path if address.startswith(("http://", "https://")) else address).rsplit("/", 1)[-1]
 
 
@@ -70,7 +75,9 @@ def open_address(address: str, access: Access) -> BinaryIO:
     """The file at an address, for reading; seekable.
 
     Raises:
-        AbsentError, OSError: here or while reading, when all tries have failed.
+        AbsentError: here or while reading; the file cannot be had, whatever the number of tries.
+        OSError: here or while reading; all tries failed.
+        DataError: the address is a command that may not run, or no installed package knows its protocol.
     """
     if is_local(address):
         return open(address, "rb", buffering=_BUFFER_BYTES)
@@ -84,7 +91,11 @@ def read_bytes(address: str, access: Access) -> bytes:
 
 
 def matching(pattern: str, access: Access) -> list[str]:
-    """Addresses of the tar files that a folder or a glob of fsspec's means, sorted; the pattern itself if neither."""
+    """The tar files that a remote pattern names: matches of a glob, or content of a folder, sorted; else the pattern.
+
+    Raises:
+        AbsentError, OSError, DataError: as `open_address` does.
+    """
 
     def find() -> list[str]:
         system, path = _file_system(pattern)
@@ -98,21 +109,21 @@ def matching(pattern: str, access: Access) -> list[str]:
 
 
 def _retried(address: str, action: Callable[[], T], retries: int) -> T:
-    """The action's result, tried again after failures that may pass."""
+    """The result of `action`, which is tried again after a failure that may pass."""
     for attempt in range(retries + 1):
         try:
             return action()
-        except DataError:
+        except DataError:  # the address itself is wrong
             raise
         except (AbsentError, FileNotFoundError, PermissionError) as e:
             raise AbsentError(*e.args) from e
-        except Exception as e:  # fsspec's systems have exceptions of their own
+        except Exception as e:  # fsspec's file systems raise exceptions of their own
             if attempt == retries:
                 raise OSError(f"{_reason(e)}; tried {retries + 1} times") from e
             wait = min(FIRST_WAIT_S * 2**attempt, LONGEST_WAIT_S)
             _log.warning("%s: %s; trying again in %.1f s", address, _reason(e), wait)
             time.sleep(wait)
-    raise AssertionError
+    raise AssertionError  # not reached: the last attempt returns or raises
 
 
 def _reason(e: Exception) -> str:
@@ -121,7 +132,13 @@ def _reason(e: Exception) -> str:
 
 @dataclass(kw_only=True)
 class _Connection:
-    """An open source. at: position of its next byte. size: of the whole file, if known. tag: changes with content."""
+    """A source, opened for reading forward.
+
+    Attributes:
+        at: position in the file of the next byte that `read` returns.
+        size: bytes in the whole file; None if the source does not say.
+        tag: version of the content (HTTP's ETag); None if the source has none.
+    """
 
     read: Callable[[int], bytes]
     close: Callable[[], None]
@@ -130,15 +147,17 @@ class _Connection:
     tag: str | None = None
 
 
-_Opener = Callable[[int], _Connection]  # opens at, or before, a position
+_Opener = Callable[[int], _Connection]  # opens a source at the given position, or before it
 
 
 class _Remote(io.RawIOBase):
+    """A seekable file over a source that can only be opened and read forward, and whose connections break."""
+
     def __init__(self, address: str, opener: _Opener, retries: int) -> None:
         self._address, self._opener, self._retries = address, opener, retries
         self._position = 0
         self._connection: _Connection | None = None
-        self._known: tuple[int | None, str | None] | None = None
+        self._known: tuple[int | None, str | None] | None = None  # (size, tag) at the first connection
         _retried(address, self._connect, retries)
 
     def readable(self) -> bool:
@@ -154,7 +173,7 @@ class _Remote(io.RawIOBase):
         if whence == os.SEEK_END:
             assert self._known is not None
             if self._known[0] is None:
-                raise io.UnsupportedOperation(f"{self._address} does not tell its size")
+                raise io.UnsupportedOperation(f"{self._address} does not report its size")
             offset += self._known[0]
         self._position = max(offset + self._position if whence == os.SEEK_CUR else offset, 0)
         return self._position
@@ -174,6 +193,7 @@ class _Remote(io.RawIOBase):
         size = self._known[0] if self._known else None
         if size is not None and self._position >= size:
             return b""
+        # A connection that failed is dropped. The next try opens a new one at `_position`, which has not moved.
         try:
             connection = self._connect()
             data = connection.read(n)
@@ -181,26 +201,29 @@ class _Remote(io.RawIOBase):
             self._disconnect()
             raise
         connection.at += len(data)
+        # A response whose server hung up early looks like one that ended. Only the size shows that bytes are missing.
         if not data and n and size is not None:
             self._disconnect()
             raise ConnectionError(f"torn after {self._position} of {size} bytes")
         return data
 
     def _connect(self) -> _Connection:
-        """The connection, its next byte the one at our position."""
+        """A connection whose next byte is the one at `_position`."""
         connection = self._connection
         if connection is None or not 0 <= self._position - connection.at <= _SKIP_BYTES:
             self._disconnect()
             connection = self._connection = self._opener(self._position)
+            # Joining two versions of a file would give corrupt samples that look sound.
             found = (connection.size, connection.tag)
             if self._known not in (None, found):
                 raise AbsentError(f"changed while it was read: (size, tag) was {self._known}, is {found}")
             self._known = found
+        # An opener may start before the position: commands and servers without ranges start at byte 0.
         while connection.at < self._position:
             skipped = connection.read(min(self._position - connection.at, _SKIP_BYTES))
             if not skipped:
                 if connection.size is None:
-                    break  # beyond the end
+                    break  # the position lies past the end, where reading gives no bytes
                 raise ConnectionError(f"torn after {connection.at} of {connection.size} bytes")
             connection.at += len(skipped)
         return connection
@@ -218,6 +241,7 @@ def _opener(address: str, access: Access) -> _Opener:
                 "data.shards", address, "runs a command, which this recipe does not allow",
                 "Set data.allow_pipe: true if you trust it.",
             )  # fmt: skip
+        # A command cannot start in the middle: it runs again, and `_Remote` discards what comes before the position.
         return lambda position: _open_pipe(address.removeprefix(PIPE))
     if address.startswith(("http://", "https://")):
         return lambda position: _open_http(address, position)
@@ -230,13 +254,15 @@ def _open_http(url: str, position: int) -> _Connection:
         response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=_TIMEOUT_S)
     except urllib.error.HTTPError as e:
         e.close()
+        # Request Timeout, Too Early and Too Many Requests pass with time; other 4xx statuses do not.
         if 400 <= e.code < 500 and e.code not in (408, 425, 429):
             raise AbsentError(f"HTTP status {e.code} {e.reason}") from e
         raise OSError(f"HTTP status {e.code} {e.reason}") from e
     length = response.headers.get("Content-Length")
     size = None if length is None else int(length)
+    # A server that ignores the range answers 200 with the whole file. Content-Range reads "bytes 100-999/1000".
     at = 0
-    if response.status == http.HTTPStatus.PARTIAL_CONTENT:  # "bytes 100-999/1000"; a server may also ignore the range
+    if response.status == http.HTTPStatus.PARTIAL_CONTENT:
         at, total = position, response.headers.get("Content-Range", "").rpartition("/")[2]
         size = int(total) if total.isdigit() else None
     return _Connection(read=response.read, close=response.close, at=at, size=size, tag=response.headers.get("ETag"))
@@ -257,7 +283,7 @@ def _file_system(address: str) -> tuple[Any, str]:
         found: tuple[Any, str] = fsspec.core.url_to_fs(address)
         return found
     except (ImportError, ValueError) as e:
-        remedy = "Install what it needs: pip install 'msdiff-dist[s3]' for s3, or the fsspec package of this protocol."
+        remedy = "Install support for it: pip install 'msdiff-dist[s3]' for s3, or the fsspec package of this protocol."
         raise DataError("data.shards", address, f"cannot be opened ({e})", remedy) from e
 
 
@@ -268,6 +294,7 @@ def _open_pipe(command: str) -> _Connection:
 
     def read(n: int) -> bytes:
         data = stdout.read(n)
+        # A command that failed closes its output as one that finished does; its status tells them apart.
         if not data and process.wait():
             raise OSError(f"the command ended with status {process.returncode}")
         return data

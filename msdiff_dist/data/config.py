@@ -1,4 +1,4 @@
-"""What a recipe says about its data."""
+"""The `data` section of a recipe: which shards to read, and what their samples look like."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from msdiff_dist.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One of several sources that are mixed: its shards, and its weight beside the others'."""
+    """One of several mixed sources: its shards and its weight."""
 
     shards: str | tuple[str, ...]
     """WebDataset shards of this source, as in `data.shards`."""
     weight: float = 1.0
-    """How often its samples are drawn, relative to the weights of the other sources."""
+    """Relative share of the samples that this source gives."""
 
     def __post_init__(self) -> None:
         if not self.shards:
@@ -35,21 +35,20 @@ class DataConfig:
     which `msdiff data` writes, says how many samples they hold; shards without one are counted first, which for remote
     ones takes about as long as reading them."""
     sources: tuple[SourceConfig, ...] = ()
-    """Several sets of shards, mixed by weight, instead of `shards`. Each is shuffled and begins again by itself."""
+    """Several sets of shards, mixed by weight, instead of `shards`. Each has its own order and its own epochs."""
     allow_pipe: bool = False
-    """Let `pipe:` run the shell commands that this recipe names."""
+    """Whether `pipe:` addresses may run the shell commands they name."""
     retries: int = 5
-    """Further tries after a connection breaks; the wait between them doubles each time."""
+    """How often a failed connection is tried again; the wait before each further try doubles."""
     max_bad: int = 0
-    """Most corrupt shards and samples that are skipped before the command gives up, each counted once from its start. A
-    corrupt sample is replaced by the next good one of its lane; the rest of a torn shard by its samples from the first
+    """How many corrupt shards and samples are skipped before the command fails; each counts once per command. A corrupt
+    sample is replaced by the next good one of its lane. A shard that is cut short repeats its samples from the first
     on."""
     accept_changes: bool = False
-    """Resume although shards were added, removed or altered since the checkpoint."""
+    """Whether to resume although shards were added, removed or altered since the checkpoint."""
     lanes: int = 8
-    """Disjoint parts into which the stream is dealt; a multiple of the number of ranks. It decides the order of
-    samples, so it is fixed for a run. A lane reads whole shards, so reading is spread over all lanes only if there are
-    at least as many shards."""
+    """Number of lanes, to which whole shards are dealt; a multiple of the number of ranks. It decides the order of
+    samples, so it is fixed for a run. Reading is spread over all lanes only if there are at least as many shards."""
     workers: int = 0
     """Loader processes per rank; 0 reads in the training process. It does not change what is read."""
     shuffle: int = 2048
@@ -92,7 +91,7 @@ class DataConfig:
         if self.channels not in (1, 3):
             raise ConfigError("channels", self.channels, "must be 1 (grey) or 3 (RGB)", "Set it to 1 or 3.")
         if self.shards and self.sources:
-            raise ConfigError("sources", len(self.sources), "stands instead of shards", "Give one of them.")
+            raise ConfigError("sources", len(self.sources), "cannot stand beside data.shards", "Remove one of the two.")
         if self.kind != "synthetic" and not (self.shards or self.sources):
             raise ConfigError("shards", self.shards, f"is required for kind {self.kind!r}", "Name a folder of shards.")
         for field in ("shards", "sources", "captions") if self.kind == "synthetic" else ():
@@ -100,14 +99,14 @@ class DataConfig:
                 raise ConfigError(field, getattr(self, field), "has no meaning for kind 'synthetic'", "Remove it.")
         if self.kind == "image":
             if self.image_size is None:
-                raise ConfigError("image_size", None, "is required for kind 'image'", "Give the images' size.")
+                raise ConfigError("image_size", None, "is required for kind 'image'", "Set it to the images' size.")
             _at_least("image_size", self.image_size, 1)
             for field in ("latent_shape", "latent_moments"):
                 if getattr(self, field):
                     raise ConfigError(field, getattr(self, field), "has no meaning for kind 'image'", "Remove it.")
         else:
             if self.latent_shape is None:
-                raise ConfigError("latent_shape", None, f"is required for kind {self.kind!r}", "Give it as [C, H, W].")
+                raise ConfigError("latent_shape", None, f"is required for kind {self.kind!r}", "Set it to [C, H, W].")
             if self.image_size is not None:
                 raise ConfigError(
                     "image_size", self.image_size, f"has no meaning for kind {self.kind!r}", "Use data.latent_shape."
@@ -126,12 +125,12 @@ class DataConfig:
 
     @property
     def access(self) -> Access:
-        """How shards may be reached."""
+        """The settings for opening shards."""
         return Access(self.retries, self.allow_pipe)
 
     @property
     def x_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every sample as the loader delivers it."""
+        """(C, H, W) of every sample that the loader yields."""
         if self.kind == "image":
             assert self.image_size is not None
             return (self.channels, self.image_size, self.image_size)
@@ -140,7 +139,7 @@ class DataConfig:
 
     @property
     def x_dtype(self) -> str:
-        """Name of the torch type of every sample as the loader delivers it."""
+        """Name of the torch dtype of every sample that the loader yields."""
         return "uint8" if self.kind == "image" else self.latent_dtype
 
 

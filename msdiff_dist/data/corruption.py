@@ -1,4 +1,7 @@
-"""Corruption in shards: named once each in the log, counted, and borne up to the recipe's limit."""
+"""Corrupt shards and samples: each is logged once and counted; more than `data.max_bad` end the command.
+
+They are identified by place, so reading the same shard in every epoch does not count it again.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Corruption:
-    """A sample, or with no key a shard, that cannot be used as it is."""
+    """A corrupt sample or shard.
+
+    Attributes:
+        url: address of the shard.
+        key: name of the sample in the shard; None if the shard itself is corrupt.
+        problem: what is wrong with it, as a clause.
+    """
 
     url: str
     key: str | None
@@ -20,7 +29,7 @@ class Corruption:
 
     @property
     def place(self) -> tuple[str, str | None]:
-        """What makes it this corruption and no other, whoever meets it and however often."""
+        """The identity of the corruption: the same on every rank and in every epoch."""
         return self.url, self.key
 
     def __str__(self) -> str:
@@ -29,46 +38,46 @@ class Corruption:
 
 
 class CorruptionReport:
-    """What one process has met so far.
+    """The corruption that one process has met so far.
 
     Args:
-        max_bad: how many corrupt places are left out before reading stops; with 0 the first one stops it.
+        max_bad: how many corrupt places are skipped; one more is an error. With 0 the first is reported as itself.
     """
 
     def __init__(self, max_bad: int) -> None:
         self._max_bad = max_bad
         self._known: set[tuple[str, str | None]] = set()
-        self._untold: list[Corruption] = []
+        self._unreported: list[Corruption] = []
 
     def add(self, corruption: Corruption, error: DataError) -> None:
-        """Note corruption; what was noted before does not count again.
+        """Count a corrupt place and log it, unless it was counted before.
 
         Raises:
-            DataError: `error`, if none is allowed, or the limit's own.
+            DataError: `error` if `max_bad` is 0; else the error of `check_limit`.
         """
         if self._max_bad == 0:
             raise error
         if corruption.place in self._known:
             return
         self._known.add(corruption.place)
-        self._untold.append(corruption)
-        _log.warning("left out: %s", corruption)
+        self._unreported.append(corruption)
+        _log.warning("skipped: %s", corruption)
         check_limit(len(self._known), self._max_bad, corruption)
 
     def take(self) -> tuple[Corruption, ...]:
-        """What came new since the last call."""
-        taken, self._untold = tuple(self._untold), []
+        """What was added since the last call."""
+        taken, self._unreported = tuple(self._unreported), []
         return taken
 
 
 def check_limit(found: int, max_bad: int, last: Corruption) -> None:
-    """Refuse more than `max_bad` corrupt places.
+    """Raise an error if more than `max_bad` corrupt places were found.
 
     Raises:
-        DataError: there are more.
+        DataError: naming their number and the last one.
     """
     if found > max_bad:
         raise DataError(
-            "data.max_bad", max_bad, f"{found} corrupt shards or samples were met, the last: {last}",
+            "data.max_bad", max_bad, f"{found} corrupt shards or samples were found, the last: {last}",
             "Repair or remove them (the log names them all), or raise data.max_bad.",
         )  # fmt: skip

@@ -1,7 +1,9 @@
-"""What a data set was when a run began, so that a changed one is noticed when the run goes on.
+"""Fingerprints of data sets, kept in checkpoints, so that a changed data set is noticed when a run resumes.
 
-A mark is one line per shard: name, samples, bytes and a digest of its content, `-` where that takes a connection. The
-digest reads small shards whole and of large ones eight stretches: what a sample gains or loses moves all behind it.
+A fingerprint has one line per shard: name, samples, bytes and a digest of its content. Bytes or digest are `-` where
+finding them takes a connection. The digest covers small shards whole, and eight evenly spaced slices of large ones. A
+sample that grows or shrinks shifts all content behind it, so a slice there changes too; an edit of single bytes
+between slices is not noticed.
 """
 
 from __future__ import annotations
@@ -15,14 +17,14 @@ from msdiff_dist.data.access import base_name, is_local
 from msdiff_dist.data.index import FIELD, Shard
 from msdiff_dist.errors import DataError
 
-_WHOLE_BYTES = 1 << 18
-_STRETCHES, _STRETCH_BYTES = 8, 4096
+_WHOLE_BYTES = 1 << 18  # shards up to this size are read whole
+_SLICES, _SLICE_BYTES = 8, 4096
 
-Fingerprint = list[list[str]]  # by source
+Fingerprint = list[list[str]]  # of each source, one line per shard
 
 
 def fingerprint_shards(index: Sequence[Sequence[Shard]]) -> Fingerprint:
-    """The marks of every source's shards. Where the data set lies does not matter."""
+    """The fingerprint of every source's shards. It does not depend on where the data set lies."""
     return [
         [f"{name} {s.num_samples} {s.size or '-'} {_digest(s)}" for name, s in zip(_names(shards), shards, strict=True)]
         for shards in index
@@ -30,12 +32,12 @@ def fingerprint_shards(index: Sequence[Sequence[Shard]]) -> Fingerprint:
 
 
 def changes(before: Fingerprint, now: Fingerprint) -> list[str]:
-    """What became of the shards, in words; empty if nothing changed."""
+    """What changed from one fingerprint to another, one phrase each; empty if nothing did."""
     if len(before) != len(now):
         return [f"there were {len(before)} sources and are {len(now)}"]
     found = []
     for old_lines, new_lines in zip(before, now, strict=True):
-        old, new = (dict(mark.split(" ", 1) for mark in marks) for marks in (old_lines, new_lines))
+        old, new = (dict(line.split(" ", 1) for line in lines) for lines in (old_lines, new_lines))
         found += [
             f"{len(names)} {verb} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
             for verb, names in (
@@ -51,7 +53,9 @@ def changes(before: Fingerprint, now: Fingerprint) -> list[str]:
 
 
 def check_unchanged(before: Fingerprint, now: Fingerprint, step: int, accept: bool) -> str | None:
-    """A note on what changed since the checkpoint of `step`, if that is accepted; None if nothing did.
+    """Compare the fingerprints of the checkpoint of `step` and of now.
+
+    Returns a sentence that says what changed, None if nothing did.
 
     Raises:
         DataError: the data set changed and `accept` is false.
@@ -60,17 +64,19 @@ def check_unchanged(before: Fingerprint, now: Fingerprint, step: int, accept: bo
     if what and not accept:
         raise DataError(
             FIELD, what, f"the data set is not that of the checkpoint of step {step}",
-            "Restore it, or set data.accept_changes: true to go on with it, its samples in a new order.",
+            "Restore it, or set data.accept_changes: true to resume with it; its samples then come in a new order.",
         )  # fmt: skip
     return f"the data set changed: {what}; from step {step} on its samples come in a new order" if what else None
 
 
 def _names(shards: Sequence[Shard]) -> list[str]:
     names = [base_name(s.path) for s in shards]
+    # Shards of one name in several folders are named by their path below the common folder. `commonpath` would do, but
+    # it makes `s3:/` of `s3://`.
     if len(set(names)) < len(names):
         prefix = os.path.commonprefix([s.path for s in shards]).rpartition("/")[0]  # noqa: RUF071
         names = [s.path.removeprefix(prefix) for s in shards]
-    return [name.replace(" ", "%20") for name in names]
+    return [name.replace(" ", "%20") for name in names]  # spaces separate the columns of a line
 
 
 def _digest(shard: Shard) -> str:
@@ -81,6 +87,6 @@ def _digest(shard: Shard) -> str:
         if size <= _WHOLE_BYTES:
             content = f.read()
         else:
-            starts = [(size - _STRETCH_BYTES) * i // (_STRETCHES - 1) for i in range(_STRETCHES)]
-            content = b"".join(os.pread(f.fileno(), _STRETCH_BYTES, start) for start in starts)
+            starts = [(size - _SLICE_BYTES) * i // (_SLICES - 1) for i in range(_SLICES)]  # first to last bytes
+            content = b"".join(os.pread(f.fileno(), _SLICE_BYTES, start) for start in starts)
     return hashlib.blake2b(content, digest_size=8).hexdigest()

@@ -1,4 +1,7 @@
-"""Shard lists: which tar files, and how many samples each holds."""
+"""From the patterns of a recipe to a list of shards with their sample counts.
+
+The counts come from the `index.json` beside the shards. A shard that no index lists is scanned for them.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +31,19 @@ from msdiff_dist.errors import DataError
 
 FIELD = "data.shards"
 INDEX_NAME = "index.json"
-STRICT = CorruptionReport(max_bad=0)
+STRICT = CorruptionReport(max_bad=0)  # raises at the first corruption and keeps nothing, so it can be shared
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One tar file, the number of samples in it, its bytes, if known without opening it, and what was found wrong."""
+    """One tar file.
+
+    Attributes:
+        path: path or address.
+        num_samples: samples in it; of a corrupt shard without index, those before the corruption.
+        size: bytes; None if that is not known without opening it.
+        problem: what was found wrong with it when samples were counted, as a clause.
+    """
 
     path: str
     num_samples: int
@@ -42,17 +52,17 @@ class Shard:
 
 
 class IndexFiles:
-    """The `index.json` files beside shards, each read when it is first asked for and not again."""
+    """The `index.json` files beside shards. Each is read once, when it is first asked for."""
 
     def __init__(self, access: Access = DEFAULT_ACCESS) -> None:
         self.access = access
         self._read: dict[str, Mapping[str, Any]] = {}
 
     def entries(self, address: str | None) -> Mapping[str, Any]:
-        """The entries of an index by file name; none if there is no such file.
+        """The entries of an index by file name; empty if there is no such file.
 
         Raises:
-            DataError: it cannot be read, or is not an index of shards.
+            DataError: the file cannot be read, or is not an index of shards.
         """
         if address is None:
             return {}
@@ -64,28 +74,33 @@ class IndexFiles:
 def find_shards(
     patterns: str | Sequence[str], indexes: IndexFiles | None = None, corruption: CorruptionReport = STRICT
 ) -> list[Shard]:
-    """The shards that a recipe names and their sample counts. Raises as `resolve_shards` and `read_index` do."""
+    """The shards that a recipe names, with their sample counts. Raises as `resolve_shards` and `read_index` do."""
     indexes = indexes or IndexFiles()
     return read_index(resolve_shards(patterns, indexes), indexes, corruption)
 
 
 def resolve_shards(patterns: str | Sequence[str], indexes: IndexFiles | None = None) -> list[str]:
-    """Expand what a recipe names to addresses of tar files, in a reproducible order.
+    """Expand patterns to addresses of tar files, in a reproducible order.
 
-    A pattern is a folder, a path with braces or globs, an address (`http://`, `s3://`, ...; globs and folders where
-    its system can list, over http a folder that ends in `/` and holds an index.json), `pipe:command`, or a text file
-    `@list.txt` or `list.txt` of such, one a line, paths relative to it.
+    A pattern is one of
+    - a local folder, or a path with braces or globs;
+    - an address (`s3://`, ...) of a file, or of a folder or glob if its file system can list;
+    - an `http(s)://` address of a file, or of a folder, which ends in `/` and holds an index.json;
+    - `pipe:command`;
+    - `@list` or `list.txt`: a text file with one pattern per line, whose paths are relative to it.
 
     Raises:
-        DataError: a pattern that matches nothing, shards that are missing or named twice, a command not allowed.
+        DataError: a pattern matches nothing, shards are missing or named twice, or a command is not allowed.
     """
-    patterns, indexes = [patterns] if isinstance(patterns, str) else patterns, indexes or IndexFiles()
+    indexes = indexes or IndexFiles()
+    patterns = [patterns] if isinstance(patterns, str) else patterns
     paths = [path for pattern in patterns for path in _resolve(pattern, indexes)]
     if not paths:
         raise DataError(FIELD, patterns, "matches no shards", "Correct it, or make shards with `msdiff data`.")
     missing = [path for path in paths if is_local(path) and not Path(path).is_file()]
     if missing:
         raise DataError(FIELD, patterns, f"shards not found: {_some(missing)}", "Correct the path or the range.")
+    # `count` takes quadratic time, so it runs only if there is a duplicate to name.
     twice = [path for path in dict.fromkeys(paths) if paths.count(path) > 1] if len(set(paths)) < len(paths) else []
     if twice:
         raise DataError(FIELD, patterns, f"names shards twice: {_some(twice)}", "Remove the overlap.")
@@ -95,10 +110,11 @@ def resolve_shards(patterns: str | Sequence[str], indexes: IndexFiles | None = N
 def read_index(
     paths: Iterable[str], indexes: IndexFiles | None = None, corruption: CorruptionReport = STRICT
 ) -> list[Shard]:
-    """Sample counts from the `index.json` (wids format) beside the shards; shards it does not list are scanned.
+    """Count samples by the `index.json` (wids format) beside the shards; scan the shards it does not list.
 
     Raises:
-        DataError: a corrupt index, an index that is not of these shards, or more corrupt shards than may be.
+        DataError: an index is corrupt or describes other shards, more shards are corrupt than `corruption` allows, or
+            there are no samples.
     """
     indexes, shards = indexes or IndexFiles(), []
     for path in paths:
@@ -113,7 +129,11 @@ def read_index(
 
 
 def scan(path: str, access: Access = DEFAULT_ACCESS, corruption: CorruptionReport = STRICT) -> Shard:
-    """A shard and its samples, counted by reading its headers only; of a corrupt one, those before the corruption."""
+    """Count the samples of a shard by reading its headers; of a corrupt shard, those before the corruption.
+
+    Raises:
+        DataError: there is more corruption than `corruption` allows.
+    """
     count, problem = 0, None
 
     def duplicate(key: str, what: str) -> None:
@@ -130,6 +150,7 @@ def scan(path: str, access: Access = DEFAULT_ACCESS, corruption: CorruptionRepor
 
 
 def _indexed(path: str, index: str, entry: Mapping[str, Any], corruption: CorruptionReport) -> Shard:
+    # A remote shard is not opened to learn its size: the index's is taken, and nothing is compared.
     size, problem = _size(path) or entry.get("filesize"), None
     if entry.get("filesize", size) != size:
         problem = f"has {size} bytes, but {index} says {entry['filesize']}"
@@ -155,7 +176,7 @@ def _resolve(pattern: str, indexes: IndexFiles) -> list[str]:
         elif Path(name).is_dir():
             found = sorted(glob.glob(f"{glob.escape(name)}/*.tar"))
         elif Path(name).exists() or not glob.has_magic(name):
-            found = [name]
+            found = [name]  # a file whose name holds `[` or `*` is itself; a missing file is reported later
         else:
             found = sorted(glob.glob(name, recursive=True))
         if not found:

@@ -1,9 +1,11 @@
-"""Latents packed in blocks: some hundred samples per tar member, so that reading costs next to nothing per sample.
+"""Latents packed in blocks of some hundred samples per tar member, which share the cost of parsing it.
 
-A member `NNNNNN.latents.safetensors` holds one tensor per field of a sample, named as the file extension would be in an
-unpacked shard and stacked along the first axis: `latent.npy`, `latent_flip.npy` (of the mirrored image),
-`context.npy`, `context_mask.npy` (false at padding; for other programs: training attends to padding too), `cls`;
-`crc32` is each sample's checksum; the metadata has lists of keys (`__key__`) and captions (`txt`).
+A member `NNNNNNNN.latents.safetensors` holds one tensor per field of a sample, with the samples stacked along the first
+axis. A tensor has the name that the field's file extension would be in an unpacked shard:
+- `latent.npy`, and `latent_flip.npy` of the mirrored image;
+- `context.npy`, and `context_mask.npy`, false at padding (for other programs: training attends to padding too);
+- `cls`, the label.
+`crc32` holds each sample's checksum. The metadata has JSON lists of keys (`__key__`) and captions (`txt`).
 """
 
 from __future__ import annotations
@@ -25,16 +27,21 @@ from torch import Tensor
 from msdiff_dist.files.safetensors_header import Header, HeaderError, read_header
 
 Chunk = dict[str, NDArray[Any]]
-"""n samples that were read together: `__key__`, `__url__` and a column [n, ...] for each file extension; of strings or
-contents of files they are of type object."""
+"""n samples that were read together: `__key__`, `__url__` and a column [n, ...] for each file extension. Columns of
+strings and of file contents have dtype object; those of a block have the dtype of its tensor."""
 
 BLOCK_FIELD = "latents.safetensors"
 CHECKSUMS = "crc32"
+# How numpy reads the types of safetensors, which are little-endian. It lacks bfloat16: uint16 holds the same bits.
 _DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "I64": "<i8", "BOOL": "?"}
 
 
 class BlockError(Exception):
-    """The member is not a block, or not what was written. row: of the first corrupt sample, if only samples are."""
+    """The member is not a block, or not what was written.
+
+    Attributes:
+        row: of the first corrupt sample; None if the block itself is corrupt.
+    """
 
     def __init__(self, problem: str, row: int | None = None) -> None:
         super().__init__(problem)
@@ -45,7 +52,8 @@ def pack_block(keys: Sequence[str], tensors: Mapping[str, Tensor], captions: Seq
     """The content of a member.
 
     Args:
-        tensors: per field, [len(keys), ...] on the CPU.
+        tensors: by field, [len(keys), ...] on the CPU.
+        captions: one per key; None to store none.
     """
     lists = {"__key__": list(keys)} | ({} if captions is None else {"txt": list(captions)})
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -57,16 +65,18 @@ def block_keys(content: bytes) -> list[str]:
     """The keys of a block's samples.
 
     Raises:
-        BlockError: it is not a block.
+        BlockError: the content is not a block.
     """
     return _lists(_header(content))["__key__"]
 
 
 def read_block(content: bytes, url: str) -> Chunk:
-    """A block's samples. Their tensors are views of `content`, bfloat16, which numpy lacks, as uint16 of the same bits.
+    """A block's samples, without comparing checksums: `msdiff data check` does that.
+
+    Their numeric columns are views of `content`; bfloat16, which numpy lacks, is uint16 of the same bits.
 
     Raises:
-        BlockError: it is not a block.
+        BlockError: the content is not a block.
     """
     header = _header(content)
     lists = _lists(header)
@@ -81,15 +91,15 @@ def read_block(content: bytes, url: str) -> Chunk:
 
 
 def objects(values: Sequence[object]) -> NDArray[Any]:
-    """A column of strings or contents of files."""
+    """A column of strings or of file contents."""
     return np.array(values, dtype=object)
 
 
 def check_block(content: bytes) -> tuple[list[str], dict[str, Tensor]]:
-    """The keys and tensors of a block, every sample compared with its checksum.
+    """The keys and tensors of a block, after comparing every sample with its checksum.
 
     Raises:
-        BlockError: naming the first corrupt sample's row, if that is all that is corrupt.
+        BlockError: the content is not a block, or a sample is corrupt; then it has the first such row.
     """
     lists, tensors = _lists(_header(content)), _tensors(content)
     stated = tensors.pop(CHECKSUMS).tolist()
@@ -124,7 +134,7 @@ def _tensors(content: bytes) -> dict[str, Tensor]:
 
 
 def _views(content: bytes, header: Header) -> dict[str, NDArray[Any]]:
-    """The samples' tensors without copying them, as safetensors lays them out: a header and the values."""
+    """The tensors but for the checksums, as views of `content` at the places that the header names."""
     views = {}
     for name, place in header.tensors.items():
         if place.dtype not in _DTYPES:
@@ -140,7 +150,7 @@ def _array(tensor: Tensor) -> NDArray[Any]:
 
 
 def _checksums(lists: Mapping[str, list[str]], tensors: Mapping[str, Tensor]) -> list[int]:
-    """CRC-32 of every sample: its strings and its part of every tensor, by name of the field."""
+    """CRC-32 of every sample: of its strings, then of its row of every tensor, each sorted by field."""
     keys = lists["__key__"]
     arrays = [
         _array(tensors[name]).reshape(len(keys), -1).view(np.uint8) for name in sorted(tensors) if name != CHECKSUMS

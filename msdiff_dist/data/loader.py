@@ -1,14 +1,12 @@
-"""One rank's part of every global batch, step by step."""
+"""The samples that one rank reads of every global batch, step by step.
+
+Each rank reads some of the lanes, and each of its workers some of those. All build the same schedule, so nothing is
+communicated: a rank or worker knows which samples of a batch are its own.
+"""
 
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-import multiprocessing.forkserver
-import multiprocessing.resource_tracker
-import os
-import signal
-import threading
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -29,10 +27,9 @@ from msdiff_dist.data.mixture import Mixture
 from msdiff_dist.data.order import Ints, StreamOrder, grouped
 from msdiff_dist.data.samples import Samples, decode, synthesize
 from msdiff_dist.data.stream import LaneStream, Picked
+from msdiff_dist.data.worker_processes import set_up_worker, start_fork_server
 from msdiff_dist.errors import ConfigError, DataError, UserError
 from msdiff_dist.randomness import generator
-
-_CLUSTER_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +39,12 @@ class StepSamples:
     Attributes:
         batch: number of the global batch, from 0.
         index_n: int64, in [0, global_batch_size).
-        x_nCHW: uint8 images or floating latents; always the same shape but for n, which may be 0.
+        x_nCHW: uint8 images or floating latents. Only n differs between steps and ranks; it may be 0.
         label_n: int64 class labels, if the data has `num_classes`.
         context_nTC: context embeddings, if the data has `context_shape`.
-        captions: if the data has `captions`.
-        keys: the samples' names in their shards.
-        corruption: what was found wrong for the first time while this step was read, and left out.
+        captions: n captions, if the data has `captions`.
+        keys: n names of samples in their shards.
+        corruption: what was found corrupt, for the first time, while this step was read, and was skipped.
     """
 
     batch: int
@@ -73,12 +70,12 @@ def load_index(config: DataConfig) -> list[list[Shard]]:
 class StepLoader:
     """Endless iterator over `StepSamples` from `start_batch` on; reads nothing and starts no worker before the first.
 
-    Which samples a global batch holds depends on the shards, `config.lanes`, `config.shuffle`, the seed and the batch
-    size alone: never on ranks, workers or the batch at which reading starts. The number of the global batch is the
-    position.
+    Which samples a global batch holds depends only on the shards, `config.lanes`, `config.shuffle`, the seed and the
+    batch size, not on ranks, workers or the batch at which reading starts. So the number of a global batch is all that
+    is needed to resume there.
 
     Args:
-        index: the result of `load_index`, if it is at hand.
+        index: the result of `load_index`; None to load it.
 
     Raises:
         ConfigError: the lanes cannot be dealt evenly to the ranks.
@@ -119,6 +116,7 @@ class StepLoader:
     def __next__(self) -> StepSamples:
         if self._iterator is None:
             self._iterator = _start(self._dataset, self._workers)
+        # DataLoader takes items from its workers in turn, and each worker yields one part of every step.
         parts = []
         for _ in range(max(self._workers, 1)):
             part = next(self._iterator)
@@ -132,7 +130,7 @@ class StepLoader:
 
     def close(self) -> None:
         """End the workers and the iteration. Idempotent."""
-        self._iterator = iter(())
+        self._iterator = iter(())  # DataLoader's iterator ends its workers when nothing refers to it
 
     def __enter__(self) -> StepLoader:
         return self
@@ -153,12 +151,13 @@ class _Schedule:
         ]
 
     def numbers(self, batch: int) -> Ints:
+        """The global sample numbers of a global batch, [global_batch_size]."""
         return np.arange(batch * self.global_batch_size, (batch + 1) * self.global_batch_size, dtype=np.int64)
 
     def locate(self, batch: int) -> tuple[Ints, Ints]:
         """(source, lane) of each sample of a global batch, [global_batch_size] each."""
         g_B = self.numbers(batch)
-        if self.mixture is None:
+        if self.mixture is None:  # synthetic samples have no shards: the lanes take turns
             return np.zeros_like(g_B), g_B % self.config.lanes
         source_B, number_B = self.mixture.locate(g_B)
         lane_B = np.empty_like(g_B)
@@ -168,7 +167,7 @@ class _Schedule:
         return source_B, lane_B
 
     def lane(self, source: int, lane: int, batch: int, corruption: CorruptionReport) -> _Lane:
-        """A lane of one source from a global batch on."""
+        """A lane of one source, open at its first sample in global batch `batch` or later."""
         assert self.mixture is not None
         number = int(self.mixture.taken_before(batch * self.global_batch_size)[source])
         order = self.orders[source]
@@ -177,30 +176,38 @@ class _Schedule:
 
 
 def _source_seed(seed: int, source: int) -> int:
+    # The first source keeps the run's seed: `sources` with one entry gives the samples that `shards` gives.
     return seed if source == 0 else int(generator(seed, "source", source).integers(2**63))
 
 
 class _Lane:
-    """Decodes a lane's samples. The place of one that cannot be decoded is filled with the next that can, which comes
-    again in its own place: so what a place holds depends on the data alone, wherever reading starts."""
+    """Decodes a lane's samples.
+
+    The next sample that can be decoded takes the place of one that cannot, and comes again in its own place. So what a
+    place holds depends on the data alone, wherever reading starts.
+
+    Args:
+        most_tries: samples tried for one place before giving up: as many as the source has.
+    """
 
     def __init__(
-        self, stream: LaneStream, longest: int, config: DataConfig, seed: int, corruption: CorruptionReport
+        self, stream: LaneStream, most_tries: int, config: DataConfig, seed: int, corruption: CorruptionReport
     ) -> None:
-        self._stream, self._longest, self._config, self._seed, self._corruption = (
-            stream,
-            longest,
-            config,
-            seed,
-            corruption,
-        )
-        self._ahead: deque[Chunk] = deque()
+        self._stream, self._most_tries, self._corruption = stream, most_tries, corruption
+        self._config, self._seed = config, seed
+        self._ahead: deque[Chunk] = deque()  # samples taken from the stream whose places are still to be filled
 
     def take(self, g_n: Ints) -> Iterator[tuple[Ints, Samples]]:
-        """The lane's next samples, numbers g_n of the run, in parts: places in g_n, and the samples there."""
+        """The lane's next samples, in parts of (places in g_n, the samples of these places).
+
+        Args:
+            g_n: their global sample numbers, ascending.
+        """
         done = 0
         while done < len(g_n):
             if not self._ahead:
+                # Whole chunks are decoded at once. If that fails, their samples are decoded one by one below, where the
+                # error comes again and is reported for the sample that caused it.
                 picked = self._stream.take(len(g_n) - done)
                 try:
                     parts = [(done + p.place_n, self._decode(p.chunk, g_n[done + p.place_n])) for p in picked]
@@ -210,29 +217,30 @@ class _Lane:
                     yield from parts
                     done += sum(len(p.place_n) for p in picked)
                     continue
-            yield np.array([done]), self._mended(g_n[done : done + 1])
+            yield np.array([done]), self._next_decodable(g_n[done : done + 1])
             done += 1
 
-    def _mended(self, g_1: Ints) -> Samples:
-        """The next sample, or the first after it that can be decoded."""
+    def _next_decodable(self, g_1: Ints) -> Samples:
+        """The next sample, or else the first after it that can be decoded, as sample number g_1."""
         own = sample = self._ahead.popleft()
-        for at in range(self._longest):
+        for at in range(self._most_tries):
             try:
                 return self._decode(sample, g_1)
             except DataError as e:
                 corruption = Corruption(sample["__url__"][0], sample["__key__"][0], f"{e.field}: {e.problem}")
                 self._corruption.add(corruption, e)
+            # Samples looked at in place of `own` stay in the queue, for their own places.
             if at == len(self._ahead):
                 self._ahead.extend(_one_by_one(self._stream.take(1)))
             sample = self._ahead[at]
-        raise DataError("data.shards", own["__url__"][0], "no sample of the lane can be used", "Repair the shards.")
+        raise DataError("data.shards", own["__url__"][0], "no sample of the lane can be decoded", "Repair the shards.")
 
     def _decode(self, chunk: Chunk, g_n: Ints) -> Samples:
         return decode(chunk, self._config, self._seed, g_n)
 
 
 def _one_by_one(picked: list[Picked]) -> list[Chunk]:
-    """Each sample by itself, in order."""
+    """Each sample as a chunk of its own, in order of place."""
     single = [
         (place, {name: column[row : row + 1] for name, column in p.chunk.items()})
         for p in picked
@@ -242,7 +250,7 @@ def _one_by_one(picked: list[Picked]) -> list[Chunk]:
 
 
 class _RankDataset(IterableDataset["StepSamples | UserError"]):
-    """Runs in each worker; yields its part of every step, or a `UserError` as its last item."""
+    """Iterated in each worker, where it yields the worker's part of every step; a `UserError` is its last item."""
 
     def __init__(self, schedule: _Schedule, lanes: list[int], start_batch: int) -> None:
         self.schedule, self.lanes, self.start_batch = schedule, lanes, start_batch
@@ -252,7 +260,9 @@ class _RankDataset(IterableDataset["StepSamples | UserError"]):
         lanes = self.lanes[worker.id :: worker.num_workers] if worker else self.lanes
         try:
             yield from self.parts(set(lanes))
-        except UserError as e:  # raised here, DataLoader would bury it under its traceback
+        except UserError as e:
+            # DataLoader would turn an error raised in a worker into a RuntimeError with its traceback as text. One that
+            # is yielded arrives as it is.
             e.__traceback__ = e.__cause__ = e.__context__ = None
             yield e
 
@@ -260,7 +270,7 @@ class _RankDataset(IterableDataset["StepSamples | UserError"]):
         """The samples of these lanes, step by step."""
         schedule = self.schedule
         corruption = CorruptionReport(schedule.config.max_bad)
-        streams: dict[int, _Lane] = {}
+        streams: dict[int, _Lane] = {}  # by source * number of lanes + lane
         mine_L = np.isin(np.arange(schedule.config.lanes), list(lanes))
         for batch in itertools.count(self.start_batch):
             (source_B, lane_B), first = schedule.locate(batch), batch * schedule.global_batch_size
@@ -270,6 +280,8 @@ class _RankDataset(IterableDataset["StepSamples | UserError"]):
                 part.put(np.arange(len(index_n)), synthesize(schedule.config, schedule.seed, first + index_n))
             else:
                 for place, at_n in grouped(source_B[index_n] * schedule.config.lanes + lane_B[index_n]):
+                    # A lane is opened at its first sample. It is told `start_batch`, not `batch`: they mean the same
+                    # position, for no sample between them is of this lane.
                     if place not in streams:
                         source, lane = divmod(place, schedule.config.lanes)
                         streams[place] = schedule.lane(source, lane, self.start_batch, corruption)
@@ -280,7 +292,7 @@ class _RankDataset(IterableDataset["StepSamples | UserError"]):
 
 def _start(dataset: _RankDataset, workers: int) -> Iterator[StepSamples | UserError]:
     if workers:
-        _start_server()
+        start_fork_server(__name__)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # its guess at a good number of workers
         return iter(
@@ -296,34 +308,8 @@ def _start(dataset: _RankDataset, workers: int) -> Iterator[StepSamples | UserEr
         )
 
 
-def _start_server() -> None:
-    """Start the process that forks the workers, deaf to a cluster's signals; workers and tracker inherit that."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _CLUSTER_SIGNALS)
-    try:
-        multiprocessing.resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, _CLUSTER_SIGNALS)  # the line before has unblocked some
-        multiprocessing.forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def set_up_worker(worker: int) -> None:
-    """Leave a cluster's signals, which go to every process of a job, to the rank; end when the rank ends."""
-    for number in _CLUSTER_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_rank, daemon=True).start()
-
-
-def _end_with_rank() -> None:
-    rank = multiprocessing.parent_process()
-    assert rank is not None
-    rank.join()
-    os._exit(1)
-
-
 class _BatchBuffer:
-    """Room for n samples of a step."""
+    """Tensors for n samples of a step, filled lane by lane."""
 
     def __init__(self, config: DataConfig, n: int) -> None:
         def room(shape: tuple[int, ...], dtype: str) -> Tensor:
@@ -335,18 +321,19 @@ class _BatchBuffer:
         self._context_nTC = None if context is None else room(context, config.latent_dtype)
         self._key_n = np.empty(n, object)
         self._caption_n = np.empty(n, object) if config.captions else None
+        # Samples are arrays, which are written through numpy views of the tensors.
         views = (_view(self._x_nCHW), _view(self._label_n), self._caption_n, _view(self._context_nTC))
         self._rooms = Samples(self._key_n, *views)
 
     def put(self, at_n: Ints, samples: Samples) -> None:
-        """Put samples in places at_n."""
+        """Copy samples to rows at_n."""
         room: Any
         for room, values in zip(self._rooms, samples, strict=True):
             if room is not None:
                 room[at_n] = values
 
     def samples(self, batch: int, index_n: Ints, corruption: tuple[Corruption, ...]) -> StepSamples:
-        """When all places are filled."""
+        """The step's samples, once all rows are filled."""
         captions = None if self._caption_n is None else self._caption_n.tolist()
         return StepSamples(
             batch=batch,
@@ -361,15 +348,15 @@ class _BatchBuffer:
 
 
 def _view(tensor: Tensor | None) -> Any:
-    """The same memory as an array; of bfloat16, which numpy lacks, the bits."""
+    """A tensor's memory as an array; bfloat16, which numpy lacks, as uint16 of the same bits."""
     return None if tensor is None else (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def _merge(parts: list[StepSamples]) -> StepSamples:
-    """Put the workers' parts of one step in order of index."""
+    """Join the workers' parts of one step, sorted by index in the batch."""
     if len(parts) == 1:
         return parts[0]
-    assert len({part.batch for part in parts}) == 1, "workers run in step"
+    assert len({part.batch for part in parts}) == 1, "each worker yields every step"
     index_n = np.concatenate([part.index_n for part in parts])
     order_n = np.argsort(index_n)
 

@@ -1,9 +1,11 @@
 """The order of samples: pure functions of (shard sizes, lanes, window, seed). No files, no ranks, no workers.
 
-Epoch e permutes the shards by (seed, e) and deals each to the lane with fewest samples so far. A lane's sequence is
-its shards one after the other, cut into windows of `shuffle` samples, each permuted by (seed, e, lane, window). The
-epoch's order takes one sample of each lane that still has some, round after round. Global sample number g is sample
-g % N of epoch g // N, so every epoch holds each sample exactly once and batches run on across epochs.
+Epoch e permutes the shards by (seed, e) and deals each to the lane with fewest samples so far. A lane reads its shards
+one after the other, in windows of `shuffle` samples; each window is permuted by (seed, e, lane, window). The epoch's
+order takes one sample of each lane that still has some, round after round. Global sample number g is sample g % N of
+epoch g // N. So every epoch holds each of the N samples exactly once, and a batch may span two epochs.
+
+Positions p count in the epoch's order, and positions in a lane's order count in that lane alone.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ Ints = NDArray[np.int64]
 
 
 def grouped(value_n: Ints) -> list[tuple[int, Ints]]:
-    """Each value that occurs, ascending, and the places where it stands, ascending."""
+    """(value, places of it in value_n) for each value that occurs; values and places ascend."""
     if not len(value_n):
         return []
-    if (value_n == value_n[0]).all():
+    if (value_n == value_n[0]).all():  # as if all come from blocks of latents: no need to sort
         return [(int(value_n[0]), np.arange(len(value_n)))]
     place_n = np.argsort(value_n, kind="stable")
     edges = np.flatnonzero(np.diff(value_n[place_n])) + 1
@@ -52,7 +54,9 @@ class EpochPlan:
             heapq.heapreplace(fewest, (size + counts[shard], lane))
             self.shards[lane].append(shard)
             self.sizes_L[lane] += counts[shard]
-        # Between two successive lane sizes the same lanes take turns: a segment of whole rounds.
+        # A lane drops out of the rounds when its samples are used up. Between two successive lane sizes the same lanes
+        # take turns, so the epoch's order is a few segments, each of whole rounds of its lanes. In a segment, lane and
+        # round of a position are remainder and quotient.
         edges = np.unique(np.concatenate([[0], self.sizes_L]))
         self._round_of_segment = edges[:-1]
         self._lanes_of_segment = [np.flatnonzero(self.sizes_L > edge) for edge in edges[:-1]]
@@ -60,7 +64,7 @@ class EpochPlan:
         self._segment_starts = np.concatenate([[0], np.cumsum(np.diff(edges) * widths)]).astype(np.int64)
 
     def locate(self, p_n: Ints) -> tuple[Ints, Ints]:
-        """Positions in the epoch's order, each in [0, N), to (lane, position in the lane's order)."""
+        """Map positions in the epoch's order, each in [0, N), to (lane [n], position in the lane's order [n])."""
         segment_n = np.searchsorted(self._segment_starts, p_n, side="right") - 1
         lane_n, position_n = np.empty_like(p_n), np.empty_like(p_n)
         for segment in np.unique(segment_n):
@@ -72,12 +76,13 @@ class EpochPlan:
         return lane_n, position_n
 
     def taken_before(self, p: int) -> Ints:
-        """Samples each lane has given before position p in [0, N] of the epoch's order."""
+        """Samples that each lane gives before position p in [0, N] of the epoch's order, int64 [lanes]."""
         if p >= self._segment_starts[-1]:
             return self.sizes_L.copy()
         segment = int(np.searchsorted(self._segment_starts, p, side="right")) - 1
         lanes = self._lanes_of_segment[segment]
         rounds, turn = divmod(p - int(self._segment_starts[segment]), len(lanes))
+        # Lanes that have dropped out gave all their samples; the others one per round, and the first `turn` one more.
         taken_L: Ints = np.minimum(self.sizes_L, self._round_of_segment[segment] + rounds)
         taken_L[lanes[:turn]] += 1
         return taken_L
@@ -87,7 +92,10 @@ class EpochPlan:
 class Window:
     """A slice of a lane that is read together and given in permuted order.
 
-    `start` and `size` are in the lane's reading order; `skip` of its samples (in permuted order) were given before.
+    Attributes:
+        start: position of its first sample in the lane's reading order of the epoch.
+        order: [size], offsets from `start` in the order in which the samples are given.
+        skip: how many samples, in the order given, came before the point at which reading starts.
     """
 
     epoch: int
@@ -101,7 +109,12 @@ class Window:
 
 
 class StreamOrder:
-    """The infinite order of samples of a set of shards."""
+    """The infinite order of samples of a set of shards.
+
+    Args:
+        counts: samples of each shard; at least one is above 0.
+        shuffle: samples per window; 0 and 1 keep the order of the shards.
+    """
 
     def __init__(self, counts: Sequence[int], lanes: int, shuffle: int, seed: int) -> None:
         assert sum(counts) > 0, "an empty data set has no order"
@@ -111,7 +124,7 @@ class StreamOrder:
         self._plans: dict[int, EpochPlan] = {}
 
     def epoch(self, epoch: int) -> EpochPlan:
-        """The plan of one epoch; the latest few are kept."""
+        """The plan of one epoch. The latest few are kept, because lanes read ahead into the next epoch."""
         if epoch not in self._plans:
             if len(self._plans) == 4:
                 self._plans.pop(min(self._plans))
@@ -119,7 +132,7 @@ class StreamOrder:
         return self._plans[epoch]
 
     def locate(self, g_n: Ints) -> tuple[Ints, Ints, Ints]:
-        """Global sample numbers to (epoch, lane, position in the lane's order of that epoch)."""
+        """Map global sample numbers [n] to (epoch [n], lane [n], position in the lane's order of that epoch [n])."""
         epoch_n, p_n = np.divmod(np.asarray(g_n, dtype=np.int64), self.num_samples)
         lane_n, position_n = np.empty_like(p_n), np.empty_like(p_n)
         for epoch in np.unique(epoch_n):
@@ -128,7 +141,7 @@ class StreamOrder:
         return epoch_n, lane_n, position_n
 
     def lanes_of(self, g_n: Ints) -> Ints:
-        """The lane that gives each global sample number."""
+        """The lane that gives each global sample number, [n]."""
         return self.locate(g_n)[1]
 
     def windows(self, lane: int, g: int) -> Iterator[Window]:
@@ -140,7 +153,7 @@ class StreamOrder:
             for number in range(taken // self.shuffle, -(-size // self.shuffle)):
                 start = number * self.shuffle
                 length = min(self.shuffle, size - start)
-                if taken < start + length:
+                if taken < start + length:  # else the lane gave all its samples of this epoch before g
                     order = self._permutation(epoch, lane, number, length)
                     yield Window(epoch=epoch, start=start, order=order, skip=max(taken - start, 0))
             epoch, taken = epoch + 1, 0

@@ -1,4 +1,4 @@
-"""Undecoded samples to arrays."""
+"""Decoding: from the file contents or block columns of a chunk to arrays, as the recipe's `data` asks for them."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 
 
 class Samples(NamedTuple):
-    """n decoded samples: x_nCHW (uint8 images or floating latents) and what the configuration asks for besides.
+    """n decoded samples. Columns that the configuration does not ask for are None.
 
-    Keys and captions are strings; bfloat16, which numpy lacks, is uint16 of the same bits.
+    x_nCHW holds uint8 images or floating latents; keys and captions are columns of strings. bfloat16, which numpy
+    lacks, is uint16 of the same bits.
     """
 
     key_n: Array
@@ -39,10 +40,10 @@ class Samples(NamedTuple):
 
 
 def decode(chunk: Chunk, config: DataConfig, seed: int, g_n: Ints) -> Samples:
-    """Decode samples that are numbers g_n of the run.
+    """Decode n samples, whose global sample numbers g_n decide mirroring and posterior noise.
 
     Raises:
-        DataError: a field that is missing, corrupt or of the wrong size; names shard, key and field.
+        DataError: a field is missing, corrupt or of the wrong size; names shard, key and field.
     """
     flipped_n = flips(seed, g_n) if config.flip else np.zeros(len(g_n), np.bool_)
     if config.kind == "image":
@@ -60,7 +61,7 @@ def decode(chunk: Chunk, config: DataConfig, seed: int, g_n: Ints) -> Samples:
 
 
 def synthesize(config: DataConfig, seed: int, g_n: Ints) -> Samples:
-    """Samples number g_n of kind `synthetic`: standard normal latents and contexts, uniform labels."""
+    """The samples g_n of kind `synthetic`: standard normal latents and contexts, uniform labels."""
     numbers = g_n.tolist()
     x_nCHW = np.empty((len(numbers), *config.x_shape), np.float32)
     label_n = None if config.num_classes is None else np.empty(len(numbers), np.int64)
@@ -85,20 +86,24 @@ def _image(chunk: Chunk, row: int, config: DataConfig) -> Array:
             mode = "L" if config.channels == 1 else "RGB"
             pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise _bad(chunk, row, field, f"is not a readable image ({e})", "Make the shard again without it.") from e
+        raise _field_error(
+            chunk, row, field, f"is not a readable image ({e})", "Make the shard again without it."
+        ) from e
     height, width = pixels.shape[:2]
     if (height, width) != (config.image_size, config.image_size):
-        remedy = f"Make shards of that size (`msdiff data pack --size {config.image_size}`)"
+        remedy = f"Pack the images again with `msdiff data pack --size {config.image_size}`."
         if height == width:
-            remedy = f"Set data.image_size to {height}, or m{remedy[1:]}"
-        problem = f"the image of {_name(chunk, row)} is {width}x{height} pixels"
-        raise DataError("data.image_size", config.image_size, problem, remedy + ".")
+            remedy = f"Set data.image_size to {height}. Or: {remedy}"
+        problem = f"the image of {_sample_name(chunk, row)} is {width}x{height} pixels"
+        raise DataError("data.image_size", config.image_size, problem, remedy)
     return pixels[None] if config.channels == 1 else np.moveaxis(pixels, -1, 0)
 
 
 def _latents(chunk: Chunk, config: DataConfig, flipped_n: NDArray[np.bool_], seed: int, g_n: Ints) -> Array:
+    """x_nCHW of latents: mirrored where flipped_n, and sampled from their posterior if moments are stored."""
     C, H, W = config.x_shape
     field, shape = config.latent_field, (2 * C, H, W) if config.latent_moments else (C, H, W)
+    # Moments are combined in float32, whatever type the latents are to have.
     dtype = "float32" if config.latent_moments else config.latent_dtype
     if not flipped_n.any():
         stored = _arrays(chunk, field, shape, "data.latent_shape", dtype)
@@ -107,9 +112,10 @@ def _latents(chunk: Chunk, config: DataConfig, flipped_n: NDArray[np.bool_], see
         flipped = f"{stem}_flip{dot}{extension}"
         if flipped not in chunk:
             raise DataError(
-                "data.flip", True, f"shard {chunk['__url__'][0]} has no {flipped}: a mirrored latent is not the "
-                "latent of a mirrored image", "Remove data.flip, or encode the images with encode.flip: true.",
+                "data.flip", True, f"shard {chunk['__url__'][0]} has no {flipped}, and a mirrored latent is not the "
+                "latent of the mirrored image", "Remove data.flip, or encode the images with encode.flip: true.",
             )  # fmt: skip
+        # A copy, because the array may be a view of the block, which is read-only.
         stored = _arrays(chunk, field, shape, "data.latent_shape", dtype).copy()
         stored[flipped_n] = _arrays(chunk, flipped, shape, "data.latent_shape", dtype)[flipped_n]
     if not config.latent_moments:
@@ -120,35 +126,36 @@ def _latents(chunk: Chunk, config: DataConfig, flipped_n: NDArray[np.bool_], see
 
 
 def to_dtype(array: Array, dtype: str) -> Array:
-    """A floating array, bfloat16 as uint16 of the same bits, in another floating type."""
+    """Convert a floating array to another floating type; bfloat16 is uint16 of the same bits on either side."""
     if array.dtype == _DTYPES[dtype]:
         return array
     if dtype == "bfloat16":
         return torch.from_numpy(array.astype(np.float32)).to(torch.bfloat16).view(torch.uint16).numpy()
-    if array.dtype == np.uint16:
+    if array.dtype == np.uint16:  # bfloat16 is the upper half of a float32
         array = (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(dtype)
 
 
 def _arrays(chunk: Chunk, field: str, shape: tuple[int, ...], setting: str, dtype: str) -> Array:
-    """[n, *shape] of a field, in the floating type asked for."""
+    """A field as [n, *shape] of the floating type `dtype`. `setting` is the recipe field that gives the shape."""
 
     def check(row: int, found: tuple[int, ...], kind: np.dtype[Any], types: str) -> None:
         if found != shape or kind.char not in types:
-            problem = f"{field!r} of {_name(chunk, row)} is {kind}{list(found)}"
+            problem = f"{field!r} of {_sample_name(chunk, row)} is {kind}{list(found)}"
             remedy = f"Correct {setting} or the shards."
             raise DataError(setting, list(shape), f"{problem}, not float{list(shape)}", remedy)
 
+    # numpy's type characters: e, f, d are float16, float32, float64; H is uint16, as which blocks give bfloat16.
     column_n = _column(chunk, field)
     if column_n.dtype != object:
-        check(0, column_n.shape[1:], column_n.dtype, "efdH")  # packed bfloat16 comes as uint16
+        check(0, column_n.shape[1:], column_n.dtype, "efdH")
         return to_dtype(column_n, dtype)
     arrays = []
     for row, content in enumerate(column_n):
         try:
             arrays.append(np.load(io.BytesIO(content), allow_pickle=False))
         except (ValueError, OSError, EOFError) as e:
-            raise _bad(chunk, row, field, f"is not a readable .npy array ({e})", "Make the shard again.") from e
+            raise _field_error(chunk, row, field, f"is not a readable .npy array ({e})", "Make the shard again.") from e
         check(row, arrays[-1].shape, arrays[-1].dtype, "efd")
     return np.stack([to_dtype(array, dtype) for array in arrays])
 
@@ -157,34 +164,35 @@ def _labels(chunk: Chunk, config: DataConfig) -> Ints | None:
     if config.num_classes is None:
         return None
     column_n = _column(chunk, "cls")
-    label_n = np.array([_number(text) for text in column_n]) if column_n.dtype == object else column_n
+    label_n = np.array([_label(text) for text in column_n]) if column_n.dtype == object else column_n
     if not 0 <= label_n.min() <= label_n.max() < config.num_classes:
         wrong_n = np.flatnonzero((label_n < 0) | (label_n >= config.num_classes))
         text = column_n[wrong_n[0]]
         shown = text[:20].decode("utf-8", "replace") if isinstance(text, bytes) else int(text)
-        problem = f"{_name(chunk, wrong_n[0])} has class {shown!r}"
+        problem = f"{_sample_name(chunk, wrong_n[0])} has class {shown!r}"
         raise DataError("data.num_classes", config.num_classes, problem, "Set data.num_classes above every label.")
     return label_n
 
 
-def _number(text: bytes) -> int:
+def _label(text: bytes) -> int:
     try:
         return int(text)
     except ValueError:
-        return -1
+        return -1  # out of range, so `_labels` reports it
 
 
 def _column(chunk: Chunk, field: str, row: int = 0) -> Array:
+    """The column of a field. If it is missing, the error names the sample in `row`."""
     if field not in chunk:
         present = ", ".join(sorted(name for name in chunk if not name.startswith("__")))
-        raise _bad(chunk, row, field, f"is missing (the sample has: {present})", "Use shards that have it.")
+        raise _field_error(chunk, row, field, f"is missing (the sample has: {present})", "Use shards that have it.")
     return chunk[field]
 
 
-def _bad(chunk: Chunk, row: int, field: str, problem: str, remedy: str) -> DataError:
+def _field_error(chunk: Chunk, row: int, field: str, problem: str, remedy: str) -> DataError:
     key, url = chunk["__key__"][row], chunk["__url__"][row]
     return DataError("data.shards", url, f"field {field!r} of sample {key!r} {problem}", remedy)
 
 
-def _name(chunk: Chunk, row: int) -> str:
+def _sample_name(chunk: Chunk, row: int) -> str:
     return f"sample {chunk['__key__'][row]!r} in {chunk['__url__'][row]}"

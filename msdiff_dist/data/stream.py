@@ -1,4 +1,8 @@
-"""The stream of one lane: undecoded samples, window by window, from any position on."""
+"""The stream of one lane: undecoded samples, window by window, from any position on.
+
+`order.py` says which samples a window holds and in which order it gives them; here they are read. A window's samples
+are read in the order of the shards and put where their turn will be.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +21,26 @@ from msdiff_dist.data.tar_members import TarError, chunks
 from msdiff_dist.errors import DataError
 
 Rows = tuple[Chunk, range]
+"""Some rows of a chunk."""
 
 
 @dataclass(frozen=True)
 class Picked:
-    """Samples at place_n of what was asked for."""
+    """Samples taken from one chunk, and their places among all that one call of `take` returned.
+
+    Attributes:
+        place_n: row i of `chunk` is the sample in place place_n[i].
+    """
 
     chunk: Chunk
     place_n: Ints
 
 
 class LaneStream:
-    """The lane's undecoded samples from sample number g of the order on, without end.
+    """The lane's undecoded samples from global sample number g on, without end.
 
-    Opens only the shard in which the current window starts and those after it. While a window is given out, the next
-    one is read chunk by chunk, so that reading is spread evenly and at most two windows are held in memory.
+    Opens only the shard in which the current window starts and those after it. While one window is given, the next is
+    read at the same pace. So reading is spread evenly, and at most two windows are held in memory.
     """
 
     def __init__(
@@ -46,26 +55,28 @@ class LaneStream:
         self._windows = order.windows(lane, g)
         first = next(self._windows)
         self._source = _reading_order(_Reader(shards, access, corruption), order, lane, first.epoch, first.start)
-        self._given, self._at = _Filled(first), first.skip
+        self._given, self._at = _Filled(first), first.skip  # the window being given, and the next place to give
         self._coming = _Filled(next(self._windows))
-        self._over: Rows | None = None
+        self._over: Rows | None = None  # rows of the latest chunk that lie past the window it was read for
 
     def take(self, most: int) -> list[Picked]:
         """The next `most` samples, or fewer where a window ends, but at least one.
 
         Raises:
-            DataError: more corruption than is borne.
+            DataError: there is more corruption than `corruption` allows.
         """
         if self._at == self._given.size:
             self._given, self._at = self._coming, 0
             self._coming = _Filled(next(self._windows))
+        # A window must be complete before any of it is given: its first place may hold the last sample read. From the
+        # next one, as many samples are read as this one has given.
         self._read(self._given, self._given.size)
         self._read(self._coming, self._at)
         start, self._at = self._at, min(self._at + most, self._given.size)
         return self._given.take(start, self._at)
 
     def _read(self, window: _Filled, samples: int) -> None:
-        """Fill that many places of a window, if it has them, and no more than it has."""
+        """Read on until the window holds `samples` samples, or all of its own if they are fewer."""
         while window.filled < min(samples, window.size):
             chunk, rows = self._over or next(self._source)
             room = window.size - window.filled
@@ -74,17 +85,23 @@ class LaneStream:
 
 
 class _Filled:
-    """A window as it is read: samples of blocks are put where their turn will be, other chunks are kept as they are."""
+    """A window as it is read.
+
+    Samples of blocks are copied into columns at the places of their turns, so that most `take`s are one slice. Other
+    chunks, and blocks whose columns differ from the first block's, are kept as they are.
+    """
 
     def __init__(self, window: Window) -> None:
         self.size, self.filled = window.size, 0
-        self._place_n = np.argsort(window.order)  # of the samples in reading order
-        self._chunks: list[Chunk] = [{}]  # the first is of blocks' samples, every row in its place
-        self._chunk_n, self._row_n = np.zeros(self.size, np.int64), np.arange(self.size)
-        self._left = [0]  # of each chunk, not yet given
+        # `order` gives the number in reading order for each place. The argsort of a permutation is its inverse: the
+        # place for each number in reading order.
+        self._place_n = np.argsort(window.order)
+        self._chunks: list[Chunk] = [{}]  # number 0 holds the blocks' samples, each in the row of its place
+        self._chunk_n, self._row_n = np.zeros(self.size, np.int64), np.arange(self.size)  # where each place's sample is
+        self._left = [0]  # samples of each chunk that are not yet given
 
     def put(self, chunk: Chunk, rows: range) -> None:
-        """Take in the next samples read."""
+        """Add the next samples in reading order."""
         place_n = self._place_n[self.filled : self.filled + len(rows)]
         self.filled += len(rows)
         number = 0
@@ -99,6 +116,7 @@ class _Filled:
         self._left[number] += len(rows)
 
     def _fits(self, block: Chunk) -> bool:
+        """Whether the block's columns are those of chunk 0, which the first block decides."""
         if not self._chunks[0]:
             self._chunks[0] = {n: np.empty((self.size, *c.shape[1:]), c.dtype) for n, c in block.items()}
         laid = self._chunks[0]
@@ -107,9 +125,10 @@ class _Filled:
         )
 
     def take(self, start: int, stop: int) -> list[Picked]:
-        """The samples in places start to stop - 1; what nobody needs any more is let go."""
+        """The samples in places start to stop - 1. A chunk is released when its last sample is given."""
         picked = []
         for number, place_n in grouped(self._chunk_n[start:stop]):
+            # Rows of chunk 0 are places. If it holds all that is asked for, a slice gives views and copies nothing.
             rows = self._row_n[start:stop][place_n] if number or len(place_n) < stop - start else slice(start, stop)
             chunk = self._chunks[number]
             picked.append(Picked({name: column[rows] for name, column in chunk.items()}, place_n))
@@ -119,10 +138,11 @@ class _Filled:
         return picked
 
 
-def _reading_order(reader: _Reader, order: StreamOrder, lane: int, epoch: int, start: int) -> Iterator[Rows]:
-    """The lane's samples shard after shard, epoch after epoch, from position `start` of `epoch` on."""
-    for epoch in itertools.count(epoch):  # noqa: B020
+def _reading_order(reader: _Reader, order: StreamOrder, lane: int, first_epoch: int, start: int) -> Iterator[Rows]:
+    """The lane's samples shard after shard, epoch after epoch, from position `start` of `first_epoch` on."""
+    for epoch in itertools.count(first_epoch):
         for number in order.epoch(epoch).shards[lane]:
+            # `start` samples are still to be skipped: whole shards unopened, then rows. After that it stays 0.
             if start >= order.counts[number]:
                 start -= order.counts[number]
                 continue
@@ -133,14 +153,20 @@ def _reading_order(reader: _Reader, order: StreamOrder, lane: int, epoch: int, s
 
 
 class _Reader:
-    """Reads shards; the places of samples that a corrupt one has lost are filled, always alike."""
+    """Reads shards, and fills the places of samples that a corrupt shard has lost.
+
+    What fills them depends on the shards alone, so every rank, epoch and resumed run reads the same.
+    """
 
     def __init__(self, shards: Sequence[Shard], access: Access, corruption: CorruptionReport) -> None:
         self._shards, self._access, self._corruption = shards, access, corruption
 
     def places(self, number: int) -> Iterator[Rows]:
-        """As many samples as the shard was counted to hold: if it lost some, its own again from the first on; if it
-        lost all, those of the shards after it."""
+        """As many samples as the shard was counted to hold.
+
+        A shard that has lost some repeats its own from the first on. One that has lost all gives those of the next
+        shard that can be read.
+        """
         places, given, source = self._shards[number].num_samples, 0, number
         while given < places:
             before = given
@@ -153,7 +179,9 @@ class _Reader:
             if given == before:
                 source = (source + 1) % len(self._shards)
                 if source == number:
-                    raise DataError(FIELD, self._shards[number].path, "nor any other shard can be read", "Repair them.")
+                    raise DataError(
+                        FIELD, self._shards[number].path, "neither this nor any other shard can be read", "Repair them."
+                    )
 
     def _readable(self, number: int) -> Iterator[Rows]:
         """The samples of a shard up to its end or the first corruption."""
@@ -180,5 +208,5 @@ class _Reader:
             held = "more" if found > shard.num_samples else found
             problem = f"holds {held} samples, but {shard.num_samples} were counted"
             remedy = f"Make it again, or delete the {INDEX_NAME} beside it if stale."
-        if shard.problem is None:  # else it was told of when shards were counted
+        if shard.problem is None:  # else it was reported when samples were counted
             self._corruption.add(Corruption(shard.path, None, problem), DataError(FIELD, shard.path, problem, remedy))

@@ -1,7 +1,11 @@
-"""Reading tar members: a WebDataset pipeline stage that parses plain headers itself and leaves the rest to `tarfile`.
+"""Reading tar shards: members, and the samples they make up.
 
-`tarfile` spends more time on a header than PIL on a small image. Plain USTAR and PAX members are parsed here; the
+`tarfile` spends more time on a header than PIL on a small image. So plain USTAR and PAX members are parsed here. The
 first header of another kind (GNU long names, sparse files, a compressed archive) hands the rest over to `tarfile`.
+Members are grouped into samples by webdataset's own function.
+
+Bytes of a USTAR header that are used here (POSIX.1-1988): name 0-99, size 124-135 and checksum 148-155 in octal, type
+156, magic 257-262, prefix of the name 345-499.
 """
 
 from __future__ import annotations
@@ -17,33 +21,36 @@ from msdiff_dist.data.access import DEFAULT_ACCESS, Access, open_address
 from msdiff_dist.data.latent_blocks import BLOCK_FIELD, BlockError, Chunk, block_keys, objects, read_block
 
 OnDuplicate = Callable[[str, str], None]
-BLOCK = 512
+"""Called with the key of a sample and what comes twice, as a clause."""
+
+BLOCK = 512  # bytes; a header is one, and content is padded to whole ones
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own bookkeeping members
 _PAX_RECORD = re.compile(rb"\d+ ([^=]+)=([^\n]*)\n")
+# PAX records that do not change how the member after them is laid out; another one leaves the archive to `tarfile`.
 _PAX_PLAIN = {b"path", b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname"}
 
 
 class TarError(Exception):
-    """The archive is corrupt."""
+    """The archive is corrupt, or something in it comes twice."""
 
 
 def samples(
     path: str, access: Access = DEFAULT_ACCESS, on_duplicate: OnDuplicate | None = None
 ) -> Iterator[dict[str, Any]]:
-    """The samples of `chunks` one by one, as WebDataset has them: `__key__`, `__url__` and an entry per extension."""
+    """The samples of `chunks` one by one, as WebDataset yields them: `__key__`, `__url__`, an entry per extension."""
     for chunk in chunks(path, access, on_duplicate):
         for row in zip(*chunk.values(), strict=True):
             yield dict(zip(chunk, row, strict=True))
 
 
 def chunks(path: str, access: Access = DEFAULT_ACCESS, on_duplicate: OnDuplicate | None = None) -> Iterator[Chunk]:
-    """A shard's samples, grouped from files by WebDataset's rules or in blocks as they were packed.
+    """A shard's samples: each by itself, grouped from files by WebDataset's rules, or in blocks as they were packed.
 
     Args:
-        on_duplicate: told (key, what) of a file name or key that comes a second time, which is then passed over.
+        on_duplicate: called for a file name or key that comes a second time, which is then skipped. None: an error.
 
     Raises:
-        TarError: a corrupt archive, or a duplicate if there is no `on_duplicate`.
+        TarError: the archive is corrupt, or has a duplicate and there is no `on_duplicate`.
         OSError: the file cannot be read.
     """
     for sample in _grouped(path, access, on_duplicate or _refuse, with_data=True):
@@ -57,7 +64,7 @@ def chunks(path: str, access: Access = DEFAULT_ACCESS, on_duplicate: OnDuplicate
 
 
 def sample_keys(path: str, access: Access = DEFAULT_ACCESS, on_duplicate: OnDuplicate | None = None) -> Iterator[str]:
-    """The keys of a shard's samples; reads headers only, but whole blocks. Arguments and errors as for `chunks`."""
+    """The keys of a shard's samples, from headers alone but for blocks. Arguments and errors as for `chunks`."""
     for sample in _grouped(path, access, on_duplicate or _refuse, with_data=False):
         if BLOCK_FIELD not in sample:
             yield sample["__key__"]
@@ -69,7 +76,11 @@ def sample_keys(path: str, access: Access = DEFAULT_ACCESS, on_duplicate: OnDupl
 
 
 def members(stream: BinaryIO, with_data: bool = True) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the regular files of an archive; content is empty without `with_data`, but for blocks."""
+    """(name, content) of the regular files of an archive. Without `with_data`, content is empty but for blocks.
+
+    Raises:
+        TarError: the archive is corrupt or cut short.
+    """
     offset, extended_name = 0, None
     while header := stream.read(BLOCK):
         kind = header[156:157]
@@ -79,8 +90,10 @@ def members(stream: BinaryIO, with_data: bool = True) -> Iterator[tuple[str, byt
             if offset == 0:  # perhaps a compressed archive
                 yield from _through_tarfile(stream, offset, with_data)
                 return
-            what = "cut short inside the" if len(header) < BLOCK else "damaged"
+            what = "cut short inside the" if len(header) < BLOCK else "corrupt"
             raise TarError(f"{what} header at byte {offset}")
+        # Read here: regular files (0, and NUL of old archives), PAX headers (x), folders (5). A size whose first bit is
+        # set is GNU's binary form, for files too large for the octal digits.
         if kind not in b"0\0x5" or header[124] & 0x80:
             yield from _through_tarfile(stream, offset, with_data)
             return
@@ -110,16 +123,19 @@ def members(stream: BinaryIO, with_data: bool = True) -> Iterator[tuple[str, byt
 
 
 def _grouped(path: str, access: Access, on_duplicate: OnDuplicate, with_data: bool) -> Iterator[dict[str, Any]]:
-    repeated: list[str] = []  # file names, of the sample that comes next
+    """The samples of an archive whose keys are new, as webdataset groups them."""
+    repeated: list[str] = []  # file names that came twice in the sample that `group_by_keys` yields next
 
-    def note(error: Exception) -> bool:
+    # `group_by_keys` raises ValueError("NAME: duplicate file name ...") for a file that comes twice in a sample. True
+    # makes it skip that file.
+    def note_repeated(error: Exception) -> bool:
         if not isinstance(error, ValueError):
             raise error
         repeated.append(str(error.args[0]).split(":", 1)[0])
         return True
 
     keys: set[str] = set()
-    for sample in group_by_keys(_files(path, access, with_data), handler=note):
+    for sample in group_by_keys(_files(path, access, with_data), handler=note_repeated):
         key = sample["__key__"]
         new = key not in keys
         if not new:
@@ -137,7 +153,7 @@ def _refuse(key: str, what: str) -> None:
 
 
 def _files(path: str, access: Access, with_data: bool) -> Iterator[dict[str, Any]]:
-    """What webdataset's `group_by_keys` takes."""
+    """The files of an archive as webdataset's `group_by_keys` takes them."""
     with open_address(path, access) as stream:
         for name, content in members(stream, with_data):
             if not _META.match(name):
@@ -151,6 +167,7 @@ def _checksum_holds(header: bytes) -> bool:
         stated = int(header[148:156].strip(b" \0") or b"0", 8)
     except ValueError:
         return False
+    # The sum of all bytes, where the checksum's own count as spaces.
     return stated == sum(header) - sum(header[148:156]) + 8 * ord(" ")
 
 
@@ -162,6 +179,7 @@ def _plain_name(header: bytes) -> bytes:
 
 
 def _through_tarfile(stream: BinaryIO, offset: int, with_data: bool) -> Iterator[tuple[str, bytes]]:
+    """`members` of the rest of an archive, from the header at `offset` on."""
     stream.seek(offset)
     try:
         with tarfile.open(fileobj=stream, mode="r:*") as archive:

@@ -27,8 +27,9 @@ from msdiff_dist.data.access import is_local
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.index import Shard
 from msdiff_dist.data.latent_blocks import BLOCK_FIELD
-from msdiff_dist.data.loader import StepLoader, load_index, set_up_worker
+from msdiff_dist.data.loader import StepLoader, load_index
 from msdiff_dist.data.samples import IMAGE_FIELDS
+from msdiff_dist.data.worker_processes import set_up_worker
 from msdiff_dist.errors import DataError
 
 Batches = Any  # an iterator of batches

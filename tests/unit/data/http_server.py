@@ -1,4 +1,4 @@
-"""A loopback web server of one folder that can be told to fail."""
+"""A loopback web server of one folder that fails on request."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ from pathlib import Path
 
 
 class Behaviour:
-    """What the server does wrong. Requests are noted as (path, Range or None).
+    """What the server does wrong, and which requests it got.
 
-    torn_after: bytes of an answer's body after which it hangs up, as long as `torn` answers are left.
+    Attributes:
+        ranges: whether it answers range requests with ranges.
+        torn: how many more answers it cuts, each after `torn_after` bytes of the body.
+        statuses: statuses with which it answers the next requests, instead of files.
+        tag: the ETag of every answer.
+        requests: (path, Range header or None) of every request.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -48,7 +48,7 @@ def test_any_way_of_reading_gives_the_content(served, ranges):
         assert stream.read() == CONTENT[-10:]
 
 
-def test_a_torn_download_goes_on_where_it_stopped(served):
+def test_a_torn_download_resumes_where_it_stopped(served):
     url, server = served
     server.torn, server.torn_after = 3, 700_000
     assert read_bytes(url, Access(retries=1)) == CONTENT

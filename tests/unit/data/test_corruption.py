@@ -31,14 +31,14 @@ def rewrite(path: Path, change) -> None:
 
 
 def keys_read(config: DataConfig, n: int, start: int = 0, world_size: int = 1) -> tuple[list[str], set[Corruption]]:
-    """`n` keys of the stream from sample number `start` on, put together from all ranks, and all corruption told of."""
+    """`n` keys of the stream from sample number `start` on, joined from all ranks, and all corruption reported."""
     loaders = [StepLoader(config, 0, 1, rank, world_size, start) for rank in range(world_size)]
     steps = [list(itertools.islice(loader, n)) for loader in loaders]
-    told = [corruption for parts in steps for step in parts for corruption in step.corruption]
+    reported = [corruption for parts in steps for step in parts for corruption in step.corruption]
     for parts in steps:
         own = [corruption.place for step in parts for corruption in step.corruption]
         assert len(set(own)) == len(own)
-    return [next(part.keys[0] for part in parts if part.keys) for parts in zip(*steps, strict=True)], set(told)
+    return [next(part.keys[0] for part in parts if part.keys) for parts in zip(*steps, strict=True)], set(reported)
 
 
 def tear(path: Path) -> None:
@@ -94,16 +94,16 @@ def test_every_harm_is_refused_or_named_and_its_places_filled(tmp_path, latent_s
     if not (harm is lose_last and not index):
         with pytest.raises(DataError, match=HARMS[harm]):
             keys_read(config_of(tmp_path, max_bad=0), counted)
-    read, told = keys_read(config_of(tmp_path, max_bad=1), counted)
-    again, told_again = keys_read(config_of(tmp_path), 3 * counted)
+    read, reported = keys_read(config_of(tmp_path, max_bad=1), counted)
+    again, reported_again = keys_read(config_of(tmp_path), 3 * counted)
     assert again[:counted] == read
-    assert told_again == told
+    assert reported_again == reported
     assert set(read) <= set(keys)
     assert {key for key in keys if not "00006" <= key <= "00011"} <= set(read)
     if harm is lose_last and not index:
-        assert not told
+        assert not reported
         return
-    (corruption,) = told
+    (corruption,) = reported
     assert corruption.url == str(tmp_path / "00001.tar")
     assert (corruption.key is None) == (harm in (tear, empty, lose_last))
     assert corruption.key in (None, "00006")
@@ -128,9 +128,9 @@ def test_the_next_good_sample_fills_the_place_of_a_bad_one(tmp_path, latent_shar
         tmp_path / "00000.tar",
         lambda content: [(k, {**f, "cls": b"?"} if k in "0000100002" else f) for k, f in content],
     )
-    read, told = keys_read(config_of(tmp_path, shuffle=1), 8)
+    read, reported = keys_read(config_of(tmp_path, shuffle=1), 8)
     assert read == 2 * ["00000", "00003", "00003", "00003"]
-    assert sorted(corruption.key for corruption in told if corruption.key) == ["00001", "00002"]
+    assert sorted(corruption.key for corruption in reported if corruption.key) == ["00001", "00002"]
     with pytest.raises(DataError, match=r"data\.max_bad = 1.*2 corrupt.*'00002'.*\n?.*log names them"):
         keys_read(config_of(tmp_path, shuffle=1, max_bad=1), 8)
     with pytest.raises(DataError, match="no sample of the lane"):
@@ -163,7 +163,7 @@ def test_corruption_is_logged_by_name(tmp_path, latent_shards, caplog):
     drop_label(tmp_path / "00000.tar")
     keys_read(config_of(tmp_path), 8)
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith(f"left out: sample '00000' of {tmp_path}/00000.tar: data.shards: field 'cls'")
+    assert line.startswith(f"skipped: sample '00000' of {tmp_path}/00000.tar: data.shards: field 'cls'")
 
 
 def test_an_archive_of_another_kind_that_is_torn(tmp_path, latent_shards):

@@ -43,9 +43,9 @@ def test_what_was_added_removed_and_altered_is_named(folder):
 
 
 def test_another_order_and_another_number_of_sources_are_changes(folder):
-    (marks,) = fingerprint_of(folder)
-    assert changes([marks], [marks[::-1]]) == ["its shards are listed in another order"]
-    assert changes([marks], [marks, marks]) == ["there were 1 sources and are 2"]
+    (lines,) = fingerprint_of(folder)
+    assert changes([lines], [lines[::-1]]) == ["its shards are listed in another order"]
+    assert changes([lines], [lines, lines]) == ["there were 1 sources and are 2"]
 
 
 def test_a_sample_that_grows_in_a_large_shard_is_noticed(tmp_path):

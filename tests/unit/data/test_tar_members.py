@@ -85,7 +85,7 @@ def test_corruption_is_an_error(tmp_path, at):
         list(sample_keys(str(path)))
 
 
-def test_what_comes_twice_is_refused_or_told_and_passed_over(tmp_path):
+def test_what_comes_twice_is_refused_or_reported_and_skipped(tmp_path):
     path = tmp_path / "x.tar"
     with tarfile.open(path, mode="w") as tar:
         for content, name in enumerate(("a.png", "a.cls", "a.png", "b.png", "a.png", "c.png", "c.cls")):
@@ -95,9 +95,9 @@ def test_what_comes_twice_is_refused_or_told_and_passed_over(tmp_path):
     for read in (samples, sample_keys):
         with pytest.raises(TarError, match=r"'a': its file a\.png comes twice"):
             list(read(str(path)))
-    told: list[tuple[str, str]] = []
-    found = list(samples(str(path), on_duplicate=lambda *what: told.append(what)))
+    reported: list[tuple[str, str]] = []
+    found = list(samples(str(path), on_duplicate=lambda *what: reported.append(what)))
     assert [s["__key__"] for s in found] == ["a", "b", "c"]
     assert (found[0]["png"], found[0]["cls"]) == (b"\0", b"\1")
-    assert told == [("a", "its file a.png comes twice"), ("a", "its key comes twice in the shard")]
+    assert reported == [("a", "its file a.png comes twice"), ("a", "its key comes twice in the shard")]
     assert list(sample_keys(str(path), on_duplicate=lambda *what: None)) == ["a", "b", "c"]
