@@ -1,1 +1,1 @@
-"""Pure maths: processes, stages, timesteps, losses, solvers."""
+"""The mathematics of diffusion: processes, stages, times, losses, solvers. Nothing here knows networks or ranks."""

@@ -1,6 +1,7 @@
-"""EDM's non-leaky augmentation: images are transformed and the network is told how (2206.00364, appendix F.2).
+"""EDM's non-leaky augmentation (2206.00364, appendix F.2).
 
-Told "not at all" when it samples, it makes images like the untransformed ones.
+Images are transformed, and the network gets a description of the transform as a further input. In sampling the
+description is zero, "not transformed", so the transforms do not leak into the images that the model generates.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from msdiff_dist.errors import ConfigError
 from msdiff_dist.randomness import augmentation
 
 AUGMENT_LABELS = 9
-"""Length of the description: mirrored, upside down, scaling, rotation (2), anisotropy (2), translation (2)."""
-_SCALE_STD = 0.2  # of the binary logarithm, for scaling and anisotropy
-_TRANSLATION_STD = 0.125  # of the image's size
+"""Length of the description: mirrored, upside down, scale, rotation (2), anisotropy (2), translation (2)."""
+_SCALE_STD = 0.2  # standard deviation of log2 of the scale and of the anisotropy
+_TRANSLATION_STD = 0.125  # standard deviation of a shift, as a fraction of the image's size
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentationConfig:
-    """EDM's non-leaky augmentation."""
+    """EDM's non-leaky augmentation of images. The model needs `augment_labels: 9`."""
 
     probability: float
     """Probability of each transform of an image, except mirroring, which has 1/2. EDM: 0.12 for CIFAR-10."""
@@ -37,12 +38,14 @@ class AugmentationConfig:
 def augment(
     x_nCHW: Tensor, config: AugmentationConfig, seed: int, batch: int, index_n: np.ndarray
 ) -> tuple[Tensor, Tensor]:
-    """Transformed images, and what was done to each: float32 [n, AUGMENT_LABELS], all zero for nothing.
+    """Transformed images [n, C, H, W] and their descriptions, float32 [n, AUGMENT_LABELS], zero for no transform.
 
-    Each image's transform depends on (seed, global batch, its index there) alone.
+    An image's transform depends only on the seed, the number of the global batch and the image's index in it.
     """
     drawn = [_draw(config.probability, augmentation(seed, batch, i)) for i in index_n.tolist()]
     label_n = torch.tensor(np.array([label for label, _ in drawn]), dtype=torch.float32, device=x_nCHW.device)
+    # Flips are exact copies of pixels. All other transforms of an image are one resampling, by the inverse of their
+    # matrix, because `resampled` asks where each new pixel comes from.
     mirrored_n, upside_down_n = (label_n[:, k].bool()[:, None, None, None] for k in (0, 1))
     x_nCHW = torch.where(mirrored_n, x_nCHW.flip(3), x_nCHW)
     x_nCHW = torch.where(upside_down_n, x_nCHW.flip(2), x_nCHW)
@@ -54,30 +57,39 @@ def augment(
 
 
 def resampled(x_nCHW: Tensor, inverse_n33: Tensor) -> Tensor:
-    """Images whose pixel at p is the old one at inverse p, interpolated cubically, mirrored beyond the border.
+    """Images whose pixel at position p has the value of the old image at inverse p.
 
-    Positions are (x, y, 1) from the centre, in half widths and half heights.
+    Values are interpolated by cubics, and the old image is mirrored beyond its border.
+
+    Args:
+        inverse_n33: acts on positions (x, y, 1) from the centre, in units of half the width and half the height.
     """
     grid = F.affine_grid(inverse_n33[:, :2], list(x_nCHW.shape), align_corners=False)
     return F.grid_sample(x_nCHW, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
 
 
 def _draw(probability: float, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
-    """Description of one image's transform, and the matrix that moves its pixels, if it moves them."""
+    """Description of one image's transform, and its 3x3 matrix on positions; None where there is nothing to resample.
+
+    Everything is drawn always, so that no draw depends on another's outcome.
+    """
     happens, coins = random.random(5) < probability, random.random(3) < 0.5
     angle, axis = random.uniform(-math.pi, math.pi, 2)
-    scale, stretch, *shift = random.standard_normal(4)
+    scale, squeeze, *shift = random.standard_normal(4)
     flips = coins[0], coins[1] and happens[0]
-    scale, angle, stretch = scale * happens[1], angle * happens[2], stretch * happens[3]
+    # A transform that does not happen has the parameter of the identity. Half of the squeezes are along the x axis.
+    scale, angle, squeeze = scale * happens[1], angle * happens[2], squeeze * happens[3]
     axis, shift = axis * coins[2], np.array(shift) * happens[4]
-    rotation, anisotropy = (math.cos(angle) - 1, math.sin(angle)), (stretch * math.cos(axis), stretch * math.sin(axis))
+    # EDM's description: cos - 1, so that no rotation is (0, 0).
+    rotation, anisotropy = (math.cos(angle) - 1, math.sin(angle)), (squeeze * math.cos(axis), squeeze * math.sin(axis))
     label = np.array([*flips, scale, *rotation, *anisotropy, *shift])
     if not happens[1:].any():
         return label, None
-    factor, ratio = 2 ** (_SCALE_STD * scale), 2 ** (_SCALE_STD * stretch)
+    # Rotate, squeeze along `axis` (longer there by `ratio`, shorter across by as much), scale, then translate.
+    factor, ratio = 2 ** (_SCALE_STD * scale), 2 ** (_SCALE_STD * squeeze)
     matrix = np.eye(3)
     matrix[:2, :2] = _rotation(axis) @ np.diag([ratio, 1 / ratio]) @ _rotation(-axis) @ _rotation(angle) * factor
-    matrix[:2, 2] = 2 * _TRANSLATION_STD * shift  # an image is 2 units wide
+    matrix[:2, 2] = 2 * _TRANSLATION_STD * shift  # an image is two half widths wide
     return label, matrix
 
 

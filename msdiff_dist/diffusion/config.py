@@ -1,4 +1,4 @@
-"""Recipe sections `diffusion` and `stages`."""
+"""The recipe sections `diffusion` and `stages`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ StageSampling = Literal["uniform", "equal"] | tuple[float, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
-    """The diffusion process. The section named like `process` configures it, and only that one may be given."""
+    """The diffusion process. The section with the name of the process configures it; sections of others are refused."""
 
     process: Annotated[str, PROCESSES] = "discrete"
     """Diffusion process."""
@@ -34,18 +34,18 @@ def build_process(config: DiffusionConfig) -> Process:
 
 @dataclass(frozen=True, kw_only=True)
 class StagesConfig:
-    """How time is divided into stages and how often each is trained."""
+    """How time is divided into stages, and how often each stage is trained."""
 
     boundaries: tuple[float, ...] = ()
-    """The K - 1 inner boundaries of K stages, ascending, in the process's own unit (timestep, t or sigma); none for a
-    unified model."""
+    """The K - 1 inner boundaries of K stages, ascending, in the process's own unit (timestep, t or sigma). An empty
+    list is a unified model."""
     sampling: StageSampling = "uniform"
-    """Probability of each stage in the objective: `uniform` leaves the process's own distribution of times as it is,
-    `equal` gives every stage 1/K, a list gives K relative weights."""
+    """Probability of each stage in the objective: `uniform` keeps the process's own distribution of times, `equal`
+    gives every stage 1/K, a list gives K relative weights."""
 
     def __post_init__(self) -> None:
         if any(not math.isfinite(b) for b in self.boundaries):
-            raise ConfigError("boundaries", list(self.boundaries), "must be finite numbers", "Correct them.")
+            raise ConfigError("boundaries", list(self.boundaries), "must be finite numbers", "Give finite times.")
         if list(self.boundaries) != sorted(set(self.boundaries)):
             remedy = f"Write {sorted(set(self.boundaries))}."
             raise ConfigError("boundaries", list(self.boundaries), "must ascend without repeats", remedy)
@@ -54,7 +54,7 @@ class StagesConfig:
                 problem = f"has {len(self.sampling)} weights for {self.num_stages} stages"
                 raise ConfigError("sampling", list(self.sampling), problem, f"Give {self.num_stages} weights.")
             if any(not (w > 0 and math.isfinite(w)) for w in self.sampling):
-                raise ConfigError("sampling", list(self.sampling), "weights must be positive", "Correct them.")
+                raise ConfigError("sampling", list(self.sampling), "weights must be positive", "Give positive numbers.")
 
     @property
     def num_stages(self) -> int:

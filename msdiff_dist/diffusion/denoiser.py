@@ -1,6 +1,7 @@
-"""What the network predicts, and how its output becomes an estimate of the clean sample.
+"""Parametrisations: what the network predicts, and how its output becomes an estimate of the clean sample.
 
-All methods take the scales s and n of x_t = s x_0 + n eps, shaped to broadcast over the samples; SNR = s^2 / n^2.
+All methods take the signal scale s and the noise scale n of x_t = s x_0 + n eps, shaped to broadcast over the samples.
+SNR = s^2 / n^2. F is the network's output, and D the estimate of x_0.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 
 class Denoiser(ABC):
-    """A parametrisation of the denoised estimate D(x_t) by the network output F."""
+    """A parametrisation of the denoised estimate D(x_t) by the network's output F."""
 
     def scale_input(self, x_t: Tensor, s: Tensor, n: Tensor) -> Tensor:
         """The network's input."""
@@ -33,11 +34,14 @@ class Denoiser(ABC):
 
     @abstractmethod
     def weight(self, s: Tensor, n: Tensor) -> Tensor:
-        """Weight of each sample's mean squared error of F."""
+        """Weight of each sample's mean squared error of F, of the shape of s."""
 
 
 class MinSNRDenoiser(Denoiser):
-    """Base of the three predictions. The optional weight on the error of x_0, min(SNR, gamma), is 2303.09556's."""
+    """Base of the predictions of noise, velocity and sample, with the optional weight of min-SNR (2303.09556).
+
+    That weight is min(SNR, gamma) on the error of x_0; without gamma the error of F has weight one.
+    """
 
     def __init__(self, min_snr_gamma: float | None = None) -> None:
         self.gamma = min_snr_gamma
@@ -45,11 +49,11 @@ class MinSNRDenoiser(Denoiser):
     def weight(self, s: Tensor, n: Tensor) -> Tensor:
         if self.gamma is None:
             return torch.ones_like(s)
-        return self._of_sample_weight(torch.clamp((s / n) ** 2, max=self.gamma), s, n)
+        return self._output_weight(torch.clamp((s / n) ** 2, max=self.gamma), s, n)
 
     @abstractmethod
-    def _of_sample_weight(self, weight: Tensor, s: Tensor, n: Tensor) -> Tensor:
-        """The weight on F's error that equals `weight` on the error of x_0."""
+    def _output_weight(self, sample_weight: Tensor, s: Tensor, n: Tensor) -> Tensor:
+        """The weight on the squared error of F that is the same loss as `sample_weight` on that of x_0."""
 
 
 class EpsilonDenoiser(MinSNRDenoiser):
@@ -61,12 +65,12 @@ class EpsilonDenoiser(MinSNRDenoiser):
     def denoised(self, output: Tensor, x_t: Tensor, s: Tensor, n: Tensor) -> Tensor:
         return (x_t - n * output) / s
 
-    def _of_sample_weight(self, weight: Tensor, s: Tensor, n: Tensor) -> Tensor:
-        return weight / (s / n) ** 2
+    def _output_weight(self, sample_weight: Tensor, s: Tensor, n: Tensor) -> Tensor:
+        return sample_weight / (s / n) ** 2
 
 
 class VelocityDenoiser(MinSNRDenoiser):
-    """F predicts v = s eps - n x_0 of a variance-preserving process (2202.00512, s^2 + n^2 = 1): x_0 = s x_t - n F."""
+    """F predicts v = s eps - n x_0 (2202.00512): x_0 = s x_t - n F, where s^2 + n^2 = 1."""
 
     def target(self, x0: Tensor, noise: Tensor, s: Tensor, n: Tensor) -> Tensor:
         return s * noise - n * x0
@@ -74,8 +78,8 @@ class VelocityDenoiser(MinSNRDenoiser):
     def denoised(self, output: Tensor, x_t: Tensor, s: Tensor, n: Tensor) -> Tensor:
         return s * x_t - n * output
 
-    def _of_sample_weight(self, weight: Tensor, s: Tensor, n: Tensor) -> Tensor:
-        return weight * n**2
+    def _output_weight(self, sample_weight: Tensor, s: Tensor, n: Tensor) -> Tensor:
+        return sample_weight * n**2
 
 
 class SampleDenoiser(MinSNRDenoiser):
@@ -87,15 +91,16 @@ class SampleDenoiser(MinSNRDenoiser):
     def denoised(self, output: Tensor, x_t: Tensor, s: Tensor, n: Tensor) -> Tensor:
         return output
 
-    def _of_sample_weight(self, weight: Tensor, s: Tensor, n: Tensor) -> Tensor:
-        return weight
+    def _output_weight(self, sample_weight: Tensor, s: Tensor, n: Tensor) -> Tensor:
+        return sample_weight
 
 
 class EDMDenoiser(Denoiser):
     """EDM's preconditioning (2206.00364, Table 1; s = 1, n = sigma): D = c_skip x_t + c_out F(c_in x_t).
 
     c_skip = sigma_data^2 / (n^2 + sigma_data^2), c_out = n sigma_data / sqrt(n^2 + sigma_data^2), and
-    c_in = 1 / sqrt(n^2 + sigma_data^2). EDM's weight on the error of D is 1 / c_out^2: one on the error of F.
+    c_in = 1 / sqrt(n^2 + sigma_data^2). EDM's weight on the squared error of D is 1 / c_out^2, which is weight one on
+    that of F.
     """
 
     def __init__(self, sigma_data: float) -> None:
@@ -105,7 +110,7 @@ class EDMDenoiser(Denoiser):
         return x_t / self._total(n)
 
     def target(self, x0: Tensor, noise: Tensor, s: Tensor, n: Tensor) -> Tensor:
-        """(x_0 - c_skip x_t) / c_out, written without its cancellation."""
+        """(x_0 - c_skip x_t) / c_out, with x_t inserted so that nothing cancels at small n."""
         return (n * x0 / self.sigma_data - self.sigma_data * noise) / self._total(n)
 
     def denoised(self, output: Tensor, x_t: Tensor, s: Tensor, n: Tensor) -> Tensor:
@@ -120,6 +125,7 @@ class EDMDenoiser(Denoiser):
 
 
 def build_denoiser(prediction_type: PredictionType, min_snr_gamma: float | None) -> Denoiser:
+    """The denoiser of a recipe's `prediction_type`."""
     if prediction_type == "epsilon":
         return EpsilonDenoiser(min_snr_gamma)
     if prediction_type == "v_prediction":
@@ -128,6 +134,6 @@ def build_denoiser(prediction_type: PredictionType, min_snr_gamma: float | None)
 
 
 def check_min_snr_gamma(gamma: float | None) -> None:
-    """Refuse a min-SNR gamma that is not positive."""
+    """Raise `ConfigError` for a min-SNR gamma that is not positive."""
     if gamma is not None and not gamma > 0:
         raise ConfigError("min_snr_gamma", gamma, "must be positive", "Use 5, or null for no weighting.")

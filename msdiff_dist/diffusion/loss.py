@@ -1,4 +1,4 @@
-"""Error of the network's output, sample by sample."""
+"""The loss of each sample before weighting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Discrete noise schedules: the betas of DDPM-style processes, in float64."""
+"""Noise schedules of discrete processes (2006.11239): their betas, in float64."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ ScheduleName = Literal["scaled_linear", "linear", "cosine"]
 def betas(name: ScheduleName, timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
     """Variances beta_t [timesteps] of the steps q(x_t | x_{t-1}), as LDM and diffusers define them.
 
-    `scaled_linear` is linear in sqrt(beta) (LDM's own configurations call it "linear"), `linear` is DDPM's, `cosine` is
-    Nichol & Dhariwal's (2102.09672, Eq. 17) capped at 0.999, which has no end points and ignores them.
+    `scaled_linear` is linear in sqrt(beta) (LDM's own configurations call it "linear"). `linear` is that of DDPM.
+    `cosine` (2102.09672, Eq. 17) is capped at 0.999 and does not use `beta_start` and `beta_end`.
     """
     if name == "scaled_linear":
         return np.linspace(beta_start**0.5, beta_end**0.5, timesteps) ** 2
@@ -25,5 +25,5 @@ def betas(name: ScheduleName, timesteps: int, beta_start: float, beta_end: float
 
 
 def alphas_cumprod(betas_T: np.ndarray) -> np.ndarray:
-    """Products of 1 - beta up to each timestep: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps."""
+    """Products a_t [timesteps] of 1 - beta up to each timestep t: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps."""
     return np.cumprod(1 - betas_T)

@@ -1,4 +1,7 @@
-"""Diffusion processes: p(x_t | x_0) = N(s_t x_0, n_t^2 I), the times they train on, and the network's view of them."""
+"""Diffusion processes: p(x_t | x_0) = N(s_t x_0, n_t^2 I), the times they train on, and the network's inputs.
+
+Eq. 1 is that of 2312.09181, whose sigma_t is n_t / s_t.
+"""
 
 from __future__ import annotations
 
@@ -19,25 +22,27 @@ class Process(ABC):
     """A noising process in its own time variable, which ascends from data to noise over [lo, hi)."""
 
     unit: ClassVar[str]
-    """What its times are: `timestep`, `t` or `sigma`, or whatever messages are to call them."""
+    """What messages call a time: `timestep`, `t` or `sigma`."""
     discrete: ClassVar[bool] = False
-    """Times are whole numbers from 0 on."""
+    """Whether times are whole numbers from 0 on."""
     variance_preserving: ClassVar[bool] = False
-    """s^2 + n^2 = 1 at every time."""
+    """Whether s^2 + n^2 = 1 at every time."""
     spacings: ClassVar[tuple[Spacing, ...]]
-    """How its sampling times can be spaced; the first is the default."""
+    """The spacings of sampling times that the process offers; the first is the default."""
     sampler: ClassVar[str]
-    """The solver of `diffusion.solvers` that samples it unless another is asked for."""
+    """Name in `SOLVERS` of the solver that samples the process by default."""
 
     lo: float
+    """First time."""
     hi: float
+    """End of the times, which is not one of them."""
     prior_std: float = 1.0
     """Standard deviation of the noise that sampling starts from."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         self.denoiser = denoiser
 
-    # What a process must say of itself.
+    # Each process defines these.
 
     @abstractmethod
     def scales(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +58,7 @@ class Process(ABC):
 
     @abstractmethod
     def quantile(self, u: np.ndarray, lo: float, hi: float) -> np.ndarray:
-        """Times inside [lo, hi), following the training distribution, from uniforms u in [0, 1)."""
+        """Times in [lo, hi) that follow the training distribution, restricted to it, from uniforms u in [0, 1)."""
 
     @abstractmethod
     def sigma_of(self, t: ArrayLike) -> np.ndarray:
@@ -65,36 +70,37 @@ class Process(ABC):
 
     @abstractmethod
     def spaced_times(self, steps: int, spacing: Spacing, end: float | None) -> tuple[np.ndarray, float]:
-        """What `sampling_times` gives, for one of `spacings`."""
+        """The result of `sampling_times`, for a spacing that is one of `spacings`."""
 
-    # What follows from it.
+    # These follow from them.
 
     def sampling_times(
         self, steps: int, spacing: Spacing | None = None, end: float | None = None
     ) -> tuple[np.ndarray, float]:
-        """Times [steps], descending, of a sampler's steps, and the sigma it lands on after the last (0: clean data).
+        """Times [steps], descending, of a sampler's steps, and the sigma that the last step ends at (0: clean data).
 
         Args:
-            spacing: one of `spacings`. `leading` and `trailing` are diffusers': i T / steps + 1 as LDM has it, or down
-                from T - 1. `uniform` is even in time, `log_snr` in log-SNR, `rho` in sigma^(1/rho) (EDM).
-            end: last time, in the process's unit, for processes that have a choice.
+            spacing: one of `spacings`, None for the first. `leading` is i T / steps + 1, as in LDM; `trailing` goes
+                down from T - 1 in steps of T / steps, as in diffusers; `uniform` is even in time, `log_snr` in log-SNR,
+                `rho` in sigma^(1/rho) (2206.00364, Eq. 5).
+            end: last time, in the process's unit, where the process lets it be chosen.
 
         Raises:
-            ConfigError: the process has no such spacing, end or number of steps.
+            ConfigError: the process does not offer this spacing, end or number of steps.
         """
         spacing = spacing or self.spacings[0]
         if spacing not in self.spacings:
-            problem = f"a process in {self.unit} is not sampled that way"
+            problem = f"a process in {self.unit} does not offer this spacing"
             raise ConfigError("spacing", spacing, problem, f"Choose from: {', '.join(self.spacings)}.")
         return self.spaced_times(steps, spacing, end)
 
     def perturb(self, x0_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Tensor:
-        """x_t of shape [B, C, H, W] (Eq. 1)."""
+        """x_t = s x_0 + n noise, [B, C, H, W] (Eq. 1)."""
         s, n = self._scales_like(x0_BCHW, t_B)
         return s * x0_BCHW + n * noise_BCHW
 
     def network_input(self, x_t: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor]:
-        """(c_in x_t, c_noise): what the network is called with."""
+        """The network's image and time input, (c_in x_t [B, C, H, W], c_noise [B])."""
         return self.denoiser.scale_input(x_t, *self._scales_like(x_t, t_B)), self.network_time(t_B)
 
     def target(self, x0: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
@@ -102,22 +108,23 @@ class Process(ABC):
         return self.denoiser.target(x0, noise, *self._scales_like(x0, t_B))
 
     def weight(self, t_B: Tensor) -> Tensor:
-        """Loss weight of each sample, float32 [B]."""
+        """Weight of each sample's loss, float32 [B]."""
         return self.denoiser.weight(*self.scales(t_B))
 
     def denoised(self, output: Tensor, x_t: Tensor, t_B: Tensor) -> Tensor:
-        """Estimate of x_0 from the network's output at x_t."""
+        """Estimate of x_0 from the network's output at x_t, [B, C, H, W]."""
         return self.denoiser.denoised(output, x_t, *self._scales_like(x_t, t_B))
 
     def _scales_like(self, x: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor]:
+        """`scales`, shaped to broadcast over the entries of each sample of x."""
         s_B, n_B = self.scales(t_B)
         shape = (-1, *[1] * (x.ndim - 1))
         return s_B.view(shape), n_B.view(shape)
 
 
 def convert_times(times: ArrayLike, source: Process, target: Process) -> np.ndarray:
-    """Times of `target` as noisy, sigma for sigma, as `times` of `source`: how stage boundaries convert.
+    """Times of `target` with the same sigma as `times` of `source`. Stage boundaries convert this way.
 
-    For a discrete target, the first timestep that is at least as noisy.
+    For a discrete target it is the first timestep that is at least as noisy.
     """
     return target.time_of(source.sigma_of(times))

@@ -1,6 +1,7 @@
-"""Sampling from a model: one network call and one stage at a time, guidance, and each image's own noise.
+"""Sampling: calls of the network, each in one stage, with classifier-free guidance (2207.12598).
 
-An image depends on (seed, its index) alone, not on how the images are split into batches.
+Each image has a noise generator of its own, so it depends on the seed and its number, not on how the images are
+divided into batches.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ ModelFn = Callable[[Tensor, Tensor, int, Tensor | None, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Condition:
-    """Class labels int64 [n] and context [n, T, C], each None where the model takes none."""
+    """Class labels int64 [n] and context [n, T, C]; None for what the model does not take."""
 
     label_n: Tensor | None = None
     context_nTC: Tensor | None = None
@@ -44,7 +45,11 @@ def sample(
     condition: Condition | None = None,
     unconditional: Condition | None = None,
 ) -> Tensor:
-    """Samples [n, *shape], float32, of the images numbered `index_n`.
+    """Samples [n, *shape], float32: the images, or latents, with the numbers `index_n`.
+
+    Args:
+        condition: of each sample; None: the model takes no conditions.
+        unconditional: the dropped condition of each sample, which guidance needs.
 
     Raises:
         ConfigError: guidance without an `unconditional` condition, or a sampler that does not fit the process.
@@ -59,11 +64,12 @@ def sample(
             _join(condition.label_n, unconditional.label_n), _join(condition.context_nTC, unconditional.context_nTC)
         )
 
+    # Solvers may compute in float64; the network gets float32, but the time stays exact for the process's formulas.
     def denoise(x: Tensor, t: float) -> Tensor:
         stage = int(partition.stage_of(np.array(t)))
         x, t_n = x.float(), torch.full((len(x),), t, device=x.device, dtype=torch.float64)
         x_in, t_in = process.network_input(x, t_n)
-        if guided:
+        if guided:  # both halves in one call: first with the conditions, then without
             x_in, t_in = torch.cat([x_in, x_in]), torch.cat([t_in, t_in])
         output = model_fn(x_in, t_in, stage, condition.label_n, condition.context_nTC).float()
         if guided:
@@ -71,13 +77,16 @@ def sample(
             output = without + config.guidance_scale * (conditional - without)
         return process.denoised(output, x, t_n)
 
+    # Drawn on the CPU, so that an image does not depend on the device.
     generators = image_generators(seed, index_n)
     x_T = process.prior_std * torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
     return solve(denoise, process, config, x_T.to(device), generators).float()
 
 
 def sampler_times(process: Process, partition: StagePartition, config: SamplerConfig) -> list[tuple[float, int]]:
-    """(time, stage) of every network call of `sample`, in order: found by a dry run on a single number.
+    """(time, stage) of every network call of `sample`, in order.
+
+    They are found by running the solver on a single number, with a network that returns zero.
 
     Raises:
         ConfigError: the sampler does not fit the process.
@@ -93,7 +102,7 @@ def sampler_times(process: Process, partition: StagePartition, config: SamplerCo
 
 
 def image_generators(seed: int, index_n: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator for each image: the source of its initial noise and of the noise of every step."""
+    """One CPU generator per image, from which its initial noise and the noise of all steps are drawn."""
     seeds = [int(generator(seed, "sampling", i).integers(2**63)) for i in index_n]
     return [torch.Generator().manual_seed(s) for s in seeds]
 

@@ -1,7 +1,7 @@
 """Which stage, time and micro batch each sample of a global batch gets.
 
-Everything is a function of (seed, number of the global batch, index in it), so it does not depend on ranks, workers or
-placement.
+All three are functions of the seed, the number of the global batch and the index in it, so they do not depend on ranks,
+workers or placement.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from msdiff_dist.randomness import stage_order, time_uniforms
 
 @dataclass(frozen=True)
 class StepDraw:
-    """What one optimizer step trains, by index in the global batch.
+    """Stages, times and micro batches of the samples of one optimizer step, by index in the global batch.
 
     Args:
-        stage_B: stage of each sample, int64.
-        t_B: its time in the process's unit, int64 for a discrete process and float64 otherwise.
-        micro_B: the micro batch it is accumulated in, int64; the only field that depends on the accumulation.
+        stage_B: int64, the stage of each sample.
+        t_B: the time of each sample in the process's unit, int64 for a discrete process and float64 otherwise.
+        micro_B: int64, the micro batch of each sample; only this field depends on the number of accumulation steps.
     """
 
     stage_B: np.ndarray
@@ -37,10 +37,10 @@ class StageQuotas:
     """Draws stratified times: every global batch holds the same number of samples of each stage.
 
     Attributes:
-        probability_K: the chosen objective's probability of each stage.
-        quotas_K: samples of each stage in a global batch, int64, summing to its size, each at least one.
-        importance_K: probability_k / (quota_k / B), the constant loss weight of a stage that keeps the mean over the
-            global batch an unbiased estimate of the objective although quotas are whole numbers.
+        probability_K: probability of each stage in the objective (`stages.sampling`).
+        quotas_K: int64, samples of each stage in a global batch; each is at least one, and they sum to the batch.
+        importance_K: probability_k / (quota_k / B), the constant loss weight of each stage. With it the mean over the
+            global batch is an unbiased estimate of the objective although quotas are rounded to whole numbers.
 
     Raises:
         ConfigError: the global batch is smaller than the number of stages.
@@ -68,17 +68,17 @@ class StageQuotas:
         return np.diff(self._micro_bounds(accumulation_steps), axis=0)
 
     def draw(self, seed: int, batch: int, accumulation_steps: int = 1) -> StepDraw:
-        """The stages, times and micro batches of global batch `batch`, counted from 0."""
+        """Stages, times and micro batches of the global batch with number `batch`, counted from 0."""
         quotas, B = self.quotas_K, int(self.quotas_K.sum())
-        # Exactly quota_k samples of stage k, at indices drawn at random, so that neither lanes nor ranks see a pattern.
+        # Exactly quota_k samples are in stage k. Their indices are random, so that no lane and no rank always has the
+        # same stages.
         stage_B = np.repeat(np.arange(len(quotas)), quotas)[stage_order(seed, batch, B)]
         u_B = time_uniforms(seed, batch, B)
         t_B = np.empty(B, np.int64 if self._process.discrete else np.float64)
         micro_B = np.empty(B, np.int64)
         first, by_stage = 0, np.argsort(stage_B, kind="stable")
-        # Inside its stage each sample's time follows the process's own distribution, by the inverse of its distribution
-        # function. A stage's samples are dealt to the micro batches in order of index, as evenly as whole numbers
-        # allow.
+        # Inside its stage a sample's time follows the process's own distribution, by the inverse of the distribution
+        # function. A stage's samples go to the micro batches in order of index, as evenly as whole numbers allow.
         for k, bounds in enumerate(self._micro_bounds(accumulation_steps).T):
             members = by_stage[first : first + quotas[k]]
             t_B[members] = self._process.quantile(u_B[members], *self._partition.interval(k))
@@ -105,12 +105,18 @@ def stage_probabilities(process: Process, partition: StagePartition, sampling: S
 
 
 def stage_quotas(probability_K: Sequence[float] | np.ndarray, global_batch_size: int) -> np.ndarray:
-    """Whole numbers [K] nearest probability x batch that sum to the batch (largest remainder), none below one."""
+    """Samples of each stage in a global batch, int64 [K]: probability times batch, rounded by largest remainder.
+
+    They sum to the batch, and none is below one.
+
+    Raises:
+        ConfigError: the global batch is smaller than the number of stages.
+    """
     if global_batch_size < len(probability_K):
         problem = f"is smaller than the number of stages, {len(probability_K)}"
         raise ConfigError("train.global_batch_size", global_batch_size, problem, "Use a larger batch.")
-    # Largest remainder: round down, and give the samples still missing to the stages that lost most. A stage that got
-    # none takes one from the largest: every rank of every stage's group must have work in every step.
+    # Round down, and give the samples still missing to the stages that lost most by it. A stage without samples takes
+    # one from the largest, because the ranks of every stage's group need work in every step.
     exact = np.asarray(probability_K) * global_batch_size
     quotas: np.ndarray = np.floor(exact).astype(np.int64)
     most_remaining = np.argsort(quotas - exact, kind="stable")

@@ -1,4 +1,4 @@
-"""Single-device networks; they know no ranks."""
+"""Networks on one device. Ranks, groups and communication are the business of `distributed`."""
 
 from msdiff_dist.models.config import ModelConfig
 from msdiff_dist.models.ldm.config import LDMConfig

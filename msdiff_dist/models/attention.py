@@ -1,4 +1,4 @@
-"""Attention: one function with interchangeable backends, and the two blocks that use it."""
+"""Attention (1706.03762): one function with interchangeable backends, and the blocks of both families that use it."""
 
 from __future__ import annotations
 
@@ -15,21 +15,26 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, backend: AttentionBackend = "auto") -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, head by head; returns [B, H, T, D].
+    """softmax(q k^T / sqrt(D)) v of each head, [B, H, T, D].
 
-    `auto` is `sdpa`, except for few bfloat16 keys on a CPU, where `math` measured up to four times as fast. `xformers`
-    raises `ConfigError` where the installed xformers has no operator for the inputs.
+    Args:
+        backend: `auto` takes `math` for bfloat16 with fewer than 256 keys on a CPU, where it measured up to four times
+            as fast, and otherwise `sdpa`.
+
+    Raises:
+        ConfigError: the installed xformers has no operator for these inputs.
     """
     if backend == "auto":
         backend = _fastest(q_BHTD, k_BHSD)
     if backend == "sdpa":
-        # SDPA leaves its fused path for strided inputs.
+        # Strided inputs would make SDPA leave its fused kernels.
         return F.scaled_dot_product_attention(q_BHTD.contiguous(), k_BHSD.contiguous(), v_BHSD.contiguous())
     if backend == "xformers":
         return _xformers_attention(q_BHTD, k_BHSD, v_BHSD)
-    weights_BHTS = (q_BHTD * q_BHTD.shape[-1] ** -0.5) @ k_BHSD.transpose(-2, -1)
-    at_least_fp32 = torch.promote_types(weights_BHTS.dtype, torch.float32)
-    out: Tensor = weights_BHTS.softmax(dim=-1, dtype=at_least_fp32).to(v_BHSD.dtype) @ v_BHSD
+    # Scaling q before the product keeps the logits of half-precision inputs in range.
+    logits_BHTS = (q_BHTD * q_BHTD.shape[-1] ** -0.5) @ k_BHSD.transpose(-2, -1)
+    at_least_fp32 = torch.promote_types(logits_BHTS.dtype, torch.float32)
+    out: Tensor = logits_BHTS.softmax(dim=-1, dtype=at_least_fp32).to(v_BHSD.dtype) @ v_BHSD
     return out
 
 
@@ -39,7 +44,7 @@ def _fastest(q_BHTD: Tensor, k_BHSD: Tensor) -> AttentionBackend:
 
 
 def _xformers_attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tensor:
-    q, k, v = (x.transpose(1, 2).contiguous() for x in (q_BHTD, k_BHSD, v_BHSD))
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q_BHTD, k_BHSD, v_BHSD))  # xformers takes [B, T, H, D]
     try:
         from xformers.ops import memory_efficient_attention
 
@@ -56,7 +61,12 @@ def _xformers_attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tenso
 
 
 class SelfAttentionBlock(nn.Module):
-    """x + projection of multi-head self-attention over the pixels of a normalised x."""
+    """x + projection of multi-head self-attention over the pixels of GroupNorm(x).
+
+    Args:
+        legacy_order: how the 3 C outputs of `qkv` are divided: True, first into heads and then into q, k and v, as in
+            the published checkpoints of LDM; False, first into q, k and v.
+    """
 
     def __init__(
         self,
@@ -75,17 +85,22 @@ class SelfAttentionBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         B, C, H, W = x_BCHW.shape
-        qkv_BTC = self.qkv(_to_tokens(self.norm(x_BCHW)))
+        qkv_BTF = self.qkv(_to_tokens(self.norm(x_BCHW)))  # F = 3 C
         if self.legacy_order:
-            q, k, v = qkv_BTC.view(B, H * W, self.num_heads, 3, -1).transpose(1, 2).unbind(3)
+            q, k, v = qkv_BTF.view(B, H * W, self.num_heads, 3, -1).transpose(1, 2).unbind(3)
         else:
-            q, k, v = qkv_BTC.view(B, H * W, 3, self.num_heads, -1).transpose(1, 3).unbind(2)
+            q, k, v = qkv_BTF.view(B, H * W, 3, self.num_heads, -1).transpose(1, 3).unbind(2)
         out_BTC = attention(q, k, v, self.backend).transpose(1, 2).reshape(B, H * W, C)
         return x_BCHW + _to_image(self.proj_out(out_BTC), H, W)
 
 
 class SpatialTransformer(nn.Module):
-    """x + projection of `depth` transformer layers over the pixels, each attending to the context."""
+    """x + projection of `depth` transformer layers over the pixels that attend to the context (2112.10752, Sec. 3.3).
+
+    Args:
+        linear_projections: `proj_in` and `proj_out` are linear layers over tokens instead of 1x1 convolutions. The two
+            are the same map, but their weights have different shapes in published checkpoints.
+    """
 
     def __init__(
         self,
@@ -121,7 +136,7 @@ class SpatialTransformer(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention, attention to the context and a gated feed-forward, each on a normalised residual."""
+    """Self-attention, cross-attention to the context and a gated feed-forward layer, each pre-normed and residual."""
 
     def __init__(self, channels: int, num_heads: int, context_dim: int, backend: AttentionBackend) -> None:
         super().__init__()
@@ -139,7 +154,7 @@ class TransformerLayer(nn.Module):
 
 
 class MultiHeadAttention(nn.Module):
-    """Queries from x, keys and values from the context, an output projection with bias."""
+    """Multi-head attention with queries from x, keys and values from the context, and an output projection."""
 
     def __init__(self, channels: int, context_dim: int, num_heads: int, backend: AttentionBackend) -> None:
         super().__init__()
@@ -159,11 +174,11 @@ class MultiHeadAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear to four times the width, gated by GELU, and back."""
+    """A gated linear layer to four times the width, and a linear layer back."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        # The unused place 1 keeps the published checkpoints' names (`net.0.proj`, `net.2`).
+        # Published checkpoints name the layers `net.0.proj` and `net.2`; place 1 is their dropout, unused here.
         self.net = nn.Sequential(GatedGELU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
 
     def forward(self, x_BTC: Tensor) -> Tensor:
@@ -172,6 +187,8 @@ class FeedForward(nn.Module):
 
 
 class GatedGELU(nn.Module):
+    """GEGLU (2002.05202): one half of a linear layer's output times the GELU of the other."""
+
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.proj = nn.Linear(in_channels, 2 * out_channels)
@@ -182,7 +199,7 @@ class GatedGELU(nn.Module):
 
 
 def zero_init(module: Module) -> Module:
-    """Set all of a layer's parameters to zero, so that its residual branch starts silent; returns the layer."""
+    """Set all parameters of a layer to zero and return it. A residual branch that ends in it starts as zero."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module

@@ -1,4 +1,4 @@
-"""Between images and the latents that the diffusion sees."""
+"""Maps images to the latents x0 that are diffused, and back: pixels as they are, space-to-depth, KL or VQ."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from msdiff_dist.pixels import centred, to_pixels
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
-    """The first stage of latent diffusion."""
+    """The autoencoder between images and the latents that are diffused (2112.10752)."""
 
     kind: Literal["pixel", "space_to_depth", "kl", "vq"] = "pixel"
     """`pixel` trains on images as they are; `space_to_depth` folds factor x factor pixels into channels, without loss;
@@ -24,9 +24,9 @@ class AutoencoderConfig:
     path: str | None = None
     """Weights of `kl` and `vq`: a local folder or a hub id."""
     factor: int = 1
-    """Pixels of an edge that `space_to_depth` folds into one."""
+    """Edge of the square of pixels that `space_to_depth` folds into one position."""
     scale_factor: float = 1.0
-    """Factor on latents before diffusion, so that they have about unit variance (LDM's)."""
+    """Factor on latents before diffusion, which brings them to about unit variance (`scale_factor` of LDM)."""
 
     def __post_init__(self) -> None:
         if self.kind == "pixel" and self.factor != 1:
@@ -37,7 +37,12 @@ class AutoencoderConfig:
             raise ConfigError("scale_factor", self.scale_factor, "must be above 0", "Use 1, or the autoencoder's own.")
 
     def latent_shape(self, channels: int, size: int) -> tuple[int, int, int]:
-        """[C, H, W] of the latents of images [channels, size, size], for the kinds that fix it by themselves."""
+        """[C, H, W] of the latents of images [channels, size, size].
+
+        Raises:
+            ConfigError: the factor does not divide the size, or the kind is `kl` or `vq`, whose latents are computed
+                before training and have their shape from there.
+        """
         if size % self.factor:
             raise ConfigError("factor", self.factor, f"does not divide the image size {size}", "Choose a divisor.")
         if self.kind in ("kl", "vq"):
@@ -49,10 +54,13 @@ class AutoencoderConfig:
 
 
 class LatentCodec:
-    """Stored samples -> latents x0, and x0 -> images; images -> what is stored of them.
+    """Converts stored samples to latents x0, x0 to images, and images to the latents that shards store.
+
+    The autoencoder of kinds `kl` and `vq` is loaded when it is first needed: training on stored latents never does.
 
     Args:
-        stored_latents: the shards hold latents, not images.
+        stored_latents: the samples given to `to_latents` are latents, not images.
+        device: where the autoencoder runs.
     """
 
     def __init__(self, config: AutoencoderConfig, stored_latents: bool, device: torch.device) -> None:
@@ -60,7 +68,7 @@ class LatentCodec:
         self._model: Any = None
 
     def to_latents(self, x_BCHW: Tensor) -> Tensor:
-        """uint8 images or stored latents -> float32 x0 [B, C, H, W], scaled for diffusion."""
+        """float32 x0 [B, C, H, W], times `scale_factor`, from uint8 images or stored latents."""
         if self._stored_latents:
             return x_BCHW.float() * self._config.scale_factor
         images = centred(x_BCHW.float())
@@ -70,7 +78,7 @@ class LatentCodec:
 
     @torch.no_grad()
     def to_images(self, x0_BCHW: Tensor) -> Tensor:
-        """x0 -> uint8 images [B, C, H, W] on the CPU."""
+        """uint8 images [B, C, H, W] on the CPU, from x0."""
         x = x0_BCHW / self._config.scale_factor
         if self._config.kind == "space_to_depth":
             x = F.pixel_shuffle(x, self._config.factor)
@@ -80,9 +88,9 @@ class LatentCodec:
 
     @torch.no_grad()
     def encode(self, images_BCHW: Tensor) -> Tensor:
-        """uint8 images -> float32 latents [B, c, h, w] on the CPU, without the scale factor.
+        """float32 latents [B, c, h, w] on the CPU, without the scale factor, from uint8 images.
 
-        Of kind `kl` the posterior's mean and log variance, [B, 2c, h, w]; of kind `vq` the latents before quantisation.
+        Kind `kl` gives the posterior's mean and log variance, [B, 2c, h, w]; kind `vq` the latents before quantisation.
 
         Raises:
             ConfigError: the autoencoder cannot be loaded, or does not take such images.
@@ -104,12 +112,13 @@ class LatentCodec:
 
     @property
     def identity(self) -> str:
-        """What latents of other autoencoders cannot have: kind, settings and weights."""
+        """A string that differs for autoencoders whose latents differ: kind, settings and a digest of the weights."""
         if self._config.kind == "pixel":
             return "pixel"
         if self._config.kind == "space_to_depth":
             return f"space_to_depth-{self._config.factor}"
         model = self._autoencoder()
+        # diffusers' own entries (`_name_or_path`, `_diffusers_version`) do not change latents.
         settings = {name: value for name, value in model.config.items() if not name.startswith("_")}
         return f"{self._config.kind}-{digest(settings, model.state_dict())}"
 
@@ -119,14 +128,14 @@ class LatentCodec:
 
             if not self._config.path:
                 raise ConfigError(
-                    "autoencoder.path", None, f"a {self._config.kind} autoencoder makes and decodes these latents",
+                    "autoencoder.path", None, f"latents of kind {self._config.kind} need an autoencoder's weights",
                     "Name its folder or hub id.",
                 )  # fmt: skip
             model: Any = AutoencoderKL if self._config.kind == "kl" else VQModel
             try:
                 self._model = model.from_pretrained(self._config.path).to(self._device).eval()
             except (OSError, ValueError, RuntimeError) as e:
-                reason = " ".join(str(e).split())[:300]
+                reason = " ".join(str(e).split())[:300]  # diffusers' messages run over many lines
                 raise ConfigError(
                     "autoencoder.path", self._config.path, f"holds no {model.__name__} that can be loaded ({reason})",
                     "Name a folder that diffusers' save_pretrained wrote, or a hub id.",

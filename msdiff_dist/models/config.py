@@ -1,4 +1,4 @@
-"""The recipe section `model`: the dataclass of the U-Net family that it names."""
+"""The recipe section `model`: its field `family` selects the dataclass (`LDMConfig`, `SongConfig`, ...)."""
 
 from __future__ import annotations
 

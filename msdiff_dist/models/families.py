@@ -1,4 +1,4 @@
-"""The U-Net families that a recipe can name, each with all that is its own."""
+"""The table of U-Net families that a recipe can name: each entry holds what differs from family to family."""
 
 from __future__ import annotations
 
@@ -28,13 +28,16 @@ class Family:
 
     Args:
         config: dataclass of the recipe section `model`; its `family` defaults to the name in the table.
-        encoder: (config, stage) to the shared part: (x_BCHW, t_B, context, label, augment) to a flat tuple of
-            batch-first features, raising as `config.check_conditions` does. The stage matters for widths alone.
-        decoder: (config, stage) to a stage's part: features to the output [B, out_channels, H, W].
-        recomputed: whether a module inside them is a block to recompute in the backward pass where
-            `activation_checkpointing` asks for it.
-        resized_decoder: (old, new, stage) to how each parameter of that decoder of `new` comes from the only decoder
-            of `old`, None for a new one. Without it decoders keep their width when a model is grown from another.
+        encoder: called with (config, stage), builds a module that maps (x_BCHW, t_B, context, label, augment) to a flat
+            tuple of batch-first features and raises what `config.check_conditions` raises. The stage only selects the
+            width, where each stage has an encoder of its own.
+        decoder: called with (config, stage), builds a module that maps those features to the output
+            [B, out_channels, H, W].
+        recomputed: predicate of modules inside encoder and decoder: True for a block that `activation_checkpointing`
+            recomputes in the backward pass.
+        resized_decoder: called with (old config, new config, stage), returns for each parameter of that decoder of
+            the new model how it is made from the only decoder of the old one; None for a parameter that is new.
+            A family without this function keeps the width of its decoders when a model is grown from another.
     """
 
     config: type[UNetConfig]
@@ -45,7 +48,8 @@ class Family:
 
 
 def _is_residual(module: nn.Module) -> bool:
-    return isinstance(module, UNetBlock) and isinstance(module[0], ResBlock)  # a lone convolution keeps its input only
+    # A block that is one convolution saves nothing but its input anyway: recomputing it would free no memory.
+    return isinstance(module, UNetBlock) and isinstance(module[0], ResBlock)
 
 
 _SONG = Family(

@@ -1,4 +1,7 @@
-"""What a model costs: parameters and multiply-adds of one forward, counted on the meta device."""
+"""What a model costs: parameters and multiply-adds of one forward pass, counted without allocating anything.
+
+The placement of stages on ranks balances these counts.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from msdiff_dist.models.multistage_unet import build_parts
 
 @dataclass(frozen=True)
 class PartCost:
-    """Parameters of a part, and multiply-adds of its forward for one sample (matrix products and convolutions)."""
+    """Parameters of an encoder or decoder, and multiply-adds of its matrix products and convolutions for one sample."""
 
     params: int
     macs: int
@@ -26,7 +29,10 @@ class PartCost:
 
 @dataclass(frozen=True)
 class ModelCosts:
-    """The encoder's cost (zero where each stage has its own) and each stage's, without the shared encoder."""
+    """Cost of the shared encoder and of each stage.
+
+    Where each stage has an encoder of its own, that is part of the stage's cost, and `encoder` is zero.
+    """
 
     encoder: PartCost
     decoders: tuple[PartCost, ...]
@@ -36,20 +42,25 @@ class ModelCosts:
         return self.encoder.params + sum(d.params for d in self.decoders)
 
     def equivalent_macs(self, shares: Sequence[float]) -> float:
-        """Mean multiply-adds of encoder + decoder where stage k has the share `shares[k]` of all evaluations."""
+        """Mean multiply-adds of one evaluation where a share `shares[k]` of all evaluations is in stage k."""
         assert len(shares) == len(self.decoders)
         return self.encoder.macs + sum(share * d.macs for share, d in zip(shares, self.decoders, strict=True))
 
 
 @lru_cache(maxsize=64)
 def costs(config: ModelConfig, latent_size: tuple[int, int], context_tokens: int = 77) -> ModelCosts:
-    """Count a model on inputs of `latent_size` (height, width), attending to `context_tokens` where it takes context.
+    """Count parameters and multiply-adds of a model.
 
-    Nothing is allocated. Counts are kept, for variants of one model.
+    Args:
+        latent_size: height and width of the input.
+        context_tokens: length of the context, where the model takes one.
+
+    Raises:
+        ConfigError: the model's levels cannot halve such a size.
     """
     config.check_latent_size(*latent_size)
     with torch.device("meta"), torch.no_grad():
-        # The counter sees the matrix products of this backend, and not those inside a fused kernel.
+        # The `math` backend is plain matrix products, which the counter sees on any device; fused kernels it may not.
         shared, stages = build_parts(dataclasses.replace(config, attention_backend="math"), range(config.num_stages))
         x_BCHW = torch.empty(1, config.in_channels, *latent_size)
         t_B = torch.empty(1, dtype=torch.int64)
@@ -63,4 +74,5 @@ def costs(config: ModelConfig, latent_size: tuple[int, int], context_tokens: int
 def _count(part: nn.Module, *inputs: Tensor | None) -> tuple[Any, PartCost]:
     with FlopCounterMode(display=False) as counter:
         output = part(*inputs)
+    # A multiply-add is two floating-point operations.
     return output, PartCost(sum(p.numel() for p in part.parameters()), counter.get_total_flops() // 2)

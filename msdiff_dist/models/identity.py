@@ -1,4 +1,7 @@
-"""What makes a frozen network the one that made the stored latents or embeddings: its settings and its weights."""
+"""Fingerprint of a frozen network by its settings and weights.
+
+Shards of latents or embeddings record it, so that a model is not used with data of another autoencoder or text encoder.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,11 @@ from torch import Tensor
 
 
 def digest(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
-    """16 hexadecimal digits that depend on all settings and every bit of the weights, on nothing else."""
+    """16 hexadecimal digits that depend on all settings and every bit of the weights, and on nothing else."""
     found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        # numpy has no bfloat16: hash the raw bytes.
         found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The whole model: one shared part, one part per stage."""
+"""The multi-stage model (2312.09181): a part that all stages share, and one part per stage."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from msdiff_dist.models.families import FAMILIES
 
 
 class MultistageUNet(nn.Module):
-    """`shared` turns the inputs into a flat tuple of batch-first features, `stages[k]` turns those into outputs.
+    """`shared` maps the inputs to a flat tuple of batch-first features, and `stages[k]` maps those to outputs.
 
-    With a shared encoder these are the family's encoder and one of its decoders per stage; without, a parameter-free
-    `PassThrough` and one `SeparateStage` per stage. One stage is the unified model.
+    With a shared encoder, `shared` is the family's encoder and each stage a decoder. Without one, `shared` is a
+    `PassThrough`, which has no parameters, and each stage a `SeparateStage`. A model of one stage is the unified model.
     """
 
     def __init__(self, shared: nn.Module, stages: Iterable[nn.Module]) -> None:
@@ -34,11 +34,11 @@ class MultistageUNet(nn.Module):
         label: Tensor | None = None,
         augment: Tensor | None = None,
     ) -> Tensor:
-        """Output [B, out_channels, H, W], each sample through the decoder of its own stage.
+        """Output [B, out_channels, H, W]; each sample passes through the decoder of its own stage.
 
         Args:
-            x_BCHW, t_B, context, label, augment: as for the family's encoder.
-            stage_B: int64 stage of each sample; any mix.
+            x_BCHW, t_B, context, label, augment: see the family's encoder.
+            stage_B: int64 stage of each sample, in any mixture.
         """
         features = self.shared(x_BCHW, t_B, context, label, augment)
         stages = stage_B.unique().tolist()
@@ -47,11 +47,12 @@ class MultistageUNet(nn.Module):
             return out
         rows = [(stage_B == k).nonzero()[:, 0] for k in stages]
         outputs = [self.stages[k](*(f[r] for f in features)) for k, r in zip(stages, rows, strict=True)]
+        # The outputs lie stage after stage: the inverse permutation brings them back to the order of the inputs.
         return torch.cat(outputs)[torch.cat(rows).argsort()]
 
 
 class PassThrough(nn.Module):
-    """The shared part of a model that shares nothing: the inputs themselves, without those that are None."""
+    """The shared part of a model without a shared encoder. Its features are the inputs that are not None."""
 
     def forward(
         self,
@@ -65,7 +66,7 @@ class PassThrough(nn.Module):
 
 
 class SeparateStage(nn.Module):
-    """A stage with an encoder of its own; takes what `PassThrough` gives."""
+    """A stage with an encoder of its own. Its inputs are the features of `PassThrough`."""
 
     def __init__(self, config: ModelConfig, stage: int) -> None:
         super().__init__()
@@ -75,6 +76,8 @@ class SeparateStage(nn.Module):
         self.decoder = family.decoder(config, stage)
 
     def forward(self, *features: Tensor) -> Tensor:
+        # `PassThrough` drops inputs that are None, so what a condition is follows from which ones the model takes.
+        # `augment` is the last and may be absent: hence the zip that is not strict.
         x_BCHW, t_B, *conditions = features
         taken = {"context": self.config.takes_context, "label": self.config.takes_label, "augment": True}
         names = [name for name, takes in taken.items() if takes]
@@ -83,16 +86,16 @@ class SeparateStage(nn.Module):
 
 
 def build_model(config: ModelConfig, seed: int = 0) -> MultistageUNet:
-    """The whole model, initialised as `build_parts` initialises it."""
+    """The whole model, with the first weights that `build_parts` gives its parts."""
     shared, stages = build_parts(config, range(config.num_stages), seed)
     return MultistageUNet(shared, stages.values())
 
 
 def build_parts(config: ModelConfig, stages: Iterable[int], seed: int = 0) -> tuple[nn.Module, dict[int, nn.Module]]:
-    """The shared part and the asked stages' parts.
+    """The shared part, and the parts of the given `stages` by number.
 
-    Each part's first weights depend on (`seed`, the part) alone, so a stage is the same on every rank that builds it.
-    Torch's own generator is left as it was.
+    The first weights of a part depend on `seed` and on which part it is, and on nothing else: a stage is the same on
+    every rank that builds it, whatever else the rank builds. The state of torch's generator does not change.
     """
     family = FAMILIES[config.family]
     shared = _seeded(seed, "shared", family.encoder, config, 0) if config.share_encoder else PassThrough()

@@ -1,4 +1,8 @@
-"""Parameters at another width: which old channels the new ones take their values from."""
+"""Parameters at another width: which old channel each new channel copies, and how it is scaled.
+
+Rows of a weight (axis 0) make channels, columns (axis 1) read them. Where a channel is copied r times, each copy is
+read with 1/r of the weight, so that the sum over channels does not change (Net2WiderNet, 1511.05641).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Channels:
-    """New channels along one axis: where each takes its values from, and how it is scaled when written or read."""
+    """New channels along one axis of a parameter, each a copy of an old channel.
+
+    Attributes:
+        source: int64 [n], the old channel that each new one copies.
+        reads: float [n], factor on the weights of a layer that reads the channel (a column).
+        writes: float [n], factor on the weights and bias of a layer that makes the channel (a row).
+    """
 
     source: Tensor
     reads: Tensor
@@ -19,12 +29,13 @@ class Channels:
 
     @staticmethod
     def resized(old: int, new: int) -> Channels:
+        """`new` channels from `old`: channel i copies channel floor(i old / new), and is read by 1 / its copies."""
         source = torch.arange(new) * old // new
         return Channels(source, 1 / source.bincount(minlength=old)[source].float(), torch.ones(new))
 
     @staticmethod
     def joined(parts: Sequence[tuple[Channels, int]]) -> Channels:
-        """Parts one after the other; with the old size of each."""
+        """Channels of several concatenated tensors, from (channels, old number of channels) of each."""
         offsets = torch.tensor([0, *(old for _, old in parts)]).cumsum(0).tolist()
         return Channels(
             torch.cat([part.source + at for (part, _), at in zip(parts, offsets, strict=False)]),
@@ -33,19 +44,25 @@ class Channels:
         )
 
     def twice(self, old: int) -> Channels:
+        """These channels, `old` in the old tensor, two times in a row: scale and shift, or value and gate."""
         return Channels.joined([(self, old)] * 2)
 
 
 @dataclass(frozen=True)
 class Resized:
-    """How a new tensor comes from the old one `name`; no axes where it is the same."""
+    """How a new parameter is made from the old one called `name`.
+
+    Attributes:
+        rows: channels along axis 0; None: unchanged.
+        columns: channels along axis 1; None: unchanged.
+    """
 
     name: str
     rows: Channels | None = None
     columns: Channels | None = None
 
     def apply(self, old: Tensor) -> Tensor:
-        """The new tensor, of the old one's type."""
+        """The new tensor, with the dtype of the old one."""
         new = old
         if self.rows is not None:
             new = new[self.rows.source] * _along(self.rows.writes, new.ndim, 0).to(new.dtype)
@@ -55,4 +72,5 @@ class Resized:
 
 
 def _along(scale: Tensor, ndim: int, axis: int) -> Tensor:
+    """`scale` [n] shaped to broadcast along one axis of a tensor with `ndim` axes."""
     return scale.view(*[1] * axis, -1, *[1] * (ndim - axis - 1))

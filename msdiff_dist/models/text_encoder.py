@@ -1,4 +1,4 @@
-"""Captions -> context embeddings, through the text tower of an open_clip model."""
+"""Maps captions to context embeddings with the frozen text tower of an open_clip model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TextEncoderConfig:
     name: str
     """open_clip model (`ViT-H-14`), `hf-hub:...`, or a model configuration in a .json file."""
     pretrained: str | None = None
-    """Tag or file of its weights. null: random ones, the same for the same `seed`."""
+    """Tag or file of the model's weights. null: random weights, the same for the same `seed`."""
     layer: Literal["last", "penultimate"] = "penultimate"
     """Block whose output is the context: the last or the one before it."""
     final_norm: bool = True
@@ -33,13 +33,14 @@ class TextEncoderConfig:
 
 
 class TextEncoder:
-    """The tower and its tokenizer.
+    """A text tower with its tokenizer.
 
     Attributes:
-        context_shape: (T, D) of the embedding of a caption.
+        context_shape: (T, D) of a caption's embedding: number of tokens, width.
 
     Raises:
-        ConfigError: open_clip does not know or cannot load it, or has no such layer of it.
+        ConfigError: open_clip does not know the model or cannot load it, its text tower is not open_clip's own
+            transformer, or it has no penultimate layer.
     """
 
     def __init__(self, config: TextEncoderConfig, device: torch.device) -> None:
@@ -57,6 +58,7 @@ class TextEncoder:
             raise ConfigError(
                 f"text_encoder.{field}", getattr(config, field), f"cannot be loaded ({e})", remedy
             ) from None
+        # open_clip keeps the text tower either as `model.text` (CustomTextCLIP) or in the model itself (CLIP).
         tower = model.text if hasattr(model, "text") else model
         if not hasattr(tower, "transformer") or not hasattr(tower.transformer, "resblocks"):
             problem, remedy = "has a text tower that is not open_clip's own", "Choose one without hf_model_name."
@@ -67,39 +69,40 @@ class TextEncoder:
         model.visual = None
         self._config, self._device = config, device
         self._tower = tower.to(device).eval().requires_grad_(False)
-        self._of_model = tower is model
-        self._index = layers - (1 if config.layer == "last" else 2)
+        self._tower_is_model = tower is model
+        self._block = layers - (1 if config.layer == "last" else 2)
         self.context_shape = (int(tower.context_length), int(tower.token_embedding.embedding_dim))
 
     @property
     def identity(self) -> str:
-        """Digest of the tower's weights and of how they are used."""
+        """A string that differs for encoders whose embeddings differ: a digest of weights, layer and tokenizer."""
         how = {"layer": self._config.layer, "final_norm": self._config.final_norm, "shape": self.context_shape}
         return digest(how | {"tokenizer": type(self._tokenizer).__name__}, self._tower.state_dict())
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(context [n, T, D], float32; mask [n, T], True for the caption's tokens), on the CPU."""
+        """Context [n, T, D], float32, and mask [n, T], True for the tokens of the caption, both on the CPU."""
         tokens_nT = self._tokenizer(list(captions))
         options: dict[str, Any] = {"normalize_intermediates": self._config.final_norm, "intermediates_only": True}
         tokens = tokens_nT.to(self._device)
-        if self._of_model:
-            found = self._tower.forward_intermediates(text=tokens, text_indices=[self._index], **options)
+        if self._tower_is_model:
+            found = self._tower.forward_intermediates(text=tokens, text_indices=[self._block], **options)
         else:
-            found = self._tower.forward_intermediates(tokens, indices=[self._index], output_fmt="NLC", **options)
+            found = self._tower.forward_intermediates(tokens, indices=[self._block], output_fmt="NLC", **options)
         return found["text_intermediates"][0].float().cpu(), self._mask(tokens_nT)
 
     def _mask(self, tokens_nT: Tensor) -> Tensor:
+        """True up to and with the first end token, or, for tokenizers without one, for all but padding."""
         end = getattr(self._tokenizer, "eot_token_id", None)
         if end is None:
             return tokens_nT != getattr(self._tower, "pad_id", -1)
         is_end = (tokens_nT == end).long()
-        out: Tensor = is_end.cumsum(1) - is_end == 0
+        out: Tensor = is_end.cumsum(1) - is_end == 0  # no end token before this one
         return out
 
 
 def _registered(name: str) -> str:
-    """The name under which open_clip knows the model."""
+    """The name under which open_clip knows the model. Registers a model configuration given as a .json file."""
     import open_clip
 
     if name.endswith(".json"):
@@ -118,7 +121,7 @@ def _registered(name: str) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """open_clip warns of missing weights where none are wanted."""
+    """Silence open_clip's warning about missing weights: random weights are wanted here."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

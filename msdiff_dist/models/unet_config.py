@@ -1,4 +1,8 @@
-"""What every U-Net family has in common, and the blocks that follow from its widths."""
+"""The configuration that all U-Net families share, and the list of residual blocks that follows from it.
+
+Encoders, decoders, checks and the resizing of weights all read `down_blocks` and `up_blocks`, so the widths of a U-Net
+are computed in one place.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,10 @@ AttentionBackend = Literal["auto", "sdpa", "xformers", "math"]
 
 @dataclass(frozen=True, kw_only=True)
 class DownBlock:
-    """One residual block of an encoder's down path, or the step to the next level when `resamples`."""
+    """One residual block of an encoder's down path, or, where `resamples`, the step that halves the resolution.
+
+    `downsampling` is the factor 1, 2, 4, ... between the input's resolution and that at which the block begins.
+    """
 
     in_channels: int
     out_channels: int
@@ -25,7 +32,11 @@ class DownBlock:
 
 @dataclass(frozen=True, kw_only=True)
 class UpBlock:
-    """One residual block of a decoder; reads the path and a skip together."""
+    """One residual block of a decoder. Its input is the previous block's output concatenated with one skip.
+
+    `downsampling` is the factor between the input's resolution and that of the block; `ends_level` marks the last
+    block at that resolution.
+    """
 
     in_channels: int
     out_channels: int
@@ -34,7 +45,7 @@ class UpBlock:
 
     @property
     def resamples(self) -> bool:
-        """Whether the path is doubled in size after it."""
+        """Whether height and width are doubled after this block."""
         return self.ends_level and self.downsampling > 1
 
 
@@ -67,12 +78,12 @@ class UNetConfig:
     share_encoder: bool = True
     """One encoder for all stages. false gives every stage a whole U-Net of its own."""
     attention_backend: AttentionBackend = "auto"
-    """How attention is computed. `auto` is `sdpa`, but `math` for few bf16 keys on a CPU."""
+    """How attention is computed. `auto` uses `math` for bf16 with fewer than 256 keys on a CPU, otherwise `sdpa`."""
     family: str = ""
     """U-Net family."""
 
     per_stage: ClassVar[tuple[str, ...]] = ("encoder_channels", "decoder_channels")
-    """Fields in which unified models may differ that become the stages of one."""
+    """Fields that may differ between unified models which are joined as the stages of one model."""
 
     def __post_init__(self) -> None:
         self._check_sizes()
@@ -85,7 +96,7 @@ class UNetConfig:
 
     @property
     def context_channels(self) -> int | None:
-        """Width of the context tokens that `forward` needs from outside, None if it takes none."""
+        """Width of the context tokens that `forward` takes as an argument; None if it takes no context."""
         return None
 
     @property
@@ -98,10 +109,11 @@ class UNetConfig:
 
     @property
     def augment_labels(self) -> int:
-        """Length of the description of its augmentation that each sample may come with."""
+        """Length of the vector that describes how a sample was augmented; 0 if the model takes none."""
         return 0
 
     def encoder_width(self, stage: int) -> int:
+        """Base width of the encoder that `stage` uses."""
         return self.encoder_channels if isinstance(self.encoder_channels, int) else self.encoder_channels[stage]
 
     def emb_channels(self, stage: int) -> int:
@@ -109,7 +121,7 @@ class UNetConfig:
         return 4 * self.encoder_width(stage)
 
     def down_blocks(self, stage: int) -> list[DownBlock]:
-        """The encoder's blocks after its first convolution; each leaves one skip, as that convolution does."""
+        """The encoder's blocks after its first convolution. That convolution and every block give one skip each."""
         width = channels = self.encoder_width(stage)
         blocks = []
         for level, mult in enumerate(self.channel_mult):
@@ -125,7 +137,7 @@ class UNetConfig:
         return blocks
 
     def up_blocks(self, stage: int) -> list[UpBlock]:
-        """Decoder `stage`'s blocks, deepest first; each reads the last skip not yet read."""
+        """Blocks of the decoder of `stage`, deepest first. Each takes the last skip that none has taken yet."""
         skips = [self.encoder_width(stage), *(b.out_channels for b in self.down_blocks(stage))]
         channels = skips[-1]
         blocks = []
@@ -143,34 +155,39 @@ class UNetConfig:
                 channels = width
         return blocks
 
-    # Models made of parts of others. A family whose stages differ in more than widths says so here.
+    # Configurations of models that are made from other models. A family whose stages differ in more than their widths
+    # overrides these.
 
     def of_decoders(self, parts: Sequence[tuple[Self, int]], **changes: Any) -> Self:
-        """With decoders that are the given ones of these models, (model, stage), and `changes`."""
+        """This configuration with one decoder for each (model, stage) of `parts`, and with `changes`."""
         return replace(self, decoder_channels=tuple(model.decoder_channels[k] for model, k in parts), **changes)
 
     def of_widths(self, widths: Sequence[int], attention: Sequence[Sequence[int]] | None = None) -> Self:
-        """A unified model's configuration with a decoder for each of `widths`, alike but for that.
+        """This unified model's configuration with one decoder for each of `widths`.
 
         Args:
-            attention: downsampling factors at which each decoder has attention; None: where the one decoder has it.
+            attention: downsampling factors at which each decoder has attention; None: those of the unified decoder.
 
         Raises:
-            ConfigError: decoders of this family all have attention at the same places.
+            ConfigError: `attention` is given, but decoders of this family have it at the encoder's places.
         """
         if attention:
             problem = f"decoders of family {self.family} have attention where the encoder has it"
-            raise ConfigError("--attention", [list(places) for places in attention], problem, "Leave it out.")
+            raise ConfigError("--attention", [list(places) for places in attention], problem, "Omit it.")
         return replace(self, decoder_channels=tuple(widths))
 
     def unified(self) -> Self:
-        """With one decoder, as wide as the shared encoder; of encoders of several widths, the first stage's."""
+        """The unified model to compare with: one decoder, as wide as the encoder (of stage 0 where widths differ)."""
         return replace(self, decoder_channels=(self.encoder_width(0),), share_encoder=True)
 
     def small(self, width: int, context_width: int) -> Self:
-        """As many levels and stages, with one block each, the widest encoder `width` wide, a multiple of four.
+        """A model of the same structure that runs in moments, for tests of a recipe.
 
-        Widths keep their proportions, in multiples of four. Contexts, where it takes some, are `context_width` wide.
+        It keeps levels and stages, with one block per level. Base widths keep their proportions, in multiples of four.
+
+        Args:
+            width: of the widest encoder, a multiple of four.
+            context_width: of the context tokens, where the model takes context.
         """
         encoders = self.encoder_channels if isinstance(self.encoder_channels, tuple) else (self.encoder_channels,)
 
@@ -188,11 +205,11 @@ class UNetConfig:
         )
 
     def _small_changes(self, context_width: int) -> dict[str, Any]:
-        """What else a small model of the family has."""
+        """Changes that the family adds to those of `small`."""
         return {}
 
     def check_latent_size(self, height: int, width: int) -> None:
-        """Raise `ConfigError` unless every level halves the size exactly."""
+        """Raise `ConfigError` unless height and width can be halved exactly at every level but the first."""
         divisor = 2 ** (len(self.channel_mult) - 1)
         if height % divisor or width % divisor:
             raise ConfigError(
@@ -203,7 +220,10 @@ class UNetConfig:
             )
 
     def check_conditions(self, context: Tensor | None, label: Tensor | None, augment: Tensor | None = None) -> None:
-        """Raise `ConfigError` unless a forward is given just the conditions that the model takes."""
+        """Raise `ConfigError` unless a forward pass is given exactly the conditions that the model takes.
+
+        `augment` may be absent from a model that takes it: that means "not augmented", as in sampling.
+        """
         for name, given, wanted in (
             ("context", context is not None, self.takes_context),
             ("label", label is not None, self.takes_label),
@@ -259,11 +279,11 @@ class UNetConfig:
         levels = [2**level for level in range(len(self.channel_mult))]
         for unknown in sorted({d for factors in placements for d in factors} - set(levels)):
             raise ConfigError(
-                name, getattr(self, name), f"{unknown} is no downsampling of a level", f"Choose from {levels}."
+                name, getattr(self, name), f"no level has the downsampling {unknown}", f"Choose from {levels}."
             )
 
     def _block_widths(self) -> Iterator[tuple[int, str]]:
-        """Width of everything that blocks give, and where; what they read is one of these or a sum of two."""
+        """(channels, place) of the output of every block. A block's input has one of these widths or a sum of two."""
         for stage in range(self.num_stages):
             yield self.encoder_width(stage), "the encoder"
             for down in self.down_blocks(stage):

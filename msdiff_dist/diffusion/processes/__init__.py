@@ -1,4 +1,4 @@
-"""The diffusion processes that a recipe can name, each with the section that configures it."""
+"""The table of diffusion processes that a recipe can name, each with the dataclass of its section."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class ProcessKind:
     """A process that a recipe can name.
 
     Args:
-        config: dataclass of the recipe section `diffusion.NAME`; every field has a default.
-        build: the process, from its `config`.
+        config: dataclass of the recipe section `diffusion.NAME`; every field must have a default.
+        build: makes the process from an instance of `config`.
     """
 
     config: type

@@ -1,4 +1,4 @@
-"""Latent diffusion's process in discrete time."""
+"""The process of DDPM and latent diffusion, in discrete time (2006.11239; 2112.10752)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from msdiff_dist.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class DiscreteConfig:
-    """LDM's discrete process: integer timesteps 0 .. timesteps - 1."""
+    """The discrete process of LDM, with timesteps 0 to `timesteps` - 1."""
 
     timesteps: int = 1000
     """Number of timesteps T."""
     schedule: ScheduleName = "scaled_linear"
-    """How beta runs from `beta_start` to `beta_end`: `linear`, `scaled_linear` (linear in its square root, as LDM), or
-    `cosine`, which needs neither."""
+    """How beta runs from `beta_start` to `beta_end`: `linear`, `scaled_linear` (linear in sqrt(beta), as in LDM), or
+    `cosine`, which uses neither of the two."""
     beta_start: float = 0.0015
     """beta at timestep 0."""
     beta_end: float = 0.0195
@@ -45,7 +45,11 @@ class DiscreteConfig:
 
 
 class DiscreteProcess(Process):
-    """LDM's process: integer timesteps 0 .. T - 1, each equally likely in training."""
+    """Timesteps 0 to T - 1, each equally likely in training.
+
+    Attributes:
+        alphas_cumprod: float64 [T], products of 1 - beta: s_t^2.
+    """
 
     unit = "timestep"
     discrete = True
@@ -89,13 +93,16 @@ class DiscreteProcess(Process):
         if steps > self.hi:
             raise ConfigError("steps", steps, f"the process has {self.hi} timesteps", f"Use at most {self.hi}.")
         if end is not None:
-            raise ConfigError("end", end, "a discrete process is always sampled to clean data", "Leave it out.")
+            raise ConfigError("end", end, "a discrete process is always sampled to clean data", "Omit it.")
         i = np.arange(steps)
         if spacing == "leading":
+            # LDM shifts its timesteps by one. With steps less than two timesteps apart that could pass the last one.
             times = i * self.hi // steps + (self.hi >= 2 * steps)
         elif spacing == "trailing":
             times = (i + 1) * self.hi // steps - 1
-        else:  # even in log-SNR, but consecutive near the data where the timesteps are too coarse for that
+        else:
+            # Near the data, even steps in log-SNR are finer than timesteps, and the nearest timesteps would repeat. So
+            # times ascend by at least one, and leave room for those that follow.
             log_sigmas = np.log(self.sigma_of(np.arange(self.hi)))
             even = np.linspace(log_sigmas[-1], log_sigmas[0], steps)[::-1]
             nearest = np.rint(np.interp(even, log_sigmas, np.arange(self.hi))).astype(np.int64)

@@ -1,4 +1,4 @@
-"""EDM's process, whose time is the noise level."""
+"""The process of EDM (2206.00364), whose time is the noise level sigma."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ class EDMConfig:
     sigma_data: float = 0.5
     """Standard deviation of the data."""
     sigma_min: float = 0.002
-    """Smallest noise level of the sampler (Eq. 5)."""
+    """Smallest noise level of the sampler (EDM's Eq. 5)."""
     sigma_max: float = 80.0
-    """Largest noise level of the sampler (Eq. 5)."""
+    """Largest noise level of the sampler (EDM's Eq. 5)."""
     rho: float = 7.0
-    """The sampler's noise levels are even in sigma^(1/rho) (Eq. 5)."""
+    """The sampler's noise levels are evenly spaced in sigma^(1/rho) (EDM's Eq. 5)."""
 
     def __post_init__(self) -> None:
         for name in ("p_std", "sigma_data", "sigma_min", "rho"):
             if not getattr(self, name) > 0:
-                raise ConfigError(name, getattr(self, name), "must be positive", "Correct it.")
+                raise ConfigError(name, getattr(self, name), "must be positive", "Give a number above 0.")
         if not self.sigma_max > self.sigma_min:
             problem = f"must be above sigma_min = {self.sigma_min}"
             raise ConfigError("sigma_max", self.sigma_max, problem, "EDM uses 0.002 and 80.")
 
 
 class EDMProcess(Process):
-    """Noise of level sigma is added to the data, ln(sigma) ~ N(p_mean, p_std^2) in training (2206.00364)."""
+    """x_t = x_0 + sigma eps, with ln(sigma) ~ N(p_mean, p_std^2) in training (2206.00364, Table 1)."""
 
     unit = "sigma"
     spacings = ("rho",)
@@ -67,8 +67,10 @@ class EDMProcess(Process):
 
     def quantile(self, u: np.ndarray, lo: float, hi: float) -> np.ndarray:
         sign, a, b = self._normal_interval(lo, hi)
+        # u = 0 would be sigma = 0, whose logarithm the network cannot take.
         p = _normal_cdf(a) + np.maximum(u, 2.0**-54) * (_normal_cdf(b) - _normal_cdf(a))
         z = sign * torch.special.ndtri(torch.from_numpy(p)).numpy()
+        # Rounding must not carry a time out of its stage.
         values: np.ndarray = np.clip(np.exp(self._config.p_mean + self._config.p_std * z), lo, np.nextafter(hi, lo))
         return values
 
@@ -85,7 +87,11 @@ class EDMProcess(Process):
         return np.linspace(config.sigma_max ** (1 / config.rho), end ** (1 / config.rho), steps) ** config.rho, 0.0
 
     def _normal_interval(self, lo: float, hi: float) -> tuple[int, float, float]:
-        """(sign, a, b): the interval in sign x the standard normal variable, in the tail where the cdf is exact."""
+        """(sign, a, b): [lo, hi) as the interval [a, b] of sign * z, where z is the standard normal variable.
+
+        An interval above the mean is mirrored to below it: there the distribution function is small and keeps its
+        relative precision, where near one it would lose it.
+        """
         a, b = ((math.log(x) if x > 0 else -math.inf) for x in (lo, hi))
         a, b = ((x - self._config.p_mean) / self._config.p_std for x in (a, b))
         return (-1, -b, -a) if a > 0 else (1, a, b)

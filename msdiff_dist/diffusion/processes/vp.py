@@ -1,4 +1,4 @@
-"""The variance-preserving SDE in continuous time."""
+"""The variance-preserving SDE, in continuous time (2011.13456)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class VPConfig:
     beta_max: float = 20.0
     """beta at t = 1."""
     t_min: float = 1e-3
-    """Smallest time that is trained, and where samplers stop unless told otherwise."""
+    """Smallest time that is trained; samplers stop there by default."""
     prediction_type: PredictionType = "epsilon"
     """What the network predicts: the noise, v = s eps - n x_0, or the clean sample."""
     min_snr_gamma: float | None = None
@@ -39,7 +39,7 @@ class VPConfig:
 
 
 class VPProcess(Process):
-    """Continuous variance-preserving SDE, t in [t_min, 1), uniform in training (2011.13456, Eq. 33).
+    """The VP-SDE with t in [t_min, 1), uniform in training (2011.13456, Eq. 33).
 
     s_t = exp(-t^2 (beta_max - beta_min) / 4 - t beta_min / 2), n_t = sqrt(1 - s_t^2).
     """
@@ -57,10 +57,11 @@ class VPProcess(Process):
     def scales(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
         t_B = t_B.double()
         log_s_B = -(t_B**2) * self._slope / 4 - t_B * self._beta_min / 2
+        # n^2 = 1 - s^2 by expm1, which does not cancel near t = 0.
         return torch.exp(log_s_B).float(), torch.sqrt(-torch.expm1(2 * log_s_B)).float()
 
     def network_time(self, t_B: Tensor) -> Tensor:
-        return (999 * t_B).float()
+        return (999 * t_B).float()  # as the networks of 2011.13456 take it: the scale of 1000 timesteps
 
     def mass(self, lo: float, hi: float) -> float:
         return (hi - lo) / (self.hi - self.lo)
@@ -73,6 +74,7 @@ class VPProcess(Process):
         return np.sqrt(np.expm1(t**2 * self._slope / 2 + t * self._beta_min))
 
     def time_of(self, sigma: ArrayLike) -> np.ndarray:
+        # log(1 + sigma^2) = slope t^2 / 2 + beta_min t; this form of the root does not cancel for small sigma.
         log_square = np.log1p(np.asarray(sigma, np.float64) ** 2)
         return 2 * log_square / (self._beta_min + np.sqrt(self._beta_min**2 + 2 * self._slope * log_square))
 

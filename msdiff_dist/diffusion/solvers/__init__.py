@@ -1,4 +1,4 @@
-"""Solvers from noise to data."""
+"""Solvers of the reverse process: they carry noise to data."""
 
 from msdiff_dist.diffusion.solvers.sampler import SOLVERS, ChurnConfig, SamplerConfig, solve
 from msdiff_dist.diffusion.solvers.solver import Denoise, Solver

@@ -1,4 +1,4 @@
-"""EDM's Heun, written here because diffusers' has no stochastic churn."""
+"""EDM's sampler of Heun steps (2206.00364). It is written here because diffusers' has no stochastic churn."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def heun(
     denoise: Denoise, process: Process, config: SamplerConfig, x: Tensor, generators: list[torch.Generator]
 ) -> Tensor:
-    """EDM's Algorithm 2, in float64: Heun steps in sigma, each after raising the noise by `churn`."""
+    """2206.00364, Algorithm 2, in float64: Heun steps in sigma, each after raising the noise level by `churn`."""
     from diffusers.utils.torch_utils import randn_tensor
 
     times, landing = process.sampling_times(config.steps, config.spacing, config.end)
@@ -32,7 +32,7 @@ def heun(
             sigma = raised
         slope = (x - denoise(x, sigma)) / sigma
         x_next = x + (sigma_next - sigma) * slope
-        if sigma_next > 0:
+        if sigma_next > 0:  # at sigma = 0 there is no slope, so the last step stays Euler's
             slope_next = (x_next - denoise(x_next, sigma_next)) / sigma_next
             x_next = x + (sigma_next - sigma) * (slope + slope_next) / 2
         x = x_next
@@ -40,12 +40,12 @@ def heun(
 
 
 def heun_steps(evaluations: int) -> int:
-    """Steps that take exactly so many network evaluations.
+    """Number of steps that take exactly this number of network evaluations.
 
     Raises:
         ConfigError: the number is even.
     """
     if evaluations % 2 == 0:
-        problem = "heun takes two evaluations for each step but the last, so an odd number"
+        problem = "is even, but heun takes two evaluations for each step except the last"
         raise ConfigError("evaluations", evaluations, problem, f"Use {evaluations - 1} or {evaluations + 1}.")
     return (evaluations + 1) // 2

@@ -1,4 +1,4 @@
-"""The solvers that a recipe can name, and how samples are made with them."""
+"""The table of solvers that a recipe can name, the sampler's configuration, and `solve`, which runs it."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ SOLVERS: Table[Solver] = Table(
 
 @dataclass(frozen=True, kw_only=True)
 class ChurnConfig:
-    """Heun's stochastic noise (2206.00364, Algorithm 2): S_churn, S_noise, and the sigmas between which it acts."""
+    """Stochastic noise of the `heun` solver (2206.00364, Algorithm 2)."""
 
     amount: float = 0.0
-    """S_churn: how much noise is added, over all steps."""
+    """S_churn: amount of noise that all steps together add."""
     noise: float = 1.0
     """S_noise: factor on the standard deviation of the added noise."""
     sigma_min: float = 0.0
@@ -59,25 +59,25 @@ class ChurnConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
-    """How samples are made."""
+    """How samples are drawn: solver, steps, guidance."""
 
     name: Annotated[str, SOLVERS] | None = None
-    """Solver; null is the process's own."""
+    """Solver; null takes the process's default."""
     steps: int = 50
-    """Network evaluations; for `heun` its steps N, which take 2 N - 1 evaluations."""
+    """Number of network evaluations; for `heun` the number N of steps, which take 2 N - 1 evaluations."""
     eta: float = 0.0
-    """Noise of ddim's steps: 0 is deterministic, 1 as noisy as ddpm."""
+    """Noise of the steps of `ddim`: 0 is deterministic, 1 as noisy as `ddpm`."""
     spacing: Spacing | None = None
-    """Where the times lie, one of the process's spacings; null is its default."""
+    """How the sampling times are spaced; null takes the process's default."""
     end: float | None = None
-    """Last time of a vp process (default t_min) or an edm process (default sigma_min)."""
+    """Last time that is sampled, of a `vp` process (default t_min) or an `edm` process (default sigma_min)."""
     clip: bool = False
-    """Keep estimates of x_0 inside [-1, 1]; for pixels, not for latents. ddim keeps the noise estimate of the estimate
-    before clipping. Early in training `ddim` with eta 1 and clip gives the cleanest images."""
+    """Clip estimates of x_0 to [-1, 1]: for pixels, not for latents. `ddim` still takes its estimate of the noise from
+    the estimate before clipping. Early in training `ddim` with eta 1 and clip gives the cleanest images."""
     guidance_scale: float = 1.0
     """Scale of classifier-free guidance: output = unconditional + scale x (conditional - unconditional)."""
     churn: ChurnConfig = field(default_factory=ChurnConfig)
-    """heun's noise."""
+    """Stochastic noise of `heun`."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -88,15 +88,17 @@ class SamplerConfig:
             return
         solver = SOLVERS.choose("name", self.name)
         if self.eta and "eta" not in solver.options:
-            raise ConfigError("eta", self.eta, f"{self.name} has no eta", "Leave it out, or use the ddim sampler.")
+            raise ConfigError("eta", self.eta, f"{self.name} has no eta", "Omit it, or use the ddim sampler.")
         if self.churn.amount and "churn" not in solver.options:
-            raise ConfigError("churn.amount", self.churn.amount, f"{self.name} has no churn", "Leave it out.")
+            raise ConfigError(
+                "churn.amount", self.churn.amount, f"{self.name} has no churn", "Omit it, or use the heun sampler."
+            )
         if self.steps < solver.least_steps:
             problem = f"{self.name} needs at least {solver.least_steps} evaluations"
             raise ConfigError("steps", self.steps, problem, f"Use at least {solver.least_steps}.")
 
     def for_process(self, process: Process) -> SamplerConfig:
-        """This configuration with its sampler named.
+        """This configuration, with the process's default solver in place of null.
 
         Raises:
             ConfigError: the sampler, spacing, end or number of steps does not fit the process.
@@ -109,8 +111,8 @@ class SamplerConfig:
             raise ConfigError("name", name, problem, f"Choose from: {', '.join(fitting)}.")
         named = replace(self, name=name)
         if solver.spacings is not None and named.spacing not in (*solver.spacings, None):
-            problem = f"{name} takes its steps in {' or '.join(solver.spacings)} alone"
-            raise ConfigError("spacing", named.spacing, problem, "Leave it out.")
+            problem = f"{name} supports only {' or '.join(solver.spacings)}"
+            raise ConfigError("spacing", named.spacing, problem, "Omit it.")
         process.sampling_times(named.steps, named.spacing, named.end)
         return named
 
@@ -118,10 +120,11 @@ class SamplerConfig:
 def solve(
     denoise: Denoise, process: Process, config: SamplerConfig, x_T: Tensor, generators: list[torch.Generator]
 ) -> Tensor:
-    """Carry x_T [n, ...], noise of standard deviation `process.prior_std`, to a sample.
+    """Samples [n, ...] from x_T [n, ...], noise of standard deviation `process.prior_std`.
 
     Args:
-        generators: one for each of the n samples, the source of the noise of stochastic steps.
+        denoise: estimate of x_0 from x_t and t.
+        generators: one per sample, from which stochastic steps draw their noise.
 
     Raises:
         ConfigError: the sampler, spacing, end or number of steps does not fit the process.

@@ -1,7 +1,7 @@
-"""diffusers' schedulers: ddim, ddpm and DPM-Solver++ multistep, in float64 coefficients.
+"""Solvers by diffusers' schedulers: ddim, ddpm and DPM-Solver++ multistep, with coefficients in float64.
 
-Each sees the process as a noise schedule with one entry for each of the sampler's times, so any variance-preserving
-process and any spacing works.
+A scheduler is given a noise schedule of steps + 1 entries, one for each of the sampler's times and one for the end. It
+steps through all of them, so it works for every variance-preserving process and every spacing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def ddim(
     denoise: Denoise, process: Process, config: SamplerConfig, x: Tensor, generators: list[torch.Generator]
 ) -> Tensor:
-    """DDIM (2010.02502), with a fraction `eta` of ddpm's noise."""
+    """DDIM (2010.02502), with the fraction `config.eta` of the noise of ddpm."""
     from diffusers import DDIMScheduler
 
     def scheduler(sigmas: np.ndarray) -> Any:
@@ -35,7 +35,7 @@ def ddim(
 def ddpm(
     denoise: Denoise, process: Process, config: SamplerConfig, x: Tensor, generators: list[torch.Generator]
 ) -> Tensor:
-    """Ancestral sampling (2006.11239)."""
+    """Ancestral sampling (2006.11239, Algorithm 2)."""
     from diffusers import DDPMScheduler
 
     def scheduler(sigmas: np.ndarray) -> Any:
@@ -51,6 +51,8 @@ def dpmpp_2m(
     from diffusers import DPMSolverMultistepScheduler
 
     def scheduler(sigmas: np.ndarray) -> Any:
+        # Entry 0 is where sampling ends, so the timesteps are steps, ..., 1. The scheduler derives float32 sigmas from
+        # its own betas; they are replaced by the exact ones, in descending order.
         made: Any = DPMSolverMultistepScheduler(**_common(sigmas))
         made.set_timesteps(timesteps=list(range(config.steps, 0, -1)))
         made.sigmas = torch.from_numpy(sigmas[::-1].copy())
@@ -68,7 +70,12 @@ def _run(
     generators: list[torch.Generator],
     **options: float,
 ) -> Tensor:
-    """Run a scheduler, made for ascending noise levels [steps + 1], down to the first of them."""
+    """Run a scheduler down its noise schedule.
+
+    Args:
+        scheduler_of: makes the scheduler from sigmas [steps + 1], ascending: sigma of schedule entry i.
+        options: passed to each of its steps.
+    """
     times, landing = process.sampling_times(config.steps, config.spacing, config.end)
     scheduler = scheduler_of(np.array([landing, *process.sigma_of(times[::-1])]))
     for index, t in zip(range(config.steps, 0, -1), times.tolist(), strict=True):
@@ -77,11 +84,14 @@ def _run(
 
 
 def _ancestral(kind: Any, sigmas: np.ndarray, config: SamplerConfig) -> Any:
+    """A ddim or ddpm scheduler whose entry i has noise level `sigmas[i]`."""
     scheduler = kind(**_common(sigmas), clip_sample=config.clip)
+    # As many steps as entries: the previous timestep of i is then i - 1. 1 / (1 + sigma^2) is s^2 where s^2 + n^2 = 1.
     scheduler.set_timesteps(len(sigmas))
     scheduler.alphas_cumprod = torch.from_numpy(1 / (1 + sigmas**2))
     return scheduler
 
 
 def _common(sigmas: np.ndarray) -> dict[str, Any]:
+    """Arguments of all schedulers. `denoise` gives x_0 whatever the network predicts, so the prediction is "sample"."""
     return {"num_train_timesteps": len(sigmas), "prediction_type": "sample", "timestep_spacing": "trailing"}

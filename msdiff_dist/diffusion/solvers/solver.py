@@ -1,4 +1,4 @@
-"""What a solver is: it carries noise to data, and knows the network only as `denoise(x_t, t) -> estimate of x_0`."""
+"""The type of a solver. A solver carries noise to data and knows the network only as a function `Denoise`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from msdiff_dist.diffusion.solvers.sampler import SamplerConfig
 
 Denoise = Callable[[Tensor, float], Tensor]
+"""denoise(x_t [n, ...], t) -> estimate of x_0 [n, ...]; t is in the process's unit, the same for all samples."""
 
 
 def _one_each(evaluations: int) -> int:
@@ -26,16 +27,16 @@ class Solver:
     """A solver that a recipe and the command line can name.
 
     Args:
-        run: (denoise, process, configuration, x_T [n, ...], n generators) to samples [n, ...]: from noise of standard
-            deviation `process.prior_std`, at the times of `process.sampling_times`. The generators, one for each
-            sample, are the source of all further noise.
-        fits: whether it can sample a process.
-        options: which of `eta` and `churn` it heeds; the others are refused.
-        spacings: those it can take, None for all of the process's.
-        least_steps: fewest `SamplerConfig.steps`.
-        steps_of: `SamplerConfig.steps` for a number of network evaluations; raises `ConfigError` of the field
-            `evaluations` where no steps take exactly that many.
-        clips: it heeds `SamplerConfig.clip` by itself; otherwise its estimates of x_0 come clipped.
+        run: called with (denoise, process, config, x_T [n, ...], generators), returns samples [n, ...]. It starts from
+            x_T, noise of standard deviation `process.prior_std`, steps through the times of `process.sampling_times`,
+            and draws all further noise from the generators, one per sample.
+        fits: whether the solver can sample a process.
+        options: those of `eta` and `churn` that the solver uses; a configuration that sets another one is refused.
+        spacings: the spacings that the solver supports; None: all that the process offers.
+        least_steps: smallest `SamplerConfig.steps`.
+        steps_of: `SamplerConfig.steps` for a number of network evaluations. It raises `ConfigError` with the field
+            `evaluations` where no number of steps takes exactly that many.
+        clips: whether the solver applies `SamplerConfig.clip` itself. Otherwise `solve` clips the estimates of x_0.
     """
 
     run: Callable[[Denoise, Process, SamplerConfig, Tensor, list[torch.Generator]], Tensor]

@@ -1,1 +1,1 @@
-"""The U-Net of latent diffusion."""
+"""Family `ldm`: the U-Net of latent diffusion, with one decoder per stage."""

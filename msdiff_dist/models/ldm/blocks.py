@@ -1,4 +1,7 @@
-"""What encoders and decoders of the LDM family are made of (Dhariwal and Nichol 2021; Rombach et al. 2022)."""
+"""Building blocks of the LDM family's encoder and decoders (ADM, 2105.05233; LDM, 2112.10752).
+
+Modules and parameters have the names of LDM's code, so that its checkpoints convert by name.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,10 @@ from msdiff_dist.models.ldm.config import LDMConfig
 
 
 def timestep_embedding(t_B: Tensor, channels: int) -> Tensor:
-    """Cosines then sines of t at `channels / 2` frequencies from 1 down towards 1/10000; fp32 [B, channels]."""
+    """Cosines, then sines, of t at `channels / 2` frequencies from 1 down towards 1/10000; float32 [B, channels]."""
     half = channels // 2
-    # t near 1000 magnifies a frequency's rounding a thousandfold: this order of operations is the published models'.
+    # Times near 1000 magnify the rounding of a frequency a thousandfold, so keep the published code's order of
+    # operations.
     exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t_B.device) / half
     angles = t_B.float()[:, None] * exponents.exp()
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -46,7 +50,12 @@ class Downsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions around the time embedding, on a residual path; may double or halve the image in between."""
+    """Residual block of two convolutions, between which the time embedding enters.
+
+    Args:
+        emb_channels: width of the time embedding.
+        resample: "up" doubles, "down" halves height and width on both paths; None keeps them.
+    """
 
     def __init__(
         self,
@@ -80,6 +89,7 @@ class ResBlock(nn.Module):
         h = conv(self.resample(activation(norm(x_BCHW))))
         emb_BC11 = self.emb_layers(emb_BE)[:, :, None, None]
         if self.scale_shift:
+            # Adaptive group normalisation (2105.05233, Sec. 3): the embedding acts after the norm.
             scale, shift = emb_BC11.chunk(2, dim=1)
             norm, *rest = self.out_layers
             h = norm(h) * (1 + scale) + shift
@@ -92,7 +102,7 @@ class ResBlock(nn.Module):
 
 
 class UNetBlock(nn.Sequential):
-    """Layers in a row, each given what it needs of the time embedding and the context."""
+    """Layers in sequence; each is called with what it needs of the time embedding and the context."""
 
     def forward(self, x_BCHW: Tensor, emb_BE: Tensor, context_BSE: Tensor | None = None) -> Tensor:  # type: ignore[override]
         for layer in self:
@@ -106,7 +116,7 @@ class UNetBlock(nn.Sequential):
 
 
 def attention_block(config: LDMConfig, channels: int) -> SelfAttentionBlock | SpatialTransformer:
-    """The kind of attention that the model has, at `channels`."""
+    """A spatial transformer where the model has context tokens, else a self-attention block."""
     heads = config.heads(channels)
     if config.context_dim is None:
         return SelfAttentionBlock(

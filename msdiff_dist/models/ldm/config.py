@@ -1,4 +1,4 @@
-"""The shape of a latent-diffusion U-Net."""
+"""Configuration of family `ldm`: fields, and the checks that fail before a model is built."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from msdiff_dist.models.unet_config import UNetConfig
 
 @dataclass(frozen=True, kw_only=True)
 class LDMConfig(UNetConfig):
-    """The U-Net of latent diffusion (Dhariwal and Nichol 2021; Rombach et al. 2022), with a decoder per stage."""
+    """The U-Net of latent diffusion (2105.05233; 2112.10752), with a decoder per stage."""
 
     family: Literal["ldm"] = "ldm"
     """U-Net family."""
     channel_mult: tuple[int, ...] = (1, 2, 3, 4)
     attention_downsamples: tuple[int, ...] = (8, 4, 2)
     decoder_attention: tuple[tuple[int, ...], ...] | None = None
-    """`attention_downsamples` of each decoder by itself; null gives every decoder those of the encoder."""
+    """`attention_downsamples` of each decoder, stage 0 first; null gives every decoder those of the encoder."""
     num_heads: int | None = None
     """Attention heads; give this or `num_head_channels`."""
     num_head_channels: int | None = None
@@ -40,7 +40,7 @@ class LDMConfig(UNetConfig):
     resblock_updown: bool = False
     """Resample inside residual blocks instead of by a strided or an upsampling convolution."""
     legacy_attention_order: bool = True
-    """Self-attention blocks split heads before q, k and v, as LDM's checkpoints do."""
+    """Self-attention blocks divide their projection into heads before q, k and v, as LDM's checkpoints do."""
 
     per_stage = (*UNetConfig.per_stage, "decoder_attention")
 
@@ -57,6 +57,7 @@ class LDMConfig(UNetConfig):
 
     @property
     def context_channels(self) -> int | None:
+        # With `class_conditioning: context` the encoder makes the one context token itself, from the label.
         return self.context_dim if self.class_conditioning == "embedding" else None
 
     def attention_of(self, stage: int) -> tuple[int, ...]:
@@ -74,6 +75,7 @@ class LDMConfig(UNetConfig):
         return replace(self, decoder_channels=(self.encoder_width(0),), share_encoder=True, decoder_attention=None)
 
     def _attention(self, places: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """The field `decoder_attention` for decoders with these places: null where all have the encoder's."""
         of_stages = tuple(tuple(factors) for factors in places)
         return {"decoder_attention": None if set(of_stages) == {self.attention_downsamples} else of_stages}
 
@@ -82,6 +84,7 @@ class LDMConfig(UNetConfig):
         return {**heads, "context_dim": self.context_dim and context_width, "transformer_depth": 1}
 
     def heads(self, channels: int) -> int:
+        """Number of heads of an attention layer over `channels`."""
         if self.num_heads is not None:
             return self.num_heads
         assert self.num_head_channels is not None
@@ -123,6 +126,7 @@ class LDMConfig(UNetConfig):
         widths = list(self._block_widths())
         for channels, place in widths:
             if channels % self.norm_groups:
+                # Inputs of blocks are sums of these widths, so what divides all widths divides all inputs.
                 common = math.gcd(*(c for c, _ in widths))
                 fitting = max(g for g in range(1, self.norm_groups + 1) if common % g == 0)
                 raise ConfigError(
@@ -133,6 +137,7 @@ class LDMConfig(UNetConfig):
                 )
 
     def _attention_widths(self) -> Iterator[tuple[int, str]]:
+        """(channels, place) of every attention layer. The middle block always has one."""
         for stage in range(self.num_stages):
             blocks = self.down_blocks(stage)
             yield blocks[-1].out_channels, "the encoder's middle block"

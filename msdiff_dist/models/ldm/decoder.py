@@ -11,7 +11,11 @@ from msdiff_dist.models.ldm.config import LDMConfig
 
 
 class Decoder(nn.Module):
-    """Turns an encoder's features into the network's output for the timesteps of one stage."""
+    """Maps an encoder's features to the network's output at the times of one stage.
+
+    Args:
+        stage: selects width and attention.
+    """
 
     def __init__(self, config: LDMConfig, stage: int) -> None:
         super().__init__()
@@ -38,10 +42,10 @@ class Decoder(nn.Module):
         )
 
     def forward(self, *features: Tensor) -> Tensor:
-        """Output [B, out_channels, H, W] from the features of `Encoder.forward`."""
-        h, emb_BE, *rest = features
-        context = rest.pop(0) if self.has_context else None
-        for block, skip in zip(self.output_blocks, reversed(rest), strict=True):
+        """Output [B, out_channels, H, W] from the features of `Encoder.forward`: (h, emb, [context,] *skips)."""
+        h, emb_BE, *skips = features
+        context = skips.pop(0) if self.has_context else None
+        for block, skip in zip(self.output_blocks, reversed(skips), strict=True):
             h = block(torch.cat([h, skip], dim=1), emb_BE, context)
         out: Tensor = self.out(h)
         return out

@@ -1,4 +1,4 @@
-"""The encoder: first convolution, time embedding, down path, middle block."""
+"""The encoder of family `ldm`: time and class embedding, first convolution, down path, middle block."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from msdiff_dist.models.ldm.config import LDMConfig
 
 
 class Encoder(nn.Module):
-    """Turns noisy images into the features that every decoder reads.
+    """Maps noisy latents to the features that every decoder reads.
 
     Args:
-        stage: whose width to take where each stage has its own encoder.
+        stage: the stage that selects the width, where each stage has an encoder of its own.
     """
 
     def __init__(self, config: LDMConfig, stage: int = 0) -> None:
@@ -26,6 +26,7 @@ class Encoder(nn.Module):
         if config.num_classes is not None:
             label_channels = config.context_dim if config.class_conditioning == "context" else emb_channels
             assert label_channels is not None
+            # The last row stands for a dropped label, for classifier-free guidance.
             self.label_emb = nn.Embedding(config.num_classes + 1, label_channels)
 
         self.input_blocks = nn.ModuleList([UNetBlock(nn.Conv2d(config.in_channels, self.width, 3, padding=1))])
@@ -56,13 +57,17 @@ class Encoder(nn.Module):
         label: Tensor | None = None,
         augment: None = None,
     ) -> tuple[Tensor, ...]:
-        """Features for a decoder: (h, emb, [context,] *skips), all batch first; skips in the order they arise.
+        """Features for a decoder: (h, emb, [context,] *skips), all batch first; the highest resolution's skip is first.
 
         Args:
             x_BCHW: the network's image input (c_in x_t).
             t_B: the network's time input (c_noise), integer or float.
-            context: tokens [B, S, context_dim], where the configuration has them.
-            label: int64 [B], num_classes standing for "dropped", where the configuration has classes.
+            context: tokens [B, S, context_dim], where the model takes them.
+            label: int64 [B], where the model takes labels; `num_classes` stands for a dropped label.
+            augment: never given; other families take it.
+
+        Raises:
+            ConfigError: the conditions are not those that the model takes.
         """
         self.config.check_conditions(context, label, augment)
         dtype = next(self.parameters()).dtype

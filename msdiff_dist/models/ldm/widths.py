@@ -1,11 +1,16 @@
-"""A decoder's weights at another width.
+"""A decoder's weights at another width, so that a multi-stage model can start from a unified one.
 
-Channels lie along norm groups, so channel i of n' takes its values from channel floor(i n / n') of n: the same place of
-the same group. Wider, channels are repeated, and whatever reads them divides by how often: the sum read is the same,
-and only the statistics of norms that mix repeated channels with the encoder's differ. Narrower, evenly spread channels
-are kept with the weights that read them: the least-squares choice where channels do not correlate. Attention repeats or
-keeps whole heads (or channels in a head where the number of heads is fixed), scaled so that the products of queries and
-keys stay. Where width and attention are equal, nothing changes.
+Channel i of n' copies channel floor(i n / n') of n. Norm groups are consecutive channels, so a channel keeps its place
+in its group.
+
+- Wider: channels are repeated, and the layer that reads them divides by the number of copies. It reads the same sum;
+  only the statistics of norms whose groups mix repeated channels with channels of the encoder change.
+- Narrower: evenly spread channels are kept together with the weights that read them. That is the least-squares choice
+  where channels do not correlate.
+- Attention repeats or keeps whole heads, or the channels inside a head where the number of heads is fixed. Queries are
+  scaled so that the logits, which are divided by the square root of a head's width, stay the same.
+
+Where width and heads are equal, every weight is copied unchanged.
 """
 
 from __future__ import annotations
@@ -21,17 +26,20 @@ from msdiff_dist.models.resizing import Channels, Resized
 
 
 def resized_decoder(old: LDMConfig, new: LDMConfig, stage: int) -> dict[str, Resized | None]:
-    """For each parameter of decoder `stage` of `new`, how it comes from the one decoder of `old`; None: it is new.
+    """How each parameter of decoder `stage` of `new` is made from the only decoder of `old`.
 
-    New are attention layers that the old decoder does not have: they begin silent.
+    None marks the parameters of attention layers that the old decoder does not have. They keep their first weights,
+    with which such a layer adds nothing.
 
     Raises:
-        ConfigError: the shapes of the two cannot be matched.
+        ConfigError: a block has a shortcut layer in one of the two decoders only.
     """
     return dict(_Decoder(old, new, stage).parameters())
 
 
 class _Decoder:
+    """Walks the up path of both decoders in step, with the channels that each layer reads and makes."""
+
     def __init__(self, old: LDMConfig, new: LDMConfig, stage: int) -> None:
         self.old, self.new, self.stage = old, new, stage
         self.same = (
@@ -41,9 +49,11 @@ class _Decoder:
 
     def parameters(self) -> Iterator[tuple[str, Resized | None]]:
         blocks = list(zip(self.old.up_blocks(0), self.new.up_blocks(self.stage), strict=True))
+        # The path begins with the encoder's channels, which do not change; each block then replaces it by its own.
         deepest = self.old.down_blocks(0)[-1].out_channels
         path, path_old, width = Channels.resized(deepest, deepest), deepest, Channels.resized(1, 1)
         for i, (was, now) in enumerate(blocks):
+            # A block reads the path and one skip, concatenated; only the path is resized.
             skip = was.in_channels - path_old
             read = Channels.joined([(path, path_old), (Channels.resized(skip, skip), skip)])
             width = Channels.resized(was.out_channels, now.out_channels)
@@ -52,8 +62,8 @@ class _Decoder:
             if (was.in_channels == was.out_channels) != (now.in_channels == now.out_channels):
                 raise ConfigError(
                     "decoder_channels", self.new.decoder_channels[self.stage],
-                    f"makes block {i} as wide as what it reads, where the unified model has a shortcut layer, or the "
-                    "reverse", "Use another width.",
+                    f"gives block {i} a shortcut layer where the unified model's block {i} has none, or the reverse",
+                    "Use another width.",
                 )  # fmt: skip
             if was.in_channels != was.out_channels:
                 yield from self._layer(f"{place}.0.skip_connection", f"{place}.0.skip_connection", width, read)
@@ -63,6 +73,7 @@ class _Decoder:
                 layers = self._attention(f"{place}.1", width, was.out_channels, now.out_channels)
                 yield from layers if attended else ((name, None) for name, _ in layers)
             if was.resamples:
+                # The upsampling layer is the block's last, after its attention if it has some.
                 before, after = f"{place}.{2 if attended else 1}", f"{place}.{2 if attends else 1}"
                 if self.new.resblock_updown:
                     yield from self._resnet(after, before, width, width, was.out_channels)
@@ -73,6 +84,7 @@ class _Decoder:
         yield from self._layer("out.2", "out.2", None, width)
 
     def _resnet(self, new: str, old: str, read: Channels, width: Channels, width_old: int) -> Iterator[_Item]:
+        """A `ResBlock` called `new`, `old` in the old decoder, without its shortcut layer."""
         emb = width.twice(width_old) if self.new.use_scale_shift_norm else width
         yield from self._norm(f"{new}.in_layers.0", f"{old}.in_layers.0", read)
         yield from self._layer(f"{new}.in_layers.2", f"{old}.in_layers.2", width, read)
@@ -81,6 +93,7 @@ class _Decoder:
         yield from self._layer(f"{new}.out_layers.3", f"{old}.out_layers.3", width, width)
 
     def _attention(self, place: str, width: Channels, old: int, new: int) -> Iterator[_Item]:
+        """The attention layer at `place`, from `old` channels to `new`."""
         heads = (self.old.heads(old), self.new.heads(new))
         inner, queries = _heads(heads, (old // heads[0], new // heads[1]))
         if self.new.context_dim is None:
@@ -94,6 +107,7 @@ class _Decoder:
         wide = Channels.resized(4 * old, 4 * new)
         for i in range(self.new.transformer_depth):
             block = f"{place}.transformer_blocks.{i}"
+            # attn1 attends to the pixels, attn2 to the context, whose width does not change.
             for attention, read in (("attn1", width), ("attn2", None)):
                 for name, rows, columns in (("to_q", queries, width), ("to_k", inner, read), ("to_v", inner, read)):
                     weight = f"{block}.{attention}.{name}.weight"
@@ -122,10 +136,17 @@ _Item = tuple[str, Resized | None]
 
 
 def _heads(heads: tuple[int, int], dims: tuple[int, int]) -> tuple[Channels, Channels]:
-    """Keys' and values' channels, head by head, and queries' with their scale."""
+    """Channels inside the attention, head by head: of keys and values, and of queries with their scale.
+
+    Args:
+        heads: number of heads, old and new.
+        dims: channels of a head, old and new.
+    """
     head, dim = Channels.resized(*heads), Channels.resized(*dims)
     source = (head.source[:, None] * dims[0] + dim.source).flatten()
     reads = (head.reads[:, None] * dim.reads).flatten()
+    # A product over a head's channels counts each old channel as often as it is copied, and attention then divides by
+    # sqrt(dims): both are undone in the queries.
     scale = (dim.reads * math.sqrt(dims[1] / dims[0])).repeat(heads[1])
     return Channels(source, reads, torch.ones(len(source))), Channels(source, reads, scale)
 
@@ -133,9 +154,10 @@ def _heads(heads: tuple[int, int], dims: tuple[int, int]) -> tuple[Channels, Cha
 def _joint_rows(
     inner: Channels, queries: Channels, heads: tuple[int, int], old: int, new: int, heads_first: bool
 ) -> Channels:
-    """Rows of the one layer that makes queries, keys and values."""
+    """Rows of the layer `qkv`, which makes queries, keys and values; `heads_first` is `legacy_attention_order`."""
     if not heads_first:
         return Channels.joined([(queries, old), (inner, old), (inner, old)])
+    # Heads first: row (head * 3 + which) * dim + place holds channel `place` of q, k or v of that head.
     dim_old, dim_new = old // heads[0], new // heads[1]
     head, place = inner.source // dim_old, inner.source % dim_old
     by_head = [(head * 3 + which) * dim_old + place for which in range(3)]

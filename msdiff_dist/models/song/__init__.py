@@ -1,1 +1,1 @@
-"""The U-Nets of score-based diffusion: DDPM++ and NCSN++ (Song et al. 2021; Karras et al. 2022)."""
+"""Families `ddpmpp`, `ncsnpp`, `ncsnpp_vp`: the U-Nets of score-based diffusion (2011.13456; 2206.00364)."""

@@ -1,4 +1,4 @@
-"""What encoders and decoders of the DDPM++ and NCSN++ families are made of (2011.13456; 2206.00364, appendix F)."""
+"""Building blocks of the DDPM++ and NCSN++ families' encoder and decoders (2011.13456; 2206.00364, appendix F)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from msdiff_dist.randomness import generator
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 SILENT = 1e-5
-"""Scale of the first weights of layers whose branch starts almost silent."""
+"""Gain of the first weights of a branch's last layer: the branch starts close to zero."""
 HALF_POWER = math.sqrt(0.5)
-"""Keeps the variance of a sum of two paths."""
-_EPS = 1e-6
+"""Factor on the sum of two paths that keeps the variance of each."""
+_EPS = 1e-6  # of GroupNorm, as in the published networks
 
 
 def initialised(layer: Layer, scale: float = 1.0) -> Layer:
-    """The same layer with uniform Xavier weights times `scale`, and a bias of zero."""
+    """Set the layer's weights to uniform Xavier values times `scale` and its bias to zero; return the layer."""
     nn.init.xavier_uniform_(layer.weight, gain=scale)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
@@ -31,6 +31,7 @@ def initialised(layer: Layer, scale: float = 1.0) -> Layer:
 
 
 def conv(in_channels: int, out_channels: int, kernel: int = 3, scale: float = 1.0) -> nn.Conv2d:
+    """A convolution that keeps height and width, with the families' first weights."""
     return initialised(nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2), scale)
 
 
@@ -39,10 +40,11 @@ def group_norm(config: SongConfig, channels: int) -> nn.GroupNorm:
 
 
 class TimeFrequencies:
-    """Sines, then cosines, of the time input at `channels / 2` frequencies; fp32 [B, channels].
+    """Sines, then cosines, of the time input at `channels / 2` frequencies; float32 [B, channels].
 
-    `positional`: from 1 down to 1/10000, even in the logarithm. `fourier`: 2 pi times normal numbers of standard
-    deviation 16, the same in every model.
+    `positional` frequencies run from 1 down to 1/10000, evenly in the logarithm. `fourier` frequencies are 2 pi times
+    normal numbers of standard deviation 16, the same in every model. This is no `nn.Module`, so that casting a model
+    to bfloat16 does not round them.
     """
 
     def __init__(self, embedding: Literal["positional", "fourier"], channels: int) -> None:
@@ -62,27 +64,34 @@ class TimeFrequencies:
 
 
 class Filter(nn.Module):
-    """A separable low-pass filter over each channel; outside the image is zero."""
+    """A separable low-pass filter over each channel, with zeros beyond the border.
+
+    Args:
+        taps: weights along each axis, even in number; they are normalised to sum to one.
+    """
 
     kernel: Tensor
 
     def __init__(self, taps: tuple[int, ...]) -> None:
         super().__init__()
         self.taps = taps
-        row = torch.tensor(taps, dtype=torch.float32, device="cpu") / sum(taps)  # a model may be built on no device
+        # On the CPU even where the model is built on the meta device: checkpoints do not hold this buffer.
+        row = torch.tensor(taps, dtype=torch.float32, device="cpu") / sum(taps)
         self.register_buffer("kernel", torch.outer(row, row)[None, None], persistent=False)
 
     def forward(self, x_BCHW: Tensor, padding: int) -> Tensor:
+        """The filtered image, at the same spacing of pixels."""
         return F.conv2d(x_BCHW, self._kernel(x_BCHW), padding=padding, groups=x_BCHW.shape[1])
 
     def halved(self, x_BCHW: Tensor) -> Tensor:
         """Filter, and keep every other pixel."""
+        # The filter of taps (1, 1) is average pooling here, and nearest-neighbour doubling in `doubled`.
         if self.taps == (1, 1):
             return F.avg_pool2d(x_BCHW, 2)
         return F.conv2d(x_BCHW, self._kernel(x_BCHW), stride=2, padding=self._padding, groups=x_BCHW.shape[1])
 
     def doubled(self, x_BCHW: Tensor) -> Tensor:
-        """Put zeros between pixels, and filter."""
+        """Insert zeros between pixels, and filter; four times the weights make up for the three zeros to a pixel."""
         if self.taps == (1, 1):
             return F.interpolate(x_BCHW, scale_factor=2, mode="nearest")
         kernel = 4 * self._kernel(x_BCHW)
@@ -97,9 +106,12 @@ class Filter(nn.Module):
 
 
 class SongBlock(nn.Module):
-    """Two convolutions around the time embedding, on a residual path; then, perhaps, self-attention with one head.
+    """Residual block of two convolutions, between which the time embedding enters, and self-attention with one head.
 
-    May double or halve the image in between.
+    Args:
+        emb_channels: width of the time embedding.
+        resample: "up" doubles, "down" halves height and width on both paths; None keeps them.
+        attention: the block ends in self-attention.
     """
 
     def __init__(
@@ -125,6 +137,7 @@ class SongBlock(nn.Module):
         h = self.in_conv(self._resampled(F.silu(self.in_norm(x_BCHW))))
         h = F.silu(self.out_norm(h + self.emb(emb_BE)[:, :, None, None]))
         h = (self.skip(self._resampled(x_BCHW)) + self.out_conv(self.dropout(h))) * HALF_POWER
+        # `SelfAttentionBlock` adds its input already: here the sum is only rescaled.
         out: Tensor = h if self.attention is None else self.attention(h) * HALF_POWER
         return out
 
@@ -135,7 +148,7 @@ class SongBlock(nn.Module):
 
 
 class SongBlocks(nn.Sequential):
-    """Blocks in a row, each given the time embedding."""
+    """Blocks in sequence; each is called with the time embedding."""
 
     def forward(self, x_BCHW: Tensor, emb_BE: Tensor) -> Tensor:  # type: ignore[override]
         for block in self:
@@ -144,7 +157,7 @@ class SongBlocks(nn.Sequential):
 
 
 class PyramidStep(nn.Module):
-    """The input pyramid's image, filtered and halved by a convolution, joins the encoder's path."""
+    """A step of NCSN++'s input pyramid ("residual" in 2011.13456): adds the image, halved, to the encoder's path."""
 
     def __init__(self, config: SongConfig, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -152,13 +165,14 @@ class PyramidStep(nn.Module):
         self.conv = initialised(nn.Conv2d(in_channels, out_channels, 3, stride=2))
 
     def forward(self, image_BCHW: Tensor, h_BCHW: Tensor) -> Tensor:
+        # The filter's padding leaves one pixel more on each axis, so that the unpadded convolution halves exactly.
         halved = self.conv(self.filter(image_BCHW, padding=len(self.filter.taps) // 2))
         out: Tensor = (halved + h_BCHW) * HALF_POWER
         return out
 
 
 def middle_block(config: SongConfig, channels: int, emb_channels: int) -> SongBlocks:
-    """The blocks at the lowest resolution."""
+    """The two blocks at the lowest resolution, the first with attention."""
     return SongBlocks(
         SongBlock(config, channels, channels, emb_channels, attention=True),
         SongBlock(config, channels, channels, emb_channels),

@@ -1,4 +1,4 @@
-"""The shape of a DDPM++ or NCSN++ U-Net."""
+"""Configuration of families `ddpmpp`, `ncsnpp` and `ncsnpp_vp`: fields, variants and checks."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ SongFamily = Literal["ddpmpp", "ncsnpp", "ncsnpp_vp"]
 
 @dataclass(frozen=True, kw_only=True)
 class SongVariant:
-    """What a family is made of.
+    """What distinguishes the three families.
 
     Args:
-        embedding: of the time: sines of fixed frequencies ("positional") or of random ones ("fourier").
-        resample_filter: taps with which the blocks between levels halve and double, once along each axis.
-        input_pyramid: each level of the encoder also reads the image, halved by convolutions as often as itself.
-        shared_middle: the blocks at the lowest resolution belong to the encoder, else each decoder has its own.
+        embedding: kind of time embedding: sines of fixed ("positional") or of random ("fourier") frequencies.
+        resample_filter: taps of the filter with which resolution is halved and doubled, applied along each axis.
+        input_pyramid: each level of the encoder also reads the input image, halved to that level's resolution.
+        shared_middle: the blocks at the lowest resolution belong to the encoder; otherwise each decoder has its own.
     """
 
     embedding: Literal["positional", "fourier"]
@@ -39,12 +39,12 @@ VARIANTS: dict[SongFamily, SongVariant] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SongConfig(UNetConfig):
-    """The U-Net of score-based diffusion (2011.13456), in EDM's form (2206.00364), with a decoder per stage."""
+    """The U-Net of score-based diffusion (2011.13456), as EDM builds it (2206.00364), with a decoder per stage."""
 
     family: SongFamily = "ddpmpp"
     """U-Net family: `ddpmpp` and `ncsnpp` are EDM's two; `ncsnpp_vp` is NCSN++ as it is trained on the VP-SDE."""
     augment_labels: int = 0
-    """Length of the description of its augmentation that a sample comes with; 0: none."""
+    """Length of the vector that describes how a sample was augmented (9 for EDM's augmentation); 0: no such input."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,12 +59,13 @@ class SongConfig(UNetConfig):
         return VARIANTS[self.family]
 
     def groups(self, channels: int) -> int:
-        """Groups of a GroupNorm over `channels`."""
+        """Number of groups of a GroupNorm over `channels`: at least four channels are in each."""
         return min(self.norm_groups, channels // 4)
 
     def _check_norm_groups(self) -> None:
-        read = [(up.in_channels, f"decoder {k}") for k in range(self.num_stages) for up in self.up_blocks(k)]
-        widths = [*self._block_widths(), *read]
+        # The number of groups depends on the width, so inputs of blocks, which are sums of widths, are checked as well.
+        inputs = [(up.in_channels, f"decoder {k}") for k in range(self.num_stages) for up in self.up_blocks(k)]
+        widths = [*self._block_widths(), *inputs]
         for channels, place in widths:
             if channels < 4:
                 field = "encoder_channels" if place == "the encoder" else "decoder_channels"

@@ -1,4 +1,4 @@
-"""The decoder of one stage of DDPM++ or NCSN++: up path and output head at its own width."""
+"""The decoder of one stage of DDPM++ or NCSN++: middle block, unless it is shared, up path and output head."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from msdiff_dist.models.song.config import SongConfig
 
 
 class SongDecoder(nn.Module):
-    """Turns an encoder's features into the network's output for the times of one stage.
+    """Maps an encoder's features to the network's output at the times of one stage.
 
-    A decoder has attention in the last block of a level only.
+    A decoder has attention only in the last block of a level.
+
+    Args:
+        stage: selects the width.
     """
 
     def __init__(self, config: SongConfig, stage: int) -> None:
@@ -37,7 +40,7 @@ class SongDecoder(nn.Module):
         )
 
     def forward(self, *features: Tensor) -> Tensor:
-        """Output [B, out_channels, H, W] from the features of `SongEncoder.forward`."""
+        """Output [B, out_channels, H, W] from the features of `SongEncoder.forward`: (emb, *skips[, h])."""
         emb_BE, *skips = features
         h = skips.pop() if self.shared_middle else self.middle_block(skips[-1], emb_BE)
         for block, skip in zip(self.output_blocks, reversed(skips), strict=True):

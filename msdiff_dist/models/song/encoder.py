@@ -12,10 +12,10 @@ from msdiff_dist.models.song.config import SongConfig
 
 
 class SongEncoder(nn.Module):
-    """Turns noisy images into the features that every decoder reads.
+    """Maps noisy images to the features that every decoder reads.
 
     Args:
-        stage: whose width to take where each stage has its own encoder.
+        stage: the stage that selects the width, where each stage has an encoder of its own.
     """
 
     def __init__(self, config: SongConfig, stage: int = 0) -> None:
@@ -59,13 +59,17 @@ class SongEncoder(nn.Module):
         label: Tensor | None = None,
         augment: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """Features for a decoder: (emb, *skips[, h]), all batch first; h where the middle is shared.
+        """Features for a decoder: (emb, *skips[, h]), all batch first; h is there where the middle is shared.
 
         Args:
             x_BCHW: the network's image input (c_in x_t).
             t_B: the network's time input (c_noise).
-            label: int64 [B], num_classes standing for "dropped", where the configuration has classes.
-            augment: [B, augment_labels], how each sample was augmented; None is not at all.
+            context: never given; other families take it.
+            label: int64 [B], where the model takes labels; `num_classes` stands for a dropped label.
+            augment: [B, augment_labels], how each sample was augmented; None: not at all.
+
+        Raises:
+            ConfigError: the conditions are not those that the model takes.
         """
         self.config.check_conditions(context, label, augment)
         emb_BE = self._embedding(t_B, label, augment)
@@ -86,6 +90,7 @@ class SongEncoder(nn.Module):
         emb_BE = self.frequencies(t_B).to(dtype)
         if label is not None:
             classes = self.label_emb.in_features
+            # A dropped label becomes all zeros. The square root gives the other rows a mean square of one.
             one_hot = F.one_hot(label, classes + 1)[:, :classes].to(dtype)
             emb_BE = emb_BE + self.label_emb(one_hot * math.sqrt(classes))
         if augment is not None:
