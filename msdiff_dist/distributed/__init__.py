@@ -1,1 +1,1 @@
-"""Placement, routing and engines over process groups."""
+"""Several ranks as one job: where stages and samples go, the engines, agreement, and starting processes."""

@@ -76,26 +76,29 @@ def maximum(tensor: Tensor) -> Tensor:
 class Agreement:
     """Named numbers that are summed over all ranks in one all_reduce, in float64.
 
-    A step has many things to agree on (losses, the gradient norm, the wish to stop), and each collective costs a
-    latency of the whole job: so whoever has something to sum adds it here, and one collective carries them all.
+    A step has many things to agree on (losses, the gradient norm, the wish to stop), and each collective costs the
+    latency of the whole job. So everything to be summed is added here, and one collective carries it all.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._parts: dict[str, Tensor] = {}
+        self._own: dict[str, Tensor] = {}  # this rank's vectors by name, in the order in which all ranks add them
 
     def add(self, name: str, values: Tensor | float) -> None:
-        """Give this rank's part of `name`: a number or a vector, of the same length on every rank."""
-        assert name not in self._parts, f"{name} is already agreed on"
-        self._parts[name] = torch.as_tensor(values, dtype=torch.float64, device=self._device).reshape(-1)
+        """Add this rank's term of the sum `name`: a number, or a vector of the same length on every rank.
+
+        Every rank adds the same names in the same order.
+        """
+        assert name not in self._own, f"{name} is already agreed on"
+        self._own[name] = torch.as_tensor(values, dtype=torch.float64, device=self._device).reshape(-1)
 
     def add_own(self, name: str, value: float, rank: int, world_size: int) -> None:
-        """Give this rank's entry of `name`, a vector [world_size] that holds every rank's own value."""
+        """Add this rank's entry of `name`, a vector [world_size] that will hold every rank's own value."""
         own_W = torch.zeros(world_size, dtype=torch.float64, device=self._device)
         own_W[rank] = value
         self.add(name, own_W)
 
     def reduce(self) -> Mapping[str, Tensor]:
         """The sums over the ranks, float64 on the CPU. One all_reduce, one copy to the host."""
-        total = summed(torch.cat(list(self._parts.values()))).cpu()
-        return dict(zip(self._parts, total.split([len(p) for p in self._parts.values()]), strict=True))
+        total = summed(torch.cat(list(self._own.values()))).cpu()
+        return dict(zip(self._own, total.split([len(own) for own in self._own.values()]), strict=True))

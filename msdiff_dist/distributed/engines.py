@@ -1,14 +1,16 @@
-"""Two kinds of DeepSpeed engine in one process: `shared` over the world, a `stage` engine over each held stage's group.
+"""Two kinds of DeepSpeed engine in one process: one for the shared encoder, over all ranks, and one for the decoder of
+each held stage, over the ranks that hold it.
 
 The graph is cut between them. A micro batch runs the shared encoder once, then every held stage on detached features
 (forward, loss, backward, reduction inside the stage's group, stages ascending), then the gradients of the features go
-back through the encoder in one backward over the world. Every rank thus issues its collectives in one explicit order,
-and groups may overlap freely. Reductions are sums of gradients of a loss normalised by the GLOBAL batch, so they are
-the exact global mean whatever the sizes of the groups. This is the only file that imports deepspeed.
+back through the encoder in one backward pass, whose reduction is over the world. Every rank thus issues its collectives
+in one explicit order, and groups may overlap freely. Reductions are sums of gradients of a loss divided by the GLOBAL
+batch size, so they are the exact global mean whatever the sizes of the groups. This is the only file that imports
+deepspeed.
 
-A step goes: `forward_backward` for every micro batch, then `agreement`, to which others add what they have to agree on,
-then `reduce`, which makes the global gradient norm known, then the `step` of what `reduce` returned. No optimizer can
-step before the norm is there, because only the reduced gradients can.
+A step calls `forward_backward` for every micro batch, then `agreement`, to which other code adds what the ranks must
+sum, then `reduce`, which makes the global gradient norm known, then the `step` of what `reduce` returned. No optimizer
+can step before the norm is known, because only the result of `reduce` has that method.
 """
 
 from __future__ import annotations
@@ -36,12 +38,21 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+"""From an engine's parameters to its optimizer."""
 StageLoss = Callable[[int, Tensor, slice], Tensor]
+"""(stage, output of its decoder, rows of the batch that the output belongs to) -> this rank's scalar loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How the engines run. grad_clip: the greatest global gradient norm, 0 for none."""
+    """How the engines run.
+
+    Attributes:
+        precision: of forward and backward passes; master weights and optimizer moments are fp32.
+        zero_shared, zero_decoders: ZeRO levels of the two kinds of engine.
+        gradient_accumulation_steps: micro batches per optimizer step.
+        grad_clip: greatest norm of the gradient of the whole model; 0: no clipping.
+    """
 
     precision: Precision
     zero_shared: int
@@ -51,7 +62,8 @@ class EngineConfig:
 
 
 class _StageUnit:
-    """What DeepSpeed asks of an `mpu`: data-parallel over one stage's group, model-parallel over this rank alone."""
+    """The methods that DeepSpeed calls on an `mpu` (model parallel unit, Megatron's term): one stage's group is data
+    parallel, and this rank alone is model parallel."""
 
     def __init__(self, group: dist.ProcessGroup, alone: dist.ProcessGroup) -> None:
         self.group, self.alone = group, alone
@@ -89,7 +101,11 @@ def _deepspeed_unit(unit: _StageUnit | None) -> Iterator[None]:
 
 
 class _GradientsAt(torch.autograd.Function):
-    """A scalar 0 whose backward hands the given gradients to the given tensors."""
+    """A scalar 0 whose backward pass hands the given gradients to the given tensors.
+
+    DeepSpeed's engine starts a backward pass from a scalar loss only, and the encoder's starts from gradients of its
+    features.
+    """
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors_then_gradients: Tensor) -> Tensor:
@@ -103,7 +119,12 @@ class _GradientsAt(torch.autograd.Function):
 
 
 class _Engine:
-    """One DeepSpeed engine whose reduction is a sum over its group."""
+    """One DeepSpeed engine whose reduction is a sum over its group.
+
+    Args:
+        zero: ZeRO level.
+        unit: the group; None: all ranks.
+    """
 
     def __init__(
         self, module: nn.Module, optimizer: OptimizerFactory, zero: int, config: EngineConfig, unit: _StageUnit | None
@@ -114,6 +135,8 @@ class _Engine:
         # ZeRO 3 knows only the mean over the group: multiplying the loss by the group's size makes it the sum.
         self.loss_scale = float(size) if zero == 3 else 1.0
         settings: dict[str, Any] = {
+            # DeepSpeed wants batch sizes whose product fits. Of these only the accumulation has an effect: losses are
+            # divided by the global batch size before they reach DeepSpeed.
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": config.gradient_accumulation_steps,
             "train_batch_size": config.gradient_accumulation_steps * size,
@@ -122,7 +145,7 @@ class _Engine:
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {
                 "stage": zero,
-                "stage3_param_persistence_threshold": 0,
+                "stage3_param_persistence_threshold": 0,  # every parameter is sharded, however small
                 # Each gradient goes to the rank that owns it alone: half the bytes of an all-reduce.
                 "use_multi_rank_bucket_allreduce": False,
             },
@@ -145,6 +168,7 @@ class _Engine:
             return self.engine(*inputs)
 
     def backward(self, loss: Tensor) -> None:
+        """Add gradients of a loss that is already divided by the global batch, hence by the accumulation too."""
         with _deepspeed_unit(self.unit):
             self.engine.backward(loss, scale_wrt_gas=False)
 
@@ -155,7 +179,7 @@ class _Engine:
             self.engine.step()
 
     def step(self, lr: float, norm: Tensor) -> None:
-        """Step the optimizer on gradients clipped by `norm`, that of the whole model."""
+        """Step the optimizer on gradients clipped by `norm`, the gradient norm of the whole model."""
         self._norm = norm
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -164,7 +188,10 @@ class _Engine:
         self._norm = None
 
     def _clip_by_the_whole_norm(self) -> None:
-        """Have DeepSpeed clip by the norm that `step` is given instead of the norm of this engine's own gradients."""
+        """Have DeepSpeed clip by the norm that `step` is given, not by that of this engine's gradients alone.
+
+        It asks a method of its optimizer for the norm, which is replaced on this object.
+        """
 
         def norm(norm_type: float = 2.0) -> Tensor:
             assert self._norm is not None, "DeepSpeed asks for the norm inside `step` only"
@@ -189,8 +216,9 @@ class _Engine:
 class ReducedGradients:
     """The gradients of one global batch, known to every rank and ready to step on.
 
-    sums: of everything in the step's agreement, over the ranks. norm: of the gradients of the whole model, before
-    clipping.
+    Attributes:
+        sums: sums over the ranks of everything in the step's agreement, by name.
+        norm: norm of the gradient of the whole model, before clipping.
     """
 
     sums: Mapping[str, Tensor]
@@ -209,7 +237,13 @@ class StageParallelEngines:
         shared: maps the network's inputs to a tuple of features, batch first. It may have no parameters.
         stages: for each held stage, the module that maps (a row range of) those features to the output.
         optimizer: makes a torch optimizer for a list of parameters; called once per engine.
+        groups: this rank's process groups.
         device: where the modules are.
+
+    Attributes:
+        forward_clock: time spent in forward passes.
+        shared: the encoder's engine, None for an encoder without parameters.
+        stages: the decoders' engines by stage.
     """
 
     def __init__(
@@ -248,7 +282,7 @@ class StageParallelEngines:
         Args:
             inputs: of the shared module, all samples of this rank in one batch, sorted by stage.
             rows: for every held stage its rows of that batch, at least one each.
-            loss: (stage, output, rows) -> this rank's part of the loss, already divided by the global batch size.
+            loss: this rank's share of a stage's loss, already divided by the global batch size.
         """
         assert not self._is_complete, "the global batch is complete: step before the next micro batch"
         with self.forward_clock:
@@ -276,16 +310,18 @@ class StageParallelEngines:
             self.shared.backward(
                 _GradientsAt.apply(len(differentiable), *(features[i] for i in differentiable), *gradients)
             )
+        # All engines count the same micro batches, so the first speaks for all. At the boundary `step` counts the last.
         self._is_complete = bool(self._engines()[0].engine.is_gradient_accumulation_boundary())
         if not self._is_complete:
             for counted in self._engines():
                 counted.count_micro_batch()
 
     def agreement(self) -> Agreement:
-        """What the ranks sum in this step's one reduction, with the gradients in it; after the last micro batch.
+        """What the ranks sum in this step's one reduction; it already has the squares of the gradients.
 
-        Every gradient element lives on exactly one rank, so the sum over ranks of the squares of their own elements is
-        the square of the norm over the encoder and every decoder, once each.
+        To be called after the last micro batch. Every gradient element of the encoder and of the decoders lives on
+        exactly one rank, so the sum over the ranks of the squares of their own elements is the squared norm of the
+        whole gradient.
         """
         assert self._is_complete, "micro batches are missing from the global batch"
         agreement = Agreement(self._device)
@@ -299,8 +335,8 @@ class StageParallelEngines:
         norm = sums["gradient square sum"][0].sqrt().float()
         return ReducedGradients(sums=sums, norm=norm, _step=lambda lr: self._step(lr, norm.to(self._device)))
 
-    def parts_with_bad_gradients(self) -> list[str]:
-        """Parts of which a gradient element on this rank is not finite, after the reduction."""
+    def modules_with_bad_gradients(self) -> list[str]:
+        """Names of the modules of which a gradient element on this rank is not finite, after the reduction."""
         named = {f"stage {k}": e for k, e in self.stages.items()} | (
             {"the shared part": self.shared} if self.shared else {}
         )

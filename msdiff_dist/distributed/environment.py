@@ -19,7 +19,11 @@ from msdiff_dist.errors import UserError
 class Environment:
     """Who this process is.
 
-    rank, world_size: in the whole job. local_rank: on this node; on GPUs also the device's index.
+    Attributes:
+        rank: number of this process in the whole job.
+        local_rank: its number on this node; on GPUs also the device's index.
+        world_size: ranks of the whole job.
+        device: what this rank computes on.
     """
 
     rank: int
@@ -32,8 +36,11 @@ class Environment:
 class Groups:
     """The process groups of a run, made once, by every rank in the same order.
 
-    stage: one group per stage, of the ranks holding it. alone: this rank by itself. routing: the world again, so that
-    a prefetched exchange never waits behind a gradient reduction.
+    Attributes:
+        stage: for each stage, the group of the ranks that hold it.
+        alone: this rank by itself.
+        routing: all ranks, in a group apart from the default one, so that the exchange of the next micro batch never
+            waits behind a gradient reduction.
     """
 
     stage: tuple[dist.ProcessGroup, ...]
@@ -42,7 +49,7 @@ class Groups:
 
 
 def this_device() -> torch.device:
-    """What a command that runs in one process computes on: the GPU, if there is one."""
+    """The device of a command that runs in one process: the GPU, if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -71,14 +78,14 @@ def process_group(timeout_s: float) -> Iterator[Environment]:
             )
         torch.cuda.set_device(local)
     device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
-    store = None
-    if world == 1:
-        store = dist.HashStore()
+    store = dist.HashStore() if world == 1 else None  # one rank needs no port, which another program might have taken
     timeout = datetime.timedelta(seconds=timeout_s)
-    for default in ("default_pg_timeout", "default_pg_nccl_timeout"):  # of groups made later, DeepSpeed's among them
+    # The argument of `init_process_group` holds for the default group alone. These defaults hold for groups that are
+    # made later without a timeout, DeepSpeed's among them.
+    for default in ("default_pg_timeout", "default_pg_nccl_timeout"):
         setattr(dist.distributed_c10d, default, timeout)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",  # objects travel as CPU tensors, on GPU jobs too
         rank=rank,
         world_size=world,
         store=store,
@@ -91,10 +98,17 @@ def process_group(timeout_s: float) -> Iterator[Environment]:
 
 
 def make_groups(stages_of_rank: Sequence[Sequence[int]], rank: int) -> Groups:
-    """Every group of the run, given each rank's stages. Collective: all ranks call it with the same argument."""
+    """Every group of the run.
+
+    Collective: `new_group` must be called by every rank of the job for every group, in the same order, whether or not
+    the rank is in the group.
+
+    Args:
+        stages_of_rank: the stages that each rank holds, the same on every rank.
+    """
     num_stages = 1 + max(k for held in stages_of_rank for k in held)
     holders = [[r for r, held in enumerate(stages_of_rank) if k in held] for k in range(num_stages)]
-    world: list[Any] = [dist.new_group([r]) for r in range(len(stages_of_rank))]
+    alone: list[Any] = [dist.new_group([r]) for r in range(len(stages_of_rank))]
     stage: list[Any] = [dist.new_group(ranks) for ranks in holders]
     routing: Any = dist.new_group(list(range(len(stages_of_rank))))
-    return Groups(tuple(stage), world[rank], routing)
+    return Groups(tuple(stage), alone[rank], routing)

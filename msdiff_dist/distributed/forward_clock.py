@@ -1,4 +1,4 @@
-"""How long this rank computes, as opposed to waiting for others: measured over its forward passes."""
+"""How long this rank computes, without its waits for other ranks: the time of its forward passes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ForwardClock:
             self._seconds += time.thread_time() - self._start
 
     def take(self) -> float:
-        """Seconds since the last call. On GPUs to be called after a synchronisation."""
+        """Seconds in the clock's blocks since the last call. On GPUs synchronise before the call."""
         seconds: float = self._seconds + sum(start.elapsed_time(end) for start, end in self._events) / 1e3
         self._seconds, self._events = 0.0, []
         return seconds

@@ -1,9 +1,11 @@
 """Which rank holds which stages, and how many samples of each it computes: decided once, by arithmetic alone.
 
-The work of a stage is its samples times their cost. Ranks stand on a line along which the stages' work is laid out, and
+The work of a stage is its number of samples times the cost of one. The work of all stages is laid out along a line, and
 each rank takes a range of it, so a rank holds one stage or a few consecutive ones. The planner looks for the ranges
-whose heaviest is lightest. Numbers of samples are whole and static: every rank that holds a stage computes at
-least one sample of it in every micro batch, so no rank is idle in a collective.
+whose heaviest is lightest. Numbers of samples are whole and constant: every rank that holds a stage computes at least
+one sample of it in every micro batch, so that no rank of its group is missing in a collective.
+
+Suffixes of arrays: A micro batches of a step, W ranks, K stages.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from msdiff_dist.errors import ConfigError, PlacementError
 GOOD_BALANCE, SMALL_LOSS = 0.95, 0.02
 
 StageSets = tuple[tuple[int, ...], ...]
+"""The stages of every rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,10 @@ class ParallelConfig:
 class Placement:
     """The stages of every rank and its samples in every micro batch.
 
-    stages_of_rank: W ascending tuples. samples_AWK: integers; 0 exactly where rank w does not hold stage k.
+    Attributes:
+        stages_of_rank: for each rank its stages, ascending.
+        samples_AWK: number of samples of each stage that each rank computes in each micro batch; 0 exactly where rank w
+            does not hold stage k.
     """
 
     stages_of_rank: StageSets
@@ -66,7 +72,7 @@ class Placement:
 
     @property
     def samples_WK(self) -> np.ndarray:
-        """Samples per global batch."""
+        """Number of samples of each stage that each rank computes in a global batch."""
         values: np.ndarray = self.samples_AWK.sum(axis=0)
         return values
 
@@ -75,7 +81,11 @@ class Placement:
         return tuple(np.flatnonzero(self.samples_AWK[0, :, stage]).tolist())
 
     def balance(self, cost_K: Sequence[float]) -> float:
-        """Mean over maximum of the ranks' work in a step, in (0, 1]."""
+        """Mean over maximum of the ranks' work in a step, in (0, 1].
+
+        Args:
+            cost_K: cost of one sample of each stage, in any unit.
+        """
         return _balance(self.samples_WK, np.asarray(cost_K, dtype=float))
 
 
@@ -85,9 +95,10 @@ def plan(
     """Place K stages on `world_size` ranks.
 
     Args:
-        micro_quotas_AK: samples of each stage in each micro batch; of one stage they differ by one at most.
+        micro_quotas_AK: number of samples of each stage in each micro batch. The micro batches' numbers of one stage
+            differ by one at most.
         cost_K: cost of one sample of each stage (encoder and its decoder), in any unit.
-        explicit: the stages of every rank, to be obeyed; None to choose them.
+        explicit: the stages that every rank is to hold; None: they are chosen.
 
     Raises:
         PlacementError: the batch is too small for the ranks, or `explicit` does not make sense.
@@ -98,7 +109,7 @@ def plan(
     if explicit is None:
         samples_WK = _choose(quotas_AK, cost, world_size)
     else:
-        samples_WK = _balance_explicit(quotas_AK, cost, _checked(explicit, quotas_AK, world_size))
+        samples_WK = _shared_among_holders(quotas_AK, cost, _checked(explicit, quotas_AK, world_size))
     stages_of_rank = tuple(tuple(k for k, n in enumerate(n_K) if n) for n_K in samples_WK.tolist())
     return Placement(stages_of_rank, _micro_samples(samples_WK, quotas_AK))
 
@@ -109,7 +120,8 @@ def _balance(samples_WK: np.ndarray, cost_K: np.ndarray) -> float:
 
 
 def _choose(quotas_AK: np.ndarray, cost_K: np.ndarray, world_size: int) -> np.ndarray:
-    """Samples per rank and stage: disjoint groups where they balance well enough, else shared ranks."""
+    """Samples per rank and stage, [W, K]: disjoint groups where they balance well enough, else the line."""
+    # `least` is the least number of samples of a stage that a rank can hold: one in each micro batch.
     least, quotas, costs = len(quotas_AK), quotas_AK.sum(axis=0).tolist(), cost_K.tolist()
     capacity = sum(q // least for q in quotas)
     if min(quotas) < least:
@@ -127,7 +139,7 @@ def _choose(quotas_AK: np.ndarray, cost_K: np.ndarray, world_size: int) -> np.nd
             f"is too small: {world_size} ranks need at least one sample each in each of {least} micro batches",
             f"Make it at least {world_size * least + len(quotas) * (least - 1)}, or use at most {capacity} ranks.",
         )
-    # A line always balances best, but its ranks at the edges of stages hold two decoders: more memory, and they take
+    # A line balances best, but its ranks at the edges of stages hold two decoders: that is more memory, and they take
     # part in the collectives of two groups. Disjoint groups have no such ranks and are taken where they cost little.
     line = _line(quotas, costs, least, world_size)
     if world_size < len(quotas):
@@ -143,7 +155,7 @@ def _choose(quotas_AK: np.ndarray, cost_K: np.ndarray, world_size: int) -> np.nd
 
 
 def _with_fewer_holders(samples_WK: np.ndarray, quotas_AK: np.ndarray, cost_K: np.ndarray, wanted: float) -> np.ndarray:
-    """Free shared ranks of their smallest stages as long as the balance stays `wanted`.
+    """Take from ranks with several stages those with the fewest samples, as long as the balance stays `wanted`.
 
     Each decoder less on a rank saves memory and communication.
     """
@@ -156,14 +168,14 @@ def _with_fewer_holders(samples_WK: np.ndarray, quotas_AK: np.ndarray, cost_K: n
         fewer_WK[r, k] = False
         if not fewer_WK[r].any() or not fewer_WK[:, k].any():
             continue
-        freed_WK = _balance_explicit(quotas_AK, cost_K, fewer_WK)
+        freed_WK = _shared_among_holders(quotas_AK, cost_K, fewer_WK)
         if _balance(freed_WK, cost_K) >= wanted:
             samples_WK, holds_WK = freed_WK, fewer_WK
     return samples_WK
 
 
 def _disjoint(quotas: list[int], costs: list[float], least: int, world_size: int) -> np.ndarray:
-    """One stage per rank: ranks go one by one to the stage whose ranks have most to do."""
+    """Samples of one stage per rank, [W, K]: ranks go one by one to the stage whose ranks have the most work."""
     # Greedy is optimal here: the stage with the most work per rank sets the time of the step, and only a further rank
     # of that stage can lower it.
     sizes = [1] * len(quotas)
@@ -171,28 +183,31 @@ def _disjoint(quotas: list[int], costs: list[float], least: int, world_size: int
     heapq.heapify(heaviest)
     for _ in range(world_size - len(quotas)):
         while quotas[heaviest[0][1]] // least == sizes[heaviest[0][1]]:
-            heapq.heappop(heaviest)  # another rank would not get its least samples
+            heapq.heappop(heaviest)  # with one more rank, some rank would have fewer than `least` samples
         k = heaviest[0][1]
         sizes[k] += 1
-        heapq.heapreplace(heaviest, (-quotas[k] // sizes[k] * costs[k], k))  # minus the ceiling
+        # The busiest rank of the stage has the ceiling of quota / size; -q // s is minus that ceiling.
+        heapq.heapreplace(heaviest, (-quotas[k] // sizes[k] * costs[k], k))
     rows = [np.zeros((size, len(quotas)), dtype=np.int64) for size in sizes]
     for k, (rows_k, quota) in enumerate(zip(rows, quotas, strict=True)):
         rows_k[:, k] = _even(quota, len(rows_k))
     return np.concatenate(rows)
 
 
-def _even(total: int, parts: int) -> np.ndarray:
-    return total // parts + (np.arange(parts) < total % parts)
+def _even(total: int, count: int) -> np.ndarray:
+    """`count` whole numbers that add up to `total` and differ by one at most, the larger ones first."""
+    return total // count + (np.arange(count) < total % count)
 
 
-Share = dict[int, int]  # samples of each stage a rank holds
-Neighbours = tuple[int, Share]  # so many neighbouring ranks, with equal shares
+# Many ranks of a line have equal shares. They are kept as one entry, so that thousands of ranks are planned quickly.
+Share = dict[int, int]  # of one rank: stage -> number of samples
+Neighbours = tuple[int, Share]  # (number of neighbouring ranks, the share of each of them)
 
 
 def _line(quotas: list[int], costs: list[float], least: int, world_size: int) -> np.ndarray | None:
-    """Samples per rank of the line whose maximal load is least, by bisection; None where it cannot feed every rank."""
-    # The fewer ranks a load needs the larger it is, so the least load that needs at most `world_size` is found by
-    # halving between the mean load, which no line can beat, and all work on one rank.
+    """Samples per rank and stage, [W, K]: the line whose heaviest rank is lightest; None if it has too few."""
+    # The larger the load of a rank may be, the fewer ranks are needed. So the least load for `world_size` ranks is
+    # found by bisection between the mean load, which no line can beat, and all work on one rank.
     work = sum(q * c for q, c in zip(quotas, costs, strict=True))
     low, high = max(work / world_size, least * max(costs)), work
     best = _filled(quotas, costs, least, high)
@@ -214,14 +229,14 @@ def _line(quotas: list[int], costs: list[float], least: int, world_size: int) ->
 
 
 def _filled(quotas: list[int], costs: list[float], least: int, load: float) -> list[Neighbours] | None:
-    """Fill rank after rank up to `load`, stage after stage; None where a holding would fall below `least` samples."""
+    """Fill rank after rank up to `load`, stage after stage. None if a rank would hold less than `least` of a stage."""
     runs: list[Neighbours] = []
     load *= 1 + 1e-12  # so that a load of exactly n samples is not one short by rounding
-    held: Share = {}  # of the last rank
-    room = load
+    held: Share = {}  # the share of the last rank, to which more may be added
+    room = load  # the load that the last rank can still take
     for k, (left, cost) in enumerate(zip(quotas, costs, strict=True)):
-        # The last rank still has room: it takes the first samples of this stage too, unless they, or those that it
-        # would leave over, are too few to give every micro batch one.
+        # The last rank takes the first samples of this stage too, if they are enough for one in every micro batch. If
+        # the rest were too few for the next rank, it takes so many fewer.
         if held:
             take = min(left, int(room / cost))
             if 0 < left - take < least:
@@ -233,8 +248,8 @@ def _filled(quotas: list[int], costs: list[float], least: int, load: float) -> l
             if not left:
                 continue
             runs.append((1, held))
-        # The rest fills whole ranks of this stage alone; the last one, which shares with the next stage, gets what is
-        # left over, and at least `least`.
+        # The rest fills ranks of this stage alone. The last of them, which may take samples of the next stage too, gets
+        # what the full ones leave over, and at least `least`.
         ranks = -(-left // int(load / cost))
         last = max(least, left - (ranks - 1) * int(load / cost))
         if left - last < least * (ranks - 1):
@@ -247,9 +262,10 @@ def _filled(quotas: list[int], costs: list[float], least: int, load: float) -> l
 
 
 def _spread(runs: list[Neighbours], costs: list[float], least: int, world_size: int) -> list[Neighbours] | None:
-    """Split the heaviest shares until there is one for every rank; None where no share can be split any more."""
+    """Split the heaviest shares until every rank has one; None if no share can be split any more."""
 
     def entry(count: int, share: Share) -> tuple[float, list[tuple[int, int]], int]:
+        # In the heap's order: the heaviest share first, then by content, so that every rank of a job finds the same.
         return -sum(n * costs[k] for k, n in share.items()), list(share.items()), count
 
     missing = world_size - sum(count for count, _ in runs)
@@ -277,7 +293,11 @@ def _spread(runs: list[Neighbours], costs: list[float], least: int, world_size: 
 
 
 def _checked(explicit: StageSets, quotas_AK: np.ndarray, world_size: int) -> np.ndarray:
-    """The stages of every rank as a mask [W, K]."""
+    """Whether each rank holds each stage, bool [W, K], from the recipe's lists.
+
+    Raises:
+        PlacementError: the lists contradict the number of ranks or stages, or the batch is too small for them.
+    """
     field, num_stages = "parallel.placement", quotas_AK.shape[1]
     if len(explicit) != world_size:
         raise PlacementError(
@@ -316,16 +336,19 @@ def _checked(explicit: StageSets, quotas_AK: np.ndarray, world_size: int) -> np.
     return holds_WK
 
 
-def _balance_explicit(quotas_AK: np.ndarray, cost_K: np.ndarray, holds_WK: np.ndarray) -> np.ndarray:
-    """Deal each stage evenly over its ranks, then move samples from busier to idler ranks until no move helps."""
+def _shared_among_holders(quotas_AK: np.ndarray, cost_K: np.ndarray, holds_WK: np.ndarray) -> np.ndarray:
+    """Samples per rank and stage, [W, K], for ranks that hold the stages of the mask `holds_WK`.
+
+    Each stage is dealt evenly over its ranks, then samples move from busier to idler ranks until no move helps.
+    """
     least = len(quotas_AK)
     samples_WK = np.zeros(holds_WK.shape, dtype=np.int64)
     for k, quota in enumerate(quotas_AK.sum(axis=0)):
         samples_WK[holds_WK[:, k], k] = _even(quota, holds_WK[:, k].sum())
     stages = np.arange(len(cost_K))
-    # Of each stage, the busiest rank that can spare samples gives to the idlest that holds it; the stage with the
-    # widest gap moves. A move of one sample helps while the gap is wider than the sample's cost, and half the gap is
-    # moved at once, so that a few rounds do.
+    # In each round one stage moves samples from the busiest of its ranks that has more than `least` of it to the idlest
+    # of its ranks: the stage where the gap between the two exceeds the cost of a sample by most. A move of one sample
+    # helps while the gap is wider than that cost. Half the gap is moved at once, so that a few rounds are enough.
     while True:
         load_W = samples_WK @ cost_K
         giver_K = np.where(samples_WK > least, load_W[:, None], -np.inf).argmax(axis=0)
@@ -343,16 +366,18 @@ def _balance_explicit(quotas_AK: np.ndarray, cost_K: np.ndarray, holds_WK: np.nd
 def _micro_samples(samples_WK: np.ndarray, quotas_AK: np.ndarray) -> np.ndarray:
     """Split every rank's samples over the micro batches, [A, W, K]: evenly, and keeping each micro batch's quotas.
 
-    The samples of a stage stand in a row, rank after rank, and are dealt to the micro batches in turn. The row starts
-    inside a turn, so that the micro batches with one sample more are those dealt to first; then any A neighbours in the
-    row, hence any rank's samples, reach every micro batch.
+    The samples of a stage stand in a row, rank after rank, and are dealt to the micro batches in turn. Any A neighbours
+    in the row reach every micro batch, hence so do a rank's samples, which are at least A. The first turn is cut short
+    at its start: it deals only to the micro batches whose quota is one sample larger.
     """
     accumulation = len(quotas_AK)
     ends_WK = samples_WK.cumsum(axis=0)
-    turn_AK = quotas_AK.argsort(axis=0, kind="stable").argsort(axis=0)  # place of each micro batch in a turn
+    # The argsort of an argsort is the rank of each element: the place of each micro batch in a turn, the larger last.
+    turn_AK = quotas_AK.argsort(axis=0, kind="stable").argsort(axis=0)
     offset_AK = turn_AK + quotas_AK.sum(axis=0) % accumulation + 1
 
     def dealt(row_WK: np.ndarray) -> np.ndarray:
+        """How many of the first `row_WK` samples of a row each micro batch gets, up to a constant per micro batch."""
         values: np.ndarray = (row_WK[None] - offset_AK[:, None]) // accumulation
         return values
 

@@ -1,4 +1,4 @@
-"""What a placement costs: balance, state on every rank and bytes between ranks, from plain numbers and no device."""
+"""What a placement costs: balance, state on every rank and bytes between ranks, computed without any device."""
 
 from __future__ import annotations
 
@@ -16,16 +16,22 @@ from msdiff_dist.distributed.precision import Precision
 from msdiff_dist.distributed.topology import nodes_spanned, ring_share_between_nodes
 
 MOST_ROWS = 16
+"""Ranks that get a row each in the table; in larger worlds neighbours with equal stages share one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What there is to place.
+    """The model and its training, as far as the cost of a placement depends on them.
 
-    cost_K: cost of one sample of each stage, encoder and decoder, in any unit.
-    shared_params, stage_params_K: parameters of the shared encoder and of each stage decoder.
-    payload_bytes: bytes of one routed sample, its conditions included.
-    moments: tensors of a parameter's size that the optimizer keeps (AdamW: 2). averages: the same of the EMA.
+    Attributes:
+        cost_K: cost of one sample of each stage, encoder and decoder, in any unit.
+        shared_params: number of parameters of the shared encoder.
+        stage_params_K: number of parameters of each stage's decoder.
+        payload_bytes: bytes of one routed sample, with its label and context.
+        precision: of forward and backward passes.
+        zero_shared, zero_decoders: ZeRO levels of the encoder and of the decoders.
+        moments: numbers that the optimizer keeps for each parameter (AdamW: 2).
+        averages: averages of the weights that are kept.
     """
 
     cost_K: Sequence[float]
@@ -40,17 +46,19 @@ class Workload:
 
     @property
     def param_bytes(self) -> int:
+        """Bytes of one parameter in forward and backward passes, and of its gradient when it is reduced."""
         return 2 if self.precision == "bf16" else 4
 
 
 def plan_report(
     placement: Placement, workload: Workload, warnings: Sequence[str] = (), ranks_per_node: int | None = None
 ) -> dict[str, Any]:
-    """The placement as plain data, ready for JSON. With `ranks_per_node` also the bytes between nodes.
+    """The placement as plain data for JSON; with `ranks_per_node` also the bytes between nodes.
 
-    Per stage: its share of the work and the ranks holding it. Per rank: samples per global batch of each stage held,
-    and `state_bytes` as of `state_bytes_W`. Per step, over all ranks: payload expected to change ranks, and bytes of
-    `reduced_bytes`. Balance is mean over maximum of the ranks' work; a rank's `load` is its work over the mean.
+    `balance` is the mean over the maximum of the ranks' work. Each of `stages` has its share of the work, the ranks
+    that hold it and its samples per global batch. Each of `ranks` has its samples per global batch of each stage held,
+    its `load` (its work over the mean) and its `state_bytes` (see `state_bytes_W`). `bytes_per_step`, over all ranks:
+    `routed`, the payload that is expected to change ranks, and `reduced` (see `reduced_bytes`).
     """
     samples_WK = placement.samples_WK
     cost_K = np.asarray(workload.cost_K, dtype=float)
@@ -98,10 +106,11 @@ def _nodes_report(placement: Placement, workload: Workload, ranks_per_node: int)
 
 
 def state_bytes_W(placement: Placement, workload: Workload) -> np.ndarray:
-    """Bytes of parameters, fp32 weights, optimizer moments and EMA on each rank; without gradients and activations.
+    """Bytes of parameters, fp32 weights, moments and averages on each rank, [W]; without gradients and activations.
 
-    A group of g ranks shares fp32 weights (a copy of their own in fp32 training too), moments and EMA equally. Under
-    ZeRO 1 and 2 each rank has all parameters in the training precision besides, under ZeRO 3 one g-th of them.
+    The fp32 weights, moments and averages are sharded equally over the g ranks of a group; the fp32 weights are a copy
+    apart from the parameters in fp32 training too. Besides, each rank has parameters in the training precision: all of
+    them under ZeRO 1 and 2, one g-th under ZeRO 3.
     """
 
     def on_one_rank(params: int, group_size: int, zero: int) -> int:
@@ -120,32 +129,33 @@ def state_bytes_W(placement: Placement, workload: Workload) -> np.ndarray:
 
 
 def reduced_bytes(placement: Placement, workload: Workload) -> int:
-    """Bytes all ranks together send in a step to reduce gradients and to gather parameters, by ring algorithms.
+    """Bytes that all ranks together send in a step to reduce gradients and to gather parameters, by ring algorithms.
 
-    To reduce P values to their owners, or to gather them from there, takes (g - 1) P of them in a group of g ranks.
-    ZeRO 1 reduces once a step, ZeRO 2 once a micro batch, both then gather the new parameters. ZeRO 3 gathers for
-    forward and for backward and reduces once, in every micro batch.
+    To reduce P values to their owners, or to gather them from their owners, a group of g ranks sends (g - 1) P values.
+    ZeRO 1 reduces once a step and ZeRO 2 once a micro batch; both then gather the new parameters. In every micro batch
+    ZeRO 3 gathers for the forward pass and for the backward pass and reduces once.
     """
-    parts = _reduced_parts(placement, workload)
-    return sum((len(group) - 1) * values for group, values in parts) * workload.param_bytes
+    rings = _ring_values(placement, workload)
+    return sum((len(group) - 1) * values for group, values in rings) * workload.param_bytes
 
 
 def reduced_between_nodes(placement: Placement, workload: Workload, ranks_per_node: int) -> float:
-    """Those of `reduced_bytes` that pass between nodes."""
-    parts = _reduced_parts(placement, workload)
-    values = sum(ring_share_between_nodes(group, ranks_per_node) * values for group, values in parts)
-    return values * workload.param_bytes
+    """The bytes among `reduced_bytes` that pass between nodes."""
+    rings = _ring_values(placement, workload)
+    between = sum(ring_share_between_nodes(group, ranks_per_node) * values for group, values in rings)
+    return between * workload.param_bytes
 
 
 def replicated_between_nodes(placement: Placement, workload: Workload, ranks_per_node: int) -> float:
     """Bytes between nodes if every rank held every decoder and all gradients were averaged once a step."""
+    # A ring all-reduce is a reduction to the owners and a gathering from them: two passes.
     values = 2 * (workload.shared_params + sum(workload.stage_params_K))
     share = ring_share_between_nodes(range(placement.world_size), ranks_per_node)
     return share * values * workload.param_bytes
 
 
-def _reduced_parts(placement: Placement, workload: Workload) -> list[tuple[Sequence[int], int]]:
-    """Each group of ranks with the values that pass round its ring in a step."""
+def _ring_values(placement: Placement, workload: Workload) -> list[tuple[Sequence[int], int]]:
+    """Each group of ranks with the number of values that are reduced or gathered round its ring in a step."""
     accumulation = len(placement.samples_AWK)
 
     def passes(zero: int) -> int:
@@ -157,10 +167,10 @@ def _reduced_parts(placement: Placement, workload: Workload) -> list[tuple[Seque
 
 
 def samples_crossing(placement: Placement) -> float:
-    """Expected number of samples per step that another rank computes than read them.
+    """Expected number of samples per step that are read by one rank and computed by another.
 
-    Every rank reads an equal part of the batch, in which stages lie at random; of q samples of a micro batch and stage
-    it reads a hypergeometric number and keeps as many of them as it is to compute.
+    Every rank reads an equal share of the batch, in which stages and micro batches lie at random. So of the samples of
+    a micro batch and stage it reads a hypergeometric number. Of these it keeps at most as many as it is to compute.
     """
     samples_AWK = placement.samples_AWK
     batch, world_size = int(samples_AWK.sum()), placement.world_size
@@ -171,13 +181,15 @@ def samples_crossing(placement: Placement) -> float:
         return values
 
     def kept(read: int, quota: int, planned: int) -> float:
-        j = np.arange(max(0, read + quota - batch), min(read, quota) + 1)  # of those read, how many are in the quota
+        """Mean of min(j, planned), where `j` of the `quota` samples are among the `read` ones of the batch."""
+        j = np.arange(max(0, read + quota - batch), min(read, quota) + 1)
         log_p = log_choose(quota, j) + log_choose(batch - quota, read - j) - log_choose(batch, read)
         return float(np.exp(log_p) @ np.minimum(j, planned))
 
     quotas_AWK = np.broadcast_to(samples_AWK.sum(axis=1, keepdims=True), samples_AWK.shape)
     reads_W = batch // world_size + (np.arange(world_size) < batch % world_size)
     reads_AWK = np.broadcast_to(reads_W[None, :, None], samples_AWK.shape)
+    # Most ranks are in the same case, so each distinct case is computed once.
     cases = np.stack([reads_AWK, quotas_AWK, samples_AWK], axis=-1)[samples_AWK > 0]
     distinct, counts = np.unique(cases, axis=0, return_counts=True)
     return batch - sum(int(n) * kept(*case) for case, n in zip(distinct.tolist(), counts, strict=True))
@@ -240,7 +252,7 @@ def _span(numbers: Iterable[int]) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes as people read them: 2.92 MB."""
+    """A number of bytes for people to read, in powers of 1000: 2.92 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

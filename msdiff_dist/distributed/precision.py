@@ -1,7 +1,7 @@
 """Which precision fits a device: bf16 where it is computed natively, fp32 elsewhere.
 
-A CPU without bf16 instructions emulates them, an order of magnitude slower than fp32: a run must not fall into that by
-the luck of the machine it lands on, and must say so where a recipe asks for it.
+A CPU without bf16 instructions emulates them, an order of magnitude slower than fp32. So `train.precision: auto`
+chooses by device, and a run that computes by emulation prints a warning.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ _NATIVE_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionChoice:
-    """precision: to compute in. why: in words, to stand behind it. warning: what it costs here, if it costs much."""
+    """What a run computes in.
+
+    Attributes:
+        precision: of forward and backward passes.
+        why: reason in words, to be printed in parentheses after it.
+        warning: how slow it is on this device; None where it is computed natively.
+    """
 
     precision: Precision
     why: str
@@ -29,11 +35,11 @@ class PrecisionChoice:
 
 
 def choose_precision(asked: Literal["auto"] | Precision, device: torch.device, stored: str | None) -> PrecisionChoice:
-    """What to compute in on `device`.
+    """The precision of a run on `device`.
 
     Args:
         asked: `train.precision` of the recipe.
-        stored: what the run has computed in so far, None for a new run. With `auto` it stays as it is.
+        stored: the precision of the run so far, which `auto` keeps; None for a new run.
     """
     native, description = native_bf16(device)
     if asked != "auto":
@@ -50,7 +56,7 @@ def choose_precision(asked: Literal["auto"] | Precision, device: torch.device, s
 
 
 def expected_precision(asked: Literal["auto"] | Precision, on_gpus: bool) -> Precision:
-    """What `choose_precision` will say of a new run on GPUs, taken to have bf16, or on CPUs like this one."""
+    """What `choose_precision` will choose for a new run on GPUs, assumed to have bf16, or on CPUs like this one."""
     if asked != "auto":
         return asked
     return "bf16" if on_gpus or native_bf16(torch.device("cpu"))[0] else "fp32"
@@ -78,7 +84,7 @@ def emulation_factor() -> float:
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(8, 32, 16, 16, dtype=dtype)
         layer = torch.nn.Conv2d(32, 32, 3, padding=1).to(dtype)
-        layer(x)
+        layer(x)  # the first call also chooses and prepares a kernel
         start = time.perf_counter()
         rounds = 0
         while rounds < 3 or time.perf_counter() - start < 0.1:

@@ -1,7 +1,10 @@
 """Takes every sample from the rank that read it to a rank that holds its stage's decoder, before the shared encoder.
 
-Stage, micro batch and reader of every sample of a global batch are known to every rank, so each computes all journeys
-by itself and no counts are exchanged: one `all_to_all_single` of packed rows per micro batch.
+Stage, micro batch and reader of every sample of a global batch are known to every rank. So each rank computes the
+destinations of all samples by itself, no counts are exchanged, and one `all_to_all_single` of packed rows per micro
+batch is enough.
+
+Suffixes of arrays: B samples of a global batch, n samples of one micro batch on one rank.
 """
 
 from __future__ import annotations
@@ -21,14 +24,18 @@ if TYPE_CHECKING:
     from msdiff_dist.data.loader import StepSamples
 
 
-Format = tuple[torch.dtype, torch.Size]  # of one sample of x, label or context
+Format = tuple[torch.dtype, torch.Size]
+"""Type and shape of one sample's x, label or context."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """The journeys of one global batch; the same on every rank.
+    """Where each sample of one global batch comes from and goes to; the same on every rank.
 
-    stage_B, micro_B: stage and micro batch of each sample. source_B: the rank that read it.
+    Attributes:
+        stage_B, micro_B: int64, stage and micro batch of each sample, by its index in the global batch.
+        source_B: int64, the rank that read each sample.
+        placement: how many samples of each micro batch and stage each rank computes.
     """
 
     stage_B: np.ndarray
@@ -38,49 +45,51 @@ class Assignment:
 
     @cached_property
     def dest_B(self) -> np.ndarray:
-        """The rank that computes each sample: as planned for its micro batch and stage, its reader where possible.
+        """int64, the rank that computes each sample: its reader where the placement allows it.
 
-        Of the samples of one micro batch and stage, a rank keeps the first ones it read, as many as it is to compute.
-        The others, ordered by reader and index, go to the ranks with places left, in rank order.
+        Of the samples of one micro batch and stage, a rank keeps the first ones that it read, as many as it is to
+        compute. The others, ordered by reader and index, go to the ranks with places left, in order of rank.
         """
-        # A cell is one (micro batch, stage, rank). Sorting the samples by the cell of their reader puts those that
-        # could stay side by side, in order of index; the first `planned` of a cell stay.
+        # A cell is one (micro batch, stage, rank), numbered in this order. A stable sort by the cell of the reader puts
+        # the samples of a cell side by side, in order of index; the first `planned` of each cell stay.
         planned_AWK = self.placement.samples_AWK
         accumulation, world_size, num_stages = planned_AWK.shape
         planned = planned_AWK.transpose(0, 2, 1).ravel()  # by cell: micro batch, stage, rank
         cell_B = (self.micro_B * num_stages + self.stage_B) * world_size + self.source_B
         order = cell_B.argsort(kind="stable")
         read = np.bincount(cell_B, minlength=len(planned))
-        nth_in_cell = np.arange(len(order)) - (read.cumsum() - read).repeat(read)
+        nth_in_cell = np.arange(len(order)) - (read.cumsum() - read).repeat(read)  # position less that of the cell
         assert np.array_equal(*(n.reshape(-1, world_size).sum(axis=1) for n in (read, planned))), (
             "not the plan's quotas"
         )
         kept = nth_in_cell < planned.repeat(read)
-        # Those left over stand in order of micro batch, stage, reader and index, and free places in order of micro
-        # batch, stage and rank: of every micro batch and stage there are as many of one as of the other, so they pair
-        # up.
+        # The samples that leave their reader stand in order of micro batch, stage, reader and index. The free places
+        # stand in order of micro batch, stage and rank. Every micro batch and stage has as many of these as of those,
+        # so the two lists match element by element.
         places = planned - np.minimum(planned, read)
         dest_B = self.source_B.copy()
         dest_B[order[~kept]] = np.tile(np.arange(world_size), accumulation * num_stages).repeat(places)
         return dest_B
 
     def sent(self, rank: int, micro: int) -> np.ndarray:
-        """Indices of the samples that `rank` read for a micro batch, in order of sending: by destination, index."""
+        """Indices in the global batch of the samples that `rank` sends, to itself too: by destination, then index."""
         index_n = np.flatnonzero((self.source_B == rank) & (self.micro_B == micro))
         return index_n[self.dest_B[index_n].argsort(kind="stable")]
 
     def received(self, rank: int, micro: int) -> np.ndarray:
-        """Indices of the samples that arrive at `rank` for a micro batch, in order of arrival: by source, index."""
+        """Indices in the global batch of the samples that arrive at `rank`: by source, then index."""
         index_n = np.flatnonzero((self.dest_B == rank) & (self.micro_B == micro))
         return index_n[self.source_B[index_n].argsort(kind="stable")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoutedBatch:
-    """The samples of one micro batch on one rank, sorted by stage, then index; counts are the placement's.
+    """The samples of one micro batch on one rank, sorted by stage, then index.
 
-    index_n: int64, index in the global batch. stage_n: int64. x_nCHW, label_n and context_nTC are as they were read;
-    None where the data have none.
+    Attributes:
+        index_n: int64, index in the global batch.
+        stage_n: int64, as many of each stage as the placement says.
+        x_nCHW, label_n, context_nTC: as they were read, on the router's device; None where the data have none.
     """
 
     index_n: np.ndarray
@@ -94,8 +103,8 @@ class Router:
     """Exchanges the samples of one micro batch after another.
 
     Args:
-        group: a process group of the whole world that nothing else uses, so that an exchange under way does not wait
-            for, nor delay, the collectives of training.
+        group: a process group of all ranks that nothing else uses, so that an exchange under way does not wait for the
+            collectives of training, nor delay them.
         device: where the exchange takes place and the samples arrive: the CPU with gloo, the rank's GPU with NCCL.
 
     Attributes:
@@ -108,19 +117,21 @@ class Router:
         self._group, self._rank, self._device = group, rank, device
 
     def start(self, assignment: Assignment, micro: int, samples: StepSamples) -> PendingBatch:
-        """Begin the exchange of one micro batch; every rank does so in the same order, from its main thread.
+        """Begin the exchange of one micro batch.
+
+        Collective: every rank begins the same exchanges in the same order, from its main thread.
 
         Args:
-            samples: all that this rank read of the global batch, in ascending order of their index; there may be none.
+            samples: all samples of the global batch that this rank read, in ascending order of index; perhaps none.
         """
         world_size = self.placement.world_size
         out_n, in_n = assignment.sent(self._rank, micro), assignment.received(self._rank, micro)
         dest_n, source_n = assignment.dest_B[out_n], assignment.source_B[in_n]
         row_n = np.searchsorted(samples.index_n, out_n)
         assert np.array_equal(samples.index_n[row_n], out_n)
-        parts = [samples.x_nCHW, samples.label_n, samples.context_nTC]
+        fields = [samples.x_nCHW, samples.label_n, samples.context_nTC]
         # One exchange of bytes carries samples, labels and contexts: a collective costs more than the bytes of a label.
-        packed = _packed([part for part in parts if part is not None], torch.from_numpy(row_n))
+        packed = _packed([field for field in fields if field is not None], torch.from_numpy(row_n))
         if self._device.type == "cuda":
             packed = packed.pin_memory()
         outgoing = packed.to(self._device, non_blocking=True)
@@ -135,7 +146,7 @@ class Router:
         )
         assert work is not None
         self.bytes_sent += int((dest_n != self._rank).sum()) * outgoing.shape[1]
-        formats: list[Format | None] = [None if part is None else (part.dtype, part.shape[1:]) for part in parts]
+        formats: list[Format | None] = [None if field is None else (field.dtype, field.shape[1:]) for field in fields]
         return PendingBatch(work, (packed, outgoing), incoming, formats, in_n, assignment.stage_B[in_n])
 
 
@@ -155,10 +166,11 @@ class PendingBatch:
         self._index_n, self._stage_n = index_n, stage_n
 
     def wait(self) -> RoutedBatch:
-        """The samples, once they have all arrived. To be called once."""
+        """The samples, once they have all arrived. Call it once."""
         self._work.wait()
         self._buffers = ()
-        # By stage, then index: each held stage is one slice of rows, and sums over rows do not depend on who read them.
+        # Sorted by stage, then index (lexsort's last key counts first): so each held stage is one slice of rows, and
+        # sums over rows do not depend on which rank read them.
         order = np.lexsort((self._index_n, self._stage_n))
         rows = self._incoming[torch.from_numpy(order).to(self._incoming.device)]
         x_nCHW, label_n, context_nTC = _unpacked(rows, self._formats)
@@ -172,23 +184,24 @@ class PendingBatch:
         )
 
 
-def _packed(parts: list[Tensor], row_n: Tensor) -> Tensor:
-    """The bytes of the given rows of all parts side by side, uint8 [n, bytes]."""
-    chosen = [part[row_n].reshape(len(row_n), part.shape[1:].numel()).view(torch.uint8) for part in parts]
+def _packed(fields: list[Tensor], row_n: Tensor) -> Tensor:
+    """The bytes of the given rows of all fields side by side, uint8 [n, bytes]."""
+    chosen = [field[row_n].reshape(len(row_n), field.shape[1:].numel()).view(torch.uint8) for field in fields]
     return torch.cat(chosen, dim=1)
 
 
 def _unpacked(rows: Tensor, formats: list[Format | None]) -> list[Tensor | None]:
-    """The inverse of `_packed`; None for parts that are None."""
-    parts: list[Tensor | None] = []
+    """The inverse of `_packed`; None for each format that is None."""
+    fields: list[Tensor | None] = []
     first = 0
-    for layout in formats:
-        if layout is None:
-            parts.append(None)
+    for one in formats:
+        if one is None:
+            fields.append(None)
             continue
-        dtype, shape = layout
+        dtype, shape = one
         end = first + shape.numel() * dtype.itemsize
-        own = rows[:, first:end].clone(memory_format=torch.contiguous_format)  # aligned, even for a single row
-        parts.append(own.view(dtype).reshape(len(rows), *shape))
+        # A copy, since a view as `dtype` needs bytes that are aligned. `contiguous` would not copy a single row.
+        own = rows[:, first:end].clone(memory_format=torch.contiguous_format)
+        fields.append(own.view(dtype).reshape(len(rows), *shape))
         first = end
-    return parts
+    return fields

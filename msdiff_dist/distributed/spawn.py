@@ -1,10 +1,11 @@
 """Rank processes of this machine: started together, watched until all have ended or one has failed.
 
-torchrun would do for running them; this supervisor also brings back results and exceptions, names the rank that failed
-first, passes signals on so that ranks can save before they end, and imports the heavy libraries once for all ranks.
+torchrun could run them too. This supervisor also brings back results and exceptions, names the rank that failed first,
+passes signals on so that ranks can save before they end, and imports the heavy libraries once for all ranks.
 
-Every rank holds one end of a pipe, through which it reports its result or its exception; the pipe's end is the rank's
-end. Exit statuses, which come through the fork server and are lost with it, are asked of ranks that report nothing.
+Every rank has the sending end of a pipe, through which it reports its result or its exception. When the pipe closes,
+the rank has ended. Exit statuses come through the fork server and are lost if it is killed, so they are only used for
+ranks that end without a report.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch.distributed import TCPStore
 from msdiff_dist.errors import MsdiffError, UserError
 
 _HOST = "127.0.0.1"
-_GRACE_S = 2.0  # after a failure, for the other ranks to report what they saw of it
+_GRACE_S = 2.0  # seconds after a failure in which the other ranks may report their own errors
 
 
 class RankDiedError(MsdiffError):
@@ -52,7 +53,7 @@ class RankDiedError(MsdiffError):
 
 @dataclass(frozen=True)
 class _Report:
-    """What a rank says at its end: its result, or its exception and when it was raised."""
+    """What a rank reports at its end: its result, or its exception and the time at which it was raised."""
 
     result: Any = None
     error: BaseException | None = None
@@ -60,7 +61,12 @@ class _Report:
 
 
 class _Rank:
-    """One rank's process, seen from the supervisor."""
+    """One rank's process, seen from the supervisor.
+
+    Attributes:
+        report: None until the rank has reported.
+        ended: whether the rank's pipe has closed.
+    """
 
     def __init__(self, rank: int, process: ForkServerProcess, pipe: Connection) -> None:
         self.rank, self.process, self.pipe = rank, process, pipe
@@ -69,13 +75,14 @@ class _Rank:
 
     @property
     def failed(self) -> bool:
+        """Whether it reported an exception or ended without a report."""
         return (self.ended and self.report is None) or (self.report is not None and self.report.error is not None)
 
     def receive(self) -> None:
-        """Take its report, or note its end, from the pipe that has one of them."""
+        """Read its report, or notice its end, from its pipe, which must be ready."""
         try:
             self.report = pickle.loads(self.pipe.recv_bytes())
-        except (EOFError, OSError):  # at once, or within a report
+        except (EOFError, OSError):  # closed before a report, or within one
             self.ended = True
             self.process.join()
 
@@ -84,7 +91,7 @@ class _Rank:
         if not self.ended and self.process.pid is not None:
             try:
                 os.kill(self.process.pid, signum)
-            except ProcessLookupError:  # it has ended this moment
+            except ProcessLookupError:  # it has just ended
                 return
 
 
@@ -99,21 +106,21 @@ def run_ranks(
 ) -> list[Any]:
     """Call `fn(rank, *args)` on `world_size` fresh processes and return their results in rank order.
 
-    The variables that torchrun would set are set; MASTER_ADDR and MASTER_PORT name a store that this process keeps.
-    `fn`, `args` and the results must be picklable; `fn` must be a module's function. A rank whose supervisor ends is
-    sent SIGTERM.
+    The ranks have the environment variables that torchrun would set; MASTER_ADDR and MASTER_PORT name a store that this
+    process keeps. `fn`, `args` and the results must be picklable; `fn` must be a function of a module. If this process
+    ends, its ranks are sent SIGTERM.
 
     Args:
         preload: modules that are imported once for all ranks, unless there is a GPU.
-        env: more variables of the ranks.
-        signals: handed on to every rank in place of what this process does with them.
-        timeout: seconds.
+        env: more environment variables of the ranks.
+        signals: signals to this process that are passed on to every rank instead of being handled here.
+        timeout: seconds after which the ranks are killed; None: never.
 
     Raises:
         the exception of the rank that failed first, a UserError before others, with the rank and its traceback as a
             note. The other ranks are killed.
         RankDiedError: a rank ended without a report.
-        TimeoutError: naming the ranks that still run.
+        TimeoutError: the timeout is over; the error names the ranks that still run.
     """
     context = multiprocessing.get_context("forkserver")
     if not torch.cuda.is_available():  # a process that may touch CUDA must not fork
@@ -122,7 +129,8 @@ def run_ranks(
     store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
     job = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     job |= {"MASTER_ADDR": _HOST, "MASTER_PORT": str(store.port), **(env or {})}
-    call = pickle.dumps((fn, args))  # once, and without the shared memory that multiprocessing gives to tensors
+    # Pickled here: multiprocessing's own pickler would pass tensors through shared memory.
+    call = pickle.dumps((fn, args))
     ranks: list[_Rank] = []
     try:
         for rank in range(world_size):
@@ -130,7 +138,7 @@ def run_ranks(
             own = job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             process = context.Process(target=_rank_main, args=(rank, own, call, sending))
             process.start()
-            sending.close()
+            sending.close()  # the rank now has the only sending end, so the pipe closes when the rank ends
             ranks.append(_Rank(rank, process, receiving))
         with _passing_on(signals, ranks):
             _watch(ranks, timeout)
@@ -143,7 +151,8 @@ def run_ranks(
 
 
 def _watch(ranks: Sequence[_Rank], timeout: float | None) -> None:
-    """Wait for all ranks; at the first failure give the others a moment to fail too, and raise what explains it."""
+    """Wait for all ranks. After the first failure give the others a moment to fail too, then raise the error that
+    explains the failures."""
     deadline = None if timeout is None else time.monotonic() + timeout
     while running := _running(ranks):
         if not _receive(running, deadline):
@@ -174,7 +183,8 @@ def _receive(running: Sequence[_Rank], deadline: float | None) -> bool:
 
 
 def _first_failure(ranks: Sequence[_Rank]) -> BaseException:
-    """The error that explains the others: a rank that died without a word, else the earliest, the user's before all."""
+    """The error that explains the others: that of a rank that ended without a report, else the first UserError, else
+    the first error."""
     for r in ranks:
         if r.ended and r.report is None:
             return RankDiedError(r.rank, r.process.exitcode or 0)
@@ -198,7 +208,7 @@ def _passing_on(signals: Sequence[signal.Signals], ranks: Sequence[_Rank]) -> It
 
 
 def _rank_main(rank: int, env: Mapping[str, str], call: bytes, pipe: Connection) -> None:
-    """Body of one rank's process."""
+    """Body of one rank's process: call `fn` and report."""
     threading.Thread(target=_end_with_supervisor, daemon=True).start()
     os.environ.update(env)
     try:
@@ -226,7 +236,10 @@ def _pickled(error: BaseException, rank: int) -> bytes:
 
 
 def _end_with_supervisor() -> None:
-    """Once the process that started this rank is gone, ask the rank to save and end; while it starts, end it."""
+    """Wait for the end of the process that started this rank, then send SIGTERM to this rank.
+
+    Training answers SIGTERM by saving; before training has begun, SIGTERM ends the process.
+    """
     supervisor = multiprocessing.parent_process()
     assert supervisor is not None
     supervisor.join()

@@ -1,4 +1,7 @@
-"""Nodes: which parts of the line of ranks share one, and the bytes that must pass between them."""
+"""Nodes: which ranks share one, and how many bytes must pass between nodes.
+
+Ranks are numbered node by node, as torchrun does: rank r is on node r // ranks_per_node.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,22 @@ import numpy as np
 
 from msdiff_dist.distributed.placement import Placement
 
-MOST_ORDERS = 6  # stages whose every order on the line is tried
+MOST_PERMUTED = 6  # up to so many disjoint groups every order on the line is tried, which is 720 orders
 
 
 def nodes_spanned(ranks: Sequence[int], ranks_per_node: int) -> int:
-    """Nodes on which a group of ranks has members."""
+    """Number of nodes on which a group of ranks has members."""
     return len({rank // ranks_per_node for rank in ranks})
 
 
 def ring_crossings(ranks: Sequence[int], ranks_per_node: int) -> int:
-    """Links of the ring through an ascending group of ranks that lead from one node to another."""
+    """Number of links between different nodes in the ring through a group of ranks in ascending order."""
     nodes = [rank // ranks_per_node for rank in ranks]
     return sum(a != b for a, b in zip(nodes, [*nodes[1:], nodes[0]], strict=True))
 
 
 def ring_share_between_nodes(ranks: Sequence[int], ranks_per_node: int) -> float:
-    """Values that cross between nodes in one ring pass over a group, per value reduced or gathered.
+    """Values that pass between nodes when a group reduces or gathers round its ring, per value reduced or gathered.
 
     Each of the ring's g links carries (g - 1) / g of the values.
     """
@@ -34,8 +37,12 @@ def ring_share_between_nodes(ranks: Sequence[int], ranks_per_node: int) -> float
 def arrange(placement: Placement, ranks_per_node: int, params_K: Sequence[int]) -> Placement:
     """The same placement with its ranks in the order that sends the fewest gradients between nodes.
 
-    Any order is a valid placement. Groups that share no rank may stand in any order on the line; a line with shared
-    ranks may be turned round. Of equally good orders the first is taken, so every rank finds the same one.
+    Any order of ranks is a valid placement. For groups that share no rank, every order of the groups is tried; for a
+    line with shared ranks, the line and its reverse. Of equally good orders the first is taken, so that every rank
+    finds the same one.
+
+    Args:
+        params_K: number of parameters of each stage's decoder.
     """
     if placement.world_size <= ranks_per_node:
         return placement
@@ -48,8 +55,9 @@ def arrange(placement: Placement, ranks_per_node: int, params_K: Sequence[int]) 
 
 
 def _orders(placement: Placement) -> Iterator[Placement]:
+    """The placement with its ranks in the orders to be tried, the present one first."""
     groups = [placement.group(k) for k in range(placement.num_stages)]
-    if all(len(held) == 1 for held in placement.stages_of_rank) and len(groups) <= MOST_ORDERS:
+    if all(len(held) == 1 for held in placement.stages_of_rank) and len(groups) <= MOST_PERMUTED:
         orders: Iterable[list[int]] = (list(itertools.chain(*order)) for order in itertools.permutations(groups))
     else:
         line = list(range(placement.world_size))

@@ -1,7 +1,8 @@
-"""This rank's fp32 shards of one ZeRO engine, seen by parameter name: the view that EMA and checkpoints use.
+"""This rank's fp32 shards of one ZeRO engine, by parameter name: the view that averages and checkpoints use.
 
-ZeRO keeps the fp32 weights and the optimizer's moments of a rank in flat tensors. A fragment says which stretch of
-which flattened parameter lies where in them, so that state can leave one layout and enter another by name.
+ZeRO keeps the fp32 weights and the optimizer's moments of a rank in flat tensors. A fragment says which range of which
+flattened parameter lies where in them, so that state can leave one layout and enter another by name. DeepSpeed has no
+public interface to this; the private members that are used here are checked by tests/unit/test_private_members.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class Fragment:
-    """`numel` elements from `start` of the flattened parameter `name`, at `offset` of the rank's flat tensor `flat`."""
+    """A range of a parameter on this rank: `numel` elements from `start` of the flattened parameter `name`. They lie at
+    `offset` in the rank's flat tensor number `flat`."""
 
     name: str
     start: int
@@ -26,7 +28,16 @@ class Fragment:
 
 
 class ShardedState:
-    """The flat fp32 tensors of one engine on this rank, and their fragments."""
+    """The flat fp32 tensors of one engine on this rank, and the fragments in them.
+
+    Args:
+        module: the engine's module.
+        optimizer: DeepSpeed's ZeRO optimizer over its parameters.
+
+    Attributes:
+        shapes: shape of every whole parameter of the module, by name.
+        fragments: where this rank's ranges of the parameters lie. ZeRO's padding belongs to no fragment.
+    """
 
     def __init__(self, module: nn.Module, optimizer: Any) -> None:
         self._optimizer = optimizer
@@ -35,13 +46,13 @@ class ShardedState:
         self.fragments = tuple(self._find_fragments(module))
 
     def flats(self) -> list[Tensor]:
-        """The fp32 tensors that the optimizer steps in place."""
+        """The fp32 weights: the 1-D tensors that the optimizer updates in place."""
         if self._is_zero3:
             return list(self._optimizer.fp32_partitioned_groups_flat)
         return list(self._optimizer.single_partition_of_fp32_groups)
 
     def moments(self) -> list[dict[str, Tensor]]:
-        """For each flat tensor, the optimizer's tensors of the same shape; empty before the first step."""
+        """For each flat tensor, the optimizer's tensors of the same shape by kind; empty before the first step."""
         return [
             {
                 k: v
@@ -53,16 +64,21 @@ class ShardedState:
 
     @torch.no_grad()
     def restore(self, read: Callable[[str, Fragment], Tensor], moments: list[str], optimizer_steps: int) -> None:
-        """Fill the fp32 weights and the named moments from `read(kind, fragment)`, then the network's own weights.
+        """Fill the fp32 weights and the moments, then the network's own weights from them.
 
-        Collective in the engine's group: weights are gathered from the shards.
+        Collective in the engine's group: the network's weights are gathered from the shards.
+
+        Args:
+            read: (kind, fragment) -> the fragment's elements of that kind, float32 [numel].
+            moments: kinds of the optimizer's tensors to fill.
+            optimizer_steps: steps that the optimizer has taken, for Adam's bias correction.
         """
         flats = self.flats()
         for flat in flats:
             state = self._optimizer.optimizer.state[flat]
             for kind in moments:
                 state[kind] = torch.zeros_like(flat, requires_grad=False)
-            if moments:  # torch's SGD alone counts no steps, and does not look for the count
+            if moments:  # torch's SGD counts no steps and ignores an entry `step`
                 state["step"] = torch.tensor(float(optimizer_steps), device=flat.device if self._fused() else "cpu")
         for f in self.fragments:
             where = slice(f.offset, f.offset + f.numel)
@@ -75,6 +91,7 @@ class ShardedState:
         return bool(self._optimizer.optimizer.param_groups[0].get("fused"))
 
     def _publish(self, has_moments: bool) -> None:
+        """Copy the fp32 weights to the network's parameters on all ranks, as ZeRO does at the end of a step."""
         opt = self._optimizer
         if self._is_zero3:
             for i in range(len(opt.fp16_groups)):
@@ -83,7 +100,7 @@ class ShardedState:
                 opt.persistent_parameters[0].partition(opt.persistent_parameters)
                 opt.persistent_parameters[0].all_gather(opt.persistent_parameters)
         else:
-            if has_moments:
+            if has_moments:  # else DeepSpeed links its views of the moments at the first step
                 opt._lazy_init_hp_params_optimizer_state()
             opt.update_lp_params()
 
@@ -91,13 +108,13 @@ class ShardedState:
         opt = self._optimizer
         parameters: Iterator[tuple[str, Any]] = module.named_parameters()
         for name, p in parameters:
-            if self._is_zero3:
+            if self._is_zero3:  # each parameter is cut into equal ranges, one per rank
                 flat, offset, numel = opt.grad_position[opt.get_param_id(p)]
                 start = opt._get_param_partition_rank(p) * numel
-                numel = min(numel, p.ds_numel - start)  # the last rank's part is padded
+                numel = min(numel, p.ds_numel - start)  # the last ranges are padded
                 if numel > 0:
                     yield Fragment(name=name, start=start, numel=numel, flat=flat, offset=offset)
-            elif p._hp_mapping is not None:
+            elif p._hp_mapping is not None:  # ZeRO 1 and 2 cut all parameters joined; None: this rank has none of it
                 m = p._hp_mapping
                 low, high = m.lp_fragment_address, m.hp_fragment_address
                 yield Fragment(name=name, start=low.start, numel=low.numel, flat=m.param_group_index, offset=high.start)

@@ -122,8 +122,8 @@ class TrainStep:
             return
         left_alone = f"at step {batch + 1}; the weights were left alone, and the last checkpoint stands"
         if not stages:
-            parts = sorted({p for rank in gathered(self._engines.parts_with_bad_gradients()) for p in rank})
-            raise TrainingError(f"the gradient norm is not finite (in {', '.join(parts)}) {left_alone}")
+            modules = sorted({m for rank in gathered(self._engines.modules_with_bad_gradients()) for m in rank})
+            raise TrainingError(f"the gradient norm is not finite (in {', '.join(modules)}) {left_alone}")
         own = [i for loss_n, index_n in self._losses for i in index_n[~loss_n.isfinite().cpu().numpy()].tolist()]
         indices = {i for rank in gathered(own) for i in rank}
         key_of = {i: key for rank in gathered(self._feed.keys_of(batch, indices)) for i, key in rank.items()}

@@ -92,7 +92,7 @@ CHANGES = [
      "return batch.weight_n[rows] * sample_losses(", "return sample_losses("),
     ("alignment of routed rows", "batches_edm_images",
      "index_n=self._index_n[order],", "index_n=np.sort(self._index_n),"),
-    ("alignment of packed rows", "batches_edm_images", "chosen = [part[row_n]", "chosen = [part[row_n.flip(0)]"),
+    ("alignment of packed rows", "batches_edm_images", "chosen = [field[row_n]", "chosen = [field[row_n.flip(0)]"),
     ("alignment of times", "batches_edm_images",
      "current.draw.t_B[samples.index_n]", "current.draw.t_B[: len(samples.index_n)]"),
     ("alignment of noise", "training_edm_images",
