@@ -1,1 +1,1 @@
-"""Files and folders that are complete or absent, whatever happens."""
+"""Files on disk: complete or absent, claimed by one command, shared among processes, checked by digest."""

@@ -1,8 +1,8 @@
 """Files and folders that are complete or absent, whatever happens while they are written.
 
-Content is written aside in the same folder, brought to the disk (fsync) and renamed, and then the rename is brought to
-the disk. A reader therefore sees the old content or the new one, after a crash of the machine too. What a killed
-process leaves aside is `.NAME.XXXXXXXX.partial` (a file) or `.NAME.partial` (a folder, removed by the next writer).
+Content is written aside in the same folder, flushed to the disk (fsync) and renamed; then the rename is flushed to the
+disk. So a reader sees the old content or the new, even after a crash of the machine. A killed process leaves
+`.NAME.XXXXXXXX.partial` (a file) or `.NAME.partial` (a folder, which the next writer removes).
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from typing import IO
 
 from msdiff_dist.errors import UserError
 
+# The shortest NAME is taken, so that the eight hex digits do not count as its suffix.
 _PARTIAL = re.compile(r"\.(.+?)(?:\.[0-9a-f]{8})?\.partial")
 
 
 class WriteError(UserError):
-    """A file or folder could not be written; what was there before is as it was."""
+    """A file or folder could not be written. What was there before is unchanged."""
 
 
 def atomic_write(path: Path, content: str | bytes | Callable[[IO[bytes]], object]) -> None:
-    """Write the file `path`, replacing one that is there. Several processes may write it at once: one of them wins.
+    """Write the file `path`, and replace one that is there. Of several processes that write at once, the last wins.
 
     Args:
         content: text (UTF-8), bytes, or a function that writes to the binary stream it is given.
@@ -35,6 +36,7 @@ def atomic_write(path: Path, content: str | bytes | Callable[[IO[bytes]], object
     Raises:
         WriteError: no space, no such folder, no permission.
     """
+    # A random name: writers at the same time do not disturb each other.
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     with writing("file", path, WriteError):
         try:
@@ -52,22 +54,24 @@ def atomic_write(path: Path, content: str | bytes | Callable[[IO[bytes]], object
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A new folder to fill, which becomes `path` when the block ends without an error. For one writer at a time.
+    """Yield a new folder to fill, which becomes `path` when the block ends without an error. For one writer at a time.
 
     Raises:
-        WriteError: `path` is a file or a folder that holds something, now or at the end, or cannot be written.
+        WriteError: `path` is a file or a folder that is not empty, now or at the end, or it cannot be written.
     """
     with writing("folder", path, WriteError):
         _refuse_existing(path)
         with filled_aside(path) as aside:
             yield aside
-            _refuse_existing(path)
+            _refuse_existing(path)  # another process may have made it meanwhile
             publish(aside, path)
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A path of the same name to make a file or a folder at, which becomes `path` when the block ends without an error.
+    """Yield a path at which to make a file or a folder, which becomes `path` when the block ends without an error.
+
+    The yielded path has the name of `path`, for writers that go by its extension.
 
     Raises:
         WriteError: as `atomic_folder` does.
@@ -82,33 +86,33 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(field: str, path: Path, error: type[UserError]) -> Iterator[None]:
-    """Report that `path`, which the user gave as `field`, cannot be written, if anything inside cannot be written.
+    """Report an OSError or WriteError of the block as the user error that `path`, given as `field`, cannot be written.
 
     Raises:
-        UserError: `error`, in place of an OSError or a WriteError.
+        UserError: of class `error`, in place of the OSError or WriteError.
     """
     try:
         yield
     except WriteError as e:
         raise error(field, str(path), e.problem, e.remedy) from None
     except OSError as e:
-        remedy = "Name a place you can write to, with room enough."
+        remedy = "Name a place that you can write to and that has enough space."
         raise error(field, str(path), f"cannot be written ({_reason(e)})", remedy) from e
 
 
 def is_free(path: Path) -> bool:
-    """Whether nothing is at `path`, or an empty folder."""
+    """Whether `path` does not exist or is an empty folder."""
     return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
 def aside_of(path: Path) -> Path:
-    """Where the folder `path` is filled before it is published."""
+    """The path at which the folder `path` is filled before it is published."""
     return path.with_name(f".{path.name}.partial")
 
 
 @contextmanager
 def filled_aside(path: Path) -> Iterator[Path]:
-    """`aside_of(path)` as a new folder, in place of what a killed writer left there; gone at the end of the block."""
+    """Yield `aside_of(path)` as a new empty folder, without what a killed writer left; remove it after the block."""
     aside = aside_of(path)
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -119,11 +123,13 @@ def filled_aside(path: Path) -> Iterator[Path]:
 
 
 def publish(aside: Path, path: Path) -> None:
-    """Bring a file or folder to the disk with all that is in it, then rename it; over an empty folder if one is there.
+    """Flush a file, or a folder with all its content, to the disk, and rename it to `path`, over an empty folder if any.
 
     Raises:
-        OSError: it is not at `path` then.
+        OSError: `aside` was not renamed.
     """
+    # fsync of a folder covers the names in it but not its files' content, so every file and folder gets its own. All
+    # that is before the rename: a crash may keep the rename and lose what was not flushed.
     if aside.is_dir():
         for folder, _, names in os.walk(aside):
             for name in names:
@@ -132,18 +138,18 @@ def publish(aside: Path, path: Path) -> None:
     else:
         _sync(aside)
         if path.is_dir():
-            path.rmdir()
+            path.rmdir()  # a folder can be renamed over an empty folder, a file cannot
     rename_to(path, aside)
 
 
 def rename_to(path: Path, aside: Path) -> None:
-    """Rename `aside`, whose content is on the disk, to `path`, and bring the new name to the disk."""
+    """Rename `aside`, whose content has been flushed, to `path`, and flush the new name to the disk."""
     aside.rename(path)
     sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where its file system can: some of networks' and users' cannot."""
+    """Flush the names in a folder to the disk. File systems that cannot, such as some network ones, are left alone."""
     try:
         _sync(folder)
     except OSError as e:
@@ -152,13 +158,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def partial_of(name: str) -> str | None:
-    """The file or folder that a process began to write, by the name of what it left aside; None for other names."""
+    """The name of the file or folder that was being written aside under `name`; None if `name` is not of that form."""
     found = _PARTIAL.fullmatch(name)
     return found[1] if found else None
 
 
 def remove_partials(folder: Path, names: Iterable[str]) -> None:
-    """Delete what killed processes left of these files of `folder`; for who alone writes them."""
+    """Delete what killed processes left of the files `names` in `folder`. No other process may be writing them."""
     ours = set(names)
     for path in folder.iterdir():
         if partial_of(path.name) in ours:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest of a file's content, read in pieces.
+    """SHA-256 of a file's content, in hexadecimal. The file is not held in memory.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

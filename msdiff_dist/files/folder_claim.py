@@ -1,4 +1,4 @@
-"""A folder that knows what it is being filled with: the same command resumes it, another one is refused."""
+"""Folders with a record of what they are being filled with: the same command resumes, another one is refused."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ _SHORT.maxstring = _SHORT.maxother = 80
 
 @dataclass(frozen=True, kw_only=True)
 class FolderClaim:
-    """What one command holds of a folder that several processes may fill together.
+    """A command's claim to a folder, which several processes may fill together.
 
-    Args:
-        folder: new, empty, or claimed before with the same settings.
-        record: the JSON file inside that holds the settings. locks: the folder inside that holds the parts' locks.
-        content: what is made, in a plural word.
-        error: the class of errors. option: the command's, for the folder.
+    Attributes:
+        folder: folder to fill; new, empty, or claimed before with the same settings.
+        record: JSON file in `folder` that holds the settings.
+        locks: folder in `folder` for the parts' lock files.
+        content: what the folder is filled with, as a plural noun for messages.
+        error: class of the errors raised.
+        option: the command's option that names the folder, for messages.
     """
 
     folder: Path
@@ -39,26 +41,27 @@ class FolderClaim:
 
     @contextmanager
     def held(self, settings: Mapping[str, Any], part: Part, names: Container[str] | None = None) -> Iterator[None]:
-        """Do this part of the work, alone; the folder is claimed for these settings, which JSON can hold.
+        """Claim the folder for these settings, and be the only process that does this part, for the block.
 
         Args:
-            names: of the files that may lie there; None: any, once the folder is claimed.
+            settings: what decides the folder's content; must be fit for JSON.
+            names: names that files of the folder may have; None for any, once the folder is claimed.
 
         Raises:
-            UserError: the folder holds something else, or the same made otherwise, naming the settings that differ;
-                another process does this part, or the folder is divided into another number of parts; or it cannot be
-                written.
+            UserError: the folder holds other files, or content of other settings, which are named; another process does
+                this part, or the work is being done in another number of parts; or the folder cannot be written.
         """
-        held = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
-        held = {name for name in held if (partial_of(name) or name) not in (self.locks.name, self.record.name)}
-        if held and not self.record.exists():
+        present = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        present = {name for name in present if (partial_of(name) or name) not in (self.locks.name, self.record.name)}
+        if present and not self.record.exists():
             raise self._refused("holds something else", "Name a new folder, or empty it.")
         with writing(self.option, self.folder, self.error):
             try:
                 with working(self.locks, part):
+                    # Of processes that start at once, one writes the record and the others compare with it.
                     with alone(self.locks):
                         self._compare(settings)
-                        for name in sorted(held):
+                        for name in sorted(present):
                             if names is not None and (partial_of(name) or name) not in names:
                                 raise self._refused(f"holds {name} too", "Remove it, or name a new folder.")
                         remove_partials(self.record.parent, [self.record.name])
@@ -71,10 +74,11 @@ class FolderClaim:
     def _compare(self, settings: Mapping[str, Any]) -> None:
         if not self.record.exists():
             return
+        # By way of JSON, tuples become lists and keys become strings, as in the record.
         before, now = json.loads(self.record.read_text()), json.loads(json.dumps(settings))
         changed = [f"{name} was {_SHORT.repr(a)}, now {_SHORT.repr(b)}" for name, a, b in differences(before, now)]
         if changed:
-            remedy = "Give the command that it was begun with, or name a new folder."
+            remedy = "Run the command that began it, or name a new folder."
             raise self._refused(f"holds {self.content} made otherwise ({'; '.join(changed)})", remedy)
 
     def _refused(self, problem: str, remedy: str) -> UserError:

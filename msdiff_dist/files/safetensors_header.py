@@ -1,12 +1,12 @@
 """Where each tensor of a safetensors file lies, by a parser as strict as the library's.
 
-A file is 8 bytes with the header's length, the header as JSON (name -> dtype, shape, place), then the tensors' bytes,
-each where the one before it ends. Whatever the library refuses is refused here; so are dtypes that are not in
-`ITEM_BYTES` and fields that the format does not have.
+A file is 8 bytes with the header's length (little-endian), the header as JSON (name -> dtype, shape, data_offsets), and
+the tensors' bytes, each tensor where the one before it ends. Whatever the library refuses is refused here; so are
+dtypes that are not in `ITEM_BYTES` and fields that the format does not have.
 
-The library does not give out the places. Its `safe_open` maps files, and what was read of a mapping stays resident:
+The library does not say where tensors lie. Its `safe_open` maps files, and what was read of a mapping stays resident:
 512 MiB read in slices from 32 open files made the process 515 MiB larger, where `TensorReader`, which reads at these
-places, made it 38 MiB larger. And its `load` copies every tensor, where blocks of latents are used as they lie.
+places, made it 38 MiB larger. And its `load` copies every tensor, where blocks of latents are used in place.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 
 from msdiff_dist.errors import MsdiffError
 
-LONGEST = 100_000_000  # bytes of a header, the library's limit
+LONGEST = 100_000_000  # bytes of a header: the library's limit
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 _FIELDS = {"dtype", "shape", "data_offsets"}
-_MOST = 1 << 63  # elements, and bytes; more than any index into a tensor can name
+_MOST = 1 << 63  # elements and bytes: torch counts both in int64
 
 
 class HeaderError(MsdiffError):
@@ -32,7 +32,7 @@ class HeaderError(MsdiffError):
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """A tensor's bytes: [start, stop) of the file."""
+    """The bytes of one tensor: [start, stop) of the file, not of its data section."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -42,7 +42,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Header:
-    """Every tensor's place by name, in the header's order, and what the file says of itself."""
+    """The place of every tensor by name, in the header's order, and the file's own metadata."""
 
     tensors: dict[str, Place]
     metadata: dict[str, str]
@@ -55,8 +55,8 @@ def read_header(read: Callable[[int], bytes], size: int) -> Header:
         read: gives the next n bytes, from the file's first on.
 
     Raises:
-        HeaderError: it is cut short, too long, not UTF-8 or not JSON of this kind; a name is there twice; or the
-            tensors' places are not those of their shapes, one after the other up to the end of the file.
+        HeaderError: the header is cut short, too long, not UTF-8 or not JSON of this form; it has a name twice; or the
+            tensors' places do not fit their shapes, or do not follow one another up to the end of the file.
     """
     length = int.from_bytes(read(8), "little")
     if size < 8 or 8 + length > size:
@@ -76,11 +76,13 @@ def read_header(read: Callable[[int], bytes], size: int) -> Header:
         metadata = _metadata(raw.pop("__metadata__", None))
         tensors = {_text(name): _place(name, entry, 8 + length) for name, entry in raw.items()}
     except (ValueError, RecursionError) as e:  # UnicodeDecodeError and JSONDecodeError among them
-        raise HeaderError(f"its header is not the JSON of one ({e})") from None
+        raise HeaderError(f"its header is not valid ({e})") from None
+    # Sorted by place, each tensor must start where the one before it ends: no gaps and no overlaps, in whatever order
+    # the header names them.
     at = 8 + length
     for name, place in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if place.start != at:
-            raise HeaderError(f"{name} begins at byte {place.start}, where {at} is to be next")
+            raise HeaderError(f"{name} begins at byte {place.start}, not at {at}")
         at = place.stop
     if at != size:
         raise HeaderError(f"it has {size} bytes where its header says {at}")
@@ -89,16 +91,17 @@ def read_header(read: Callable[[int], bytes], size: int) -> Header:
 
 def _place(name: str, entry: Any, begin: int) -> Place:
     if not isinstance(entry, dict) or entry.keys() != _FIELDS:
-        raise HeaderError(f"{name} has not the fields {', '.join(sorted(_FIELDS))}")
+        raise HeaderError(f"{name} does not have exactly the fields {', '.join(sorted(_FIELDS))}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise HeaderError(f"{name} is of type {dtype}, which is not known")
     if not (_naturals(shape) and _naturals(offsets) and len(offsets) == 2):
         raise HeaderError(f"{name} has shape {shape} and offsets {offsets}")
+    # `volume` counts 0 as 1: even of an empty tensor, torch multiplies the other lengths for its strides.
     numel = volume = 1
     for length in shape:
         numel, volume = numel * length, volume * max(length, 1)
-        if volume * ITEM_BYTES[dtype] >= _MOST:  # a tensor's strides would overflow, even of an empty one
+        if volume * ITEM_BYTES[dtype] >= _MOST:
             raise HeaderError(f"{name} of shape {shape} is too large")
     if offsets[1] - offsets[0] != numel * ITEM_BYTES[dtype]:
         raise HeaderError(f"{name} has {offsets[1] - offsets[0]} bytes for {dtype} of shape {shape}")
@@ -114,14 +117,15 @@ def _metadata(raw: Any) -> dict[str, str]:
 
 
 def _text(text: str) -> str:
-    text.encode()  # halves of surrogate pairs, which JSON can escape and UTF-8 cannot hold
+    text.encode()  # raises at lone halves of surrogate pairs, which JSON can escape and UTF-8 cannot hold
     return text
 
 
 def _naturals(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int for value in values)
+    return isinstance(values, list) and all(type(value) is int for value in values)  # bool is not
 
 
+# `json` calls the two below for every number of the header: only natural numbers are allowed in it.
 def _natural(digits: str) -> int:
     if digits.startswith("-"):
         raise HeaderError(f"its header holds {digits}")

@@ -1,1 +1,1 @@
-"""Shards are made here: from data sets, folders and latents, and checked."""
+"""Making shards: from known data sets, folders of images, and encoded images; checking and timing them."""

@@ -1,4 +1,7 @@
-"""`msdiff data bench`: how fast this stream reads a recipe's shards, beside plain ways of reading the same files."""
+"""`msdiff data bench`: how fast the package's loader reads a recipe's shards, and other readers the same files.
+
+All readers decode the same samples. The others are what one would write with their libraries.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,13 @@ _ROUNDS = 3
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one worker: samples a second, and the megabytes of shards that hold them."""
+    """The speed of one reader, divided by the number of its workers.
+
+    Attributes:
+        reader: name of the reader.
+        samples: samples per second.
+        megabytes: 10**6 bytes of shards per second; NaN if the shards' sizes are not known.
+    """
 
     reader: str
     samples: float
@@ -46,19 +55,20 @@ class Speed:
 
 
 def bench(config: DataConfig, batch_size: int, seconds: float) -> list[Speed]:
-    """Measure every reader that can be had, in turns of `seconds`, and keep its best turn.
+    """Measure every reader that is installed, in turns of `seconds`, and keep the best turn of each.
 
     Raises:
-        DataError: there is nothing to read, or the shards are corrupt.
+        DataError: the recipe has no shards, or they are corrupt.
     """
     index = load_index(config)
     if not index:
-        raise DataError("data.kind", config.kind, "has no shards to read", "Bench a recipe that has.")
+        raise DataError("data.kind", config.kind, "has no shards to read", "Choose a recipe that has.")
     shards = [shard for source in index for shard in source]
     known_size = all(shard.size for shard in shards)
     per_sample = sum(shard.size or 0 for shard in shards) / sum(shard.num_samples for shard in shards)
     with ExitStack() as stack:
         running = {name: start() for name, start in _readers(config, batch_size, index, shards, stack).items()}
+        # The readers take turns, so that a slow spell of the machine does not fall on one of them alone.
         best = dict.fromkeys(running, 0.0)
         for _ in range(_ROUNDS):
             for name, batches in running.items():
@@ -69,7 +79,8 @@ def bench(config: DataConfig, batch_size: int, seconds: float) -> list[Speed]:
 
 
 def _rate(batches: Batches, workers: int, batch_size: int, seconds: float) -> float:
-    """Samples a second, once the batches are used up that waited for this turn."""
+    """Samples per second of an endless iterator of batches."""
+    # While the other readers had their turns, each worker filled its queue of two batches. Those are not counted.
     for _ in range(1 + 2 * workers):
         next(batches)
     begun, count = time.perf_counter(), 0
@@ -85,6 +96,7 @@ def _readers(
     readers: dict[str, Callable[[], Batches]] = {
         "msdiff": lambda: iter(StepLoader(config, 0, batch_size, index=index)),
     }
+    # The other readers open paths only.
     paths = [shard.path for shard in shards if shard.num_samples]
     if not all(map(is_local, paths)):
         return readers
@@ -110,7 +122,7 @@ def _loaded(dataset: Any, batch_size: int, workers: int) -> Batches:
 
 
 class _TarFiles(IterableDataset[Tensor]):
-    """What one writes first: tarfile, PIL or numpy, shards in random order; samples too, if in the recipe's window."""
+    """The simplest reader: tarfile with PIL or numpy, shards in random order; `shuffled`: samples in a window too."""
 
     def __init__(self, paths: list[str], config: DataConfig, shuffled: bool = False) -> None:
         self._paths, self._config, self._shuffled = paths, config, shuffled
@@ -133,7 +145,7 @@ class _TarFiles(IterableDataset[Tensor]):
 
 
 class _WebDataset(IterableDataset[Tensor]):
-    """webdataset as its documentation has it, with the recipe's shuffle window; packed samples are shuffled singly."""
+    """webdataset as documented, with the recipe's shuffle window; samples of blocks are shuffled one by one."""
 
     def __init__(self, paths: list[str], config: DataConfig) -> None:
         self._paths, self._config = paths, config
@@ -155,7 +167,7 @@ class _WebDataset(IterableDataset[Tensor]):
 def _streaming(
     paths: list[str], config: DataConfig, batch_size: int, workers: int, folder: Path
 ) -> Callable[[], Batches]:
-    """mosaicml-streaming over its own copy of the samples' files."""
+    """mosaicml-streaming, over a copy in its own format in `folder`."""
     from streaming import MDSWriter, StreamingDataset
 
     with MDSWriter(out=str(folder), columns={"extension": "str", "content": "bytes"}) as writer:
@@ -170,6 +182,8 @@ def _streaming(
 
 
 class _Decoded(IterableDataset[Tensor]):
+    """Decodes the records of `_streaming`."""
+
     def __init__(self, records: Iterable[dict[str, Any]], config: DataConfig) -> None:
         self._records, self._config = records, config
 

@@ -1,9 +1,8 @@
-"""`msdiff data check`: every shard of a folder read whole, up to the first corruption."""
+"""`msdiff data check`: read every shard of a folder whole, and report the first corruption."""
 
 from __future__ import annotations
 
 import io
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from msdiff_dist.data.make.manifest import (
     MANIFEST,
     NULL_CONTEXT,
     Manifest,
-    ManifestFile,
     load_manifest,
     load_null_context,
     stored_file,
@@ -30,10 +28,12 @@ REMEDY = "Copy or make it again."
 
 
 def check_folder(folder: Path) -> int:
-    """Verify a folder of latents against its manifest, or one of images; returns the number of samples.
+    """Verify a folder of shards: latents against their manifest, or images against their index, if any.
+
+    Returns the number of samples.
 
     Raises:
-        DataError: naming the first corrupt shard, and the sample where one can be told.
+        DataError: naming the first corrupt shard, and the corrupt sample where it is known.
     """
     if not folder.is_dir():
         raise DataError("DIR", str(folder), "is not a folder", "Name the folder that holds the shards.")
@@ -42,7 +42,7 @@ def check_folder(folder: Path) -> int:
         return _check_latents(folder, manifest)
     if (folder / ".encode").is_dir():
         problem = "has no manifest.json: it was not encoded to its end"
-        raise DataError("DIR", str(folder), problem, "Give `msdiff data encode` again.")
+        raise DataError("DIR", str(folder), problem, "Run the same `msdiff data encode` again.")
     return sum(_check_images(shard.path, shard.num_samples) for shard in find_shards(str(folder)))
 
 
@@ -51,12 +51,13 @@ def _check_latents(folder: Path, manifest: Manifest) -> int:
     extra = sorted(path.name for path in folder.glob("*.tar") if path.name not in listed)
     if extra:
         raise DataError("DIR", str(folder / extra[0]), "is not in the manifest", "Remove it, or encode again.")
-    keys: dict[str, str] = {}
+    keys: dict[str, str] = {}  # of all samples so far, with the shard that holds them
     for file in manifest.shards:
         path = folder / file.name
         if not path.is_file():
             raise DataError("DIR", str(path), "is missing", REMEDY)
-        found = _check_blocks(path, file, manifest, keys)
+        # Blocks first: they name the corrupt sample, where the checksum of the file only says that there is one.
+        found = _check_blocks(path, manifest, keys)
         if found != file.samples:
             raise DataError("DIR", str(path), f"holds {found} samples, the manifest says {file.samples}", REMEDY)
         if stored_file(path, file.samples) != file:
@@ -68,13 +69,14 @@ def _check_latents(folder: Path, manifest: Manifest) -> int:
     return manifest.samples
 
 
-def _check_blocks(path: Path, file: ManifestFile, manifest: Manifest, keys: dict[str, str]) -> int:
+def _check_blocks(path: Path, manifest: Manifest, keys: dict[str, str]) -> int:
+    """Check every block of a shard and add its keys to `keys`; returns the number of samples."""
     count, last = 0, None
     try:
         with path.open("rb") as stream:
             for name, content in members(stream):
                 if not name.endswith(BLOCK_FIELD):
-                    raise DataError("DIR", str(path), f"holds {name!r}, which is no block of latents", REMEDY)
+                    raise DataError("DIR", str(path), f"holds {name!r}, which is not a block of latents", REMEDY)
                 names = _check_one_block(path, count, content, manifest)
                 for key in names:
                     if key in keys:
@@ -88,6 +90,7 @@ def _check_blocks(path: Path, file: ManifestFile, manifest: Manifest, keys: dict
 
 
 def _check_one_block(path: Path, first: int, content: bytes, manifest: Manifest) -> list[str]:
+    """The keys of a block whose first sample is number `first` of the shard."""
     try:
         keys, tensors = check_block(content)
     except BlockError as e:
@@ -119,8 +122,8 @@ def _check_images(path: str, stated: int) -> int:
     last, count = None, 0
     try:
         for raw in samples(path):
-            for name, content in itertools.filterfalse(lambda item: item[0].startswith("__"), raw.items()):
-                problem = _problem(name, content)
+            for name, content in raw.items():
+                problem = None if name.startswith("__") else _decoding_problem(name, content)
                 if problem:
                     raise DataError("DIR", path, f"field {name!r} of sample {raw['__key__']!r} {problem}", REMEDY)
             last, count = raw["__key__"], count + 1
@@ -132,7 +135,7 @@ def _check_images(path: str, stated: int) -> int:
     return count
 
 
-def _problem(name: str, content: bytes) -> str | None:
+def _decoding_problem(name: str, content: bytes) -> str | None:
     try:
         if name in IMAGE_FIELDS:
             with Image.open(io.BytesIO(content)) as image:

@@ -1,4 +1,7 @@
-"""One shard of images -> one shard of latents; what encodes them is handed in."""
+"""Encoding one shard of images to one shard of latents. The caller supplies the networks.
+
+What a shard becomes depends on its content, its number and the recipe, not on the process that encodes it.
+"""
 
 from __future__ import annotations
 
@@ -28,36 +31,42 @@ from msdiff_dist.randomness import generator
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
-    """What `msdiff data encode` makes."""
+    """The `encode` section of a recipe: what `msdiff data encode` makes."""
 
     data: DataConfig | None = None
-    """Images to encode. null: the recipe's own `data`."""
+    """Images to encode. null: those of the recipe's `data`."""
     store: Literal["samples", "moments"] = "samples"
-    """What is stored of the autoencoder's posterior: `samples`, or (of `kl` only) its `moments`, from which every visit
-    draws a new sample."""
+    """What is stored of the autoencoder's posterior: one sample of it (`samples`), or for kind `kl` its `moments`, from
+    which every visit draws a new sample."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Floating type of the stored latents and contexts."""
     flip: bool = False
-    """Store the latents of the mirrored images too."""
+    """Whether to store the latents of the mirrored images too."""
     block: int = 256
     """Samples per tar member."""
     batch_size: int = 32
-    """Images encoded at once."""
+    """Images that the autoencoder encodes at once, and captions that the text encoder does."""
     measure_scale: bool = False
-    """Use one over the standard deviation of the latents as the scale factor."""
+    """Whether to use one over the standard deviation of the latents as their scale factor."""
     seed: int = 0
-    """Seed of the samples of the posterior."""
+    """Seed of the noise with which the posterior is sampled."""
 
     def __post_init__(self) -> None:
         for name in ("block", "batch_size"):
             if getattr(self, name) < 1:
-                raise ConfigError(name, getattr(self, name), "must be at least 1", "Leave it out for the default.")
+                raise ConfigError(name, getattr(self, name), "must be at least 1", "Remove it to use the default.")
 
 
 @dataclass(frozen=True)
 class Networks:
-    """encode: uint8 images [n, C, H, W] -> latents, or [mean, log variance] if `posterior`. embed: captions ->
-    context [n, T, D] and mask [n, T]; None: captions are not embedded."""
+    """The frozen networks that encode.
+
+    Attributes:
+        encode: uint8 images [n, C, H, W] to float latents [n, c, h, w], or with `posterior` to their mean and log
+            variance, [n, 2c, h, w].
+        posterior: whether `encode` returns moments.
+        embed: n captions to context [n, T, D] and mask [n, T], false at padding; None if captions are not embedded.
+    """
 
     encode: Callable[[Tensor], Tensor]
     posterior: bool
@@ -66,7 +75,15 @@ class Networks:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRecord:
-    """What became of one shard. mark: of its source. count, sum, squares: of all values of its latents."""
+    """What became of one shard, kept as JSON until the manifest is written.
+
+    Attributes:
+        file: the shard of latents.
+        mark: fingerprint of the shard of images.
+        shape: (c, h, w) of a latent; None if no sample could be encoded.
+        count: number of values in all latents, whose sum and sum of squares are `sum` and `squares`.
+        left_out: the corrupt samples that were skipped, in words.
+    """
 
     file: ManifestFile
     mark: str
@@ -82,7 +99,7 @@ class ShardRecord:
 
     @staticmethod
     def load(path: Path) -> ShardRecord | None:
-        """Read a record; None if it is not there or not whole."""
+        """Read a record; None if it is absent or incomplete."""
         try:
             raw = json.loads(path.read_text())
             shape = None if raw["shape"] is None else tuple(raw["shape"])
@@ -92,22 +109,23 @@ class ShardRecord:
 
 
 class ShardEncoder:
-    """Encodes whole shards, each the same whichever process does it.
+    """Encodes whole shards.
 
     Args:
-        source: the images' configuration.
+        source: where the images are and what is read with them.
     """
 
     def __init__(self, config: EncodeConfig, source: DataConfig, networks: Networks) -> None:
         self._config, self._networks = config, networks
+        # Images are decoded unmirrored: latents of mirrored ones are made here. To be embedded, captions are read.
         captions = source.captions or networks.embed is not None
         self._source = replace(source, flip=False, captions=captions)
 
     def __call__(self, number: int, shard: Shard, mark: str, target: Path) -> ShardRecord:
-        """Write the latents of shard `number` of the source to `target`.
+        """Write the latents of shard `number` of the source, of fingerprint `mark`, to `target`.
 
         Raises:
-            DataError: more than `max_bad` of its samples are corrupt.
+            DataError: more than `data.max_bad` of its samples are corrupt.
         """
         report = CorruptionReport(self._source.max_bad)
         totals = _Totals()
@@ -134,6 +152,8 @@ class ShardEncoder:
         )
 
     def _decoded(self, shard: Shard, report: CorruptionReport) -> Iterator[Samples]:
+        """The samples of a shard that can be decoded, one by one; the others are added to `report`."""
+
         def duplicate(key: str, what: str) -> None:
             report.add(
                 Corruption(shard.path, key, what), DataError(FIELD, shard.path, f"{key!r}: {what}", "Repair it.")
@@ -143,6 +163,7 @@ class ShardEncoder:
             for chunk in chunks(shard.path, self._source.access, duplicate):
                 for row, key in enumerate(chunk["__key__"]):
                     sample = {name: column[row : row + 1] for name, column in chunk.items()}
+                    # Seed and sample number decide mirroring and posterior noise, and images without flip have neither.
                     try:
                         yield decode(sample, self._source, 0, np.zeros(1, np.int64))
                     except DataError as e:
@@ -152,6 +173,7 @@ class ShardEncoder:
             report.add(Corruption(shard.path, None, error.problem), error)
 
     def _block(self, rows: list[Samples], number: int, first: int, totals: _Totals) -> bytes:
+        """The content of a block: samples first, first + 1, ... of shard `number`."""
         dtype = getattr(torch, self._config.dtype)
         images = torch.from_numpy(np.concatenate([row.x_nCHW for row in rows]))
         latents, drawn = self._latents(images, "encode", number, first)
@@ -169,11 +191,12 @@ class ShardEncoder:
         return pack_block([row.key_n[0] for row in rows], tensors, captions)
 
     def _latents(self, images: Tensor, purpose: str, number: int, first: int) -> tuple[Tensor, Tensor]:
-        """(what is stored, latents) of images first, first + 1, ... of a shard."""
+        """(what is stored, sampled latents) of images first, first + 1, ... of shard `number`."""
         encoded = torch.cat([self._networks.encode(images[i]) for i in self._batches(len(images))])
         if not self._networks.posterior:
             return encoded, encoded
         mean, log_variance = encoded.chunk(2, dim=1)
+        # Noise is keyed by shard and sample, so neither blocks nor batches nor parts change it.
         noise = [
             generator(self._config.seed, purpose, number, first + i).standard_normal(mean.shape[1:], dtype=np.float32)
             for i in range(len(mean))
@@ -182,11 +205,14 @@ class ShardEncoder:
         return (encoded if self._config.store == "moments" else drawn), drawn
 
     def _batches(self, n: int) -> list[slice]:
+        """Slices of at most `encode.batch_size` that cover n samples."""
         return [slice(i, i + self._config.batch_size) for i in range(0, n, self._config.batch_size)]
 
 
 @dataclass(kw_only=True)
 class _Totals:
+    """Sums over a shard, as `ShardRecord` describes them."""
+
     samples: int = 0
     shape: tuple[int, ...] | None = None
     count: int = 0
@@ -202,10 +228,14 @@ class _Totals:
 
 
 def measured_scale(records: Sequence[ShardRecord]) -> float:
-    """One over the standard deviation of all values of all latents, to six digits."""
+    """One over the standard deviation of all values of all latents, to six significant digits.
+
+    Raises:
+        DataError: the latents do not vary.
+    """
     count = sum(record.count for record in records)
     mean = sum(record.sum for record in records) / count
     variance = sum(record.squares for record in records) / count - mean**2
     if not variance > 0:
-        raise DataError("encode.measure_scale", True, "all latents are the same", "Leave it out.")
+        raise DataError("encode.measure_scale", True, "all latents are the same", "Remove it.")
     return float(f"{1 / math.sqrt(variance):.6g}")

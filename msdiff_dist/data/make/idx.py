@@ -1,4 +1,4 @@
-"""IDX files, the format of MNIST: an array of bytes behind its shape."""
+"""IDX files, the format of MNIST: two zero bytes, element type, number of dimensions, sizes, then the values."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ _BYTES = 0x08  # the format's code for unsigned bytes
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
-    """The array in a file, gzipped if its name ends in .gz.
+    """The array in a file, which is gzipped if its name ends in .gz.
 
     Raises:
-        OSError: it cannot be read. ValueError: it is not an IDX file of bytes, or cut short.
+        OSError: the file cannot be read.
+        ValueError: it is not an IDX file of bytes, or its length does not fit its shape.
     """
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()

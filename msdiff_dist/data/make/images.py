@@ -1,4 +1,4 @@
-"""Every image of a data set once, with its class: for classifiers and statistics."""
+"""Every image of a data set once, in the order of the shards: for classifiers and statistics, not for training."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ def read_images(config: DataConfig) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Batches of uint8 images [n, C, H, W], none mirrored, and int64 labels [n] if the data has `num_classes`.
 
     Raises:
-        ConfigError: the data are not images. DataError: shards are missing, corrupt, or hold other images.
+        ConfigError: the data are not images.
+        DataError: shards are missing or corrupt, or their images are not of the configured size or labels.
     """
     if config.kind != "image":
-        raise ConfigError("data.kind", config.kind, "holds no images", "Name shards of images, kind image.")
+        raise ConfigError("data.kind", config.kind, "holds no images", "Use a recipe whose data.kind is image.")
     config = replace(config, flip=False, captions=False, context_shape=None)
+    # No seed or sample number is needed: without flip, decoding draws nothing.
     read: list[Samples] = []
     for path in (shard.path for shards in load_index(config) for shard in shards):
         try:

@@ -1,4 +1,7 @@
-"""What a folder of latents says of itself: which images, by which networks, and a checksum of every file."""
+"""The manifest of a folder of latents: images and networks they come from, and a checksum of every file.
+
+A manifest is written last. A folder without one was not encoded completely.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class ManifestFile:
-    """A file beside the manifest, and the samples in it."""
+    """A file beside the manifest: its samples, its size in bytes and its SHA-256 in hexadecimal."""
 
     name: str
     samples: int
@@ -34,7 +37,12 @@ class ManifestFile:
 
 @dataclass(frozen=True)
 class NetworkIdentity:
-    """A frozen network. name: where it came from. identity: digest of its weights and settings."""
+    """A frozen network.
+
+    Attributes:
+        name: where it came from.
+        identity: digest of its weights and settings.
+    """
 
     name: str
     identity: str
@@ -45,11 +53,19 @@ class Manifest:
     """The content of manifest.json.
 
     Attributes:
-        shape: (C, H, W) of a latent; with `moments` twice as many channels are stored, mean and log variance.
-        flip: the latents of the mirrored images are stored too.
-        scale_factor: by which latents are to be multiplied; measured is one over their standard deviation.
-        context_shape: (T, D) of the embedding of a caption. null_context: that of the empty caption.
-        source: marks of the shards of images. left_out: corrupt ones.
+        samples: number of samples in all shards.
+        shape: (C, H, W) of a latent.
+        dtype: floating type of latents and contexts.
+        moments: whether mean and log variance, 2C channels, are stored in place of a sample of the posterior.
+        flip: whether the latents of the mirrored images are stored too.
+        scale_factor: factor by which training multiplies latents.
+        scale_measured: whether it is one over their standard deviation, not the autoencoder's own.
+        context_shape: (T, D) of the embedding of a caption; None if captions are not embedded.
+        null_context: file with the embedding of the empty caption.
+        source: fingerprint of the shards of images.
+        left_out: the corrupt shards and samples that were skipped, in words.
+        shards: the shards of latents.
+        format: version of this file's layout.
     """
 
     samples: int
@@ -74,10 +90,10 @@ class Manifest:
 
 
 def load_manifest(address: str, access: Access = DEFAULT_ACCESS) -> Manifest | None:
-    """Read a manifest; None if there is none.
+    """Read a manifest; None if there is no such file.
 
     Raises:
-        DataError: it is corrupt or of a newer format.
+        DataError: the file is corrupt or of a newer format.
     """
     try:
         mapping = json.loads(read_bytes(address, access))
@@ -95,7 +111,7 @@ def load_null_context(address: str, manifest: Manifest, access: Access = DEFAULT
     """The embedding of the empty caption, [T, D].
 
     Raises:
-        DataError: it is missing or corrupt.
+        DataError: the file is missing or corrupt.
     """
     assert manifest.null_context is not None
     try:
@@ -108,5 +124,5 @@ def load_null_context(address: str, manifest: Manifest, access: Access = DEFAULT
 
 
 def stored_file(path: Path, samples: int = 0) -> ManifestFile:
-    """Size and checksum of a file."""
+    """Describe a file, by reading all of it."""
     return ManifestFile(name=path.name, samples=samples, bytes=path.stat().st_size, sha256=sha256_of(path))

@@ -1,4 +1,4 @@
-"""Packing a person's own folder of images into shards."""
+"""`msdiff data pack`: a folder of image files to shards."""
 
 from __future__ import annotations
 
@@ -28,7 +28,12 @@ EXIF_ORIENTATION = 0x0112
 
 @dataclass
 class Packed:
-    """What came of a folder: the shards, and the files left out with the reason."""
+    """The result of packing a folder.
+
+    Attributes:
+        dataset: the shards.
+        left_out: the files that were skipped, each with the reason.
+    """
 
     dataset: WrittenDataset
     left_out: list[tuple[Path, str]]
@@ -36,6 +41,14 @@ class Packed:
 
 @dataclass(kw_only=True)
 class _Folder:
+    """A folder of images as samples.
+
+    Attributes:
+        classes: names of the top sub-folders, if they are classes; the label is the position.
+        captioned: whether every image must have a caption file.
+        size: height and width to crop and resize to; None keeps images as they are.
+    """
+
     root: Path
     files: list[Path]
     classes: tuple[str, ...]
@@ -45,6 +58,7 @@ class _Folder:
     left_out: list[tuple[Path, str]] = field(default_factory=list)
 
     def samples(self) -> Iterator[tuple[str, Fields]]:
+        """(key, fields) of every usable image; the others are added to `left_out`."""
         number = itertools.count()
         for i in generator(0, "pack order").permutation(len(self.files)).tolist():
             path = self.files[i]
@@ -68,6 +82,7 @@ class _Folder:
         if name is not None:
             about["label"] = self.classes.index(name)
             fields["cls"] = str(about["label"]).encode()
+        # The caption file decides. Without one, the class is the caption.
         side_car = path.with_suffix(".txt")
         if side_car.is_file():
             caption = side_car.read_text(encoding="utf-8").strip()
@@ -107,12 +122,12 @@ def pack(images: Path, out: Path, size: int | None = None, samples_per_shard: in
 
 
 def _image(path: Path, size: int | None) -> tuple[str, bytes, tuple[int, int]]:
-    """(extension, file content, (width, height)); the file as it is where nothing has to change."""
+    """(extension, file content, (width, height)). A file that needs no change is kept byte for byte, others are PNG."""
     with Image.open(path) as image:
         image.load()
         extension = path.suffix.lower().lstrip(".")
-        as_it_is = image.mode in ("L", "RGB") and image.getexif().get(EXIF_ORIENTATION, 1) == 1
-        if size is None and as_it_is and extension in IMAGE_FIELDS:
+        is_plain = image.mode in ("L", "RGB") and image.getexif().get(EXIF_ORIENTATION, 1) == 1
+        if size is None and is_plain and extension in IMAGE_FIELDS:
             return extension, path.read_bytes(), image.size
         upright = _opaque(ImageOps.exif_transpose(image))
     if size is not None:
@@ -121,7 +136,7 @@ def _image(path: Path, size: int | None) -> tuple[str, bytes, tuple[int, int]]:
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """Grey or RGB, transparency on white."""
+    """The image in grey or RGB, with white behind what is transparent."""
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

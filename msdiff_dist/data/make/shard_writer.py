@@ -1,4 +1,4 @@
-"""Writing shards: plain USTAR archives that are complete or not there, the same bytes for the same samples."""
+"""Writing shards: plain USTAR archives, complete or absent, and the same bytes for the same samples."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Fields = Mapping[str, bytes]  # file extension -> content
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """What `dataset.json` tells about a folder of shards."""
+    """What `dataset.json` says about a folder of shards."""
 
     name: str
     licence: str
@@ -33,7 +33,12 @@ class DatasetInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenDataset:
-    """A finished folder of shards. `class_counts` has the samples of each class that has any."""
+    """A complete folder of shards.
+
+    Attributes:
+        bytes: size of all shards together.
+        class_counts: samples by label; labels without samples are absent.
+    """
 
     out: Path
     info: DatasetInfo
@@ -51,12 +56,12 @@ def encode_image(image: Image.Image) -> bytes:
 
 
 def even_sizes(samples: int, shards: int) -> Iterator[int]:
-    """Sizes of `shards` shards that differ by one at most."""
+    """Sizes of `shards` shards that hold `samples` together and differ by one at most."""
     return (samples * (i + 1) // shards - samples * i // shards for i in range(shards))
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, Fields]]) -> int:
-    """Write one shard, complete or not at all; returns its number of samples."""
+    """Write one shard of (key, fields), complete or not at all; returns its number of samples."""
     count = 0
 
     def write(stream: IO[bytes]) -> None:
@@ -74,7 +79,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Fields]]) -> int:
 
 
 def write_index(folder: Path, name: str, counts: Mapping[str, int]) -> None:
-    """Write `index.json` (wids format) for shards (file name -> samples) that lie in `folder`."""
+    """Write `index.json` (wids format) for shards that lie in `folder`. `counts`: samples by file name."""
     shardlist = [
         {"url": shard, "nsamples": n, "filesize": (folder / shard).stat().st_size} for shard, n in counts.items()
     ]
@@ -83,10 +88,10 @@ def write_index(folder: Path, name: str, counts: Mapping[str, int]) -> None:
 
 
 def check_output(out: Path) -> None:
-    """Refuse a folder that holds anything.
+    """Check that shards can be written to `out`.
 
     Raises:
-        DataError: it does.
+        DataError: `out` exists and is not an empty folder.
     """
     if not is_free(out):
         raise DataError("--out", str(out), "exists and is not an empty folder", "Name another folder, or remove it.")
@@ -110,6 +115,7 @@ def write_dataset(
         counts: dict[str, int] = {}
         class_counts: Counter[int] = Counter()
         tallied = _tally(samples, class_counts)
+        # A shard is begun only if there is a sample for it, so no empty shard is written.
         for size in filter(None, sizes):
             first = next(tallied, None)
             if first is None:
@@ -132,6 +138,7 @@ def write_dataset(
 
 
 def _tally(samples: Iterable[tuple[str, Fields]], counts: Counter[int]) -> Iterator[tuple[str, Fields]]:
+    """The samples unchanged, while their labels are counted."""
     for key, fields in samples:
         if "cls" in fields:
             counts[int(fields["cls"])] += 1

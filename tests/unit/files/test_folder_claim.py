@@ -1,4 +1,4 @@
-"""Folders that know what they are being filled with."""
+"""Folders with a record of what they are being filled with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever the library refuses is refused, with no other error than ours; what it writes is read."""
+"""Whatever the library refuses is refused with `HeaderError` and no other error; what it writes is read."""
 
 from __future__ import annotations
 
@@ -133,13 +133,13 @@ def entry(dtype: str = "F32", shape: Any = (1,), offsets: Any = (0, 4)) -> dict[
         ({"a": entry(shape=(-1,))}, 4, "holds -1"),
         ({"a": entry(shape=(0, 2**63), offsets=(0, 0))}, 0, "too large"),
         ({"a": entry("F8_E4M3", (4,))}, 4, "type F8_E4M3"),
-        ({"a": entry() | {"strides": [1]}}, 4, "has not the fields"),
+        ({"a": entry() | {"strides": [1]}}, 4, "does not have exactly the fields"),
         ({"a": entry(), "__metadata__": {"n": 1}}, 4, "metadata are not all text"),
         ({"a": entry()}, 5, "has .* bytes where its header says"),
         ([], 0, "no mapping"),
     ],
 )
-def test_what_is_wrong_is_said(header: Any, size: int, problem: str) -> None:
+def test_messages_say_what_is_wrong(header: Any, size: int, problem: str) -> None:
     with pytest.raises(HeaderError, match=problem):
         ours(framed(json.dumps(header).encode(), bytes(size)))
 

@@ -1,4 +1,4 @@
-"""Data sets that need no download, a module each."""
+"""`msdiff data prepare`: data sets that need no download, one module each."""
 
 from __future__ import annotations
 
@@ -19,9 +19,14 @@ DATASETS: Table[Dataset] = Table("data set", {"digits": DIGITS, "fashion-mnist":
 def prepare(
     name: str, out: Path, source: Path | None = None, split: Split = "train", shards: int = 24, size: int | None = None
 ) -> WrittenDataset:
-    """Write a known data set as shards.
+    """Write the data set `name` of `DATASETS` as shards.
+
+    Args:
+        source: file or folder that holds the data; None for the usual place.
+        size: height and width in pixels; None for the data set's own.
 
     Raises:
+        ConfigError: there is no data set of that name.
         DataError: the source is missing or corrupt, or `out` is in use.
     """
     known = DATASETS.choose("DATASET", name)

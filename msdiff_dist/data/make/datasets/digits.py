@@ -20,6 +20,7 @@ def digits(source: Path | None, split: Split, size: int) -> Iterator[LabelledIma
     if source is not None:
         raise DataError("--source", str(source), "has no meaning for digits: they come with scikit-learn", "Remove it.")
     data = load_digits()
+    # Pixels are counts from 0 to 16.
     for i in tenth_apart(len(data.target), split):
         small = Image.fromarray((data.images[i] * (255 / 16)).round().astype(np.uint8))
         inner = max(size * 3 // 4, 1)

@@ -29,6 +29,7 @@ def emoji(source: Path | None, split: Split, size: int) -> Iterator[LabelledImag
         raise DataError("--source", str(path), f"is not Noto Color Emoji ({e})", "Give NotoColorEmoji.ttf.") from e
     for i in tenth_apart(len(characters), split):
         character = characters[i]
+        # Drawn at (0, 0), the glyph fills the box from (left, top) to (right, bottom). Drawn at `at`, it is centred.
         left, top, right, bottom = (int(edge) for edge in font.getbbox(character))
         edge = max(right - left, bottom - top)
         image = Image.new("RGB", (edge, edge), "white")
@@ -41,6 +42,7 @@ def emoji(source: Path | None, split: Split, size: int) -> Iterator[LabelledImag
 
 
 def _is_emoji(character: str, font: ImageFont.FreeTypeFont) -> bool:
+    """Whether the font has an image of a character that is a symbol with a name."""
     name = unicodedata.name(character, "")
     if unicodedata.category(character) not in ("So", "Sm", "Po", "Pd", "Ll") or name.startswith("REGIONAL INDICATOR"):
         return False

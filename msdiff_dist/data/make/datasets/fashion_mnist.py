@@ -1,4 +1,4 @@
-"""Debian's Fashion-MNIST."""
+"""Fashion-MNIST, from the IDX files that a Debian package installs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def fashion_mnist(source: Path | None, split: Split, size: int) -> Iterator[Labe
     images = _read_fashion(folder, f"{stem}-images-idx3-ubyte", dimensions=3)
     labels = _read_fashion(folder, f"{stem}-labels-idx1-ubyte", dimensions=1)
     if len(images) != len(labels):
-        raise DataError("--source", str(folder), f"has {len(images)} images, {len(labels)} labels", "Get it anew.")
+        raise DataError(
+            "--source", str(folder), f"has {len(images)} images, {len(labels)} labels", "Install or copy it again."
+        )
     for i, (pixels, label) in enumerate(zip(images, labels.tolist(), strict=True)):
         image = Image.fromarray(pixels)
         if size < image.width:
@@ -37,7 +39,7 @@ def fashion_mnist(source: Path | None, split: Split, size: int) -> Iterator[Labe
 
 
 def _read_fashion(folder: Path, name: str, dimensions: int) -> NDArray[np.uint8]:
-    """An array of bytes from an IDX file, gzipped or not."""
+    """The array of an IDX file, gzipped or not, with the expected number of dimensions."""
     path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
     if path is None:
         remedy = "Install it (`apt-get install dataset-fashion-mnist`) or give its folder with --source."

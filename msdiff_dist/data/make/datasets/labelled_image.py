@@ -1,4 +1,4 @@
-"""What a data set to prepare is made of."""
+"""What a module of a data set defines: images with captions and labels, and a `Dataset` that yields them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Split = Literal["train", "test"]
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledImage:
-    """An image and what is known of it."""
+    """One sample of a data set."""
 
     key: str
     image: Image.Image
@@ -40,9 +40,10 @@ class Dataset:
     """A data set that `msdiff data prepare` knows.
 
     Attributes:
+        info: what `dataset.json` is to say about it.
         size: default height and width in pixels.
-        images: (source path or None, split, size) to all images of the split. It refuses a missing source with
-            a `DataError` that says how to get it.
+        images: maps (source path or None, split, size) to all images of the split. A missing source is a `DataError`
+            whose remedy says how to get it.
     """
 
     info: DatasetInfo
@@ -51,13 +52,13 @@ class Dataset:
 
 
 def tenth_apart(samples: int, split: Split) -> list[int]:
-    """A fixed tenth of the samples is for test; both splits are in a fixed shuffled order."""
+    """The sample numbers of a split, in a fixed shuffled order. A fixed tenth of the samples is the test split."""
     order: list[int] = generator(0, "test split").permutation(samples).tolist()
     return order[: samples // 10] if split == "test" else order[samples // 10 :]
 
 
 def centred(image: Image.Image, size: int, background: str) -> Image.Image:
-    """The image in the middle of a square of `size` pixels; a larger one is cut."""
+    """The image in the middle of a square of height and width `size`; what does not fit is cut off."""
     canvas = Image.new(image.mode, (size, size), background)
     canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
     return canvas
