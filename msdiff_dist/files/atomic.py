@@ -123,7 +123,7 @@ def filled_aside(path: Path) -> Iterator[Path]:
 
 
 def publish(aside: Path, path: Path) -> None:
-    """Flush a file, or a folder with all its content, to the disk, and rename it to `path`, over an empty folder if any.
+    """Flush a file or a whole folder to the disk, then rename it to `path`, where an empty folder is replaced.
 
     Raises:
         OSError: `aside` was not renamed.
