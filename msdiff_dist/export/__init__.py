@@ -1,1 +1,1 @@
-"""Weights to use: described, written as plain safetensors, averaged after training."""
+"""Trained weights for use: their description, their files in plain safetensors, and averages made after training."""

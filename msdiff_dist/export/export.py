@@ -1,11 +1,13 @@
-"""Weights to use elsewhere: plain safetensors and a config.json, written one parameter at a time.
+"""Writes an export folder: a model's weights in plain safetensors with a description, one parameter at a time.
 
 export/
   config.json           `ModelDescription`: rebuilds the model without a recipe
   model.safetensors     every parameter
-  shared.safetensors, stage_0.safetensors, ...   the same in parts: what all stages share, and each stage's own
+  shared.safetensors    the parameters that all stages share
+  stage_0.safetensors   those of stage 0 alone; one such file for each stage
 
-Names are those of `MultistageUNet` in every file: `shared.*`, `stages.K.*`. A stage needs the shared file and its own.
+Every file uses the names of `MultistageUNet`: `shared.*`, `stages.K.*`. `model.safetensors` repeats what the others
+hold: one file loads the whole model, and a program that runs one stage loads the shared file and that stage's alone.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from msdiff_dist.export.posthoc import open_posthoc
 from msdiff_dist.export.weights import CONFIG, MODEL, CheckpointWeights, open_checkpoint
 from msdiff_dist.files.atomic import atomic_folder, writing
 
-_METADATA = {"format": "pt"}  # what the libraries that read such files look for
+_METADATA = {"format": "pt"}  # Hugging Face's loaders look for it; "pt" is PyTorch
 
 
 def export(
@@ -37,18 +39,23 @@ def export(
 
     Args:
         run: a run folder, or one checkpoint.
-        ema_length: of an average made from the run's snapshots, relative to the training so far.
+        step: the run's checkpoint to export; None takes the newest.
+        ema: whether to export the averaged weights or those of the last step.
+        ema_length: make an average of this length from the run's snapshots instead, as a fraction of the training so
+            far.
 
     Raises:
-        CheckpointError: no such checkpoint, it is corrupt, or `out` holds files or cannot be written; or an average of
-            that length cannot be made.
+        CheckpointError: there is no such checkpoint, it is corrupt, an average of that length cannot be made, or `out`
+            holds files or cannot be written.
     """
     if ema_length is None:
         weights = CheckpointWeights(open_checkpoint(run, step, verify=True), ema)
     elif ema:
         weights = open_posthoc(run, ema_length, step)
     else:
-        raise CheckpointError("--ema-length", ema_length, "--raw asks for weights that are no average", "Keep one.")
+        raise CheckpointError(
+            "--ema-length", ema_length, "--raw asks for weights that are no average", "Give one of them."
+        )
     with writing("--out", out, CheckpointError), atomic_folder(out) as aside:
         shapes = weights.reader.index.shapes
         like = {name: torch.empty(shapes[name], device="meta") for name in weights.names()}
@@ -61,15 +68,19 @@ def export(
 def write_tensors(
     folder: Path, like: Mapping[str, Tensor], read: Callable[[str], Tensor], metadata: Mapping[str, str]
 ) -> dict[str, str]:
-    """Write every file of parameters of an export, reading each parameter once; returns their sha256 by name.
+    """Write the files of an export that hold parameters; returns each file's sha256.
 
     Args:
-        like: every parameter's type and shape.
+        folder: where to write; it exists.
+        like: a tensor of every parameter's type and shape, which may be on the meta device.
+        read: returns a parameter by name. Called once for each, although each is written to two files.
+        metadata: added to the header of every file.
     """
-    names = sorted(like, key=lambda name: (-like[name].element_size(), name))  # aligned, as the format asks
+    # Widest elements first, as safetensors' own writer does: then every tensor starts at a multiple of its element size.
+    names = sorted(like, key=lambda name: (-like[name].element_size(), name))
     files = {MODEL: names}
     for name in names:
-        files.setdefault(_part_file(name), []).append(name)
+        files.setdefault(_module_file(name), []).append(name)
     with ExitStack() as stack:
         writers = {
             file: stack.enter_context(
@@ -80,10 +91,11 @@ def write_tensors(
         for name in names:
             tensor = read(name)
             writers[MODEL].write(name, tensor)
-            writers[_part_file(name)].write(name, tensor)
+            writers[_module_file(name)].write(name, tensor)
     return {file: writer.stored.sha256 for file, writer in writers.items()}
 
 
-def _part_file(name: str) -> str:
-    part, stage, *_ = name.split(".")
-    return f"stage_{stage}.safetensors" if part == "stages" else f"{part}.safetensors"
+def _module_file(name: str) -> str:
+    """The file, besides the one of all parameters, that holds this parameter."""
+    module, stage, *_ = name.split(".")
+    return f"stage_{stage}.safetensors" if module == "stages" else f"{module}.safetensors"

@@ -1,7 +1,7 @@
-"""EDM2's averages of any length, made from snapshots of a few when training is over (Karras et al. 2024, section 3).
+"""Averages of any length, made after training from snapshots of a few lengths (EDM2: 2312.02696, section 3.2).
 
-The profile asked for is fitted by a sum of those of the snapshots (`checkpoint.power_profile`), whose weights are then
-summed alike.
+The profile of the wanted average is fitted by a weighted sum of the snapshots' profiles (`checkpoint.power_profile`).
+An average is linear in the weights that it averages, so the same sum of the snapshots approximates the wanted average.
 """
 
 from __future__ import annotations
@@ -23,20 +23,30 @@ from msdiff_dist.checkpoint.power_profile import LONGEST, SNAPSHOTS, exponent, f
 from msdiff_dist.errors import CheckpointError
 from msdiff_dist.export.weights import CheckpointWeights
 
-_OPEN_FILES = 512
-_POOR_FIT = 0.05
+_OPEN_FILES = 512  # by all snapshots together; a process may often open no more than 1024
+_POOR_FIT = 0.05  # distance of the fitted profile, relative to the wanted one's norm, from which a warning is given
 
 
 class PosthocWeights(CheckpointWeights):
-    """The average of `length` at the last of a run's snapshots."""
+    """The average of relative `length` at the step of the last reader.
+
+    Args:
+        readers: checkpoints and snapshots that hold averages, in order of step.
+
+    Attributes:
+        distance: error of the fitted profile, relative to the norm of the wanted one.
+    """
 
     def __init__(self, readers: Sequence[CheckpointReader], length: float) -> None:
         super().__init__(readers[-1])
         power = self.reader.index.recipe["ema"]["power"]
-        sources = [(reader, s) for reader in readers for s in power["lengths"]]
-        held = np.array([(reader.index.step, exponent(s)) for reader, s in sources])
-        coefficients, self.distance = fit(held, np.array([self.reader.index.step, exponent(length)]))
-        self._terms = [(r, kind_of(s), float(c)) for (r, s), c in zip(sources, coefficients, strict=True)]
+        sources = [(reader, held_length) for reader in readers for held_length in power["lengths"]]
+        held_n2 = np.array([(reader.index.step, exponent(held_length)) for reader, held_length in sources])
+        coefficients_n, self.distance = fit(held_n2, np.array([self.reader.index.step, exponent(length)]))
+        self._terms = [
+            (reader, kind_of(held_length), float(coefficient))
+            for (reader, held_length), coefficient in zip(sources, coefficients_n, strict=True)
+        ]
         self.description = replace(self.description, ema_length=length)
 
     def tensor(self, name: str) -> Tensor:
@@ -44,6 +54,7 @@ class PosthocWeights(CheckpointWeights):
         return self.read_range(name, 0, math.prod(shape)).view(shape)
 
     def read_range(self, name: str, start: int, numel: int) -> Tensor:
+        # Coefficients of both signs cancel each other in part, so the sum is made in float64.
         total = torch.zeros(numel, dtype=torch.float64)
         for reader, kind, coefficient in self._terms:
             total.add_(reader.read_range(kind, name, start, numel), alpha=coefficient)
@@ -57,32 +68,37 @@ class PosthocWeights(CheckpointWeights):
 def open_posthoc(run: Path, length: float, step: int | None = None) -> PosthocWeights:
     """The average of a relative length at the newest checkpoint or snapshot of a run folder, or at that of `step`.
 
-    Every file is compared with its checksum.
+    Compares every file with its checksum. Warns if the snapshots give an average of that length only roughly.
 
     Raises:
-        CheckpointError: the length is out of range, or the run has no such step or no snapshots. CorruptError.
+        CheckpointError: the length is out of range, the run has no snapshots, or it has none and no checkpoint of this
+            step.
+        CorruptError: a file is corrupt.
     """
     if not 0 < length < LONGEST:
         raise CheckpointError("--ema-length", length, f"must lie in (0, {LONGEST:.4f})", "Try 0.05, 0.1 or 0.15.")
-    snapshots = {step_of(p): p for p in complete_checkpoints(run / SNAPSHOTS)}
+    snapshots = {step_of(folder): folder for folder in complete_checkpoints(run / SNAPSHOTS)}
     if not snapshots:
         raise CheckpointError(
             "--ema-length", length, f"{run} holds no {SNAPSHOTS} to make the average from",
-            "Train with ema.power.snapshot_every, or leave --ema-length out.",
+            "Train with ema.power.snapshot_every, or remove --ema-length.",
         )  # fmt: skip
-    held = {step_of(p): p for p in complete_checkpoints(run / "checkpoints") if step_of(p)} | snapshots
+    # Checkpoints hold the averages too, so one of them may be the last term; that of step 0 has averaged nothing yet.
+    checkpoints = {step_of(folder): folder for folder in complete_checkpoints(run / "checkpoints") if step_of(folder)}
+    held = checkpoints | snapshots
     last = max(held) if step is None else step
     if last not in held:
         steps = ", ".join(map(str, sorted(held)))
         raise CheckpointError("--step", step, f"{run} has no checkpoint or snapshot of that step", f"It has: {steps}.")
-    folders = [p for s, p in snapshots.items() if s < last] + [held[last]]
-    readers = [CheckpointReader(p, _OPEN_FILES // len(folders)) for p in folders]
+    folders = [folder for s, folder in snapshots.items() if s < last] + [held[last]]
+    readers = [CheckpointReader(folder, _OPEN_FILES // len(folders)) for folder in folders]
     for reader in readers:
         reader.verify()
     weights = PosthocWeights(readers, length)
     if weights.distance > _POOR_FIT:
         warnings.warn(
             f"the {len(folders)} snapshots up to step {last} give the average of length {length} with an error of "
-            f"{weights.distance:.0%}: lengths nearer to those of ema.power, or more snapshots, do better", stacklevel=3
+            f"{weights.distance:.0%}: a length nearer to those of ema.power, or more snapshots, gives less error",
+            stacklevel=3,
         )  # fmt: skip
     return weights

@@ -1,4 +1,4 @@
-"""A trained model that takes times in its process's own variable."""
+"""A trained model to call from Python, with times in its process's own variable: `load_model`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from msdiff_dist.models.multistage_unet import MultistageUNet, build_model
 
 
 class TimedModel(nn.Module):
-    """The network's raw output for any mix of stages.
+    """A multi-stage network that chooses the stage of each sample by its time.
 
     Attributes:
-        network: the whole model.
-        description: what it is, with its process and its partition into stages.
+        network: the encoder and all decoders.
+        description: the model's configuration.
+        process: the diffusion process, whose time variable `forward` takes.
+        partition: the division of that time into stages.
     """
 
     def __init__(self, network: MultistageUNet, description: ModelDescription) -> None:
@@ -29,38 +31,41 @@ class TimedModel(nn.Module):
     def forward(
         self, x_BCHW: Tensor, t_B: Tensor, context: Tensor | None = None, label: Tensor | None = None
     ) -> Tensor:
-        """Output [B, out_channels, H, W].
+        """The network's raw output [B, out_channels, H, W]; samples of different stages may stand in one batch.
 
         Args:
-            x_BCHW: the network's image input as it is: nothing is preconditioned here.
+            x_BCHW: the network's input. No preconditioning is applied to it or to the output.
             t_B: times in the process's own variable: timestep, t or sigma.
-            context: tokens [B, S, context_dim], where the model takes them.
-            label: int64 [B], where the model has classes; num_classes stands for "dropped".
+            context: tokens [B, S, context_dim], for models that take context.
+            label: classes, int64 [B], for models that have classes; `num_classes` is the dropped class.
         """
         out: Tensor = self.network(x_BCHW, self.process.network_time(t_B), self.partition.stage_of(t_B), context, label)
         return out
 
 
 def load_model(path: Path | str, ema: bool = True) -> TimedModel:
-    """A ready model, on the CPU, in float32 and in evaluation mode, from an export folder.
-
-    A run folder (its newest checkpoint) or a checkpoint will do as well.
+    """A trained model, on the CPU, in float32 and in evaluation mode.
 
     Args:
-        ema: the average of the weights; else the last ones.
+        path: an export folder, a run folder (its newest checkpoint) or one checkpoint.
+        ema: whether to load the averaged weights or those of the last step.
 
     Raises:
         CheckpointError: there are no such weights, or they are corrupt.
     """
     weights = open_weights(Path(path), ema=ema)
-    with torch.device("meta"):
+    with torch.device("meta"):  # without memory or initial values: `_fill` replaces every parameter
         network = build_model(weights.description.model)
     _fill(network, weights, Path(path))
     return TimedModel(network, weights.description).eval()
 
 
 def _fill(network: nn.Module, weights: Weights, path: Path) -> None:
-    """Give the parameters of a network on the meta device their values, one after the other."""
+    """Replace the parameters of a network on the meta device by `weights`, one at a time.
+
+    Raises:
+        CorruptError: the weights are not those of the network.
+    """
     parameters = dict(network.named_parameters())
     differing = sorted(parameters.keys() ^ set(weights.names()))
     if differing:

@@ -1,4 +1,4 @@
-"""A model's weights wherever they are: in a run folder, a checkpoint or an export."""
+"""A model's weights and description, read alike from a run folder, a checkpoint or an export."""
 
 from __future__ import annotations
 
@@ -20,24 +20,26 @@ from msdiff_dist.export.description import FORMAT, ModelDescription, describe, d
 from msdiff_dist.files.digest import sha256_of
 
 CONFIG = "config.json"
+"""File of an export that holds its `ModelDescription`."""
 MODEL = "model.safetensors"
+"""File of an export that holds every parameter."""
 
 
 class Weights(ABC):
-    """What a model is, and its parameters, each read when asked for."""
+    """A model's description and its parameters. Each parameter is read from its file when it is asked for."""
 
     description: ModelDescription
 
     @abstractmethod
     def names(self) -> list[str]:
-        """Every parameter, sorted."""
+        """Names of all parameters, sorted."""
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
-        """One parameter in its shape.
+        """The parameter `name`, in its shape.
 
         Raises:
-            CorruptError: it is not there in full.
+            CorruptError: it is missing or incomplete.
         """
 
     @abstractmethod
@@ -46,15 +48,15 @@ class Weights(ABC):
 
     @abstractmethod
     def identity(self) -> str:
-        """Hex digest that other weights would not have."""
+        """A hex digest that is the same for the same weights alone."""
 
     def module_state(self, prefix: str) -> dict[str, Tensor]:
-        """State dict of the part of the model under `prefix` (`shared.`, `stages.1.`), prefix removed."""
+        """State dict of one module: the parameters whose names begin with `prefix` (`stages.1.`), without it."""
         return {name.removeprefix(prefix): self.tensor(name) for name in self.names() if name.startswith(prefix)}
 
 
 class CheckpointWeights(Weights):
-    """The average or the last weights of a checkpoint."""
+    """The weights of a checkpoint: the averaged ones if `ema`, else those of the last step."""
 
     def __init__(self, reader: CheckpointReader, ema: bool = True) -> None:
         self.reader, self._kind = reader, "ema" if ema else "param"
@@ -71,21 +73,24 @@ class CheckpointWeights(Weights):
         return self.reader.read_range(self._kind, name, start, numel)
 
     def identity(self) -> str:
+        # The index lists the files with their digests, so nothing has to be read.
         digests = sorted(f"{stored.name} {stored.sha256}" for stored in self.reader.index.files)
         return hashlib.sha256("\n".join([self._kind, *digests]).encode()).hexdigest()
 
 
 class ExportWeights(Weights):
-    """What an export folder holds.
+    """The weights of an export folder.
 
     Raises:
-        CorruptError: a file is missing, cut short or changed. CheckpointError: it is of a newer format.
+        CorruptError: a file is missing, cut short or not readable.
+        CheckpointError: it is of a newer format, or no export folder.
     """
 
     def __init__(self, folder: Path) -> None:
         description = _read_description(folder / CONFIG)
         autoencoder = description.autoencoder
-        if autoencoder.path and (folder / autoencoder.path).is_dir():  # it came along with the export
+        # The path of an autoencoder that came along with the export is relative to the export's folder.
+        if autoencoder.path and (folder / autoencoder.path).is_dir():
             autoencoder = replace(autoencoder, path=str(folder / autoencoder.path))
         self.description = replace(description, autoencoder=autoencoder)
         self._reader = TensorReader(folder / MODEL)
@@ -106,13 +111,17 @@ class ExportWeights(Weights):
 
 
 def open_weights(path: Path, step: int | None = None, ema: bool = True) -> Weights:
-    """The weights in an export folder, a run folder (of its newest checkpoint, or that of `step`), or a checkpoint.
+    """The weights in an export folder, a run folder or one checkpoint.
 
-    An export holds either the average or the last weights. Where it holds the last ones and `ema` asks for the average,
-    these are given, with a warning.
+    An export holds either averaged weights or those of the last step. If it holds the latter and `ema` asks for
+    averaged ones, it gives those it has, with a warning.
+
+    Args:
+        step: the run's checkpoint to read; None takes the newest. Without meaning for an export.
+        ema: whether to read the averaged weights or those of the last step.
 
     Raises:
-        CheckpointError: there are none, they are corrupt, or the last ones are asked for and not there.
+        CheckpointError: there are none, they are corrupt, or `ema` is false and an export holds averaged ones only.
     """
     if not (path / CONFIG).exists():
         return CheckpointWeights(open_checkpoint(path, step), ema)
@@ -120,27 +129,32 @@ def open_weights(path: Path, step: int | None = None, ema: bool = True) -> Weigh
     held = weights.description.weights
     if held == "ema" and not ema:
         raise CheckpointError(
-            "ema", ema, f"{path} holds the averaged weights only", "Export the last ones with `msdiff export --raw`."
+            "ema",
+            ema,
+            f"{path} holds averaged weights only",
+            "Export the last ones with `msdiff export --raw`.",
         )
     if held == "raw" and ema:
-        warnings.warn(f"{path} holds the last weights, not their average", stacklevel=3)
+        warnings.warn(f"{path} holds the last weights, not averaged ones", stacklevel=3)
     return weights
 
 
 def open_checkpoint(path: Path, step: int | None = None, verify: bool = False) -> CheckpointReader:
-    """A run folder's newest checkpoint, that of `step`, or the checkpoint `path`.
+    """A run folder's newest checkpoint, the run's checkpoint of `step`, or the checkpoint `path`.
 
     Args:
         verify: compare its files with their checksums.
 
     Raises:
-        CheckpointError: there is none, or it is corrupt: then naming the newest older one that is intact.
+        CheckpointError: there is none.
+        CorruptError: it is corrupt; the error names the newest older checkpoint that is intact, if there is one.
     """
     folder = find_checkpoint(path, step)
     try:
         return _opened(folder, verify)
     except CorruptError as e:
-        older = [p for p in complete_checkpoints(folder.parent) if p.name < folder.name]
+        # Names hold the step in eight digits, so they sort by step.
+        older = [candidate for candidate in complete_checkpoints(folder.parent) if candidate.name < folder.name]
         for candidate in reversed(older):
             try:
                 _opened(candidate, verify)
@@ -160,7 +174,7 @@ def _opened(folder: Path, verify: bool) -> CheckpointReader:
 def _read_description(path: Path) -> ModelDescription:
     try:
         raw = json.loads(path.read_text())
-        newer = raw.get("format", FORMAT) > FORMAT
+        newer = raw.get("format", FORMAT) > FORMAT  # raises TypeError or AttributeError if the file is no description
     except OSError as e:
         raise corrupt(path, e.strerror or str(e)) from None
     except (ValueError, TypeError, AttributeError):
@@ -169,6 +183,7 @@ def _read_description(path: Path) -> ModelDescription:
         raise CheckpointError(
             "export", str(path), f"has format {raw['format']}, newer than {FORMAT}", "Use a newer msdiff_dist."
         )
+    # Folders of other programs have a config.json too.
     if "model" not in raw or (path.parent / INDEX).exists():
         raise CheckpointError("export", str(path.parent), "is no export folder", "Name one made by `msdiff export`.")
     return description_from(raw)
