@@ -10,7 +10,7 @@ import yaml
 
 from msdiff_dist.checkpoint.layout import INDEX
 from msdiff_dist.config import chosen, to_mapping
-from msdiff_dist.convert.families import family_of
+from msdiff_dist.convert.recognition import format_of
 from msdiff_dist.convert.tensor_sources import open_source
 from msdiff_dist.diffusion.augmentation import AUGMENT_LABELS
 from msdiff_dist.errors import CheckpointError, ConfigError
@@ -161,5 +161,5 @@ def _foreign_format(source: Path) -> str | None:
         if (source / "model_index.json").is_file() or (source / CONFIG).is_file():
             return "diffusers"
     if source.is_file() and source.suffix != ".pkl":
-        return family_of(open_source(source).names())
+        return format_of(open_source(source).names())
     return None

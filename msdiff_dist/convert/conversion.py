@@ -21,6 +21,7 @@ from msdiff_dist.files.atomic import atomic_write
 from msdiff_dist.files.digest import sha256_of
 
 REPORT = "conversion_report.json"
+"""File name of the report: what became of every key, and what was assumed."""
 
 
 def convert(
@@ -73,7 +74,7 @@ def write(
     _check_known("--to", to_format, writable())
     writer = FORMATS[to_format].write
     assert writer is not None
-    digests = {p.name: sha256_of(p) for p in _distinct(weights)}
+    digests = {path.name: sha256_of(path) for path in _source_files(weights)}
     metadata = {
         **_kept_metadata(weights),
         "converter": f"msdiff_dist {__version__}",
@@ -84,6 +85,7 @@ def write(
         written = writer(weights, aside, options, metadata)
         report = _report(weights, written, dst, to_format, {**source, "sha256": digests})
         if aside.is_dir():
+            # Licences keep their names; other notes, such as a README, are about the source and not about the result.
             for note in weights.notes:
                 shutil.copy(note, aside / (note.name if note.name.startswith("LICENSE") else f"SOURCE_{note.name}"))
             _save(report, aside / REPORT)
@@ -118,12 +120,13 @@ def _plain(src: Path, dst: Path, from_format: str) -> dict[str, Any]:
 def _report(
     weights: ModelWeights, written: Written, dst: Path, to_format: str, source: Mapping[str, Any]
 ) -> dict[str, Any]:
+    """The report. Its `keys` account for every key of the source: converted, or left out with the reason."""
     keys: dict[str, Any] = {
         key: {"to": [target for name in names for target in written.names[name]]}
         for key, names in weights.used.items()
         if any(name in written.names for name in names)
     }
-    keys |= {key: {"left_out": why} for key, why in weights.left_out.items()}
+    keys |= {key: {"left_out": reason} for key, reason in weights.left_out.items()}
     keys |= {key: {"left_out": "the target format has no place for it"} for key in weights.used if key not in keys}
     return {
         "source": dict(source),
@@ -163,11 +166,13 @@ def _check_used(options: ConvertOptions, from_format: str, to_format: str) -> No
 
 
 def _kept_metadata(weights: ModelWeights) -> dict[str, str]:
+    """Metadata of the source for the result's header, without the fields that a conversion sets itself."""
     ours = ("format", "converter", "source_format", "source_sha256")
     return {k: v for k, v in weights.tensors.metadata.items() if k not in ours}
 
 
-def _distinct(weights: ModelWeights) -> list[Path]:
+def _source_files(weights: ModelWeights) -> list[Path]:
+    """The files that the tensors come from, each once."""
     files = [*weights.tensors.files]
     if weights.autoencoder_weights is not None:
         files += weights.autoencoder_weights.tensors.files

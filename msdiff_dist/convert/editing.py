@@ -1,4 +1,4 @@
-"""Models made from models, by path: grown, merged, and single stages extracted."""
+"""The commands `grow`, `merge` and `extract`: open models by path, edit them (`convert.edit`), write the result."""
 
 from __future__ import annotations
 
@@ -21,16 +21,20 @@ def grow(
 ) -> dict[str, Any]:
     """Write the export of a multi-stage model grown from a unified one; returns the conversion report.
 
-    The encoder is copied, and each decoder is the unified model's: the same where its width and attention are, else by
-    the channel rule of `models.ldm.widths`.
+    The encoder is copied. Each decoder is an exact copy of the unified model's if its width and attention are the same;
+    otherwise it is made by the channel rule of `models.ldm.widths`.
 
     Args:
-        boundaries: inner stage boundaries.
-        widths: of each decoder, stage 0 first.
-        attention: downsampling factors with attention, of each decoder; None keeps the unified model's.
+        src: the unified model, in any format that can be read.
+        dst: the new export folder.
+        boundaries: inner stage boundaries, in the process's own time.
+        widths: width of each decoder, stage 0 first.
+        attention: downsampling factors with attention for each decoder; None keeps the unified model's.
+        from_format: the format of `src`.
 
     Raises:
-        ConfigError, CheckpointError: as `convert`, and where the model cannot be grown so.
+        ConfigError: as `convert`, or the widths or boundaries do not make a model.
+        CheckpointError: as `convert`.
     """
     options = ConvertOptions()
     grown = stages.grow(read(src, from_format, options), tuple(boundaries), tuple(widths), attention)
@@ -40,12 +44,14 @@ def grow(
 def merge(
     models: Sequence[Path], dst: Path, boundaries: Sequence[float], from_format: str = "msdiff"
 ) -> dict[str, Any]:
-    """Write the export of unified models put together as the stages of one, the first nearest the data.
+    """Write the export of one model whose stages are unified models; returns the conversion report.
 
-    Where their encoders are the same, bit by bit, they become the one shared encoder; else each stage keeps its own.
+    The first model becomes stage 0, nearest the data. If all encoders are equal bit by bit, they become the one shared
+    encoder; otherwise each stage keeps its own.
 
     Raises:
-        ConfigError, CheckpointError: as `convert`, and where the models do not fit each other.
+        ConfigError: as `convert`, or the models differ in more than their widths, or in number from the boundaries.
+        CheckpointError: as `convert`.
     """
     options = ConvertOptions()
     merged = stages.merge([read(path, from_format, options) for path in models], boundaries)
@@ -55,7 +61,10 @@ def merge(
 def extract(src: Path, dst: Path, stage: int, from_format: str = "msdiff") -> dict[str, Any]:
     """Write one stage of a multi-stage model, with its encoder, as the export of a unified model.
 
+    Returns the conversion report.
+
     Raises:
-        ConfigError, CheckpointError: as `convert`, and where there is no such stage.
+        ConfigError: as `convert`, or there is no such stage.
+        CheckpointError: as `convert`.
     """
     return convert(src, dst, from_format, "msdiff", ConvertOptions(stage=stage))

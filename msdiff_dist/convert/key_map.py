@@ -1,4 +1,8 @@
-"""Key maps: which tensors of one format are which of ours, and how they lie in memory. Every rule goes both ways."""
+"""Key maps: rules that pair our tensors with another format's, and the layouts that turn one into the other.
+
+Every rule works in both directions, so a reader and a writer share one key map. "Ours" are the names of
+`MultistageUNet` (or diffusers' for an autoencoder), "theirs" the other format's.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,11 @@ from msdiff_dist.errors import CheckpointError, did_you_mean
 
 
 class Layout(ABC):
-    """How one of our tensors lies in one or several of another format."""
+    """How one of our tensors is laid out in one or several tensors of another format."""
 
     @abstractmethod
     def to_ours(self, theirs: list[Tensor]) -> Tensor:
-        """Our tensor from theirs."""
+        """Our tensor from theirs. Works on the meta device too, which gives the shape without reading."""
 
     @abstractmethod
     def to_theirs(self, ours: Tensor) -> list[Tensor]:
@@ -26,7 +30,7 @@ class Layout(ABC):
 
 
 class Same(Layout):
-    """The same tensor."""
+    """Ours and theirs are equal."""
 
     def to_ours(self, theirs: list[Tensor]) -> Tensor:
         return theirs[0]
@@ -40,14 +44,14 @@ SAME = Same()
 
 @dataclass(frozen=True)
 class Pointwise(Layout):
-    """Our linear layer's matrix [O, I] as a pointwise convolution's kernel with `axes` more axes of size 1."""
+    """Our linear layer's matrix [O, I] as a pointwise convolution's kernel [O, I, 1, ...] with `axes` ones."""
 
     axes: int
 
     def to_ours(self, theirs: list[Tensor]) -> Tensor:
         (kernel,) = theirs
         if kernel.ndim < 2 + self.axes or any(n != 1 for n in kernel.shape[-self.axes :]):
-            return kernel
+            return kernel  # no pointwise kernel: `check_complete` then reports its shape
         return kernel.reshape(kernel.shape[: -self.axes])
 
     def to_theirs(self, ours: Tensor) -> list[Tensor]:
@@ -56,9 +60,12 @@ class Pointwise(Layout):
 
 @dataclass(frozen=True)
 class SplitQKV(Layout):
-    """Our joint [3 C, ...] of queries, keys and values as three of [C, ...] with whole heads one after the other.
+    """Our joint tensor [3 C, ...] of queries, keys and values as three tensors [C, ...], head after head in each.
 
-    heads_first: ours keeps each head's q, k and v together (LDM's legacy order); else all q, all k, all v.
+    Args:
+        heads: number of attention heads, H.
+        heads_first: whether ours keeps the q, k and v of each head together (LDM's legacy order, [H, 3, C / H]) or has
+            all q, then all k, then all v ([3, H, C / H]).
     """
 
     heads: int
@@ -67,6 +74,7 @@ class SplitQKV(Layout):
     def to_ours(self, theirs: list[Tensor]) -> Tensor:
         if not self.heads_first:
             return torch.cat(theirs)
+        # Three of [H, C / H, ...] become [H, 3, C / H, ...], then [3 C, ...].
         return torch.stack([t.unflatten(0, (self.heads, -1)) for t in theirs], 1).flatten(0, 2)
 
     def to_theirs(self, ours: Tensor) -> list[Tensor]:
@@ -77,20 +85,23 @@ class SplitQKV(Layout):
 
 @dataclass(frozen=True)
 class Rule:
-    """One of our tensors and its like in the other format."""
+    """Pairs one of our tensors with the tensor, or tensors, of the other format that have the same content."""
 
     ours: str
+    """Our name."""
     theirs: tuple[str, ...]
+    """Their names, in the order that the layout expects."""
     layout: Layout = SAME
+    """How the content of ours is arranged in theirs."""
 
 
 def rule(ours: str, theirs: str) -> Rule:
-    """The same tensor under another name."""
+    """The rule that a tensor is the same under another name."""
     return Rule(ours, (theirs,))
 
 
 class OursFromTheirs(TensorSource):
-    """Another format's tensors, seen as ours."""
+    """Another format's tensors as ours, each converted when it is read."""
 
     def __init__(self, theirs: TensorSource, rules: Iterable[Rule]) -> None:
         self._theirs = theirs
@@ -110,10 +121,11 @@ class OursFromTheirs(TensorSource):
 
 
 class TheirsFromOurs(TensorSource):
-    """Our tensors, seen as another format's."""
+    """Our tensors as another format's, each converted when it is read."""
 
     def __init__(self, ours: TensorSource, rules: Iterable[Rule]) -> None:
         self._ours = ours
+        # A rule may give several of their tensors: `i` is the place of `k` among them.
         self._where = {k: (r, i) for r in rules for i, k in enumerate(r.theirs)}
         self.files, self.metadata = ours.files, ours.metadata
 
@@ -132,36 +144,38 @@ class TheirsFromOurs(TensorSource):
 def check_complete(
     source: TensorSource, rules: Iterable[Rule], others: Collection[str], shapes: Mapping[str, Tensor], what: str
 ) -> None:
-    """Raise unless the source holds exactly what the rules take, in the model's shapes.
+    """Raise unless the source holds exactly the tensors that the rules take, in the model's shapes.
 
     Args:
-        others: keys of the source that no rule takes, and that are accounted for.
-        shapes: our model's state on the meta device.
-        what: the format, for messages.
+        source: another format's tensors.
+        rules: pairs each of our tensors with some of the source.
+        others: keys of the source that no rule takes and that are accounted for in the report.
+        shapes: our model's parameters, on the meta device.
+        what: the name of the format, for messages.
 
     Raises:
-        CheckpointError: a key is missing, left over or of another shape; the first few are named.
+        CheckpointError: a key is missing, unexpected or of another shape; the first few are named.
     """
     rules = list(rules)
     present = set(source.names())
     wanted = {k for r in rules for k in r.theirs}
     missing = sorted(wanted - present)
-    over = sorted(present - wanted - set(others))
+    unexpected = sorted(present - wanted - set(others))
     if missing:
         raise CheckpointError(
             f"{what} keys", _some(missing), "are missing from the checkpoint",
-            did_you_mean(missing[0], over) if over else "Use the complete checkpoint.",
+            did_you_mean(missing[0], unexpected) if unexpected else "Use the complete checkpoint.",
         )  # fmt: skip
-    if over:
+    if unexpected:
         raise CheckpointError(
-            f"{what} keys", _some(over), "belong to nothing in the model that the other keys describe",
+            f"{what} keys", _some(unexpected), "belong to nothing in the model that the other keys describe",
             "Convert the checkpoint of a plain model of this family, or give its configuration with --config.",
         )  # fmt: skip
     for r in rules:
         theirs = [source.meta(k) for k in r.theirs]
         try:
             shape = tuple(r.layout.to_ours(theirs).shape)
-        except RuntimeError:
+        except RuntimeError:  # the layout cannot be applied to tensors of these shapes
             shape = None
         if shape != tuple(shapes[r.ours].shape):
             found = [tuple(t.shape) for t in theirs]
@@ -170,6 +184,7 @@ def check_complete(
                 f"does not fit {r.ours} of shape {tuple(shapes[r.ours].shape)}",
                 "Check the number of heads and the configuration that was given, if any.",
             )  # fmt: skip
+    # A mistake in the rules, not in the checkpoint.
     unmapped = sorted(set(shapes) - {r.ours for r in rules})
     assert not unmapped, unmapped
 

@@ -1,4 +1,4 @@
-"""What every format is read into and written from."""
+"""`ModelWeights`, which every format is read into and written from."""
 
 from __future__ import annotations
 
@@ -20,58 +20,71 @@ from msdiff_dist.models.multistage_unet import MultistageUNet, build_model
 
 @dataclass(frozen=True)
 class AutoencoderWeights:
-    """A diffusers autoencoder: its class, its config.json and its tensors under diffusers' names."""
+    """An autoencoder as diffusers has it; other formats' autoencoders are converted to it."""
 
     class_name: str
+    """`AutoencoderKL` or `VQModel`."""
     config: dict[str, Any]
+    """Content of its config.json."""
     tensors: TensorSource
+    """Its tensors under diffusers' names."""
 
 
 @dataclass(kw_only=True)
 class ModelWeights:
-    """A model: what it is, its tensors under `MultistageUNet`'s names, and what became of each key of the source.
+    """A model of any format: its description, its tensors under our names, and what became of each key of the source.
 
-    Args:
-        used: source key -> our names.
-        left_out: source key (or other content) -> why it is not in the result.
-        assumed: what no file said and the published models' answer was taken for.
-        notes: files of the source about its licence and use.
+    Our names are those of `MultistageUNet`, and `autoencoder/` before diffusers' names for tensors of the autoencoder.
     """
 
     description: ModelDescription
     tensors: TensorSource
+    """The network's tensors under `MultistageUNet`'s names."""
     autoencoder_weights: AutoencoderWeights | None = None
+    """The autoencoder, where the source holds it."""
     used: dict[str, list[str]] = field(default_factory=dict)
+    """For each key of the source that is converted, our names of the tensors that it gives."""
     left_out: dict[str, str] = field(default_factory=dict)
+    """For each other key of the source (or other content), the reason why it is not converted."""
     assumed: list[str] = field(default_factory=list)
+    """For each question that no file answers, the published models' answer, which was assumed."""
     notes: list[Path] = field(default_factory=list)
+    """Files of the source about its licence and use, to be copied along."""
 
     @property
     def model(self) -> ModelConfig:
+        """Configuration of the network."""
         return self.description.model
 
 
 @dataclass(kw_only=True)
 class Written:
-    """What a writer made. names: our name -> names in the result. files: file -> sha256."""
+    """What a writer wrote, for the report."""
 
     names: dict[str, list[str]]
+    """For each of our names, the names of its tensors in the result."""
     files: dict[str, str] = field(default_factory=dict)
+    """sha256 of each file of weights, by its path in the result."""
     added: dict[str, str] = field(default_factory=dict)
+    """For each tensor of the result that comes from no tensor of the model, its origin."""
     remarks: list[str] = field(default_factory=list)
+    """Sentences for the user about the result."""
 
 
 def empty_model(config: ModelConfig) -> MultistageUNet:
-    """The model without values, on the meta device."""
+    """The model on the meta device: names and shapes without memory or values."""
     with torch.device("meta"):
         return build_model(config)
 
 
 def ldm_model(weights: ModelWeights, target: str) -> LDMConfig:
-    """The configuration of a model of the LDM family.
+    """The model's configuration, which must be of the LDM family.
+
+    Args:
+        target: the program to convert to, for the message.
 
     Raises:
-        CheckpointError: it is of another family, which `target` does not have.
+        CheckpointError: it is of another family, which the target does not have.
     """
     if not isinstance(weights.model, LDMConfig):
         raise CheckpointError(
@@ -81,7 +94,7 @@ def ldm_model(weights: ModelWeights, target: str) -> LDMConfig:
 
 
 class JoinedSource(TensorSource):
-    """Several sources as one; their names must differ."""
+    """Several sources as one. No name may be in two of them."""
 
     def __init__(self, parts: Iterable[TensorSource]) -> None:
         self._where: dict[str, TensorSource] = {}

@@ -1,4 +1,4 @@
-"""Tensors by name, read one at a time from whatever file holds them."""
+"""Tensor sources: named tensors, read one at a time, from safetensors, numpy and torch files and folders of them."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ from torch import Tensor
 from msdiff_dist.checkpoint.tensor_file import TensorReader
 from msdiff_dist.errors import CheckpointError
 
-RESIDENT = 1 << 26  # bytes of mapped memory to keep
+RESIDENT = 1 << 26
+"""Bytes of mapped files that may stay in memory before their pages are freed."""
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+"""Suffixes of files that `torch.save` wrote."""
 
 
 class TensorSource(ABC):
-    """Named tensors. `files` are what they come from, `metadata` what those say of themselves."""
+    """Named tensors, each read when it is asked for."""
 
     files: tuple[Path, ...] = ()
+    """The files that the tensors come from."""
     metadata: Mapping[str, str] = {}
+    """Metadata in the headers of the files."""
     left_out: Mapping[str, str] = {}
-    """Things in the files that are no weights, and what they are."""
+    """Content of the files that is no weights: its name, and what it is."""
 
     @abstractmethod
     def names(self) -> list[str]:
@@ -36,18 +40,18 @@ class TensorSource(ABC):
 
     @abstractmethod
     def meta(self, key: str) -> Tensor:
-        """The tensor without its values, on the meta device."""
+        """The tensor's type and shape, on the meta device."""
 
     @abstractmethod
     def read(self, key: str) -> Tensor:
-        """The tensor; mapped from the file where that is possible."""
+        """The tensor, on the CPU. It may be mapped from the file, so it must not be changed."""
 
     def __contains__(self, key: str) -> bool:
         return key in self.names()
 
 
 class MemorySource(TensorSource):
-    """Tensors already at hand (mapped from a file, perhaps)."""
+    """Tensors that are in memory, or mapped from a file."""
 
     def __init__(
         self, tensors: Mapping[str, Tensor], files: Iterable[Path] = (), left_out: Mapping[str, str] | None = None
@@ -92,11 +96,16 @@ class SafetensorsSource(TensorSource):
 
 
 class NpzSource(TensorSource):
-    """Arrays of a numpy .npz archive."""
+    """Arrays of a numpy .npz archive, read one at a time.
+
+    Raises:
+        CheckpointError: the archive is corrupt, or holds Python objects.
+    """
 
     def __init__(self, path: Path) -> None:
         self.files = (path,)
         try:
+            # numpy reads an array with its shape, so each is read here once, and again when it is asked for.
             self._archive = np.load(path, allow_pickle=False)
             self._meta = {key: torch.from_numpy(self._archive[key]).to("meta") for key in self._archive.files}
         except (ValueError, OSError, TypeError, zipfile.BadZipFile, EOFError) as e:
@@ -113,14 +122,20 @@ class NpzSource(TensorSource):
 
 
 class TorchSource(TensorSource):
-    """A torch checkpoint, mapped from its file. Mapped again after every few tensors, for what was read stays resident
-    as long as the mapping does."""
+    """The weights of a torch checkpoint, mapped from its file.
+
+    Pages that were read stay in memory as long as their mapping, so the file is mapped anew after every `RESIDENT`
+    bytes. A tensor that was returned earlier keeps its own mapping.
+
+    Raises:
+        CheckpointError: the file is corrupt, would run code to load, or holds no state dict.
+    """
 
     def __init__(self, path: Path) -> None:
         self.files = (path,)
         self._tensors, self.left_out = _weights_in(path)
         self._meta = {k: v.to("meta") for k, v in self._tensors.items()}
-        self._mapped, self._resident = zipfile.is_zipfile(path), 0
+        self._mapped, self._resident = zipfile.is_zipfile(path), 0  # other files were read whole (see `load_pickle`)
 
     def names(self) -> list[str]:
         return list(self._meta)
@@ -138,10 +153,13 @@ class TorchSource(TensorSource):
 
 
 class RenamedSource(TensorSource):
-    """Some tensors of another source under other names."""
+    """Some tensors of another source under other names.
+
+    Args:
+        names: for each new name, the name in `base`.
+    """
 
     def __init__(self, base: TensorSource, names: Mapping[str, str]) -> None:
-        """names: new name -> name in `base`."""
         self._base, self._names = base, names
         self.files, self.metadata, self.left_out = base.files, base.metadata, base.left_out
 
@@ -156,18 +174,18 @@ class RenamedSource(TensorSource):
 
 
 def under(source: TensorSource, prefix: str) -> RenamedSource:
-    """The tensors whose names begin with `prefix`, without it."""
+    """The tensors whose names begin with `prefix`, named without it."""
     return RenamedSource(source, {k.removeprefix(prefix): k for k in source.names() if k.startswith(prefix)})
 
 
 def open_source(path: Path) -> TensorSource:
-    """Tensors of a file, or of a folder of safetensors (one file, or parts with an index).
+    """The tensors of a file, or of a folder with one .safetensors file or with several and an index.
 
     Raises:
-        CheckpointError: absent, corrupt, of an unknown kind, or a pickle that would run code.
+        CheckpointError: `path` is absent, corrupt, of an unknown kind, or a pickle that would run code to load.
     """
     if path.is_dir():
-        return SafetensorsSource(_parts(path))
+        return SafetensorsSource(_files_of(path))
     if not path.is_file():
         raise CheckpointError("SRC", str(path), "no such file or folder", "Name an existing checkpoint.")
     if path.suffix == ".safetensors":
@@ -185,18 +203,20 @@ def open_source(path: Path) -> TensorSource:
 
 
 def load_pickle(path: Path) -> Any:
-    """A torch checkpoint's content, mapped from the file, with tensors and plain containers only.
+    """Content of a torch checkpoint: tensors, mapped from the file, and plain containers. No code of the file is run.
 
-    Classes that checkpoints of this field name without needing them (callbacks, loss scalers) are read as empty shells.
+    Training programs store objects of their own classes too (callbacks, loss scalers). The classes in `_INERT` are
+    replaced by `Shell`; any other is an error.
 
     Raises:
-        CheckpointError: corrupt, or it would run code to load.
+        CheckpointError: the file is corrupt, or it would run code to load.
     """
-    mapped = zipfile.is_zipfile(path)  # what torch < 1.6 wrote cannot be mapped
+    mapped = zipfile.is_zipfile(path)  # torch before 1.6 wrote another container, which cannot be mapped
     try:
         with torch.serialization.safe_globals(_shells()):
             return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError as e:
+        # torch names the class in its message only, in one of these wordings.
         found = re.search(r"GLOBAL ([\w.]+)|([\w.]+) was not an allowed global", str(e))
         if found is None:
             raise _corrupt(path, e) from None
@@ -206,7 +226,7 @@ def load_pickle(path: Path) -> Any:
 
 
 def code_refused(path: Path, what: str) -> CheckpointError:
-    """The error for a checkpoint that could run any code when read."""
+    """The error for a checkpoint that would run code of its own when read; `what` is that code's name."""
     return CheckpointError(
         str(path), what, "reading it means running code that came with it, so it is not read",
         "Where you trust it, load it with the program that wrote it and save its state dict with "
@@ -215,18 +235,19 @@ def code_refused(path: Path, what: str) -> CheckpointError:
 
 
 def _weights_in(path: Path) -> tuple[Mapping[str, Any], dict[str, str]]:
-    """The weights of a torch checkpoint and what else is in it."""
+    """The weights of a torch checkpoint, and its other content as in `TensorSource.left_out`."""
     content = load_pickle(path)
     if not isinstance(content, Mapping):
         raise CheckpointError(str(path), type(content).__name__, "holds no state dict", "Save a state dict.")
     inside = next((n for n in ("state_dict", "model", "module") if isinstance(content.get(n), Mapping)), None)
     weights = content if inside is None else content[inside]
-    left_out = {str(name): "of the training, no weights" for name in content if inside and name != inside}
+    left_out = {str(name): "state of the training, no weights" for name in content if inside and name != inside}
     left_out |= {str(name): "no tensor" for name, value in weights.items() if not isinstance(value, Tensor)}
     return {k: v for k, v in weights.items() if isinstance(v, Tensor)}, left_out
 
 
-def _parts(folder: Path) -> list[Path]:
+def _files_of(folder: Path) -> list[Path]:
+    """The .safetensors files of a folder that belong to one model."""
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if indexes:
         names = sorted(set(json.loads(indexes[0].read_text())["weight_map"].values()))
@@ -238,7 +259,7 @@ def _parts(folder: Path) -> list[Path]:
     found = sorted(folder.glob("*.safetensors"))
     if len(found) != 1:
         raise CheckpointError(
-            "SRC", str(folder), f"holds {len(found)} .safetensors files and no index", "Name the file itself."
+            "SRC", str(folder), f"holds {len(found)} .safetensors files and no index", "Give the file itself as SRC."
         )
     return found
 
@@ -249,9 +270,10 @@ def _corrupt(path: Path, error: Exception) -> CheckpointError:
 
 
 class Shell:
-    """Stands for a class that a checkpoint names: keeps its fields as they were stored and does nothing."""
+    """Stands for a class that a checkpoint names. It keeps the fields as they were stored and does nothing."""
 
     fields: dict[str, Any]
+    """The object's attributes, by name."""
 
     def __init__(self, *args: Any) -> None:
         pass
@@ -260,6 +282,7 @@ class Shell:
         self.fields = state
 
 
+# Classes in checkpoints of Lightning and DeepSpeed that hold settings or places, and no code that a conversion needs.
 _INERT = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
@@ -271,4 +294,5 @@ _INERT = (
 
 
 def _shells() -> list[Any]:
+    """For `torch.serialization.safe_globals`: a class of its own for every name that a pickle may contain."""
     return [(type("Shell", (Shell,), {}), name) for name in _INERT]

@@ -1,4 +1,4 @@
-"""Writing tensors one at a time, and results that are complete or absent."""
+"""Writes tensors one at a time to .safetensors or torch files, and makes results appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 def write_safetensors(path: Path, source: TensorSource, metadata: Mapping[str, str]) -> str:
     """Write all of `source` as one .safetensors file, holding one tensor at a time; returns the file's sha256."""
-    keys = sorted(source.names(), key=lambda k: (-source.meta(k).element_size(), k))  # aligned, as the format asks
+    # Widest elements first, as safetensors' own writer does: tensors then start at multiples of their element sizes.
+    keys = sorted(source.names(), key=lambda k: (-source.meta(k).element_size(), k))
     with TensorWriter(path, {k: source.meta(k) for k in keys}, {"format": "pt", **metadata}) as writer:
         for key in keys:
             writer.write(key, source.read(key))
@@ -31,32 +32,37 @@ def write_safetensors(path: Path, source: TensorSource, metadata: Mapping[str, s
 
 
 def write_state_dict(path: Path, source: TensorSource, metadata: Mapping[str, str]) -> str:
-    """Write `source` as .safetensors, or as `{"state_dict": ...}` in a torch file; returns the file's sha256.
+    """Write `source` as a .safetensors file, or as `{"state_dict": ...}` in a torch file; returns the file's sha256.
+
+    Args:
+        path: its suffix decides between the two.
+        metadata: added to the header of a .safetensors file, or beside `state_dict` in a torch file.
 
     Raises:
-        CheckpointError: the name ends neither way.
+        CheckpointError: the suffix is that of neither.
     """
     if path.suffix == ".safetensors":
         return write_safetensors(path, source, metadata)
     if path.suffix not in PICKLES:
         raise CheckpointError(
-            "DST", path.name, "is to be one file of LDM's",
-            "Let its name end in .safetensors or .ckpt.",
+            "DST", path.name, "must be the name of a .safetensors or torch file in this format",
+            "Let it end in .safetensors or .ckpt.",
         )  # fmt: skip
-    # torch.save wants all tensors at once: let them be mapped from a file, and drop pages that were written.
+    # torch.save takes all tensors at once. So that they need not all be in memory, they are first written to a
+    # temporary file and mapped from it; `_DroppingWriter` frees the pages that were read.
     mapped = path.with_name(f"{path.name}.safetensors")
     try:
         write_safetensors(mapped, source, metadata)
         memory, tensors = TensorReader(mapped).mapped()
-        with _Dropping(path, memory) as f:
+        with _DroppingWriter(path, memory) as f:
             torch.save({"state_dict": {k: tensors[k] for k in source.names()}, **metadata}, f)
     finally:
         mapped.unlink(missing_ok=True)
     return sha256_of(path)
 
 
-class _Dropping(io.BufferedWriter):
-    """A file to write mapped memory to, which does not stay resident."""
+class _DroppingWriter(io.BufferedWriter):
+    """A file for the content of mapped memory, which frees that memory's pages after every `RESIDENT` bytes."""
 
     def __init__(self, path: Path, memory: mmap.mmap) -> None:
         super().__init__(io.FileIO(path, "w"))
@@ -65,6 +71,7 @@ class _Dropping(io.BufferedWriter):
     def write(self, data: Buffer) -> int:
         self._resident += memoryview(data).nbytes
         if self._resident > RESIDENT:
+            # The pages were never changed, so the kernel can read them from the file again if need be.
             self._memory.madvise(mmap.MADV_DONTNEED)
             self._resident = 0
         return super().write(data)
@@ -72,7 +79,7 @@ class _Dropping(io.BufferedWriter):
 
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """A temporary path to write a file or folder at, which becomes `path` when the block ends without an error.
+    """A temporary path for a new file or folder, which becomes `path` when the block ends without an error.
 
     Raises:
         CheckpointError: `path` exists already, or cannot be written.

@@ -76,7 +76,7 @@ def write_tensors(
         read: returns a parameter by name. Called once for each, although each is written to two files.
         metadata: added to the header of every file.
     """
-    # Widest elements first, as safetensors' own writer does: then every tensor starts at a multiple of its element size.
+    # Widest elements first, as safetensors' own writer does: tensors then start at multiples of their element sizes.
     names = sorted(like, key=lambda name: (-like[name].element_size(), name))
     files = {MODEL: names}
     for name in names:

@@ -100,5 +100,5 @@ def open_posthoc(run: Path, length: float, step: int | None = None) -> PosthocWe
             f"the {len(folders)} snapshots up to step {last} give the average of length {length} with an error of "
             f"{weights.distance:.0%}: a length nearer to those of ema.power, or more snapshots, gives less error",
             stacklevel=3,
-        )  # fmt: skip
+        )
     return weights

@@ -29,7 +29,7 @@ class Format:
         write: writes weights to a new file or folder, with metadata for its header. None: cannot be written.
         read_options: the options that `read` uses. An option that neither side of a conversion uses is an error.
         write_options: the options that `write` uses.
-        marks: beginnings of tensors' names by which this format is recognised. A checkpoint belongs to the first
+        prefixes: beginnings of tensors' names by which this format is recognised. A checkpoint belongs to the first
             format of the table with a match.
         read_tensors: like `read`, from tensors in whatever container. None: the tensors alone do not determine the
             network.
@@ -39,7 +39,7 @@ class Format:
     write: Callable[[ModelWeights, Path, ConvertOptions, Mapping[str, str]], Written] | None = None
     read_options: tuple[OptionName, ...] = ()
     write_options: tuple[OptionName, ...] = ()
-    marks: tuple[str, ...] = ()
+    prefixes: tuple[str, ...] = ()
     read_tensors: Callable[[TensorSource, ConvertOptions], ModelWeights] | None = None
 
 
@@ -56,14 +56,14 @@ FORMATS: Table[Format] = Table(
             read=read_scoresde,
             write=lambda weights, path, options, metadata: write_scoresde(weights, path, metadata),
             read_options=_SONG_READ,
-            marks=("en_modules.", "all_modules.", "module.en_modules.", "module.all_modules."),
+            prefixes=("en_modules.", "all_modules.", "module.en_modules.", "module.all_modules."),
         ),
         "official-ldm": Format(  # after official-scoresde, whose checkpoints have names in de_modules too
             read=lambda path, options: read_ldm(open_source(path), options, multistage=True),
             write=lambda weights, path, options, metadata: write_ldm_file(weights, path, options, metadata, True),
             read_options=(*_LDM_READ, "boundaries"),
             write_options=_LDM_WRITE,
-            marks=("model.diffusion_model.de_modules.", "de_modules.", "diffusion_model.de_modules."),
+            prefixes=("model.diffusion_model.de_modules.", "de_modules.", "diffusion_model.de_modules."),
             read_tensors=lambda source, options: read_ldm(source, options, multistage=True),
         ),
         "ldm": Format(
@@ -71,26 +71,26 @@ FORMATS: Table[Format] = Table(
             write=write_ldm_file,
             read_options=_LDM_READ,
             write_options=_LDM_WRITE,
-            marks=("model.diffusion_model.input_blocks.", "input_blocks.", "diffusion_model.input_blocks."),
+            prefixes=("model.diffusion_model.input_blocks.", "input_blocks.", "diffusion_model.input_blocks."),
             read_tensors=read_ldm,
         ),
         "msdiff": Format(
             read=read_export,
             write=lambda weights, path, options, metadata: write_export(weights, path, metadata),
             read_options=("weights",),
-            marks=("shared.", "stages.0."),
+            prefixes=("shared.", "stages.0."),
         ),
         "diffusers": Format(
             read=read_diffusers,
             write=lambda weights, path, options, metadata: write_diffusers(weights, path, metadata),
             read_options=("weights", "boundaries", "prediction_type", "scale_factor"),
-            marks=("down_blocks.", "conv_in."),
+            prefixes=("down_blocks.", "conv_in."),
         ),
         "official-edm": Format(
             read=lambda path, options: read_edm(open_source(path), options),
             write=lambda weights, path, options, metadata: write_edm(weights, path, metadata),
             read_options=_SONG_READ,
-            marks=("model.enc.", "enc.", "model.decs.", "decs."),
+            prefixes=("model.enc.", "enc.", "model.decs.", "decs."),
         ),
         # A container: which of these count depends on the network that is found in it.
         "deepspeed": Format(read=read_deepspeed, read_options=(*_LDM_READ, "boundaries")),

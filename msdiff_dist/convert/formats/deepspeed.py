@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from msdiff_dist.checkpoint.layout import INDEX
-from msdiff_dist.convert.families import family_of
 from msdiff_dist.convert.formats.diffusers_folder import json_of, read_unet
 from msdiff_dist.convert.formats.export_folder import read_run
 from msdiff_dist.convert.formats.ldm import CLASS_TABLE, UNET, read_ldm
 from msdiff_dist.convert.model_weights import ModelWeights
 from msdiff_dist.convert.options import ConvertOptions
+from msdiff_dist.convert.recognition import format_of
 from msdiff_dist.convert.tensor_sources import RenamedSource, TensorSource, load_pickle
 from msdiff_dist.errors import CheckpointError
 
@@ -46,7 +46,7 @@ def read_deepspeed(folder: Path, options: ConvertOptions) -> ModelWeights:
     if (folder / INDEX).exists() or (folder / "checkpoints").is_dir():
         return read_run(folder, options)
     source = DeepspeedSource(folder)
-    family = family_of(source.names())
+    family = format_of(source.names())
     if family == "msdiff":
         found = read_ldm(_as_official(source), options, multistage=True)
         own = {theirs: ours for ours, theirs in _official_names(source).items()}

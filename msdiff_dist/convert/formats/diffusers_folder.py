@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from msdiff_dist.convert import carried
-from msdiff_dist.convert.families import refuse_other_families
 from msdiff_dist.convert.formats.diffusers_unet import STOCK, diffusers_unet_rules, model_of_stock, stock_config
 from msdiff_dist.convert.formats.ldm import PAPER_BOUNDARIES
 from msdiff_dist.convert.key_map import OursFromTheirs, TheirsFromOurs, check_complete
@@ -26,6 +25,7 @@ from msdiff_dist.convert.model_weights import (
     ldm_model,
 )
 from msdiff_dist.convert.options import ConvertOptions, given_boundaries
+from msdiff_dist.convert.recognition import refuse_other_formats
 from msdiff_dist.convert.tensor_sources import SafetensorsSource, TensorSource, open_source
 from msdiff_dist.convert.writing import write_safetensors
 from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
@@ -96,7 +96,7 @@ def read_unet(config: Mapping[str, Any], source: TensorSource, options: ConvertO
         )  # fmt: skip
     if options.boundaries is not None:
         boundaries, _ = given_boundaries(options.boundaries, model.num_stages, PAPER_BOUNDARIES)
-    refuse_other_families(source.names(), "diffusers")
+    refuse_other_formats(source.names(), "diffusers")
     old = any(".attentions.0.query.weight" in k for k in source.names())
     rules = diffusers_unet_rules(model, config["_class_name"] == OWN_CLASS, old)
     check_complete(source, rules, source.left_out, dict(empty_model(model).named_parameters()), "diffusers")

@@ -1,4 +1,4 @@
-"""An export folder, as `msdiff export` writes it, with the autoencoder that came along."""
+"""The format `msdiff`: an export folder, with the autoencoder in it, if any. Also reads a run's checkpoints."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from msdiff_dist import __version__
 from msdiff_dist.config import to_mapping
-from msdiff_dist.convert.families import refuse_other_families
 from msdiff_dist.convert.formats.diffusers_folder import WEIGHTS, weights_of
 from msdiff_dist.convert.key_map import SAME, OursFromTheirs, Rule, check_complete
 from msdiff_dist.convert.model_weights import AutoencoderWeights, ModelWeights, Written, empty_model
 from msdiff_dist.convert.options import ConvertOptions
+from msdiff_dist.convert.recognition import refuse_other_formats
 from msdiff_dist.convert.tensor_sources import SafetensorsSource, TensorSource
 from msdiff_dist.convert.writing import write_safetensors
 from msdiff_dist.errors import CheckpointError
@@ -28,16 +28,15 @@ def read_export(folder: Path, options: ConvertOptions) -> ModelWeights:
     """Open an export folder.
 
     Raises:
-        CheckpointError: it is none, or incomplete.
+        CheckpointError: it is no export folder, or incomplete.
     """
-    export = open_weights(folder, ema=options.weights != "raw") if (folder / CONFIG).exists() else None
-    if export is None:
+    if not (folder / CONFIG).exists():
         raise CheckpointError(
             "SRC", str(folder), f"has no {CONFIG}", "Name a folder made by `msdiff export` or `msdiff convert`."
         )
-    description = export.description
+    description = open_weights(folder, ema=options.weights != "raw").description
     source = SafetensorsSource([folder / MODEL])
-    refuse_other_families(source.names(), "msdiff")
+    refuse_other_formats(source.names(), "msdiff")
     shapes = dict(empty_model(description.model).named_parameters())
     rules = [Rule(name, (name,), SAME) for name in shapes]
     check_complete(source, rules, {}, shapes, "msdiff")
@@ -56,10 +55,10 @@ def read_export(folder: Path, options: ConvertOptions) -> ModelWeights:
 
 
 def read_run(folder: Path, options: ConvertOptions) -> ModelWeights:
-    """The newest checkpoint of a run of this package, or one checkpoint.
+    """Open the newest checkpoint of a run folder of this package, or one checkpoint.
 
     Raises:
-        CheckpointError: there is none, or it is corrupt.
+        CheckpointError: there is no checkpoint, or it is corrupt.
     """
     weights = CheckpointWeights(open_checkpoint(folder, verify=True), ema=options.weights != "raw")
     return ModelWeights(
@@ -70,7 +69,7 @@ def read_run(folder: Path, options: ConvertOptions) -> ModelWeights:
 
 
 class CheckpointSource(TensorSource):
-    """The parameters of a run's checkpoint."""
+    """The parameters of a run's checkpoint, averaged or last."""
 
     def __init__(self, weights: CheckpointWeights) -> None:
         self._weights = weights
@@ -87,7 +86,7 @@ class CheckpointSource(TensorSource):
 
 
 def write_export(weights: ModelWeights, folder: Path, metadata: Mapping[str, str]) -> Written:
-    """Write an export folder."""
+    """Write an export folder. Its config.json names the autoencoder's folder, if there is one, relative to itself."""
     folder.mkdir(parents=True, exist_ok=True)
     written = Written(names={k: [k] for k in weights.tensors.names()})
     like = {name: weights.tensors.meta(name) for name in weights.tensors.names()}

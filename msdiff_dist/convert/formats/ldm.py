@@ -15,11 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from msdiff_dist.convert.families import refuse_other_families
 from msdiff_dist.convert.formats.ldm_architecture import DecoderNames, infer_model
 from msdiff_dist.convert.formats.ldm_autoencoder import read_first_stage, write_first_stage
 from msdiff_dist.convert.formats.ldm_yaml import LdmYaml
-from msdiff_dist.convert.formats.noise_tables import recognise_schedule, schedule_tables, table_differences
+from msdiff_dist.convert.formats.noise_tables import recognise_schedule, redundant_tables, schedule_tables
 from msdiff_dist.convert.key_map import (
     SAME,
     Layout,
@@ -31,6 +30,7 @@ from msdiff_dist.convert.key_map import (
 )
 from msdiff_dist.convert.model_weights import JoinedSource, ModelWeights, Written, empty_model, ldm_model
 from msdiff_dist.convert.options import ConvertOptions, given_boundaries
+from msdiff_dist.convert.recognition import refuse_other_formats
 from msdiff_dist.convert.tensor_sources import MemorySource, RenamedSource, TensorSource, under
 from msdiff_dist.convert.writing import write_state_dict
 from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
@@ -108,7 +108,7 @@ def read_ldm(source: TensorSource, options: ConvertOptions, multistage: bool = F
     """
     what = "official-ldm" if multistage else "ldm"
     keys = source.names()
-    refuse_other_families(keys, what)
+    refuse_other_formats(keys, what)
     source = _prefixed(source)
     keys = source.names()
     stages = len({k.removeprefix(UNET).split(".")[1] for k in keys if k.startswith(f"{UNET}de_modules.")})
@@ -132,7 +132,7 @@ def read_ldm(source: TensorSource, options: ConvertOptions, multistage: bool = F
     used = {k: [r.ours] for r in rules for k in r.theirs}
     if first_stage:
         used |= {FIRST_STAGE + k: [f"autoencoder/{name}" for name in names] for k, names in first_stage.used.items()}
-    left_out = {**source.left_out, **table_differences(source, discrete), **_left_out(source, raw_rules, used, use_ema)}
+    left_out = {**source.left_out, **redundant_tables(source, discrete), **_left_out(source, raw_rules, used, use_ema)}
     if first_stage:
         left_out |= {FIRST_STAGE + k: why for k, why in first_stage.left_out.items()}
     shapes = dict(empty_model(model).named_parameters())

@@ -1,4 +1,4 @@
-"""LDM's noise schedule as the tables that its checkpoints carry: written, and recognised."""
+"""The tables of the noise schedule in LDM's checkpoints: written, recognised and compared."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from msdiff_dist.diffusion.noise_schedule import ScheduleName, betas
 from msdiff_dist.diffusion.processes.discrete import DiscreteConfig
 from msdiff_dist.errors import CheckpointError
 
+# Buffers of LDM's DDPM module, all of one value for each of the T timesteps.
 TABLES = (
     "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
     "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
@@ -19,10 +20,13 @@ TABLES = (
 
 
 def schedule_tables(config: DiscreteConfig) -> MemorySource:
-    """The buffers of LDM's DDPM module, float32 [T], from float64 arithmetic (Ho et al. 2020, Eqs. 4 and 7)."""
+    """The buffers of LDM's DDPM module, float32 [T], from float64 arithmetic.
+
+    `alphas_cumprod` are those of 2006.11239, Eq. 4; the mean and variance of the posterior are Eq. 7.
+    """
     beta = betas(config.schedule, config.timesteps, config.beta_start, config.beta_end)
     a = np.cumprod(1 - beta)
-    before = np.append(1.0, a[:-1])
+    before = np.append(1.0, a[:-1])  # alphas_cumprod of the previous timestep
     variance = beta * (1 - before) / (1 - a)
     values = {
         "betas": beta,
@@ -34,6 +38,7 @@ def schedule_tables(config: DiscreteConfig) -> MemorySource:
         "sqrt_recip_alphas_cumprod": np.sqrt(1 / a),
         "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / a - 1),
         "posterior_variance": variance,
+        # The first variance is 0; LDM clips it here.
         "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
         "posterior_mean_coef1": beta * np.sqrt(before) / (1 - a),
         "posterior_mean_coef2": (1 - before) * np.sqrt(1 - beta) / (1 - a),
@@ -43,11 +48,12 @@ def schedule_tables(config: DiscreteConfig) -> MemorySource:
 
 
 def recognise_schedule(table_T: Tensor) -> DiscreteConfig:
-    """The schedule whose betas, rounded to float32, are the table.
+    """The schedule with these betas, float32 [T].
 
     Raises:
-        CheckpointError: it is none of scaled_linear, linear and cosine.
+        CheckpointError: the betas are none of the schedules scaled_linear, linear and cosine.
     """
+    # numpy prints the shortest decimal that rounds to the float32: 0.0015, where its value as float64 has more digits.
     table = table_T.float().numpy()
     start, end = (float(str(np.float32(v))) for v in (table[0], table[-1]))
     names: tuple[ScheduleName, ...] = ("scaled_linear", "linear", "cosine")
@@ -55,7 +61,7 @@ def recognise_schedule(table_T: Tensor) -> DiscreteConfig:
         if 0 < start <= end < 1:
             candidate = betas(name, len(table), start, end)
             if np.allclose(candidate, table, rtol=1e-6, atol=0):
-                if name == "cosine":
+                if name == "cosine":  # has no first and last beta to set
                     return DiscreteConfig(timesteps=len(table), schedule=name)
                 return DiscreteConfig(timesteps=len(table), schedule=name, beta_start=start, beta_end=end)
     raise CheckpointError(
@@ -64,14 +70,14 @@ def recognise_schedule(table_T: Tensor) -> DiscreteConfig:
     )  # fmt: skip
 
 
-def table_differences(source: TensorSource, config: DiscreteConfig) -> dict[str, str]:
-    """Why each table in `source` need not be kept.
+def redundant_tables(source: TensorSource, config: DiscreteConfig) -> dict[str, str]:
+    """For each table that `source` holds, the reason why it is not converted: `config` gives it again.
 
     Raises:
         CheckpointError: a table is not what the schedule gives.
     """
     expected = schedule_tables(config)
-    reasons = {}
+    reasons: dict[str, str] = {}
     for name in TABLES:
         if name in source:
             stored = source.read(name).float()

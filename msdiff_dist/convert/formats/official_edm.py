@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from msdiff_dist.convert.families import refuse_other_families
 from msdiff_dist.convert.formats.song import checked_song, groups_of, recognising
 from msdiff_dist.convert.key_map import (
     Layout,
@@ -29,6 +28,7 @@ from msdiff_dist.convert.key_map import (
 )
 from msdiff_dist.convert.model_weights import JoinedSource, ModelWeights, Written, empty_model
 from msdiff_dist.convert.options import ConvertOptions, given_boundaries
+from msdiff_dist.convert.recognition import refuse_other_formats
 from msdiff_dist.convert.tensor_sources import MemorySource, RenamedSource, TensorSource
 from msdiff_dist.convert.writing import write_state_dict
 from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
@@ -64,7 +64,7 @@ def read_edm(source: TensorSource, options: ConvertOptions) -> ModelWeights:
     Raises:
         CheckpointError: it is of another network, incomplete, or has keys that nothing explains.
     """
-    refuse_other_families(source.names(), "official-edm")
+    refuse_other_formats(source.names(), "official-edm")
     if options.weights == "raw":
         raise CheckpointError(
             "--weights", "raw", "EDM's network pickles hold the averaged weights only", "Leave --weights out."

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msdiff_dist.convert.families import refuse_other_families
 from msdiff_dist.convert.formats.song import checked_song, groups_of, recognising
 from msdiff_dist.convert.key_map import Layout, OursFromTheirs, Rule, TheirsFromOurs, check_complete, rule
 from msdiff_dist.convert.model_weights import ModelWeights, Written, empty_model
 from msdiff_dist.convert.options import ConvertOptions, given_boundaries
+from msdiff_dist.convert.recognition import refuse_other_formats
 from msdiff_dist.convert.tensor_sources import (
     PICKLES,
     MemorySource,
@@ -71,7 +71,7 @@ def read_scoresde(path: Path, options: ConvertOptions) -> ModelWeights:
         CheckpointError: it is of another network, incomplete, or has keys that nothing explains.
     """
     source, averaged = _opened(path, options)
-    refuse_other_families(source.names(), "official-scoresde")
+    refuse_other_formats(source.names(), "official-scoresde")
     groups, assumed = groups_of(options)
     model = _infer(source, groups)
     unified = any(k.startswith("all_modules.") for k in source.names())

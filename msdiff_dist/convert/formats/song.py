@@ -1,4 +1,4 @@
-"""What the conversions of the DDPM++ and NCSN++ families share."""
+"""What the formats of the DDPM++ and NCSN++ families share (the EDM and score_sde codes)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from msdiff_dist.models.song.config import SongConfig
 
 
 def groups_of(options: ConvertOptions) -> tuple[int, list[str]]:
-    """Groups of the norms, which no shape tells, and what was assumed for them."""
+    """The largest number of groups of a norm, which no shape shows, and the lines of the report on what was assumed."""
     if options.norm_groups is not None:
         return options.norm_groups, []
     return 16, ["groups of the norms: at most 16, as in the multi-stage code; give --norm-groups otherwise"]
@@ -20,7 +20,11 @@ def groups_of(options: ConvertOptions) -> tuple[int, list[str]]:
 
 @contextmanager
 def recognising(format_name: str, network: str) -> Iterator[None]:
-    """Say that the keys are not those of `network`, if one that is looked for inside is missing.
+    """Raise a clear error if the code inside, which infers a configuration from keys, does not find what it looks for.
+
+    Args:
+        format_name: the name of the format, for messages.
+        network: what the keys should be of, for messages.
 
     Raises:
         CheckpointError: a key is missing, or the shapes make no network.
@@ -29,19 +33,23 @@ def recognising(format_name: str, network: str) -> Iterator[None]:
         yield
     except (KeyError, StopIteration, IndexError) as e:
         raise CheckpointError(
-            f"{format_name} keys", str(e), f"is missing: this is no {network}", "Convert another."
+            f"{format_name} keys", str(e), f"is missing: this is no {network}", "Convert another checkpoint."
         ) from None
     except ConfigError as e:
         raise CheckpointError(
-            e.field, e.value, f"{e.problem}: this network cannot be built", "Give its --norm-groups."
+            e.field, e.value, f"{e.problem}: this network cannot be built", "Give the right --norm-groups."
         ) from None
 
 
 def checked_song(weights: ModelWeights, family: str, process: str) -> SongConfig:
-    """The model, if the other program has its family and its process.
+    """The model's configuration, if the program to convert to has its family and its process.
+
+    Args:
+        family: the only family that the program has.
+        process: the only diffusion process that it has.
 
     Raises:
-        CheckpointError: it has not.
+        CheckpointError: the model is of another family or process, or its stages share no encoder.
     """
     model = weights.model
     if not isinstance(model, SongConfig) or model.family != family:

@@ -1,4 +1,4 @@
-"""Whose checkpoint a set of names is, for a clear refusal of the ones this package has no model for."""
+"""Recognises the format of a checkpoint by its tensors' names, to say clearly why another one cannot be read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from msdiff_dist.errors import CheckpointError
 
+# Networks that this package does not have, and beginnings of names that only they have.
 _OTHERS = (
     ("Stable Diffusion XL", ("conditioner.embedders.", "model.diffusion_model.label_emb.0.", "add_embedding.")),
     ("Flux", ("double_blocks.", "model.diffusion_model.double_blocks.", "single_transformer_blocks.")),
@@ -16,35 +17,35 @@ _OTHERS = (
 )
 
 
-def family_of(keys: Iterable[str]) -> str | None:
-    """The format that the names belong to, or None."""
-    from msdiff_dist.convert.formats import FORMATS  # whose readers ask here
+def format_of(keys: Iterable[str]) -> str | None:
+    """Name of the format whose tensors are named so; None if no format's are."""
+    from msdiff_dist.convert.formats import FORMATS  # here, since the readers in that table import this module
 
     names = list(keys)
-    return next((name for name, known in FORMATS.items() if any(k.startswith(known.marks) for k in names)), None)
+    return next((name for name, known in FORMATS.items() if any(k.startswith(known.prefixes) for k in names)), None)
 
 
-def refuse_other_families(keys: Iterable[str], wanted: str) -> None:
-    """Raise unless the names are of the `wanted` format.
+def refuse_other_formats(keys: Iterable[str], wanted: str) -> None:
+    """Raise unless the names of a checkpoint's tensors are those of the `wanted` format.
 
     Raises:
-        CheckpointError: naming what they are instead.
+        CheckpointError: they are not; it names the format or network that they belong to.
     """
     names = list(keys)
-    for family, marks in _OTHERS:
-        if any(k.startswith(marks) for k in names):
+    for network, prefixes in _OTHERS:
+        if any(k.startswith(prefixes) for k in names):
             raise CheckpointError(
-                "--from", wanted, f"the checkpoint is {family}, a network that this package does not have",
+                "--from", wanted, f"the checkpoint is {network}, a network that this package does not have",
                 "Convert an LDM, Stable Diffusion 1 or 2, or multi-stage checkpoint.",
             )  # fmt: skip
-    found = family_of(names)
+    found = format_of(names)
     if found == wanted:
         return
     if found is None:
-        what = (
+        problem = (
             "the checkpoint holds an autoencoder alone"
             if any(k.startswith(("encoder.", "decoder.", "quant_conv.")) for k in names)
             else f"no tensor has the name of a U-Net's (the first is {names[0] if names else 'none'})"
         )
-        raise CheckpointError("--from", wanted, what, "Name a checkpoint of a diffusion U-Net.")
+        raise CheckpointError("--from", wanted, problem, "Name a checkpoint of a diffusion U-Net.")
     raise CheckpointError("--from", wanted, f"the checkpoint is of format {found}", f"Use --from {found}.")
