@@ -3,9 +3,10 @@
 FOLDER/latest                                       the newest tag
 FOLDER/TAG/mp_rank_00_model_states.pt               ZeRO 0-2: weights as computed with, shapes, buffers
 FOLDER/TAG/zero_pp_rank_R_mp_rank_00_model_states.pt    the same for each rank, ZeRO 3
-FOLDER/TAG/zero_pp_rank_R_mp_rank_00_optim_states.pt    rank R's stretch of the flattened fp32 weights
+FOLDER/TAG/zero_pp_rank_R_mp_rank_00_optim_states.pt    rank R's part of the flattened fp32 weights
 
-Files are mapped, so that memory stays that of one tensor. Neither deepspeed nor a GPU is needed.
+Numbers after ZeRO are its levels. Files are mapped, so that memory stays that of one tensor. Neither deepspeed nor a
+GPU is needed.
 """
 
 from __future__ import annotations
@@ -36,39 +37,43 @@ _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 
 
 def read_deepspeed(folder: Path, options: ConvertOptions) -> ModelWeights:
-    """A DeepSpeed folder of a network that this package has, told by its parameters' names; or a run of this package.
+    """A DeepSpeed folder of a network that this package has, recognised by its parameters' names; or a run folder.
 
     Raises:
-        CheckpointError: the folder is incomplete, or the network is another: `--to safetensors` writes any.
+        CheckpointError: the folder is incomplete, or holds another network (`--to safetensors` writes any).
     """
-    from msdiff_dist.convert.formats import FORMATS  # this format among them
+    from msdiff_dist.convert.formats import FORMATS  # here, since that table holds this reader
 
     if (folder / INDEX).exists() or (folder / "checkpoints").is_dir():
         return read_run(folder, options)
     source = DeepspeedSource(folder)
-    family = format_of(source.names())
-    if family == "msdiff":
+    format_name = format_of(source.names())
+    if format_name == "msdiff":
+        # A network of this package, without its recipe: read like the official multi-stage code's, which differs in
+        # names alone. The report then names the keys as they are in the folder.
         found = read_ldm(_as_official(source), options, multistage=True)
         own = {theirs: ours for ours, theirs in _official_names(source).items()}
         return replace(
             found,
             used={own.get(k, k): names for k, names in found.used.items()},
-            left_out={own.get(k, k): why for k, why in found.left_out.items()},
+            left_out={own.get(k, k): reason for k, reason in found.left_out.items()},
         )
-    if family == "diffusers" and options.config is not None:
+    if format_name == "diffusers" and options.config is not None:
         return read_unet(json_of(options.config), source, options)
-    read_tensors = FORMATS[family].read_tensors if family else None
+    read_tensors = FORMATS[format_name].read_tensors if format_name else None
     if read_tensors is not None:
         return read_tensors(source, options)
-    hint = "Give its config.json with --config" if family == "diffusers" else "Use --to safetensors"
+    hint = "Give its config.json with --config" if format_name == "diffusers" else "Use --to safetensors"
     raise CheckpointError(
-        "--from", "deepspeed", f"the parameters ({source.names()[0]}, ...) do not tell which network they are of",
+        "--from", "deepspeed", f"the parameters ({source.names()[0]}, ...) do not show which network they are of",
         f"{hint}.",
     )  # fmt: skip
 
 
 class DeepspeedSource(TensorSource):
-    """Weights by the engine's own names, fp32 where ZeRO keeps them so.
+    """The weights of a DeepSpeed engine under its own names, fp32 where ZeRO keeps them so.
+
+    Every tensor is a list of pieces: ranges of the ranks' mapped files that are joined when it is read.
 
     Raises:
         CheckpointError: a rank's file is missing or corrupt, or the model is split other than by ZeRO.
@@ -86,12 +91,13 @@ class DeepspeedSource(TensorSource):
         first = states[min(states)]
         if optimizers:
             _check_ranks(optimizers, folder)
+            # The weights of mixed precision are copies in half precision; the optimizer's are the exact ones.
             shards = [load_pickle(path)["optimizer_state_dict"] for path in optimizers.values()]
             self._add_partitions(first["param_shapes"], shards)
             self._add_frozen(list(states.values()))
         self._add_rest(first, bool(optimizers))
-        skipped = "of the optimizer and the engine, no weights"
-        self.left_out = {f"{name}": skipped for name in first if name not in ("module", "buffer_names")}
+        reason = "state of the optimizer and the engine, no weights"
+        self.left_out = {f"{name}": reason for name in first if name not in ("module", "buffer_names")}
         self.left_out |= self._without_values(first)
 
     def names(self) -> list[str]:
@@ -103,9 +109,11 @@ class DeepspeedSource(TensorSource):
     def read(self, key: str) -> Tensor:
         pieces = self._pieces[key]
         flat = pieces[0].reshape(-1) if len(pieces) == 1 else torch.cat([p.reshape(-1) for p in pieces])
+        # ZeRO 3 pads the last rank's piece.
         return flat[: math.prod(self._shapes[key])].view(self._shapes[key])
 
     def _add(self, name: str, shape: Sequence[int], pieces: list[Tensor]) -> None:
+        """Add a tensor that its pieces, flattened and joined, begin with."""
         found = sum(p.numel() for p in pieces)
         if found < math.prod(shape):
             raise CheckpointError(
@@ -115,24 +123,30 @@ class DeepspeedSource(TensorSource):
         self._shapes[name], self._pieces[name] = tuple(shape), pieces
 
     def _add_partitions(self, groups: Sequence[Mapping[str, Sequence[int]]], shards: list[Mapping[str, Any]]) -> None:
+        """Add the weights that ZeRO divides among the ranks.
+
+        Args:
+            groups: for each of the optimizer's parameter groups, the shapes by name, in the engine's order.
+            shards: the optimizer's state on each rank.
+        """
         if "fp32_flat_groups" in shards[0]:
             self._add_whole_partitions(groups, [_tensors(s["fp32_flat_groups"]) for s in shards])
         elif "param_slice_mappings" in shards[0]:
-            self._add_mapped_stretches(groups, shards)
+            self._add_mapped_ranges(groups, shards)
         else:
-            self._add_stretches(groups, [_tensors(s["single_partition_of_fp32_groups"]) for s in shards])
+            self._add_consecutive(groups, [_tensors(s["single_partition_of_fp32_groups"]) for s in shards])
 
     def _add_whole_partitions(self, groups: Sequence[Mapping[str, Sequence[int]]], ranks: list[list[Tensor]]) -> None:
-        """ZeRO 3: every parameter is dealt to all ranks in equal parts, the last one padded."""
+        """ZeRO 3: every parameter is divided among all ranks in equal parts, the last one padded."""
         cursors = [_Cursor(flats) for flats in ranks]
         for name, shape in (item for group in groups for item in group.items()):
             length = math.ceil(math.prod(shape) / len(ranks))
             self._add(name, shape, [piece for cursor in cursors for piece in cursor.take(length)])
 
-    def _add_mapped_stretches(
+    def _add_mapped_ranges(
         self, groups: Sequence[Mapping[str, Sequence[int]]], shards: list[Mapping[str, Any]]
     ) -> None:
-        """ZeRO 1 and 2: each rank says where in its stretch a parameter's elements lie."""
+        """ZeRO 1 and 2: each rank records which range of its flat tensor holds elements of which parameter."""
         pieces: dict[str, list[Tensor]] = defaultdict(list)
         for shard in shards:
             flats = _tensors(shard["single_partition_of_fp32_groups"])
@@ -143,34 +157,38 @@ class DeepspeedSource(TensorSource):
         for name, shape in (item for group in groups for item in group.items()):
             self._add(name, shape, pieces[name])
 
-    def _add_stretches(self, groups: Sequence[Mapping[str, Sequence[int]]], ranks: list[list[Tensor]]) -> None:
-        """ZeRO 1 and 2 of older versions: the ranks' stretches one after the other hold the parameters in order."""
+    def _add_consecutive(self, groups: Sequence[Mapping[str, Sequence[int]]], ranks: list[list[Tensor]]) -> None:
+        """ZeRO 1 and 2 of older versions: the ranks' flat tensors, joined, hold a group's parameters in order."""
         for i, group in enumerate(groups):
             cursor = _Cursor([flats[i] for flats in ranks])
             for name, shape in group.items():
                 self._add(name, shape, cursor.take(math.prod(shape)))
 
     def _add_frozen(self, states: list[Mapping[str, Any]]) -> None:
+        """Add parameters that are not trained, which no optimizer holds."""
         for name, shape in (states[0].get("frozen_param_shapes") or {}).items():
             self._add(name, shape, [state["frozen_param_fragments"][name] for state in states])
 
     def _add_rest(self, state: Mapping[str, Any], partitioned: bool) -> None:
+        """Add what the module itself holds: second names of shared parameters, buffers, weights outside ZeRO."""
         for name, original in (state.get("shared_params") or {}).items():
             self._shapes[name], self._pieces[name] = self._shapes[original], self._pieces[original]
-        # Under ZeRO 3 the module's parameters are empty; elsewhere those that ZeRO does not keep are there.
-        dealt = partitioned and any(p.numel() == 0 for p in state["module"].values())
-        for name in state.get("buffer_names") or [] if dealt else state["module"]:
+        # Under ZeRO 3 the module's parameters are empty and only its buffers have values.
+        is_zero3 = partitioned and any(p.numel() == 0 for p in state["module"].values())
+        for name in state.get("buffer_names") or [] if is_zero3 else state["module"]:
             tensor = state["module"].get(name)
             if isinstance(tensor, Tensor) and name not in self._shapes:
                 self._add(name, tensor.shape, [tensor])
 
     def _without_values(self, state: Mapping[str, Any]) -> dict[str, str]:
-        why = "has no values of its own in the checkpoint: it is shared with another parameter"
-        return {name: why for name in state["module"] if name not in self._shapes}
+        """Parameters of the module that nothing above has added, as in `left_out`."""
+        # ZeRO 3 saves a parameter that has two names under one, and does not save which two are the same.
+        reason = "has no values of its own in the checkpoint: it is shared with another parameter"
+        return {name: reason for name in state["module"] if name not in self._shapes}
 
 
 def _official_names(source: TensorSource) -> dict[str, str]:
-    """Our own parameters' names -> those of the official multi-stage code, which say the same."""
+    """For each of our parameters' names, the name of the same parameter in the official multi-stage code."""
     places = {"output_blocks": "de_modules", "out": "outs"}
     names = {}
     for key in source.names():
@@ -181,7 +199,9 @@ def _official_names(source: TensorSource) -> dict[str, str]:
         names[key] = UNET + rest
     table = "shared.label_emb.weight"
     if table in names and source.meta(table).shape[1] != source.meta("shared.time_embed.2.bias").shape[0]:
-        names[table] = CLASS_TABLE  # as wide as the context
+        # A table as wide as the time embedding is added to it; of another width, its rows are context tokens, which LDM
+        # keeps outside the network.
+        names[table] = CLASS_TABLE
     return names
 
 
@@ -190,14 +210,15 @@ def _as_official(source: TensorSource) -> RenamedSource:
 
 
 class _Cursor:
-    """Reads flat tensors one after the other."""
+    """Takes ranges from several flat tensors as if they were joined."""
 
     def __init__(self, flats: list[Tensor]) -> None:
         self._flats, self._at = flats, 0
 
     def take(self, numel: int) -> list[Tensor]:
+        """Views of the next `numel` elements, or of fewer at the end: one for each tensor that they lie in."""
         pieces = []
-        start = self._at
+        start = self._at  # of the range, relative to the tensor at hand
         for flat in self._flats:
             low, high = max(start, 0), min(start + numel, flat.numel())
             if low < high:
@@ -215,10 +236,13 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _tag_folder(folder: Path) -> Path:
+    """The folder of the newest tag, if `folder` names one in a file `latest`; else `folder` itself."""
     if (folder / "latest").is_file():
         tag = (folder / "latest").read_text().strip()
         if not (folder / tag).is_dir():
-            raise CheckpointError(str(folder / "latest"), tag, "names a checkpoint that is missing", "Name its folder.")
+            raise CheckpointError(
+                str(folder / "latest"), tag, "names a folder that is missing", "Name a tag's folder."
+            )
         return folder / tag
     if not folder.is_dir():
         raise CheckpointError("SRC", str(folder), "is no folder", "Name a DeepSpeed checkpoint folder.")
@@ -226,6 +250,7 @@ def _tag_folder(folder: Path) -> Path:
 
 
 def _by_rank(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
+    """The files that match, by rank. Refuses tensor parallelism, whose ranks hold slices of one tensor."""
     found = {}
     for path in folder.iterdir():
         match = pattern.fullmatch(path.name)
@@ -240,6 +265,7 @@ def _by_rank(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
 
 
 def _check_ranks(paths: Mapping[int, Path], folder: Path) -> None:
+    """Raise unless there is a file for each of the ranks among which the optimizer was divided."""
     count = load_pickle(next(iter(paths.values())))["optimizer_state_dict"]["partition_count"]
     world = max(_numbers(count))
     missing = sorted(set(range(world)) - set(paths))
