@@ -240,9 +240,7 @@ def _tag_folder(folder: Path) -> Path:
     if (folder / "latest").is_file():
         tag = (folder / "latest").read_text().strip()
         if not (folder / tag).is_dir():
-            raise CheckpointError(
-                str(folder / "latest"), tag, "names a folder that is missing", "Name a tag's folder."
-            )
+            raise CheckpointError(str(folder / "latest"), tag, "names a folder that is missing", "Name a tag's folder.")
         return folder / tag
     if not folder.is_dir():
         raise CheckpointError("SRC", str(folder), "is no folder", "Name a DeepSpeed checkpoint folder.")
