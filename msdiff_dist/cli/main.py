@@ -88,7 +88,18 @@ def main() -> None:
         app()
     except MsdiffError as e:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/] {_escaped(str(e))}", highlight=False)
-        sys.exit(2 if isinstance(e, UserError) else 1)
+        status = 2 if isinstance(e, UserError) else 1
+        if "torch.distributed" in sys.modules:
+            _leave_if_rank(status)
+        sys.exit(status)
+
+
+def _leave_if_rank(status: int) -> None:
+    """End a rank that failed without waiting for the others, which may be waiting for it."""
+    from msdiff_dist.distributed.environment import is_rank_process, leave
+
+    if is_rank_process():
+        leave(status)
 
 
 def _escaped(text: str) -> str:

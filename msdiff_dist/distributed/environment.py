@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,8 +95,23 @@ def process_group(timeout_s: float) -> Iterator[Environment]:
     )
     try:
         yield Environment(rank=rank, local_rank=local, world_size=world, device=device)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # NCCL's teardown waits for the other ranks, and these wait for this one in a reduction: nothing would be said
+        # of the failure until the watchdog ends them all. So the error passes on to be reported, and the process then
+        # leaves without a teardown.
+        if world > 1:
+            atexit.register(leave, 1)
+        else:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def leave(status: int) -> None:
+    """End this process at once, with what it has printed and without any teardown of process groups."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def make_groups(stages_of_rank: Sequence[Sequence[int]], rank: int) -> Groups:

@@ -103,7 +103,7 @@ def test_a_missing_source_names_path_and_remedy(tmp_path, name, source, words):
 
 
 @pytest.mark.parametrize(
-    "corruption", [b"", b"short", gzip.compress(b"\0\0\x08\x01\0\0\0\x05abcde"), gzip.compress(b"xx")]
+    "corruption", [b"", b"short", gzip.compress(b"\0\0\x08\x01\0\0\0\x05abcde", mtime=0), gzip.compress(b"xx", mtime=0)]
 )
 def test_corrupt_idx_files_are_named(tmp_path, corruption):
     write_fashion(tmp_path / "idx")
