@@ -1,1 +1,1 @@
-"""Jobs on SLURM clusters."""
+"""Jobs: submitting runs and commands to SLURM or in the background, and watching them."""

@@ -1,4 +1,4 @@
-"""Cluster files: how jobs are asked for on one cluster. Nothing in them depends on the recipe."""
+"""Cluster files: what a job asks of one cluster. Nothing in them depends on the recipe, so one file serves all runs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from msdiff_dist.config import from_mapping
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.shipped import where_to_get
 
+# Without days the first number is hours: sbatch alone would read "90:00" as minutes and seconds.
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>[0-5]?\d)(?::(?P<seconds>[0-5]?\d))?")
 
 
@@ -24,25 +25,27 @@ class ClusterConfig:
     """One cluster file. Every field has a default except those a SLURM cluster cannot do without.
 
     executor: `slurm`, or without it `local` (processes on this machine, in the background) or `debug` (this process).
-    shared: a folder every node sees under the same path; run folders must lie under it. Required for `slurm`.
+    shared: a folder that every node sees under the same path; run folders must be in it. Required for `slurm`.
     partition, account, qos, constraint: passed to sbatch as they are.
-    nodes: how many, or a range "2-4": the job starts on any number in it, and may come back on another.
-    gpus_per_node: GPUs asked for on each node; one task runs on each.
-    tasks_per_node: tasks on each node where there are no GPUs.
+    nodes: number of nodes, or a range "2-4": the job starts on any number in it, and may restart on another.
+    gpus_per_node: GPUs asked for on each node; one rank runs on each.
+    tasks_per_node: ranks on each node where there are no GPUs.
     gres: how to ask for GPUs where --gpus-per-node is not accepted, e.g. "gpu:a100:8".
-    cpus_per_task, memory_gb: CPUs of each task (also its OMP_NUM_THREADS), memory of each node (None: the default).
-    time: limit of one start of the job, "[days-]hours:minutes[:seconds]"; the job goes on by itself after it.
-    signal_delay_s: how long before the limit the job is told to save and stop.
+    cpus_per_task, memory_gb: CPUs of each rank (also its OMP_NUM_THREADS), memory of each node (None: the cluster's
+        default).
+    time: limit of one start of the job, "[days-]hours:minutes[:seconds]"; the job resumes by itself after it.
+    signal_delay_s: seconds before the limit at which a signal makes the job save and stop.
     exclusive: ask for whole nodes.
     sbatch: any further sbatch options, e.g. {reservation: night, mail-type: FAIL}.
     srun: any further srun arguments, e.g. ["--cpu-bind=none", "--container-image=..."].
     setup: shell lines run on the first node before the tasks start, e.g. "module load cuda", "conda activate msdiff".
     python: the interpreter on the nodes. Default: the one that launches.
     container: a command put before it, e.g. "apptainer exec --nv /shared/msdiff.sif".
-    environment: variables exported to every task.
-    interface: network interface for NCCL and gloo, e.g. "ib0" (None: they choose).
+    environment: variables exported to every rank.
+    interface: IP interface by which ranks find each other, and of the TCP of gloo and NCCL, e.g. "eth1" (None: they
+        choose). It does not decide whether NCCL uses InfiniBand.
     max_parallel: runs of a sweep, or parts of a data job, at the same time.
-    max_restarts: starts in a row that reach no new checkpoint before the job gives up.
+    max_restarts: starts in a row without a new checkpoint, after which the job gives up.
     """
 
     executor: Literal["slurm", "local", "debug"] = "slurm"
@@ -76,13 +79,11 @@ class ClusterConfig:
             if getattr(self, name) < least:
                 raise ConfigError(name, getattr(self, name), f"must be at least {least}", "Raise it.")
         if self.memory_gb is not None and self.memory_gb <= 0:
-            raise ConfigError(
-                "memory_gb", self.memory_gb, "must be above 0", "Give gigabytes per node, or leave it out."
-            )
+            raise ConfigError("memory_gb", self.memory_gb, "must be above 0", "Give gigabytes per node, or remove it.")
         if self.gpus_per_node and self.tasks_per_node not in (1, self.gpus_per_node):
             raise ConfigError(
                 "tasks_per_node", self.tasks_per_node, f"one task runs on each of the {self.gpus_per_node} GPUs",
-                "Leave tasks_per_node out.",
+                "Remove tasks_per_node.",
             )  # fmt: skip
         if self.gres and not self.gpus_per_node:
             raise ConfigError("gres", self.gres, "needs the number of GPUs too", "Set gpus_per_node.")
@@ -116,7 +117,7 @@ class ClusterConfig:
 
     @property
     def world_sizes(self) -> tuple[int, ...]:
-        """Every number of ranks the job may start with."""
+        """Every number of ranks that the job may start with, ascending."""
         low, high = self.node_range
         return tuple(n * self.ranks_per_node for n in range(low, high + 1))
 
@@ -134,7 +135,7 @@ class ClusterConfig:
 
 
 def load_cluster(name: str, overrides: dict[str, Any] | None = None) -> ClusterConfig:
-    """The cluster file `name`, or `local` / `debug`, with command-line options put over its fields.
+    """Load the cluster file `name`, or `local` or `debug`. Command-line `overrides` that are not None replace fields.
 
     Raises:
         ConfigError: no such file, not YAML, an unknown field, a value that makes no sense.
@@ -154,6 +155,7 @@ def load_cluster(name: str, overrides: dict[str, Any] | None = None) -> ClusterC
         if not isinstance(loaded, dict):
             raise ConfigError("--cluster", name, "is not a mapping of fields", "Write `field: value` lines.")
         mapping = {str(key): value for key, value in loaded.items()}
+    # An error in a field names the option where the value came from one, else the file.
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     try:
         return from_mapping(ClusterConfig, {**mapping, **given})
@@ -164,12 +166,13 @@ def load_cluster(name: str, overrides: dict[str, Any] | None = None) -> ClusterC
 
 
 def one_rank(cluster: ClusterConfig) -> ClusterConfig:
-    """The same cluster asked for one rank: one node of it, one GPU if there are any, its share of the memory."""
+    """The same cluster file for one rank: one node, one GPU if there are any, that rank's share of the memory."""
     return dataclasses.replace(
         cluster,
         nodes=1,
         tasks_per_node=1,
         gpus_per_node=min(1, cluster.gpus_per_node),
+        # "gpu:a100:8" -> "gpu:a100:1".
         gres=re.sub(r"\d+$", "1", cluster.gres) if cluster.gres else None,
         memory_gb=cluster.memory_gb / cluster.ranks_per_node if cluster.memory_gb else None,
         exclusive=False,

@@ -1,4 +1,8 @@
-"""What runs in a cluster job: picklable, light to import, and asked to stop by signals only."""
+"""The tasks of cluster jobs, and how a job requeues itself.
+
+submitit pickles a task at launch and calls it on every rank. So tasks hold plain values, and import torch and DeepSpeed
+only when they are called.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +24,17 @@ from msdiff_dist.errors import TrainingError
 from msdiff_dist.files.atomic import atomic_write
 from msdiff_dist.launch.restarts import Diary
 
-STOPPED = "cancelled"  # a file of this name in the launch folder: do not requeue
+CANCELLED_FILE = "cancelled"  # in the launch folder; while it exists the job is not requeued
+_COUNTDOWN = 0  # time-outs that submitit would still allow: written to its log, and nothing else
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
-    """One run, as one task of a job: joins its peers, trains from the newest checkpoint, and goes on after a stop.
+    """One rank of a launched run: joins the other ranks, trains from the newest checkpoint, and requeues after a stop.
 
-    run_dir: the run folder. recipe: the resolved recipe, kept at launch. signal_delay_s: the time a stop may take.
-    max_restarts: starts in a row without a new checkpoint before the job gives up.
+    run_dir: the run folder. recipe: path of the resolved recipe in the launch's snapshot. signal_delay_s: seconds
+    between the signal to stop and the kill. max_restarts: starts in a row without a new checkpoint, after which the job
+    gives up.
     """
 
     run_dir: str
@@ -38,6 +44,7 @@ class TrainJob:
 
     def __call__(self) -> str:
         job = submitit.JobEnvironment()
+        # Set before submitit exports the variables of torch.distributed: it would draw a port that may be in use.
         os.environ.setdefault("MASTER_PORT", str(_port(job.job_id)))
         ranks = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         launch_folder = Path(self.run_dir) / "launch"
@@ -46,8 +53,8 @@ class TrainJob:
             if ranks.rank == 0:
                 self._begin(diary, job, ranks.world_size)
             outcome, seconds = self._train()
-        except SystemExit:  # submitit's own handler, for a signal before training began
-            diary.write_end("told to stop before training began")
+        except SystemExit:  # from submitit's own signal handler, which has requeued the job
+            diary.write_end("stopped by a signal before training began")
             raise
         except BaseException as e:
             diary.write_end(f"rank {ranks.rank}: {type(e).__name__}: {e}")
@@ -55,8 +62,8 @@ class TrainJob:
         if ranks.rank == 0:
             diary.write_end(outcome, seconds_to_stop=seconds)
         if outcome == "preempted":
-            # Nothing may be returned: submitit would take the job for done. Exit status 0: srun ends the whole step at
-            # the first other one, perhaps before rank 0 has asked for the requeue.
+            # A returned value would make submitit record the job as done, so the process exits instead. The status is
+            # 0: at any other one srun ends the whole step, perhaps before rank 0 has asked for the requeue.
             if ranks.rank == 0:
                 self._warn_if_slow(seconds)
                 requeue(job, launch_folder)
@@ -65,23 +72,29 @@ class TrainJob:
         return outcome
 
     def checkpoint(self) -> DelayedSubmission | None:
-        """Called by submitit for a signal that comes before training has begun: start over, unless cancelled."""
-        return None if (Path(self.run_dir) / "launch" / STOPPED).exists() else DelayedSubmission(self)
+        """What submitit requeues after a signal before training began: the same task, or None if it was cancelled."""
+        return None if (Path(self.run_dir) / "launch" / CANCELLED_FILE).exists() else DelayedSubmission(self)
 
     def _begin(self, diary: Diary, job: submitit.JobEnvironment, world_size: int) -> None:
+        """Rank 0: record this start in the diary.
+
+        Raises:
+            TrainingError: too many starts before this one made no progress.
+        """
         from msdiff_dist.checkpoint.layout import complete_checkpoints
 
         checkpoints = complete_checkpoints(Path(self.run_dir) / "checkpoints")
         step = int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
         nodes = list(job.hostnames)
         print(f"job {job.job_id}: {world_size} ranks on {', '.join(nodes)}, newest checkpoint: step {step}", flush=True)
-        why_stop = diary.starts_without_progress(step, self.max_restarts)
+        # Counted before this start is recorded: it has not had the chance to make progress.
+        why_give_up = diary.starts_without_progress(step, self.max_restarts)
         diary.write_start(world_size, step, nodes=nodes)
-        if why_stop:
-            raise TrainingError(why_stop)
+        if why_give_up:
+            raise TrainingError(why_give_up)
 
     def _train(self) -> tuple[str, float | None]:
-        """Outcome, and seconds from the signal to stop until everything was saved."""
+        """Train; returns the outcome, and the seconds from the signal to stop until all was saved (None: no signal)."""
         from omegaconf import OmegaConf
 
         from msdiff_dist.apps.train.rank import run_rank
@@ -106,7 +119,10 @@ class TrainJob:
 
 @dataclass(frozen=True)
 class CommandJob:
-    """One part of a data job: an `msdiff` command that skips what is already done, so it may be started over."""
+    """One part of a data job: an `msdiff` command that skips what is already done, so it may be started again.
+
+    arguments: the words after `msdiff`. done_file: `FOLDER/parts/00000.done`, written when the command has succeeded.
+    """
 
     arguments: tuple[str, ...]
     done_file: str
@@ -114,6 +130,7 @@ class CommandJob:
     @property
     def done(self) -> bool:
         """Whether exactly this command has been done."""
+        # The file holds the command: another command launched in the same folder is not done yet.
         path = Path(self.done_file)
         return path.exists() and path.read_text() == self._command
 
@@ -130,20 +147,22 @@ class CommandJob:
         return shlex.join(self.arguments) + "\n"
 
     def checkpoint(self) -> DelayedSubmission | None:
-        """Called by submitit for the time limit or a pre-emption: start over, unless cancelled."""
+        """What submitit requeues after a time limit or a pre-emption: the same task, or None if it was cancelled."""
         launch_folder = Path(self.done_file).parents[1] / "launch"
-        return None if (launch_folder / STOPPED).exists() else DelayedSubmission(self)
+        return None if (launch_folder / CANCELLED_FILE).exists() else DelayedSubmission(self)
 
 
 def _port(job_id: str) -> int:
-    """Where rank 0 listens: the same on every rank, and below the ports that Linux hands out by itself, which another
-    program may hold at this moment."""
+    """The port on which rank 0 listens, the same on every rank.
+
+    It is below 32768, where Linux starts to give ports to programs that ask for any: one of those could be in use.
+    """
     return random.Random(job_id).randrange(20_000, 32_768)
 
 
 def requeue(job: submitit.JobEnvironment, launch_folder: Path) -> None:
-    """Have this job run again, unless it was cancelled or SLURM is requeueing it already."""
-    if (launch_folder / STOPPED).exists():
+    """Requeue this job, unless it was cancelled or SLURM is requeueing it already. A local job's process exits here."""
+    if (launch_folder / CANCELLED_FILE).exists():
         print("cancelled: not requeued")
         return
     if shutil.which("scontrol") and "SLURM_JOB_ID" in os.environ:
@@ -151,13 +170,11 @@ def requeue(job: submitit.JobEnvironment, launch_folder: Path) -> None:
         if state not in ("RUNNING", "COMPLETING"):
             print(f"not requeued: the job is {state}")
             return
-    job._requeue(_ANY)
-
-
-_ANY = 0  # submitit's remaining time-outs, only mentioned in its log
+    job._requeue(_COUNTDOWN)
 
 
 def _slurm_state(job_id: str) -> str:
     shown = subprocess.run(["scontrol", "--oneliner", "show", "job", job_id], capture_output=True, text=True)
+    # "JobId=7 JobState=RUNNING Reason=None ..."
     words: dict[str, Any] = dict(word.split("=", 1) for word in shown.stdout.split() if "=" in word)
     return str(words.get("JobState", "unknown"))

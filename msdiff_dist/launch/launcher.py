@@ -1,4 +1,4 @@
-"""`msdiff launch`: check everything, keep a snapshot, submit, leave a record in the run folder."""
+"""`msdiff launch` and `msdiff array`: check everything, take a snapshot, submit, write a record to the run folder."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from msdiff_dist.apps.train.warm_start import start_weights
 from msdiff_dist.distributed.plan_report import plan_report, render, size
 from msdiff_dist.errors import ConfigError, RunFolderError
 from msdiff_dist.launch.cluster import ClusterConfig, one_rank
-from msdiff_dist.launch.job import STOPPED, CommandJob, TrainJob
+from msdiff_dist.launch.job import CANCELLED_FILE, CommandJob, TrainJob
 from msdiff_dist.launch.restarts import Diary
 from msdiff_dist.launch.snapshot import next_snapshot, take_snapshot
-from msdiff_dist.launch.submit import check, make_executor, sbatch_text, submit
+from msdiff_dist.launch.submit import check_job, make_executor, sbatch_text, submit
 from msdiff_dist.launch.watch import JobRecord, done_file, last_metrics, register_run, states
 from msdiff_dist.recipe import Recipe, load_recipe, recipe_mapping
 from msdiff_dist.sweep import load_sweep, overrides_of, run_names
@@ -34,14 +34,19 @@ from msdiff_dist.training.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe and the folder it is to run in."""
+    """A recipe and its run folder."""
 
     recipe: Recipe
     folder: Path
 
 
 def runs_of(path: Path, overrides: Sequence[str], folder: Path | None) -> tuple[Path, list[Run], int | None]:
-    """The folder, the runs and the limit of parallel runs (None: not given) that a recipe or sweep file asks for.
+    """The folder of the job, its runs and the limit of parallel runs (None: not given), from a recipe or sweep file.
+
+    Args:
+        path: a recipe or a sweep.
+        overrides: `key=value` changes to every run's recipe; a sweep's own changes come after them.
+        folder: the run folder, or the folder of a sweep's run folders; None: `runs/NAME`.
 
     Raises:
         ConfigError: naming the file's or the recipe's field.
@@ -62,7 +67,7 @@ def runs_of(path: Path, overrides: Sequence[str], folder: Path | None) -> tuple[
 
 
 def check_runs(runs: Sequence[Run], cluster: ClusterConfig) -> None:
-    """Everything that can be known to go wrong with these runs on this cluster; writes nothing.
+    """Check all that can be checked before submission: data, placement, weights, run folders. Writes nothing.
 
     Raises:
         UserError: naming the field and the remedy.
@@ -77,12 +82,13 @@ def check_runs(runs: Sequence[Run], cluster: ClusterConfig) -> None:
     records = [record for run in runs if (record := JobRecord.load(run.folder))]
     for record in (record for record, state in zip(records, states(records), strict=True) if state.active):
         raise RunFolderError(
-            "--run-dir", record.run, f"job {record.job_ids[0]} is already at work on it",
+            "--run-dir", record.run, f"job {record.job_ids[0]} of this run is still active",
             "Wait for it, `msdiff cancel` it, or name another folder.",
         )  # fmt: skip
 
 
 def _check_elastic(recipe: Recipe, cluster: ClusterConfig) -> None:
+    """Refuse a range of nodes whose numbers of ranks give different global batches: it would not be one training."""
     sizes = {recipe.train.batch_size(w) for w in cluster.world_sizes}
     if len(sizes) > 1:
         raise ConfigError(
@@ -93,27 +99,29 @@ def _check_elastic(recipe: Recipe, cluster: ClusterConfig) -> None:
 
 
 def plan_report_of(run: Run, cluster: ClusterConfig, world_size: int) -> dict[str, Any]:
-    """The plan on `world_size` ranks; with `images_per_second` where the run folder holds steps of its last start.
+    """The plan on `world_size` ranks, as JSON values; with the `images_per_second` to expect if the run has trained.
 
-    They are what that start did, times the ranks and the balance of this plan over those of that one.
+    The expected speed is the median of the run's last start, scaled by ranks times balance of this plan over ranks
+    times balance of that start's plan.
     """
     plan = plan_run(run.recipe, world_size, cluster.ranks_per_node)
     on_gpus = cluster.gpus_per_node > 0
     report = plan_report(plan.placement, workload(run.recipe, plan, on_gpus), (), cluster.ranks_per_node)
     starts = Diary(run.folder / "launch/starts.jsonl").starts()
+    # Steps up to the last start's checkpoint were trained by earlier starts, perhaps on another number of ranks.
     speeds = [
         line["images_per_second"] for line in last_metrics(run.folder) if starts and line["step"] > starts[-1].step
     ]
     if speeds:
-        measured = statistics.median(speeds[-100:])
-        before = plan_run(run.recipe, starts[-1].ranks, cluster.ranks_per_node)
-        faster = report["balance"] * world_size / (before.placement.balance(before.cost_K) * starts[-1].ranks)
-        report["images_per_second"] = measured * faster
+        measured, ranks_then = statistics.median(speeds[-100:]), starts[-1].ranks
+        plan_then = plan_run(run.recipe, ranks_then, cluster.ranks_per_node)
+        speed_up = report["balance"] * world_size / (plan_then.placement.balance(plan_then.cost_K) * ranks_then)
+        report["images_per_second"] = measured * speed_up
     return report
 
 
 def show_plan(run: Run, cluster: ClusterConfig) -> None:
-    """Print the plan on the most nodes, and one line for each smaller number the job may get."""
+    """Print the plan on the most nodes, and one line for each number of nodes that the job may get."""
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     for world_size in cluster.world_sizes:
         report = plan_report_of(run, cluster, world_size)
@@ -129,12 +137,12 @@ def show_plan(run: Run, cluster: ClusterConfig) -> None:
 
 
 def dry_run(runs: Sequence[Run], cluster: ClusterConfig, folder: Path, name: str) -> str | None:
-    """The exact sbatch text `launch` would submit, after the same checks; None without SLURM. Writes nothing."""
+    """The exact sbatch text that `launch` would submit, after the same checks; None without SLURM. Writes nothing."""
     check_runs(runs, cluster)
     if cluster.executor != "slurm":
         return None
     executor = make_executor(cluster, name, folder, next_snapshot(folder) / "code")
-    check(cluster, folder, executor, len(runs))
+    check_job(cluster, folder, executor, len(runs))
     return sbatch_text(executor, len(runs))
 
 
@@ -142,7 +150,8 @@ def launch(runs: Sequence[Run], cluster: ClusterConfig, folder: Path, name: str)
     """Submit `runs`: one as a job, several as a job array. Nothing is written or submitted if a check fails.
 
     Args:
-        folder: where the logs and the snapshot of the job go: the run folder, or the sweep's.
+        folder: the folder for the job's logs and snapshot: the run folder, or the sweep's.
+        name: the job's name.
 
     Raises:
         UserError: naming the field and the remedy.
@@ -155,7 +164,7 @@ def launch(runs: Sequence[Run], cluster: ClusterConfig, folder: Path, name: str)
     tasks = []
     for run, recipe in zip(runs, names, strict=True):
         (run.folder / "launch").mkdir(parents=True, exist_ok=True)
-        (run.folder / "launch" / STOPPED).unlink(missing_ok=True)
+        (run.folder / "launch" / CANCELLED_FILE).unlink(missing_ok=True)
         run_dir = str(run.folder.resolve())
         tasks.append(
             TrainJob(
@@ -172,6 +181,7 @@ def launch(runs: Sequence[Run], cluster: ClusterConfig, folder: Path, name: str)
 def parts_of(command: Sequence[str], parts: int) -> list[list[str]]:
     """A command once for each part, with `{part}` (0, 1, ...), `{part:05d}` (00000, ...) and `{parts}` filled in."""
 
+    # Not str.format: other braces in a command stay as they are, such as shards/{00000..00255}.tar.
     def filled(word: str, part: int) -> str:
         word = re.sub(r"\{part(?::(\d+)d)?\}", lambda m: format(part, f"{m[1]}d" if m[1] else "d"), word)
         return word.replace("{parts}", str(parts))
@@ -190,22 +200,23 @@ def launch_commands(
     cluster = one_rank(cluster)
     record = JobRecord.load(folder)
     if record and states([record])[0].active:
-        raise RunFolderError("--folder", str(folder), "its jobs are still at work", "Wait, or `msdiff cancel` them.")
+        raise RunFolderError("--folder", str(folder), "its jobs are still active", "Wait, or `msdiff cancel` them.")
     snapshot = next_snapshot(folder)
-    every = [CommandJob(tuple(c), str(done_file(folder, i).resolve())) for i, c in enumerate(commands)]
-    tasks = [task for task in every if not task.done]
+    all_tasks = [CommandJob(tuple(c), str(done_file(folder, i).resolve())) for i, c in enumerate(commands)]
+    tasks = [task for task in all_tasks if not task.done]
     if not tasks:
         return None
     _check_parallel(cluster, len(tasks))
     if cluster.executor == "slurm":
-        check(cluster, folder, make_executor(cluster, name, folder, snapshot / "code"), len(tasks))
+        check_job(cluster, folder, make_executor(cluster, name, folder, snapshot / "code"), len(tasks))
     take_snapshot(snapshot, {"commands.json": json.dumps([list(c) for c in commands], indent=1)})
-    (folder / "launch" / STOPPED).unlink(missing_ok=True)
+    (folder / "launch" / CANCELLED_FILE).unlink(missing_ok=True)
     jobs = submit(make_executor(cluster, name, folder, snapshot / "code"), tasks)
     return _record(cluster, folder, jobs, len(commands))
 
 
 def _check_parallel(cluster: ClusterConfig, tasks: int) -> None:
+    """Without SLURM nothing queues: refuse more tasks than may run at the same time."""
     if cluster.executor != "slurm" and tasks > cluster.max_parallel:
         raise ConfigError(
             "max_parallel", cluster.max_parallel, f"without SLURM all {tasks} start at once",

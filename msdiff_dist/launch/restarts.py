@@ -1,4 +1,4 @@
-"""The diary of a run's starts and ends: what the limit on restarts without progress is judged by."""
+"""The diary of a run's starts and ends, from which a job decides to give up after starts without progress."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """One start of the job.
+    """One start of a job.
 
-    step: newest checkpoint then (0: none). outcome: how it ended, None if it ended without a word.
+    time: seconds since 1970. job: its id. ranks: world size. step: of the newest checkpoint at the start (0: none).
+    outcome: `finished`, `preempted` or an error; None if nothing was recorded, as after a power cut, or while it runs.
     """
 
     time: float
@@ -26,9 +27,10 @@ class Start:
 
 
 class Diary:
-    """`run/launch/starts.jsonl`: lines are a start, written by rank 0, or an end, written by rank 0 or a failed rank.
+    """`launch/starts.jsonl` of a run folder. A line is a start, written by rank 0, or an end, by it or a failed rank.
 
-    A rank may fail before rank 0 has written the start, so both lines name it: job and number of requeues.
+    A rank may fail before rank 0 has written the start, so both lines have the key of their start: job and number of
+    requeues. A local job has no number of requeues: its later starts have the same key.
     """
 
     def __init__(self, path: Path, job: str = "", requeues: int = 0) -> None:
@@ -37,12 +39,12 @@ class Diary:
     def starts(self) -> list[Start]:
         """Every start so far, oldest first."""
         found: list[Start] = []
-        open_at: dict[str, int] = {}
-        early: dict[str, str] = {}
+        newest: dict[str, int] = {}  # key -> place in `found` of the newest start with it
+        early: dict[str, str] = {}  # key -> the outcome that came before the start
         for line in self._path.read_text().splitlines() if self._path.exists() else []:
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError:  # torn by a crash
+            except json.JSONDecodeError:  # cut off by a crash of the node
                 continue
             key = entry["key"]
             if "step" in entry:
@@ -52,33 +54,41 @@ class Diary:
                         time=entry["time"], job=entry["job"], ranks=entry["ranks"], step=entry["step"], outcome=outcome
                     )
                 )
-                open_at[key] = len(found) - 1
-            elif key not in open_at:
+                newest[key] = len(found) - 1
+            elif key not in newest:
                 early.setdefault(key, entry["outcome"])
-            elif found[open_at[key]].outcome is None:  # the first rank to fail knows why
-                found[open_at[key]] = dataclasses.replace(found[open_at[key]], outcome=entry["outcome"])
+            # The first rank to fail has the cause; later ones report what followed from it.
+            elif found[newest[key]].outcome is None:
+                found[newest[key]] = dataclasses.replace(found[newest[key]], outcome=entry["outcome"])
         return found
 
     def write_start(self, ranks: int, step: int, **more: Any) -> None:
+        """Append a start at `step`; `more` are further JSON values of the line."""
         self._append({"key": self._key, "time": time.time(), "job": self._job, "ranks": ranks, "step": step, **more})
 
     def write_end(self, outcome: str, **more: Any) -> None:
+        """Append how the start of this diary's key ended."""
         self._append({"key": self._key, "time": time.time(), "outcome": outcome, **more})
 
     def starts_without_progress(self, step: int, limit: int) -> str | None:
-        """Why to give up: the last `limit` starts of this job all began at `step`, where it is still. None: go on."""
+        """The reason to give up, or None. `step` is that of the newest checkpoint.
+
+        It is time to give up when this job's last `limit` starts all began at `step`.
+        """
         recent = [s for s in self.starts() if s.job == self._job][-limit:]
         if len(recent) < limit or any(s.step != step for s in recent):
             return None
-        endings = "; ".join(s.outcome or "ended without a word (node failure, out of memory, killed)" for s in recent)
+        no_message = "ended without a message (node failure, out of memory, killed)"
+        endings = "; ".join(s.outcome or no_message for s in recent)
         return (
             f"gave up after {limit} starts from step {step} which reached no new checkpoint: {endings}. "
-            f"Read the logs, save more often (checkpoint.every) or allow more time, then launch again; "
+            f"Read the logs, save more often (checkpoint.every) or allow more time, then launch again. "
             f"`max_restarts` in the cluster file is the limit."
         )
 
     def _append(self, entry: dict[str, Any]) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        # A line cut off by a crash must not swallow this one.
         torn = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
         with self._path.open("a") as f:
             f.write(("\n" if torn else "") + json.dumps(entry) + "\n")

@@ -1,4 +1,4 @@
-"""What the SLURM client commands say: does the cluster have what is asked for, and how do jobs stand."""
+"""Questions to SLURM's client commands: whether the cluster has what is asked for, and the states of jobs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from pathlib import Path
 from msdiff_dist.errors import ConfigError, UserError, did_you_mean
 from msdiff_dist.launch.cluster import ClusterConfig
 
-# States in which a job may still do something.
+# States of a job that runs or may still run.
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "STOPPED")
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobInfo:
-    """One job, or one task of a job array ("12_3"). restarts: times it was requeued, None when no longer known."""
+    """One job, or one task of a job array ("12_3").
+
+    state: SLURM's word. nodes: their number. restarts: times it was requeued, None when no longer known. reason: why it
+    waits, "" if SLURM gives none.
+    """
 
     job_id: str
     state: str
@@ -43,13 +47,15 @@ def check_cluster(cluster: ClusterConfig) -> None:
     """Compare what a cluster file asks for with what the cluster has.
 
     Raises:
-        ConfigError: no client, unknown partition, too few nodes with enough GPUs, CPUs or memory, time over its limit.
+        ConfigError: no client, an unknown partition, too few nodes with enough GPUs, CPUs or memory, a time limit that
+            the partition does not allow.
     """
     if shutil.which("sbatch") is None or shutil.which("sinfo") is None:
         raise ConfigError(
             "--cluster", cluster.executor, "there is no SLURM client (sbatch) on this machine",
             "Run on the cluster's login node, load its SLURM module, or use `--cluster local`.",
         )  # fmt: skip
+    # sinfo writes the default partition as `main*`.
     partitions = {line.rstrip("*"): line.endswith("*") for line in _query("sinfo", "-h", "-o", "%P").split()}
     default = next((name for name, is_default in partitions.items() if is_default), None)
     partition = cluster.partition or default
@@ -64,7 +70,7 @@ def check_cluster(cluster: ClusterConfig) -> None:
 
 def _check_nodes(cluster: ClusterConfig, partition: str) -> None:
     rows = _query("sinfo", "-h", "-N", "-p", partition, "-o", "%N|%G|%c|%m").splitlines()
-    nodes = {}
+    nodes = {}  # by name: a node has a line for each of the partitions asked for
     for row in rows:
         name, gres, cpus, memory = row.split("|")
         nodes[name] = _Node(name=name, gpus=_gpus(gres), cpus=int(cpus.rstrip("+")), memory_mb=int(memory.rstrip("+")))
@@ -73,6 +79,7 @@ def _check_nodes(cluster: ClusterConfig, partition: str) -> None:
             "nodes", cluster.nodes, f"partition {partition!r} has {len(nodes)} nodes",
             "Ask for fewer, or name another partition.",
         )  # fmt: skip
+    # The job starts on the fewest nodes of the range if no more are free, so that many must be large enough.
     need, cpus_asked = cluster.node_range[0], cluster.cpus_per_task * cluster.ranks_per_node
     memory_asked = (cluster.memory_gb or 0) * 1024
     wanted: list[tuple[str, object, str, list[int], float]] = [
@@ -100,22 +107,22 @@ def _check_time(cluster: ClusterConfig, partition: str) -> None:
     limits = []
     for text in _query("sinfo", "-h", "-p", partition, "-o", "%l").split():
         match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
-        if match is None:  # infinite
+        if match is None:  # "infinite"
             return
         days, hours, minutes, seconds = (int(g or 0) for g in match.groups())
         limits.append(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
     if limits and cluster.time_s > max(limits):
         raise ConfigError(
             "time", cluster.time, f"partition {partition!r} allows {max(limits) // 60} minutes at most",
-            "Ask for less: the job goes on by itself after each time limit.",
+            "Ask for less: the job resumes by itself after each time limit.",
         )  # fmt: skip
 
 
 def check_submission(script: Path) -> None:
-    """Let the controller itself judge an sbatch file, without submitting it.
+    """Have SLURM's controller check an sbatch file without submitting it.
 
     Raises:
-        UserError: with the controller's own words.
+        UserError: the controller refuses the job; the message quotes its reason.
     """
     done = subprocess.run(["sbatch", "--test-only", str(script)], capture_output=True, text=True)
     if done.returncode:
@@ -124,14 +131,15 @@ def check_submission(script: Path) -> None:
 
 
 def job_infos(job_ids: Sequence[str]) -> dict[str, JobInfo]:
-    """How jobs stand: from the controller while it remembers them, else from accounting where there is one.
+    """The states of jobs, by id: from the controller while it remembers them, else from accounting where there is one.
 
-    An id the cluster does not know is left out; tasks of a job array are listed each under its own id.
+    Ids that the cluster does not know are missing. Each task of a job array has an entry of its own.
     """
     wanted = sorted({job_id.split("_")[0] for job_id in job_ids})
     if not wanted or shutil.which("squeue") is None:
         return {}
     found = {}
+    # NAME:WIDTH, and "|" between columns. -r gives each task of an array a row; -t all includes jobs that have ended.
     fields = "JobArrayID:40|,State:40|,NumNodes:20|,RestartCnt:20|,Reason:60"
     rows = _query("squeue", "-h", "-r", "-t", "all", "-j", ",".join(wanted), "-O", fields, check=False).splitlines()
     for row in rows:
@@ -144,11 +152,17 @@ def job_infos(job_ids: Sequence[str]) -> dict[str, JobInfo]:
         accounting = ("sacct", "-n", "-P", "-X", "-j", ",".join(unknown), "-o", "JobID,State,NNodes")
         for row in _query(*accounting, check=False).splitlines():
             job_id, state, nodes = row.split("|")
+            # The state may be "CANCELLED by 1000".
             found[job_id] = JobInfo(job_id=job_id, state=state.split()[0], nodes=nodes, restarts=None)
     return found
 
 
 def _query(*command: str, check: bool = True) -> str:
+    """Standard output of a client command, "" if it is not installed.
+
+    Raises:
+        UserError: it does not answer; with `check`, also if it fails.
+    """
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except FileNotFoundError:

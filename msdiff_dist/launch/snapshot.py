@@ -1,11 +1,11 @@
-"""What is kept of the moment of a launch, so that a queued or requeued job runs what was submitted.
+"""The snapshot that a launch takes, so that a queued or requeued job runs what was submitted.
 
-run/launch/
+RUN/launch/
   001/                one folder for each launch
-    code/             the package as it was; the job imports it from here
+    code/             a copy of the package; the job imports it from here
     recipe.yaml       the resolved recipe the job reads (one file for each run of a sweep)
-    environment.json  interpreter, installed packages, host, command line, variables that matter
-    git.json          commit and branch; git.diff beside it: what was not committed
+    environment.json  interpreter, installed packages, host, command line, variables that affect training
+    git.json          commit, branch, untracked files; git.diff beside it: changes that were not committed
   job.json            the newest job (see watch)
   starts.jsonl        every start and end of the job (see restarts)
 """
@@ -31,14 +31,14 @@ _VARIABLES = ("CUDA", "NCCL", "GLOO", "OMP", "TORCH", "PYTORCH", "SLURM", "CONDA
 
 
 def next_snapshot(folder: Path) -> Path:
-    """Where the next snapshot of the run (or sweep) `folder` goes: `folder/launch/001`, then 002."""
+    """The path of the next snapshot of the run (or sweep) `folder`: `folder/launch/001`, then 002."""
     launches = (folder / "launch").resolve()
     numbers = [int(p.name) for p in launches.iterdir() if p.name.isdigit()] if launches.is_dir() else []
     return launches / f"{1 + max(numbers, default=0):03d}"
 
 
 def take_snapshot(snapshot: Path, files: Mapping[str, str]) -> None:
-    """Keep the code, the environment and these files (name -> text) in the new folder `snapshot`."""
+    """Write the code, the environment and these files (name -> text) to the new folder `snapshot`."""
     package = Path(msdiff_dist.__file__).parent
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
     state, difference = _git(package)
@@ -66,7 +66,7 @@ def _environment() -> dict[str, Any]:
 
 
 def _git(package: Path) -> tuple[dict[str, str | None], str]:
-    """Commit and branch of the repository that holds the package, and the difference to what is on disk."""
+    """Commit, branch and untracked files of the repository that holds the package, and the changes since the commit."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -75,6 +75,7 @@ def _git(package: Path) -> tuple[dict[str, str | None], str]:
             return None
         return done.stdout if done.returncode == 0 else None
 
+    # An installed package may lie inside some other repository, whose commit would say nothing about it.
     if git("ls-files", "--error-unmatch", "__init__.py") is None:
         return {"commit": None, "note": "the package is not under version control"}, ""
     state = {"commit": git("rev-parse", "HEAD"), "branch": git("rev-parse", "--abbrev-ref", "HEAD")}

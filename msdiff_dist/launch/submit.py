@@ -1,4 +1,4 @@
-"""From a cluster file to a submitted job, by submitit: the only file that builds its executors."""
+"""From a cluster file to a submitted job: the only module that builds submitit's executors."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from msdiff_dist.errors import ConfigError, UserError
 from msdiff_dist.launch import slurm
 from msdiff_dist.launch.cluster import ClusterConfig
 
-# submitit's own limit counts every signal of a short job as a time-out; restarts are limited by `max_restarts` instead.
+# submitit limits time-outs, and takes every signal of a short job for one. `max_restarts` is the limit here instead.
 _NO_LIMIT = 100_000
 
 Task = Callable[[], Any]
 
 
 class SlurmExecutor(submitit.SlurmExecutor):
-    """submitit's, also usable where there is no SLURM client: to render the sbatch text."""
+    """submitit's executor, which can also be made without a SLURM client, to render the sbatch text."""
 
     @classmethod
     def affinity(cls) -> int:
+        """Positive: submitit's own is -1 where srun is missing, and then it refuses to make an executor."""
         return 1
 
 
@@ -37,8 +38,8 @@ def make_executor(cluster: ClusterConfig, name: str, folder: Path, code: Path) -
     """The submitit executor for a cluster file.
 
     Args:
-        name: of the job.
-        folder: of the run or sweep; its `logs/` get the ranks' logs, the sbatch file and submitit's pickles.
+        name: the job's name.
+        folder: the folder of the run or sweep; its `logs/` get the ranks' logs, the sbatch file and submitit's pickles.
         code: the folder the job imports this package from.
     """
     logs = folder.resolve() / "logs"
@@ -62,7 +63,7 @@ def make_executor(cluster: ClusterConfig, name: str, folder: Path, code: Path) -
 
 
 def _background(logs: Path) -> list[str]:
-    """Shell lines that let go of the terminal: its output, and the signals its closing or Ctrl-C sends."""
+    """Shell lines that detach the job from the terminal: its output, and the signals of Ctrl-C and of closing it."""
     return [f"exec </dev/null >>{shlex.quote(str(logs / 'controller.log'))} 2>&1", "trap '' HUP INT"]
 
 
@@ -72,7 +73,8 @@ def _python(cluster: ClusterConfig) -> str:
 
 
 def _exports(cluster: ClusterConfig, code: Path) -> list[str]:
-    """Shell lines that set the tasks' environment. The launch folder must not come before the snapshot in sys.path."""
+    """Shell lines that set the ranks' environment, `environment` of the cluster file last."""
+    # Without PYTHONSAFEPATH, `python -m` puts the current folder, perhaps the sources, before the snapshot in sys.path.
     variables = {"OMP_NUM_THREADS": str(cluster.cpus_per_task), "PYTHONSAFEPATH": "1"}
     if cluster.interface:
         variables |= {"NCCL_SOCKET_IFNAME": cluster.interface, "GLOO_SOCKET_IFNAME": cluster.interface}
@@ -88,8 +90,8 @@ def _slurm_parameters(cluster: ClusterConfig, name: str) -> dict[str, Any]:
     further: dict[str, Any] = {"requeue": True}
     tasks: dict[str, Any] = {"ntasks_per_node": ranks, "cpus_per_task": cpus}
     if low < high:
-        # With tasks in the sbatch options, a job that once ran on `high` nodes asks for their number of tasks for good
-        # and never comes back on fewer: so the job asks for CPUs only, and srun for the tasks.
+        # With tasks in the sbatch options, a job that once ran on `high` nodes asks for their number of tasks from then
+        # on and never restarts on fewer. So the job asks for CPUs only, and srun for the tasks.
         tasks = {}
         further |= {"nodes": f"{low}-{high}", "mincpus": ranks * cpus}
         srun = [f"--ntasks-per-node={ranks}", *srun]
@@ -99,16 +101,16 @@ def _slurm_parameters(cluster: ClusterConfig, name: str) -> dict[str, Any]:
         "account": cluster.account,
         "qos": cluster.qos,
         "constraint": cluster.constraint,
-        "time": math.ceil(cluster.time_s / 60),
+        "time": math.ceil(cluster.time_s / 60),  # minutes
         "signal_delay_s": cluster.signal_delay_s,
         "nodes": high,
         **tasks,
         "gpus_per_node": None if cluster.gres or not cluster.gpus_per_node else cluster.gpus_per_node,
         "gres": cluster.gres,
         "mem": f"{math.ceil(cluster.memory_gb * 1024)}MB" if cluster.memory_gb else None,
-        "exclusive": cluster.exclusive or None,
+        "exclusive": cluster.exclusive or None,  # False would be written out as a value
         "array_parallelism": cluster.max_parallel,
-        "wckey": None,
+        "wckey": None,  # submitit's default is a key that a cluster which enforces keys refuses
         "stderr_to_stdout": True,
         "srun_args": srun,
         "additional_parameters": {**further, **cluster.sbatch},
@@ -118,6 +120,7 @@ def _slurm_parameters(cluster: ClusterConfig, name: str) -> dict[str, Any]:
 def sbatch_text(executor: submitit.Executor, tasks: int) -> str:
     """Exactly what would be given to sbatch, for one job or for an array of `tasks`."""
     assert isinstance(executor, SlurmExecutor)
+    # submitit sets `map_count` itself when it submits an array; here it goes into a copy.
     if tasks > 1:
         executor = _copy(executor)
         executor.parameters["map_count"] = tasks
@@ -130,8 +133,8 @@ def _copy(executor: SlurmExecutor) -> SlurmExecutor:
     return copied
 
 
-def check(cluster: ClusterConfig, folder: Path, executor: submitit.Executor, tasks: int) -> None:
-    """Everything a SLURM cluster can say against a job before it is submitted; writes nothing.
+def check_job(cluster: ClusterConfig, folder: Path, executor: submitit.Executor, tasks: int) -> None:
+    """Check with the SLURM cluster whether it would accept and could run a job. Writes nothing.
 
     Raises:
         ConfigError, UserError: naming the field and the remedy.
@@ -152,10 +155,10 @@ def check(cluster: ClusterConfig, folder: Path, executor: submitit.Executor, tas
 
 
 def submit(executor: submitit.Executor, tasks: Sequence[Task]) -> list[submitit.Job[Any]]:
-    """Submit one job, or several as a job array where the executor has them. The debug executor runs them here and now.
+    """Submit one job, or several as a job array where the executor has arrays. The debug executor runs them at once.
 
     Raises:
-        UserError: in the words of sbatch, when the cluster refuses.
+        UserError: the cluster refuses the job; the message quotes sbatch.
     """
     try:
         with _outside_any_job():
@@ -171,7 +174,7 @@ def submit(executor: submitit.Executor, tasks: Sequence[Task]) -> list[submitit.
 
 @contextlib.contextmanager
 def _outside_any_job() -> Iterator[None]:
-    """Launched from within a job: hide what that job's environment would ask of the new one."""
+    """Inside a job, hide its SLURM variables, which sbatch would take for options of the new job."""
     where = os.environ.get("SLURM_CONF")
     with clean_env() if "SLURM_JOB_ID" in os.environ else contextlib.nullcontext():
         if where:

@@ -1,4 +1,4 @@
-"""Launched runs on the terminal: the table of `msdiff jobs`, the live view of `msdiff attach`."""
+"""Launched runs on the terminal: the table of `msdiff jobs` and the live view of `msdiff attach`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _COLUMNS = ("run", "job", "state", "nodes", "step", "img/s", "ETA", "restarts", 
 
 
 def show(statuses: Sequence[RunStatus]) -> None:
-    """Print one line a run."""
+    """Print a table with one line for each run."""
     console = Console()
     if not statuses:
         console.print("no launched runs; `msdiff launch` starts one")
         return
-    if not console.is_terminal:
+    if not console.is_terminal:  # rich would assume 80 columns and cut the cells of a pipe or log
         console = Console(width=200)
     console.print(_table(statuses))
 
@@ -56,7 +56,7 @@ def as_json(status: RunStatus) -> str:
 
 
 def live(run: Path) -> None:
-    """Show a run's status and last steps, twice a second, until its job has ended.
+    """Show a run's status and last steps, every second or two, until its job has ended.
 
     Raises:
         RunFolderError: nothing was launched in `run`.

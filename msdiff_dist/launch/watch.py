@@ -1,4 +1,4 @@
-"""Launched runs from outside: where their jobs stand, how far they are, what they print, ending them."""
+"""Launched runs seen from outside: the state of their jobs, their progress, their logs, and ending them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,20 @@ from omegaconf import OmegaConf
 
 from msdiff_dist.errors import RunFolderError
 from msdiff_dist.files.atomic import atomic_write
-from msdiff_dist.launch.job import STOPPED
+from msdiff_dist.launch.job import CANCELLED_FILE
 from msdiff_dist.launch.restarts import Diary
 from msdiff_dist.launch.slurm import ACTIVE, job_infos
 
-_TAIL_BYTES = 1 << 16
+_TAIL_BYTES = 1 << 16  # enough of metrics.jsonl for the last hundred steps or so
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobRecord:
-    """`launch/job.json` of a run folder: its newest job. `parts`: of a data job, each of which has its own job id."""
+    """`launch/job.json` of a run folder: its newest job.
+
+    run, logs: folders. job_ids: one, or those of a data job's parts that were submitted. submitted: seconds since 1970.
+    parts: number of all parts of a data job, None for training.
+    """
 
     run: str
     job_ids: list[str]
@@ -41,17 +45,22 @@ class JobRecord:
 
     @staticmethod
     def load(folder: Path) -> JobRecord | None:
-        """The record in `folder`, None if nothing was launched there."""
+        """The record in the run folder `folder`, None if nothing was launched there."""
         path = folder / "launch/job.json"
         return JobRecord(**json.loads(path.read_text())) if path.is_file() else None
 
     def save(self) -> None:
+        """Write the record to its run folder."""
         atomic_write(Path(self.run) / "launch/job.json", json.dumps(asdict(self), indent=1) + "\n")
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobState:
-    """state: SLURM's word, or RUNNING / ENDED; of several jobs "3 RUNNING, 5 COMPLETED". nodes: "" if unknown."""
+    """The state of a run's job.
+
+    state: SLURM's word, or RUNNING / ENDED without SLURM; of several jobs "3 RUNNING, 5 COMPLETED". active: it runs or
+    may still run. nodes: their number, "" if unknown. reason: why it waits or failed.
+    """
 
     state: str
     active: bool
@@ -60,7 +69,7 @@ class JobState:
 
 
 def states(records: Sequence[JobRecord]) -> list[JobState]:
-    """Where each record's job stands, with one question to SLURM for all of them."""
+    """The state of each record's job, with one question to SLURM for all of them."""
     infos = job_infos([i for record in records if record.executor == "slurm" for i in record.job_ids])
     found = []
     for record in records:
@@ -84,7 +93,8 @@ def states(records: Sequence[JobRecord]) -> list[JobState]:
 def _local_controller(job_id: str) -> bool:
     """Whether process `job_id` is the shell around the controller of one of submitit's local jobs.
 
-    For a moment after its start a process has a program, but no command line yet; an ended one has neither.
+    The number alone is not enough: another process may have it by now. For a moment after its start a process has a
+    program, but no command line yet; an ended one that nobody has waited for has neither.
     """
     process = Path(f"/proc/{job_id}")
     try:
@@ -95,7 +105,7 @@ def _local_controller(job_id: str) -> bool:
 
 
 def _descendants(process: int) -> list[int]:
-    """Every process started by `process` and, after each, those started by it."""
+    """All processes below `process`, each before those that it started."""
     try:
         children = [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
     except OSError:
@@ -107,7 +117,7 @@ def _descendants(process: int) -> list[int]:
 class RunStatus:
     """One line of `msdiff jobs`. Numbers are None where nothing is known yet; steps of a data job are its parts.
 
-    eta_s: seconds until the last step.
+    eta_s: estimated seconds until the last step. restarts: of the newest job. loss: of the last step.
     """
 
     run: str
@@ -127,7 +137,7 @@ class RunStatus:
 
 
 def run_statuses(folders: Sequence[Path]) -> list[RunStatus]:
-    """How the runs in these folders stand; folders where nothing was launched are left out."""
+    """The status of the run in each folder; folders where nothing was launched are skipped."""
     records = [record for folder in folders if (record := JobRecord.load(folder))]
     return [_status(record, state) for record, state in zip(records, states(records), strict=True)]
 
@@ -137,7 +147,8 @@ def _status(record: JobRecord, state: JobState) -> RunStatus:
     starts = [s for s in Diary(run / "launch/starts.jsonl").starts() if s.job in record.job_ids]
     restarts = len(starts) - 1 if starts else None
     job_id = record.job_ids[0] if len(record.job_ids) == 1 else record.job_ids[0].split("_")[0]
-    if (run / "launch" / STOPPED).exists() and not state.active:
+    # A cancelled run saves and ends with status 0, which SLURM calls COMPLETED.
+    if (run / "launch" / CANCELLED_FILE).exists() and not state.active:
         state = JobState(state="CANCELLED", active=False, nodes=state.nodes)
     if not state.active and starts and starts[-1].outcome not in (None, "finished", "preempted"):
         state = dataclasses.replace(state, reason=textwrap.shorten(str(starts[-1].outcome), 60))
@@ -150,8 +161,8 @@ def _status(record: JobRecord, state: JobState) -> RunStatus:
         return RunStatus(run=record.run, job_id=job_id, state=state, step=None, total_steps=total, restarts=restarts)
     rate = statistics.median(m["images_per_second"] for m in tail[-20:])
     last = tail[-1]
-    per_step = last["images_seen"] / last["step"]
-    eta = (total - last["step"]) * per_step / rate if total is not None and rate > 0 and state.active else None
+    images_per_step = last["images_seen"] / last["step"]
+    eta = (total - last["step"]) * images_per_step / rate if total is not None and rate > 0 and state.active else None
     return RunStatus(
         run=record.run,
         job_id=job_id,
@@ -166,7 +177,7 @@ def _status(record: JobRecord, state: JobState) -> RunStatus:
 
 
 def done_file(folder: Path, part: int) -> Path:
-    """The file that says that a part of a data job is done."""
+    """The file whose presence says that a part of a data job is done."""
     return folder / "parts" / f"{part:05d}.done"
 
 
@@ -177,7 +188,7 @@ def total_steps(run: Path) -> int | None:
 
 
 def last_metrics(run: Path) -> list[dict[str, Any]]:
-    """The last complete lines of metrics.jsonl, oldest first."""
+    """The metrics of the last steps, oldest first: complete lines of metrics.jsonl only."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         return []
@@ -191,7 +202,7 @@ def last_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def rank_logs(run: Path) -> dict[int, Path]:
-    """The newest job's log of each rank; without a launched job those which `msdiff train` left."""
+    """The newest job's log of each rank, by rank; without a launched job the logs of `msdiff train`."""
     record = JobRecord.load(run)
     folder = Path(record.logs) if record else run / "logs"
     jobs = "|".join(map(re.escape, record.job_ids)) if record else ""
@@ -202,7 +213,12 @@ def rank_logs(run: Path) -> dict[int, Path]:
 
 
 def log_texts(run: Path, rank: int | None, lines: int | None, follow: bool) -> Iterator[str]:
-    """The ranks' logs, rank 0's first, each under a heading; `follow` goes on with one rank's until the job has ended.
+    """The ranks' logs, rank 0's first, each under a heading.
+
+    Args:
+        rank: only this one.
+        lines: only so many last lines of each.
+        follow: of one rank (0 unless `rank` is given), and then what it writes until the job has ended.
 
     Raises:
         RunFolderError: no log of this rank, or none at all.
@@ -217,19 +233,19 @@ def log_texts(run: Path, rank: int | None, lines: int | None, follow: bool) -> I
             yield f"==> rank {number}: {logs[number]} <==\n"
         with logs[number].open(errors="replace") as f:
             yield "".join(collections.deque(f, maxlen=lines))
-            while follow and _at_work(run):
+            while follow and _is_active(run):
                 time.sleep(1)
                 yield f.read()
-            yield f.read()
+            yield f.read()  # what was written between the last look and the end of the job
 
 
-def _at_work(run: Path) -> bool:
+def _is_active(run: Path) -> bool:
     record = JobRecord.load(run)
     return record is not None and states([record])[0].active
 
 
 def wait_for(runs: Sequence[Path]) -> list[RunStatus]:
-    """Wait until no job of these runs is active; returns the runs that have not trained all their steps."""
+    """Wait until no job of these runs is active; returns the runs that have not done all their steps or parts."""
     while any(status.state.active for status in run_statuses(runs)):
         time.sleep(2)
     return [status for status in run_statuses(runs) if not status.finished]
@@ -249,24 +265,26 @@ def runs_in(folders: Sequence[Path]) -> list[Path]:
 
 
 def cancel(run: Path, now: bool) -> str:
-    """End the run's job: saved first and not requeued, or `now` without saving. Returns what was done, as a sentence.
+    """End the run's job without a requeue: it saves first, or with `now` is killed. Returns what was done, in words.
 
     Raises:
-        RunFolderError: nothing was launched in `run`, or it is not at work.
+        RunFolderError: nothing was launched in `run`, or its job is not active.
     """
     record = JobRecord.load(run)
     if record is None:
         raise RunFolderError("RUN", str(run), "nothing was launched there", "See `msdiff jobs`.")
     state = states([record])[0]
     if not state.active:
-        raise RunFolderError("RUN", str(run), f"its job is not at work ({state.state})", "See `msdiff jobs`.")
-    (run / "launch" / STOPPED).touch()
+        raise RunFolderError("RUN", str(run), f"its job is not active ({state.state})", "See `msdiff jobs`.")
+    # Before any signal: the job looks for this file when it decides whether to requeue.
+    (run / "launch" / CANCELLED_FILE).touch()
     if record.executor != "slurm":
         for job_id in filter(_local_controller, record.job_ids):
             below = _descendants(int(job_id))
-            for process in [int(job_id), *below] if now else below[:1]:  # the first is the ranks' controller
+            # The first process below the shell is submitit's controller, which forwards SIGTERM to the ranks.
+            for process in [int(job_id), *below] if now else below[:1]:
                 os.kill(process, signal.SIGKILL if now else signal.SIGTERM)
-        return "killed" if now else "told to save and stop"
+        return "killed" if now else "asked to save and stop"
     infos = job_infos(record.job_ids)
     running = [i for i in record.job_ids if i in infos and infos[i].state == "RUNNING"]
     waiting = [i for i in record.job_ids if i in infos and infos[i].state in ACTIVE and i not in running]
@@ -274,19 +292,19 @@ def cancel(run: Path, now: bool) -> str:
         subprocess.run(["scancel", *waiting, *(running if now else [])], check=True)
     if running and not now:
         subprocess.run(["scancel", "--signal=USR2", *running], check=True)
-        return "told to save and stop; it will not be requeued"
+        return "asked to save and stop; it will not be requeued"
     return "cancelled"
 
 
 def known_runs() -> list[Path]:
-    """Every run folder launched by this user that still exists, newest last."""
+    """Every run folder that this user launched and that still exists, newest last."""
     path = _registry()
     lines = path.read_text().splitlines() if path.is_file() else []
     return [folder for line in dict.fromkeys(lines) if (folder := Path(line)).is_dir()]
 
 
 def find_run(name: str) -> Path:
-    """A run folder by its path, or by its name among the known runs.
+    """A run folder by its path, or by its name among the known runs: the newest of that name.
 
     Raises:
         RunFolderError: there is none.

@@ -29,7 +29,7 @@ def steps_of(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def test_a_background_run_is_cancelled_and_goes_on(tmp_path: Path) -> None:
+def test_a_background_run_is_cancelled_and_resumed(tmp_path: Path) -> None:
     run = tmp_path / "faces"
     launch = ("launch", RECIPE, "--cluster", "local", "--gpus-per-node", 2, "--run-dir", run)
     msdiff(tmp_path, *launch, "train.steps=100000", "checkpoint.every=100000")
@@ -38,7 +38,7 @@ def test_a_background_run_is_cancelled_and_goes_on(tmp_path: Path) -> None:
         assert time.monotonic() < end, [p.read_text() for p in (run / "logs").glob("*_log.out")]
         time.sleep(0.2)
     assert json.loads(msdiff(tmp_path, "jobs", "--json"))["state"]["state"] == "RUNNING"
-    assert "told to save" in msdiff(tmp_path, "cancel", "faces")
+    assert "asked to save" in msdiff(tmp_path, "cancel", "faces")
     while json.loads(msdiff(tmp_path, "jobs", "--json"))["state"]["active"]:
         assert time.monotonic() < end
         time.sleep(0.2)

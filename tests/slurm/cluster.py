@@ -1,8 +1,8 @@
 """A real SLURM cluster on this one machine, for tests: controller, accounting and N nodes with fake GPUs.
 
 Every daemon runs in the foreground as a child of this process and dies with it, all state is in one folder, all ports
-are free ones. Each node is a slurmd in pid, mount and uts namespaces of its own, so that it has its own hostname and
-`power_cut` ends everything which ran on it at once, without a signal handler getting a say.
+are free ones. Each node is a slurmd in pid, mount and uts namespaces of its own, so that it has its own hostname, and
+`power_cut` ends everything that ran on it at once, before any signal handler can run.
 
 By hand: `python tests/slurm/cluster.py FOLDER [--nodes 2]` prints the `export` line to use and runs until Ctrl-C.
 """
@@ -26,7 +26,7 @@ PACKAGES = ("slurmctld", "slurmd", "slurmdbd", "slurm-client", "munge", "mariadb
 
 
 def why_not() -> str | None:
-    """Why no cluster can be had on this machine, or None when one can; installs Debian's packages where it may."""
+    """The reason why no cluster can run on this machine, None if one can. Installs Debian's packages where possible."""
     if os.geteuid() != 0:
         return "a SLURM cluster with nodes of its own needs root (namespaces)"
     if _missing() and shutil.which("apt-get"):
@@ -48,7 +48,7 @@ def _missing() -> list[str]:
 
 @dataclass
 class SlurmCluster:
-    """`with SlurmCluster(folder, nodes=2) as cluster:` a running cluster; `cluster.environment` reaches it.
+    """`with SlurmCluster(folder, nodes=2) as cluster:` a running cluster; its `environment` connects clients to it.
 
     Partitions: `main` (jobs there can be pre-empted, with `grace_s` seconds between signal and end) and `high`.
     """

@@ -1,4 +1,4 @@
-"""The cluster every test here runs on, brought up once and taken down at the end, and what they all do with it."""
+"""The cluster on which every test here runs, brought up once and taken down at the end, and fixtures that use it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.slurm.cluster import SlurmCluster, why_not
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
     if reason := why_not():
-        pytest.skip(f"SLURM tests left out: {reason}")
+        pytest.skip(f"SLURM tests skipped: {reason}")
     folder = tmp_path_factory.mktemp("slurm")
     with pytest.MonkeyPatch.context() as patch, SlurmCluster(folder / "cluster", nodes=2) as cluster:
         for name, value in cluster.environment.items():

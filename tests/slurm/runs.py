@@ -1,4 +1,4 @@
-"""Looking at runs while they run."""
+"""Reading the metrics of runs while they run."""
 
 from __future__ import annotations
 

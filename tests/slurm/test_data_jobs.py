@@ -1,4 +1,4 @@
-"""Data jobs as arrays: parts that are killed or cancelled go on, and the whole is what one process would have made."""
+"""Data jobs as arrays: parts that were killed or cancelled are resumed, and the result is that of one process."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def command_of(*words: str) -> int | None:
     return None
 
 
-def test_parts_that_were_stopped_go_on_to_what_one_process_makes(
+def test_parts_that_were_stopped_resume_to_what_one_process_makes(
     slurm: SlurmCluster, cluster_file: ClusterFile, msdiff: Msdiff, tmp_path: Path
 ) -> None:
     digits, export = tmp_path / "digits", tmp_path / "export"
@@ -67,7 +67,7 @@ def test_parts_that_were_stopped_go_on_to_what_one_process_makes(
     encode = ["data", "encode", QUICKSTART, *small, "encode.measure_scale=true", "encode.batch_size=1"]
     sample = ["sample", export, "--raw", "--num", 120, "--batch-size", 2, "--steps", 4]
     part = ["--part", "{part}", "--parts", "{parts}"]
-    latents, images = tmp_path / "latents", tmp_path / "pictures"
+    latents, images = tmp_path / "latents", tmp_path / "images"
     jobs = {
         "encode": [2, *encode, *part, "--out", latents],
         "sample": [2, *sample, *part, "--out", images],

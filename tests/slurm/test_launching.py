@@ -1,4 +1,4 @@
-"""`msdiff launch` and what shows its runs, on a real cluster."""
+"""`msdiff launch`, `array`, `jobs`, `logs` and `attach` on a real cluster."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_two_nodes_give_the_losses_of_one_machine_and_edits_do_not_reach_a_queue
 
     status, printed = msdiff("launch", *arguments)
     assert status == 2
-    assert "is already at work on it" in printed
+    assert "of this run is still active" in printed
     record = json.loads((run / "launch/job.json").read_text())
     (job,) = record["job_ids"]
     submitted = (run / f"logs/{job}_submission.sh").read_text()

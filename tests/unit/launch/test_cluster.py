@@ -29,7 +29,7 @@ def test_the_commented_file_has_every_field() -> None:
     ("text", "seconds"),
     [("0:05:00", 300), ("24:00:00", 86400), ("2-12:00", 216000), ("1-00:00:01", 86401), ("90:00", 324000)],
 )
-def test_time_limits_are_read_as_slurm_does(text: str, seconds: int) -> None:
+def test_time_limits_in_seconds(text: str, seconds: int) -> None:
     assert ClusterConfig(shared="/", time=text, signal_delay_s=1).time_s == seconds
 
 

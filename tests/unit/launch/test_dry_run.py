@@ -1,4 +1,4 @@
-"""What a dry run says of a plan before anything is submitted."""
+"""The plan that a dry run prints, with the speed to expect."""
 
 from __future__ import annotations
 

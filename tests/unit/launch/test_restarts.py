@@ -27,7 +27,7 @@ def test_starts_are_read_back(tmp_path: Path) -> None:
     ]
 
 
-def test_the_first_rank_to_fail_knows_why(tmp_path: Path) -> None:
+def test_the_first_rank_to_fail_gives_the_cause(tmp_path: Path) -> None:
     file = write(tmp_path, ("7", 0, None))
     early, diary = Diary(file, "7", 1), Diary(file, "7", 1)
     early.write_end("rank 3: out of memory")  # before rank 0 has got to writing the start
@@ -44,7 +44,7 @@ def test_a_local_job_starts_again_under_the_same_key(tmp_path: Path) -> None:
     assert [s.outcome for s in diary.starts()] == ["preempted", "finished"]
 
 
-def test_a_line_torn_by_a_crash_is_passed_over(tmp_path: Path) -> None:
+def test_a_line_cut_off_by_a_crash_is_skipped(tmp_path: Path) -> None:
     file = write(tmp_path, ("7", 0, None))
     with file.open("a") as f:
         f.write('{"time": 1, "outc')
@@ -52,12 +52,12 @@ def test_a_line_torn_by_a_crash_is_passed_over(tmp_path: Path) -> None:
     assert [s.step for s in Diary(file).starts()] == [0, 10]
 
 
-def test_giving_up_needs_as_many_fruitless_starts_in_a_row_of_this_job(tmp_path: Path) -> None:
+def test_giving_up_needs_as_many_starts_without_progress_in_a_row_of_this_job(tmp_path: Path) -> None:
     stuck = [("7", 5, "preempted"), ("7", 5, None), ("7", 5, "rank 1: ValueError: no")]
     file = write(tmp_path / "a", *stuck)
     message = Diary(file, "7", 3).starts_without_progress(5, 3)
     assert message is not None
-    for words in ("3 starts from step 5", "preempted", "without a word", "ValueError: no", "max_restarts"):
+    for words in ("3 starts from step 5", "preempted", "without a message", "ValueError: no", "max_restarts"):
         assert words in message
     assert Diary(file, "7", 3).starts_without_progress(5, 4) is None
     assert Diary(file, "7", 3).starts_without_progress(6, 3) is None

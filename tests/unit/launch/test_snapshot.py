@@ -1,4 +1,4 @@
-"""What is kept of the moment of a launch."""
+"""The snapshot that a launch takes."""
 
 from __future__ import annotations
 

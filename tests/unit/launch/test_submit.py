@@ -1,4 +1,4 @@
-"""The sbatch text, without any SLURM."""
+"""The sbatch text, rendered without SLURM."""
 
 from __future__ import annotations
 

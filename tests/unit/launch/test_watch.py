@@ -1,4 +1,4 @@
-"""Launched runs from outside, without any SLURM."""
+"""Launched runs seen from outside, without SLURM."""
 
 from __future__ import annotations
 
@@ -101,14 +101,15 @@ def test_known_runs_are_remembered_once_and_found_by_name(run: Path) -> None:
 
 
 def test_cancelling_what_does_not_run_is_refused(run: Path) -> None:
-    with pytest.raises(RunFolderError, match="not at work"):
+    with pytest.raises(RunFolderError, match="not active"):
         cancel(run, now=False)
     with pytest.raises(RunFolderError, match="nothing was launched"):
         cancel(run.parent, now=False)
     assert not os.path.exists(run / "launch/cancelled")
 
 
-def test_a_local_job_is_at_work_from_its_start_to_its_end(tmp_path: Path) -> None:
+def test_a_local_job_is_active_from_its_start_to_its_end(tmp_path: Path) -> None:
+    # A process has no command line for a moment after its start, so many short ones are watched closely.
     for _ in range(20):
         with subprocess.Popen(f"{sys.executable} -S -c pass submitit", shell=True) as shell:
             record = JobRecord(
@@ -117,5 +118,5 @@ def test_a_local_job_is_at_work_from_its_start_to_its_end(tmp_path: Path) -> Non
             looks = [states([record])[0].active for _ in range(60)]
             shell.wait()
             assert looks[0]
-            assert looks == sorted(looks, reverse=True), "at work, then ended for good"
+            assert looks == sorted(looks, reverse=True), "active, then ended for good"
         assert not states([record])[0].active

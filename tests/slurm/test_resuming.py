@@ -1,4 +1,4 @@
-"""A launched run goes on by itself, whatever ends its job."""
+"""A launched run resumes by itself, whatever ends its job."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def wait_for_starts(run: Path, count: int, timeout_s: float = 180) -> None:
 
 
 def undisturbed(msdiff: Msdiff, folder: Path, *changes: str) -> dict[int, float]:
-    """Losses of the same recipe on one rank of one machine, where nothing happens to it."""
+    """Losses of the same recipe on one rank of one machine, without interruption."""
     status, printed = msdiff("train", RECIPE, *changes, "--run-dir", folder)
     assert status == 0, printed
     return losses(folder)
@@ -85,13 +85,13 @@ def test_preemption_and_a_bare_requeue_lose_no_step(
     assert "s from the signal until all was saved; allowed are 60 s" in msdiff("logs", run, "--rank", 0)[1]
 
 
-def test_cancel_saves_does_not_requeue_and_the_run_goes_on_with_fewer_nodes(
+def test_cancel_saves_does_not_requeue_and_the_run_resumes_on_fewer_nodes(
     slurm: SlurmCluster, cluster_file: ClusterFile, msdiff: Msdiff, tmp_path: Path
 ) -> None:
     run, changes = tmp_path / "run", ("train.steps=60", "checkpoint.every=1000")
     job = start(msdiff, run, *changes, "--cluster", cluster_file())
     wait_for_step(run, 5)
-    assert "told to save and stop" in msdiff("cancel", run)[1]
+    assert "asked to save and stop" in msdiff("cancel", run)[1]
     slurm.wait_job(job, "COMPLETED", "FAILED", "CANCELLED")
     assert json.loads(msdiff("jobs", run, "--json")[1])["state"]["state"] == "CANCELLED"
     stopped_at = max(losses(run))
@@ -123,7 +123,9 @@ def test_a_dead_rank_ends_the_job_quickly(
 def test_time_limits_preemption_power_cut_and_requeue_in_one_run(
     slurm: SlurmCluster, cluster_file: ClusterFile, msdiff: Msdiff, tmp_path: Path
 ) -> None:
-    """The job may have one node or two; SLURM signals up to a minute before the delay, so the limit allows for that."""
+    """The job may have one node or two. SLURM signals up to a minute earlier than asked; the time limit allows for
+    that.
+    """
     run, every, patience = tmp_path / "run", 20, 400
     changes = ("train.steps=800", "train.global_batch_size=96", f"checkpoint.every={every}")
     job = start(msdiff, run, *changes, "--cluster", cluster_file(nodes="1-2", time="0:02:00", signal_delay_s=20))
