@@ -1,4 +1,4 @@
-"""Stage division from the command line's words: which process, which data, and boundaries written into a recipe."""
+"""`msdiff stages cluster`: from its options to a process and data, to boundaries, to a recipe with the boundaries."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ from msdiff_dist.stage_division.methods import (
 )
 
 GRADIENT_GRID, GRADIENT_BATCH = 100, 64
-_MARK = "# boundaries found by: "
+_COMMENT = "# boundaries found by: "
+# The field in any form YAML allows: a list in brackets, also over several lines, or one item a line after dashes.
 _BOUNDARIES = re.compile(r"boundaries:[ \t]*(?:\[[^\]]*\]|(?:\n[ \t]*-[^\n]*)+)")
 
 
@@ -50,7 +51,10 @@ _BOUNDARIES = re.compile(r"boundaries:[ \t]*(?:\[[^\]]*\]|(?:\n[ \t]*-[^\n]*)+)"
 class ClusterRequest:
     """What to divide and how: the options of `msdiff stages cluster` under their names.
 
-    fields: `key=value` changes to the process's section. command: how the boundaries' comment in a recipe names it.
+    process: its name; None: the recipe's to write to, or else vp. fields: `key=value` changes to the process's section.
+    data: shards. images: a folder or an IDX file. run: the run folder whose gradients are compared. options: of the
+    optimal denoiser; its seed is also that of gradients. plot, write: files. command: the command line, for the comment
+    on the boundaries in a recipe.
     """
 
     method: Method
@@ -67,10 +71,13 @@ class ClusterRequest:
 
 
 def cluster(request: ClusterRequest) -> Division | None:
-    """Find the boundaries, plot them and write them into a recipe, as asked. None on ranks that have nothing to report.
+    """Find the boundaries, plot them and write them into a recipe, as requested.
+
+    Under torchrun or srun it is collective, and returns None on every rank but 0.
 
     Raises:
-        ConfigError, DataError, CheckpointError: options that do not go together, or no such boundaries.
+        ConfigError, DataError, CheckpointError: options contradict each other, the data cannot be read, or there are no
+            such boundaries.
     """
     _check(request)
     if request.method == "gradient":
@@ -79,8 +86,8 @@ def cluster(request: ClusterRequest) -> Division | None:
         diffusion = _diffusion(request)
         process, name = build_process(diffusion), diffusion.process
         if request.method == "optimal-denoiser":
-            division, reports = _divide_data(process, _parts(request), request.stages, request.options)
-            if not reports:
+            division, is_first = _divide_data(process, _sources(request), request.stages, request.options)
+            if not is_first:
                 return None
         else:
             division = divide_by_schedule(process, request.method, request.stages)
@@ -103,25 +110,25 @@ def _check(request: ClusterRequest) -> None:
         value = getattr(request, name)
         if value is not None and request.method not in methods:
             problem = f"has no meaning for --method {request.method}"
-            raise ConfigError(f"--{name}", str(value), problem, f"Leave it out, or use --method {methods[0]}.")
+            raise ConfigError(f"--{name}", str(value), problem, f"Remove it, or use --method {methods[0]}.")
     if request.method == "gradient" and request.run is None:
         raise ConfigError("--run", None, "gradients are those of a trained model", "Name a run folder.")
     if request.method == "gradient" and (request.process or request.fields):
         value = request.process or list(request.fields)
-        raise ConfigError("--process", value, "gradients are those of the run's own process", "Leave it out.")
+        raise ConfigError("--process", value, "gradients are those of the run's own process", "Remove it.")
     if request.method == "optimal-denoiser" and (request.images is None) == (request.data is None):
         problem = "there can be only one data set" if request.data else "the optimal denoiser is one of a data set"
         raise ConfigError("--data", request.data, problem, "Give either --data SHARDS or --images FOLDER_OR_IDX.")
 
 
 def _diffusion(request: ClusterRequest) -> DiffusionConfig:
-    """The process called `process` with its fields changed; without a name, the recipe's, or else vp."""
+    """The process named by the request with its fields changed; without a name the recipe's, or else vp."""
     name = request.process or "vp"
     if request.write is not None:
         configured = load_recipe(request.write).diffusion
         if request.process not in (None, configured.process):
             problem = f"{request.write} trains the process {configured.process}"
-            remedy = f"Use --process {configured.process}, or leave it out."
+            remedy = f"Use --process {configured.process}, or remove the option."
             raise ConfigError("--process", request.process, problem, remedy)
         if not request.fields:
             return configured
@@ -129,21 +136,21 @@ def _diffusion(request: ClusterRequest) -> DiffusionConfig:
     return from_mapping(DiffusionConfig, {"process": name, name: _parsed(request.fields)})
 
 
-def _parts(request: ClusterRequest) -> list[BlockSource]:
+def _sources(request: ClusterRequest) -> list[BlockSource]:
     return image_parts(request.images) if request.images is not None else shard_parts(request.data or "")
 
 
 def _divide_data(
-    process: Process, parts: list[BlockSource], stages: int, options: DenoiserOptions
+    process: Process, sources: list[BlockSource], stages: int, options: DenoiserOptions
 ) -> tuple[Division, bool]:
-    """Division by the optimal denoiser, with a progress bar, and whether this process is the one to report it.
+    """Division by the optimal denoiser, with a progress bar, and whether this process is rank 0 or the only one.
 
-    Under torchrun or srun every rank takes its share of the parts, on its own device.
+    Under torchrun or srun every rank reads its share of the sources, on its own device; the call is collective.
     """
-    count = sum(part.count for part in parts)
+    count = sum(source.count for source in sources)
     if is_rank_process():
         with process_group(timeout_s=1800) as env:
-            blocks = float_blocks(parts, options.value_range, env.device, env.rank, env.world_size)
+            blocks = float_blocks(sources, options.value_range, env.device, env.rank, env.world_size)
             return divide_by_optimal_denoiser(process, blocks, count, stages, options), env.rank == 0
     with Progress(console=Console(stderr=True), transient=True) as progress:
 
@@ -153,12 +160,16 @@ def _divide_data(
                 yield first, rows
                 progress.advance(task, len(rows))
 
-        blocks = float_blocks(parts, options.value_range, this_device(), track=track)
+        blocks = float_blocks(sources, options.value_range, this_device(), track=track)
         return divide_by_optimal_denoiser(process, blocks, count, stages, options), True
 
 
 def _divide_gradients(request: ClusterRequest) -> tuple[Division, str]:
-    """Division by the gradients of the run's newest averaged weights on a batch of its own data; its process's name."""
+    """Division by gradients, and the name of the run's process.
+
+    The gradients are those of the loss of the run's recipe, at the averaged weights of its newest checkpoint, on one
+    batch of its data with one noise: only the time differs between them.
+    """
     assert request.run is not None
     checkpoint, seed, device = find_checkpoint(request.run), request.options.seed, this_device()
     recipe = stored_recipe(CheckpointIndex.load(checkpoint).recipe)
@@ -181,30 +192,34 @@ def _divide_gradients(request: ClusterRequest) -> tuple[Division, str]:
 
 
 def write_boundaries(recipe: Path, boundaries: Sequence[float], how: str) -> None:
-    """Put boundaries into a recipe file, with a comment that says how they were found; nothing else is touched.
+    """Write boundaries into a recipe file, under a comment that says how they were found. The rest of the text stays.
 
     Raises:
-        ConfigError: the recipe cannot have these boundaries (as many decoders as stages, its own process).
+        ConfigError: the recipe does not fit these boundaries: its number of decoders, its process.
     """
+    # Edited as text, because YAML written anew would lose the recipe's comments and layout.
     text, values = recipe.read_text(), f"boundaries: [{', '.join(map(str, boundaries))}]"
     section = re.search(r"^stages:[^\n]*\n?(?:[ \t]+[^\n]*\n?|\n)*", text, re.MULTILINE)
     if section is None:
-        edited = f"{text.rstrip()}\nstages:\n  {_MARK}{how}\n  {values}\n"
+        edited = f"{text.rstrip()}\nstages:\n  {_COMMENT}{how}\n  {values}\n"
     else:
         edited = text[: section.start()] + _edit_section(section.group(), values, how) + text[section.end() :]
-    recipe_from(yaml.safe_load(edited))
+    recipe_from(yaml.safe_load(edited))  # raises before anything is written
     atomic_write(recipe, edited)
 
 
 def _edit_section(section: str, values: str, how: str) -> str:
-    kept = "".join(line for line in section.splitlines(keepends=True) if not line.lstrip().startswith(_MARK))
+    """The text of the section `stages` with these boundaries and the comment above them, in place of earlier ones."""
+    kept = "".join(line for line in section.splitlines(keepends=True) if not line.lstrip().startswith(_COMMENT))
     found = _BOUNDARIES.search(kept)
     if found is None:
         head, rest = kept.split("\n", 1)
-        return f"{head}\n  {_MARK}{how}\n  {values}\n{rest}"
+        return f"{head}\n  {_COMMENT}{how}\n  {values}\n{rest}"
     line_start = kept.rfind("\n", 0, found.start()) + 1
     indent = re.match(r"[ \t]*", kept[line_start:]).group()  # type: ignore[union-attr]
-    return f"{kept[:line_start]}{indent}{_MARK}{how}\n{kept[line_start : found.start()]}{values}{kept[found.end() :]}"
+    return (
+        f"{kept[:line_start]}{indent}{_COMMENT}{how}\n{kept[line_start : found.start()]}{values}{kept[found.end() :]}"
+    )
 
 
 def _parsed(fields: Sequence[str]) -> dict[str, Any]:
@@ -212,6 +227,6 @@ def _parsed(fields: Sequence[str]) -> dict[str, Any]:
     for item in fields:
         key, equals, value = item.partition("=")
         if not equals or not key:
-            raise ConfigError("override", item, "is not of the form key=value", "Write beta_max=10, say.")
+            raise ConfigError("override", item, "is not of the form key=value", "Write, for example, beta_max=10.")
         parsed[key] = yaml.safe_load(value)
     return parsed

@@ -1,8 +1,7 @@
 """`msdiff data encode`: a recipe's images and captions -> shards of latents and embeddings, on several processes.
 
-Shards are written aside and renamed; the folder's `.encode` holds one record per finished shard, so that the same
-command goes on where it was ended, several processes can each encode a part, and `manifest.json` comes last: with the
-scale factor of the whole.
+The folder's `.encode` holds one record for each finished shard. So the same command resumes, several processes can each
+encode a part, and who ends last writes `manifest.json` with the scale factor measured over all shards.
 """
 
 from __future__ import annotations
@@ -38,39 +37,43 @@ from msdiff_dist.models.text_encoder import TextEncoder
 from msdiff_dist.recipe import Recipe, recipe_from, recipe_mapping
 
 _RECORDS = ".encode"
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl: a signal for this process when its parent ends
 
 
 def encode(recipe: Recipe, out: Path, nproc: int, part: Part | None = None) -> Manifest | None:
-    """Encode the recipe's images, or this part of the shards, into the folder `out`: what is not encoded yet.
+    """Encode what is not encoded yet of the recipe's images, or of this part of their shards, into the folder `out`.
+
+    Args:
+        nproc: processes on this machine; they share its GPUs, if there are any.
 
     Returns:
         The manifest; None while shards of other parts are missing.
 
     Raises:
-        ConfigError: the recipe has no images to encode. DataError: they are corrupt, or `out` holds something else.
-        MsdiffError: a process died.
+        ConfigError: the recipe has no images to encode. DataError: too many are corrupt, or `out` holds something else.
+        MsdiffError: an encoding process died.
     """
     source = _source(recipe)
     (shards,) = load_index(source)
-    (marks,) = fingerprint_shards([shards])
+    (fingerprints,) = fingerprint_shards([shards])
     tools = _Tools(recipe, torch.device("cpu"))
     part = part or Part()
     claim = FolderClaim(
         folder=out, record=out / _RECORDS / "settings.json", locks=out / _RECORDS, content="latents", error=DataError
     )
-    with claim.held(_settings(recipe, tools, marks), part):
-        mine = part.share(range(len(marks)))
+    with claim.held(_settings(recipe, tools, fingerprints), part):
+        mine = part.share(range(len(fingerprints)))
         remove_partials(out, [_shard_name(i) for i in mine])
-        left = [i for i in mine if not _finished(out, i, marks[i])]
-        _encode_shards(recipe, tools, shards, marks, left, out, nproc)
+        missing = [i for i in mine if not _finished(out, i, fingerprints[i])]
+        _encode_shards(recipe, tools, shards, fingerprints, missing, out, nproc)
+        # One process at a time: whichever part ends last finds the records of all shards.
         with alone(out / _RECORDS):
-            found = [_finished(out, i, mark) for i, mark in enumerate(marks)]
+            found = [_finished(out, i, fingerprint) for i, fingerprint in enumerate(fingerprints)]
             records = [record for record in found if record]
             _check_corruption(records, source.max_bad)
-            if len(records) < len(marks):
+            if len(records) < len(fingerprints):
                 return None
-            manifest = _manifest(recipe, tools, records, tuple(marks), out)
+            manifest = _manifest(recipe, tools, records, tuple(fingerprints), out)
             write_index(out, recipe.name, {record.file.name: record.file.samples for record in records})
             atomic_write(out / MANIFEST, manifest.dump())
     return manifest
@@ -89,6 +92,7 @@ class _Tools:
 
 
 def _source(recipe: Recipe) -> DataConfig:
+    """The images to encode: `encode.data`, or else the recipe's `data`."""
     source = recipe.encode.data or recipe.data
     if source.kind != "image":
         raise ConfigError("encode.data", None, "the recipe names no images to encode", "Give encode.data.shards.")
@@ -100,35 +104,45 @@ def _source(recipe: Recipe) -> DataConfig:
     return source
 
 
-def _settings(recipe: Recipe, tools: _Tools, marks: list[str]) -> dict[str, Any]:
-    """What must be the same when an encoding is taken up again."""
+def _settings(recipe: Recipe, tools: _Tools, fingerprints: list[str]) -> dict[str, Any]:
+    """What must be the same when an encoding is resumed."""
+    # Where the shards lie and how they are read may change; their fingerprints may not.
     source = {**to_mapping(_source(recipe)), "shards": None, "sources": None}
     for free in ("lanes", "workers", "shuffle", "retries", "allow_pipe", "max_bad", "accept_changes"):
         source.pop(free)
     chosen = {**to_mapping(recipe.encode), "data": source, "batch_size": None}
     identities = [tools.codec.identity, tools.text.identity if tools.text else None]
-    return {"encode": chosen, "networks": identities, "source": marks}
+    return {"encode": chosen, "networks": identities, "source": fingerprints}
 
 
 def _shard_name(number: int) -> str:
     return f"{number:05d}.tar"
 
 
-def _finished(out: Path, number: int, mark: str) -> ShardRecord | None:
+def _finished(out: Path, number: int, fingerprint: str) -> ShardRecord | None:
+    """The record of shard `number`, if it was encoded to its end from the source shard of this fingerprint."""
     record = ShardRecord.load(out / _RECORDS / f"{number:05d}.json")
-    if record is None or record.mark != mark:
+    if record is None or record.mark != fingerprint:
         return None
     shard = out / record.file.name
     return record if shard.exists() and shard.stat().st_size == record.file.bytes else None
 
 
 def _encode_shards(
-    recipe: Recipe, tools: _Tools, shards: list[Shard], marks: list[str], left: list[int], out: Path, nproc: int
+    recipe: Recipe,
+    tools: _Tools,
+    shards: list[Shard],
+    fingerprints: list[str],
+    missing: list[int],
+    out: Path,
+    nproc: int,
 ) -> None:
+    """Encode the shards whose numbers are `missing`, with a progress bar."""
     if nproc == 1 and not torch.cuda.is_available():
-        for i in track(left, description="encoding", transient=True):
-            _encode_one(tools, i, shards[i], marks[i], out)
+        for i in track(missing, description="encoding", transient=True):
+            _encode_one(tools, i, shards[i], fingerprints[i], out)
         return
+    # Not fork: CUDA does not work in a fork of a process that has used it. Each process takes a device off the queue.
     context = multiprocessing.get_context("forkserver")
     devices: SimpleQueue[str] = context.SimpleQueue()
     for i in range(nproc):
@@ -136,7 +150,7 @@ def _encode_shards(
     threads = max(1, len(os.sched_getaffinity(0)) // nproc)
     start = (recipe_mapping(recipe), devices, threads)
     with ProcessPoolExecutor(nproc, context, _start_process, start) as pool:
-        futures = [pool.submit(_encode_here, i, shards[i], marks[i], out) for i in left]
+        futures = [pool.submit(_encode_here, i, shards[i], fingerprints[i], out) for i in missing]
         done = 0
         try:
             for future in track(as_completed(futures), "encoding", len(futures), transient=True):
@@ -144,39 +158,44 @@ def _encode_shards(
                 done += 1
         except BrokenProcessPool:
             problem = f"an encoding process died; {done} shards were finished"
-            raise MsdiffError(f"{problem}. Give the same command again to go on") from None
+            raise MsdiffError(f"{problem}. Give the same command again to resume") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-_own: _Tools | None = None  # of an encoding process
+_process_tools: _Tools | None = None  # of this encoding process, made when it starts
 
 
 def _start_process(recipe: dict[str, Any], devices: SimpleQueue[str], threads: int) -> None:
-    global _own
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # finished shards stay; nobody would read the rest
+    global _process_tools
+    # The process ends with the command; finished shards stay, and the unfinished one is encoded again.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     torch.set_num_threads(threads)
-    _own = _Tools(recipe_from(recipe), torch.device(devices.get()))
+    _process_tools = _Tools(recipe_from(recipe), torch.device(devices.get()))
 
 
-def _encode_here(number: int, shard: Shard, mark: str, out: Path) -> None:
-    assert _own
-    _encode_one(_own, number, shard, mark, out)
+def _encode_here(number: int, shard: Shard, fingerprint: str, out: Path) -> None:
+    assert _process_tools
+    _encode_one(_process_tools, number, shard, fingerprint, out)
 
 
-def _encode_one(tools: _Tools, number: int, shard: Shard, mark: str, out: Path) -> None:
-    record = tools.encode_shard(number, shard, mark, out / _shard_name(number))
+def _encode_one(tools: _Tools, number: int, shard: Shard, fingerprint: str, out: Path) -> None:
+    # The record comes after the shard, so a record without its shard cannot be left by a kill.
+    record = tools.encode_shard(number, shard, fingerprint, out / _shard_name(number))
     atomic_write(out / _RECORDS / f"{number:05d}.json", record.dump())
 
 
 def _check_corruption(records: list[ShardRecord], max_bad: int) -> None:
     left_out = [corruption for record in records for corruption in record.left_out]
     if len(left_out) > max_bad:
-        problem = f"{len(left_out)} corrupt shards or samples were left out, the last: {left_out[-1]}"
+        problem = f"{len(left_out)} corrupt shards or samples were skipped, the last: {left_out[-1]}"
         raise DataError("data.max_bad", max_bad, problem, "Repair or remove them, or raise max_bad.")
 
 
-def _manifest(recipe: Recipe, tools: _Tools, records: list[ShardRecord], marks: tuple[str, ...], out: Path) -> Manifest:
+def _manifest(
+    recipe: Recipe, tools: _Tools, records: list[ShardRecord], fingerprints: tuple[str, ...], out: Path
+) -> Manifest:
+    """The manifest of all shards. The embedding of the empty caption, which it names, is written here."""
     shape = next((record.shape for record in records if record.shape), None)
     if shape is None:
         raise DataError("encode.data.shards", len(records), "hold no sample that can be used", "Check them.")
@@ -200,7 +219,7 @@ def _manifest(recipe: Recipe, tools: _Tools, records: list[ShardRecord], marks: 
         text_encoder=NetworkIdentity(text_encoder.name, tools.text.identity) if text_encoder and tools.text else None,
         context_shape=tools.text.context_shape if tools.text else None,
         null_context=null_context,
-        source=marks,
+        source=fingerprints,
         left_out=tuple(corruption for record in records for corruption in record.left_out),
         shards=tuple(record.file for record in records),
     )

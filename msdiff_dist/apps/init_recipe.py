@@ -1,4 +1,4 @@
-"""New recipe files: copies of shipped ones, and recipes that train an existing model further."""
+"""`msdiff init`: new recipe files, copied from shipped ones or written around an existing model to train it further."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from msdiff_dist.recipe import Recipe, stored_recipe
 from msdiff_dist.shipped import Copied, copy_shipped, refuse_existing
 
 _COMMENTS = {
-    "data": "Fill in `shards`; what the samples hold has to fit the model.",
+    "data": "Fill in `shards`. The samples have to fit the model.",
     "optimizer": "Set the learning rate for your data and batch size.",
-    "train": "Set steps and batch size. The weights of `init_from` are those training starts from.",
+    "train": "Set steps and batch size. Training starts from the weights of `init_from`.",
 }
-_CAPTION_TOKENS = 77  # of CLIP's text towers
+_CAPTION_TOKENS = 77  # context length of CLIP's text towers, for models that do not say theirs
 
 
 def init_recipe(name: str | None, source: Path | None, out: Path | None) -> Copied:
     """Write the shipped file `name`, or a recipe that continues from the weights of `source`, to `out`.
 
     Raises:
-        ConfigError: not exactly one of the two is given, there is no such file, or `out` exists.
-        CheckpointError: `source` holds no model of this package; names the command that converts it, if there is one.
+        ConfigError: both or neither of the two are given, there is no such file, or `out` exists.
+        CheckpointError: `source` holds no model of this package; the error names the command that converts it, if any.
     """
     if name is not None and source is None:
         return copy_shipped(name, out)
@@ -49,17 +49,17 @@ def init_recipe(name: str | None, source: Path | None, out: Path | None) -> Copi
 
 
 def continuation(source: Path) -> tuple[Recipe, str]:
-    """A recipe that starts from the averaged weights of an export, checkpoint or run, and what those are in words.
+    """A recipe that starts from the averaged weights of an export, checkpoint or run, and those weights in words.
 
-    A checkpoint has its recipe with it, which is taken whole; an export has the model's parts of one, and the rest are
-    values to begin with.
+    A checkpoint holds its recipe, which is taken as it is. An export holds the sections that describe the model; the
+    other sections get values to begin with.
 
     Raises:
-        CheckpointError: there is no such model. ConfigError: no file says of what size its samples are.
+        CheckpointError: there is no such model. ConfigError: no file gives the size of its samples.
     """
     if (source / CONFIG).is_file() and not _is_foreign_folder(source):
         description = ExportWeights(source).description
-        mapping = _around(description)
+        mapping = _recipe_around(description)
         step, init_from = description.step, source
     elif (source / INDEX).is_file() or (source / "checkpoints").is_dir():
         reader = open_checkpoint(source)
@@ -72,8 +72,8 @@ def continuation(source: Path) -> tuple[Recipe, str]:
     return stored_recipe(mapping), origin
 
 
-def _around(description: ModelDescription) -> dict[str, Any]:
-    """A recipe's sections around a described model."""
+def _recipe_around(description: ModelDescription) -> dict[str, Any]:
+    """The sections of a recipe that trains the described model."""
     model = description.model
     mapping: dict[str, Any] = {
         "name": description.name,
@@ -96,6 +96,7 @@ def _around(description: ModelDescription) -> dict[str, Any]:
 
 
 def _data(description: ModelDescription) -> dict[str, Any]:
+    """The section `data` for samples of the model's shape: images if it works on pixels, else latents."""
     model = description.model
     channels, height, width = description.latent_shape
     data: dict[str, Any] = {"shards": "path/to/shards", "lanes": 96, "num_classes": model.num_classes}
@@ -133,12 +134,12 @@ def _sections(sections: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _is_foreign_folder(folder: Path) -> bool:
-    """Whether a folder with a config.json is diffusers' and not an export."""
+    """Whether a folder with a config.json was written by diffusers and is no export."""
     return '"_class_name"' in (folder / CONFIG).read_text()
 
 
 def _to_be_converted(source: Path) -> CheckpointError:
-    """The refusal of what is no model of ours, with the command that makes it one."""
+    """The error for a source that holds no model of this package, with the command that converts it, if any."""
     if not source.exists():
         return CheckpointError("--from", str(source), "no such file or folder", "Name an export, checkpoint or run.")
     format_ = _foreign_format(source)
@@ -154,12 +155,12 @@ def _to_be_converted(source: Path) -> CheckpointError:
 
 
 def _foreign_format(source: Path) -> str | None:
-    """What `msdiff convert --from` calls it, or None."""
+    """The name of the source's format for `msdiff convert --from`, None if it is not recognised."""
     if source.is_dir():
         if (source / "latest").is_file() or any(source.glob("*_model_states.pt")):
             return "deepspeed"
         if (source / "model_index.json").is_file() or (source / CONFIG).is_file():
             return "diffusers"
-    if source.is_file() and source.suffix != ".pkl":
+    if source.is_file() and source.suffix != ".pkl":  # reading a pickle of classes would run code
         return format_of(open_source(source).names())
     return None

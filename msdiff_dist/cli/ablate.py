@@ -11,15 +11,17 @@ import typer
 def ablate(
     sweep: Annotated[Path, typer.Argument(help="Ablation YAML: recipe, variants, budget, seeds, points, score.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, as key=value.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of all runs; default runs/NAME of the file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of all runs. Default: runs/NAME, after the file.")] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Ranks of a run, on this machine.")] = 1,
     part: Annotated[int, typer.Option(min=0, help="Only this share of the runs, from 0.")] = 0,
     parts: Annotated[int, typer.Option(min=1, help="Shares that the runs are split into.")] = 1,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the runs, do nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and show the runs; train nothing.")
+    ] = False,
 ) -> None:
-    """Train variants of a recipe with the same compute and several seeds; one table and plot of quality by compute.
+    """Train variants of a recipe with the same compute and several seeds; table and plot quality by compute.
 
-    The same command on the same folder skips what is done and goes on. Parts may run at the same time:
+    The same command on the same folder skips what is done and resumes the rest. Parts may run at the same time:
     msdiff array --parts 9 ... -- ablate SWEEP --out FOLDER --part {part} --parts {parts}
 
     Example: msdiff ablate fashion_mnist_efficiency.yaml --out runs/efficiency

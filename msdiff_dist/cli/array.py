@@ -11,14 +11,14 @@ import typer
 def array(
     command: Annotated[list[str], typer.Argument(help="An msdiff command after `--`, with {part} and {parts} in it.")],
     cluster: Annotated[str, typer.Option(help="Cluster file, or `local`.")],
-    folder: Annotated[Path, typer.Option(help="Folder for the logs and for what is known to be done.")],
-    parts: Annotated[int, typer.Option(min=1, help="Jobs to split it into.")] = 1,
+    folder: Annotated[Path, typer.Option(help="Folder for the logs and the record of parts that are done.")],
+    parts: Annotated[int, typer.Option(min=1, help="Number of jobs to split it into.")] = 1,
     time: Annotated[str | None, typer.Option(help="Limit of one start: 24:00:00, or 2-12:00 with days.")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Return at the end; exit status 1 if a part failed.")] = False,
 ) -> None:
-    """Run an msdiff command as a job array, a rank (and a GPU, if the cluster file has any) for each part.
+    """Run an msdiff command as a job array: for each part one rank, with a GPU if the cluster file has any.
 
-    A part that is stopped is queued again; the same command on the same folder runs those parts that are not done.
+    A part that is stopped is queued again. The same command on the same folder runs the parts that are not done.
 
     Example: msdiff array --parts 16 --cluster gpu.yaml --folder /shared/jobs -- sample runs/cin --num 50000
     --part {part} --parts {parts} --out /shared/fid

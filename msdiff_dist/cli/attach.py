@@ -8,7 +8,7 @@ import typer
 
 
 def attach(run: Annotated[str, typer.Argument(help="Run folder, or the name of a launched run.")]) -> None:
-    """Show a run's live progress until it ends or Ctrl-C, which leaves the run alone.
+    """Show a run's live progress until it ends. Ctrl-C ends the display, not the run.
 
     Example: msdiff attach runs/cin
     """

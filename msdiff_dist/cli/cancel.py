@@ -9,9 +9,9 @@ import typer
 
 def cancel(
     run: Annotated[str, typer.Argument(help="Run folder, or the name of a launched run.")],
-    now: Annotated[bool, typer.Option("--now", help="Kill it: do not save first.")] = False,
+    now: Annotated[bool, typer.Option("--now", help="Kill it without saving.")] = False,
 ) -> None:
-    """End a run's job. It saves first; `msdiff launch` on the same folder goes on from there.
+    """End a run's job. It saves first; `msdiff launch` on the same folder resumes the run.
 
     Example: msdiff cancel runs/cin
     """

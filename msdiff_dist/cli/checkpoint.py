@@ -1,4 +1,4 @@
-"""`msdiff checkpoint`."""
+"""`msdiff checkpoint`: inspect, verify and compare checkpoints."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import typer
 if TYPE_CHECKING:
     from msdiff_dist.checkpoint.load import CheckpointReader
 
-app = typer.Typer(help="Look into checkpoints.", no_args_is_help=True)
+app = typer.Typer(help="Inspect, verify and compare checkpoints.", no_args_is_help=True)
 
-_Path = Annotated[Path, typer.Argument(help="Run folder (its newest checkpoint), or one checkpoint.")]
-_Step = Annotated[int | None, typer.Option(help="The run's checkpoint of this step.")]
+_Path = Annotated[Path, typer.Argument(help="Run folder (its newest checkpoint is taken), or one checkpoint.")]
+_Step = Annotated[int | None, typer.Option(help="Take the run's checkpoint of this step.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command()
 def inspect(path: _Path, step: _Step = None, as_json: _Json = False) -> None:
-    """Tell what a checkpoint holds: step, layout, parameters of every part. Reads its index only.
+    """Show what a checkpoint holds: step, layout, parameters of encoder and decoders. Reads its index only.
 
     Example: msdiff checkpoint inspect runs/quickstart
     """
@@ -54,7 +54,7 @@ def inspect(path: _Path, step: _Step = None, as_json: _Json = False) -> None:
 
 @app.command()
 def verify(path: _Path, step: _Step = None) -> None:
-    """Compare every file with its checksum, in all of a run's checkpoints or in one. Exit status 2 if one is corrupt.
+    """Compare every file with its checksum, in all checkpoints of a run or in one. Exit status 2 if one is corrupt.
 
     Example: msdiff checkpoint verify runs/quickstart
     """
@@ -82,10 +82,10 @@ def diff(
     b: Annotated[Path, typer.Argument(help="The other: run folder or checkpoint.")],
     as_json: _Json = False,
 ) -> None:
-    """Compare two checkpoints: recipe fields, architecture, and the values of every part. Exit status 1 if the
-    latter two differ.
+    """Compare two checkpoints: recipe fields, architecture, and values. Exit status 1 if architecture or values differ.
 
-    Differences are the greatest over a part, as they are and relative to the tensor's greatest value.
+    For the shared encoder and each decoder the table gives the greatest difference of any value, absolute and relative
+    to the greatest value of its tensor.
 
     Example: msdiff checkpoint diff runs/a runs/b/checkpoints/step_00000100
     """
@@ -144,4 +144,5 @@ def _report(reader: CheckpointReader) -> dict[str, Any]:
 
 
 def _part(name: str) -> str:
+    """`shared`, or `stages.0`: the part of the model that a parameter belongs to."""
     return ".".join(name.split(".")[: 2 if name.startswith("stages.") else 1])

@@ -1,4 +1,8 @@
-"""Options that take a name of a table. The tables import heavy libraries, so only a value or the help asks for them."""
+"""Options whose values are names in a table, such as `--sampler`.
+
+The tables import torch and other heavy libraries. So they are loaded only by the commands that have such options, and
+the others start fast.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,14 @@ from typer.core import TyperArgument, TyperCommand, TyperOption
 
 
 class Names:
-    """Parser of an option, `typer.Option(parser=Names(load))`, that takes one of the names that `load` gives.
+    """Parser of an option, `typer.Option(parser=Names(load))`, that takes one of the names that `load` returns.
 
     Args:
-        checked: whether other names are refused at once; else what they are for refuses them, once a recipe's
-            extensions are known.
+        checked: refuse other names at once. False for names that a recipe's extensions may add: they are checked later,
+            when the extensions have been imported.
     """
 
-    __name__ = "NAME"
+    __name__ = "NAME"  # click names the type of the option after its parser
 
     def __init__(self, load: Callable[[], Iterable[str]], checked: bool = True) -> None:
         self.load, self._checked = load, checked
@@ -65,6 +69,7 @@ def writable() -> Iterable[str]:
     return writable()
 
 
+# Parameters of verbs, by name, and the tables of their values.
 _BY_PARAMETER: dict[str | None, Callable[[], Iterable[str]]] = {
     "dataset": datasets,
     "process": processes,
@@ -78,6 +83,7 @@ class NamingCommand(TyperCommand):
     """A command whose help lists the names that its parameters take."""
 
     def get_params(self, ctx: Any) -> Any:
+        """The parameters, with the names as metavariables."""
         found = super().get_params(ctx)
         for parameter in found:
             if parameter.name in _BY_PARAMETER and isinstance(parameter, (TyperOption, TyperArgument)):

@@ -12,7 +12,7 @@ app = typer.Typer(help="Classifiers in whose features `msdiff ablate` compares i
 
 @app.callback()
 def _verbs() -> None:
-    """Keeps `train` a verb: Typer drops the name of an only one."""
+    """Keep `train` a verb: without a callback Typer drops the name of a single command."""
 
 
 @app.command()
@@ -21,9 +21,11 @@ def train(
     out: Annotated[Path, typer.Option(help="New .safetensors file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as key=value.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of 128 images; 2000 take a minute or two.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Of first weights, order and held-out tenth.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of first weights, sample order and choice of the held-out tenth.")
+    ] = 0,
 ) -> None:
-    """Train a small classifier on a recipe's labelled images, and measure it on a tenth that it has not seen.
+    """Train a small classifier on a recipe's labelled images, and measure its accuracy on a held-out tenth.
 
     Example: msdiff classifier train quickstart.yaml --out data/digits.safetensors
     """

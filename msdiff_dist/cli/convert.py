@@ -15,7 +15,7 @@ READABLE = Names(choices.readable)
 
 
 class Weights(StrEnum):
-    """Which weights of a checkpoint that holds an average too."""
+    """Which weights to take from a file that has averaged ones too."""
 
     auto = "auto"
     ema = "ema"
@@ -35,24 +35,28 @@ def convert(
     dst: Annotated[Path, typer.Argument(help="New folder, or file for LDM's formats (.safetensors or .ckpt).")],
     from_format: Annotated[str, typer.Option("--from", parser=READABLE, help="Format of SRC.")],
     to_format: Annotated[str, typer.Option("--to", parser=Names(choices.writable), help="Format of DST.")],
-    weights: Annotated[Weights, typer.Option(help="Averaged or last weights; auto: averaged where there are.")] = (
+    weights: Annotated[Weights, typer.Option(help="Averaged or last weights; auto: averaged if there are any.")] = (
         Weights.auto
     ),
-    config: Annotated[Path | None, typer.Option(help="LDM's YAML: decides, and is compared with the tensors.")] = None,
-    stage: Annotated[int | None, typer.Option(help="This stage alone, as a unified model.")] = None,
-    heads: Annotated[int | None, typer.Option(help="Attention heads, which no tensor tells.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="LDM's YAML, which is preferred to assumptions and compared with the tensors.")
+    ] = None,
+    stage: Annotated[int | None, typer.Option(help="Convert this stage only, as a unified model.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Number of attention heads, which no tensor shows.")] = None,
     head_channels: Annotated[int | None, typer.Option(help="Channels of each head, instead of --heads.")] = None,
-    norm_groups: Annotated[int | None, typer.Option(help="Most groups of a norm: EDM's and score_sde's codes.")] = None,
+    norm_groups: Annotated[
+        int | None, typer.Option(help="Largest number of groups of a norm, for EDM and score_sde.")
+    ] = None,
     boundaries: Annotated[str | None, typer.Option(help="Inner stage boundaries, as 442,631.")] = None,
     prediction: Annotated[Prediction | None, typer.Option(help="What the network predicts.")] = None,
     scale_factor: Annotated[float | None, typer.Option(help="Factor on latents.")] = None,
     no_null_class: Annotated[
-        bool, typer.Option("--no-null-class", help="The other format's table of classes has no row for dropped ones.")
+        bool, typer.Option("--no-null-class", help="The other format's class embedding has no row for dropped classes.")
     ] = False,
 ) -> None:
-    """Convert weights between formats, exactly, with a report of every key: conversion_report.json.
+    """Convert weights between formats without rounding, with a report of every key: conversion_report.json.
 
-    The report lies in the folder that is written, or beside the file.
+    The report is written to the new folder, or beside the new file.
 
     Example: msdiff convert model.ckpt exported --from ldm --to msdiff
     """
@@ -74,7 +78,7 @@ def convert(
     report = run(src, dst, from_format, to_format, options)
     left_out = sum("left_out" in entry for entry in report["keys"].values())
     typer.echo(
-        f"{len(report['keys']) - left_out} tensors in {dst}; {left_out} left out, each with its reason in the report"
+        f"{len(report['keys']) - left_out} tensors in {dst}; {left_out} skipped, each with its reason in the report"
     )
     for line in [*report["assumed"], *report["remarks"]]:
         typer.echo(f"note: {line}", err=True)

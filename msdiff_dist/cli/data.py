@@ -1,4 +1,4 @@
-"""`msdiff data`: make shards, check and time them."""
+"""`msdiff data`: make shards, check them and measure how fast they are read."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def prepare(
     dataset: Annotated[str, typer.Argument(parser=Names(choices.datasets), help="Which data set.")],
     out: Annotated[Path, typer.Option(help="New or empty folder for the shards.")],
     source: Annotated[
-        Path | None, typer.Option(help="Folder of IDX files, or font file, if not in Debian's place.")
+        Path | None, typer.Option(help="Folder of IDX files, or font file. Default: where Debian installs it.")
     ] = None,
     shards: Annotated[int, typer.Option(min=1, help="Number of shards.")] = 24,
     size: Annotated[int | None, typer.Option(min=8, help="Pixels a side. Default: the data set's own.")] = None,
-    split: Annotated[Literal["train", "test"], typer.Option(help="Which part of the data set.")] = "train",
+    split: Annotated[Literal["train", "test"], typer.Option(help="Which split of the data set.")] = "train",
 ) -> None:
-    """Write a small real data set as shards, without the network.
+    """Write a small real data set as shards, without network access.
 
     [bold]Example:[/bold] msdiff data prepare fashion-mnist --out data/fashion-mnist
     """
@@ -43,11 +43,13 @@ def prepare(
 
 @app.command()
 def pack(
-    images_dir: Annotated[Path, typer.Argument(help="Folder of images: class sub-folders, or .txt captions beside.")],
+    images_dir: Annotated[
+        Path, typer.Argument(help="Folder of images, in sub-folders by class or with .txt captions beside them.")
+    ],
     out: Annotated[Path, typer.Option(help="New or empty folder for the shards.")],
     size: Annotated[int | None, typer.Option(min=8, help="Crop to the centre and resize to this many pixels.")] = None,
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples in a shard.")] = 1000,
-    max_bad: Annotated[int, typer.Option(min=0, help="Unusable images to leave out before giving up.")] = 10,
+    max_bad: Annotated[int, typer.Option(min=0, help="Unusable images to skip before giving up.")] = 10,
 ) -> None:
     """Write your own images as shards.
 
@@ -59,21 +61,21 @@ def pack(
     _report(packed.dataset)
     if packed.left_out:
         console = Console(stderr=True)
-        console.print(f"[yellow]left out {len(packed.left_out)} unusable images:[/yellow]")
+        console.print(f"[yellow]skipped {len(packed.left_out)} unusable images:[/yellow]")
         for path, reason in packed.left_out:
             console.print(f"  {path}: {reason}", markup=False, highlight=False)
 
 
 @app.command()
 def encode(
-    recipe: Annotated[Path, typer.Argument(help="Recipe YAML: its encode, autoencoder and text_encoder.")],
-    out: Annotated[Path, typer.Option(help="Folder for the latents: new, or of the same encoding, cut short.")],
+    recipe: Annotated[Path, typer.Argument(help="Recipe YAML with the sections encode, autoencoder and text_encoder.")],
+    out: Annotated[Path, typer.Option(help="Folder for the latents: new, or of the same encoding, to resume it.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as key=value.")] = None,
-    nproc: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
     part: Annotated[int, typer.Option(min=0, help="Encode this part of the shards only.")] = 0,
     parts: Annotated[int, typer.Option(min=1, help="Parts that fill the folder; the last one completes it.")] = 1,
 ) -> None:
-    """Write latents, and embeddings of captions, of a recipe's images. The same command goes on where it ended.
+    """Write a recipe's images as latents, and their captions as embeddings. The same command resumes.
 
     Training attends to all tokens of an embedding, padding too, as Stable Diffusion does. The masks of padding that are
     stored beside it are for other programs.
@@ -96,13 +98,13 @@ def encode(
     if manifest.text_encoder:
         table.add_row("context", f"{list(manifest.context_shape or ())} of {manifest.text_encoder.name}")
     for corruption in manifest.left_out:
-        table.add_row("left out", corruption)
+        table.add_row("skipped", corruption)
     Console().print(table, markup=False)
 
 
 @app.command()
 def check(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of shards.")]) -> None:
-    """Read every shard of a folder whole; exit status 2 on the first corruption, naming shard and sample.
+    """Read all shards of a folder completely. Exit status 2 at the first corruption, naming shard and sample.
 
     [bold]Example:[/bold] msdiff data check data/emoji-latents
     """
@@ -116,9 +118,9 @@ def bench(
     recipe: Annotated[Path, typer.Argument(help="Recipe YAML; data.workers is the number of workers.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as key=value.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples in a batch.")] = 256,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Length of a turn; every reader has three.")] = 3.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds for each of a reader's three turns.")] = 3.0,
 ) -> None:
-    """Measure how fast a recipe's shards are read, beside a plain torch DataLoader and webdataset on the same files.
+    """Measure how fast a recipe's shards are read, compared with a torch DataLoader and webdataset on the same files.
 
     The plain DataLoader shuffles shards only, or samples too in the recipe's window; neither reads labels or keys. If
     mosaicml-streaming is installed, it reads a copy in its own format.

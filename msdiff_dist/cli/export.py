@@ -12,13 +12,13 @@ def export(
     run: Annotated[Path, typer.Argument(help="Run folder, or one checkpoint of it.")],
     out: Annotated[Path, typer.Option(help="New folder for the weights.")],
     step: Annotated[
-        int | None, typer.Option(help="This checkpoint (or snapshot of averages); default the newest.")
+        int | None, typer.Option(help="Step of the checkpoint (or snapshot of averages). Default: the newest.")
     ] = None,
     ema_length: Annotated[
         float | None,
-        typer.Option(help="Instead the average of this relative length, 0.07 say, of a run with ema.power."),
+        typer.Option(help="Export the average of this relative length, such as 0.07, of a run with ema.power."),
     ] = None,
-    ema: Annotated[bool, typer.Option("--ema/--raw", help="The averaged weights, or the last ones.")] = True,
+    ema: Annotated[bool, typer.Option("--ema/--raw", help="Export the averaged weights, or the last ones.")] = True,
 ) -> None:
     """Write a run's weights as safetensors, whole and by stage, with a config.json that rebuilds the model.
 

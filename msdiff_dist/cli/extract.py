@@ -13,7 +13,7 @@ from msdiff_dist.cli.convert import READABLE
 def extract(
     src: Annotated[Path, typer.Argument(help="Multi-stage model.")],
     dst: Annotated[Path, typer.Argument(help="New export folder.")],
-    stage: Annotated[int, typer.Option(help="Its number, 0 nearest the data.")],
+    stage: Annotated[int, typer.Option(help="Number of the stage, 0 nearest the data.")],
     from_format: Annotated[
         str, typer.Option("--from", parser=READABLE, help="Format of SRC, as in msdiff convert.")
     ] = "msdiff",

@@ -24,8 +24,8 @@ def grow(
 ) -> None:
     """Grow a multi-stage model from a unified one, to start training from it: msdiff init --from DST.
 
-    The encoder is copied, and each decoder is the unified model's: the same where its width and attention are, else
-    with channels repeated or left out.
+    The encoder is copied. Each decoder is the unified model's: unchanged where width and attention are the same, else
+    with channels repeated or removed.
 
     Example: msdiff grow unified grown --boundaries 442,631 --widths 256,192,128
     """

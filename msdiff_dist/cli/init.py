@@ -11,14 +11,17 @@ import typer
 def init(
     name: Annotated[str | None, typer.Argument(help="A file that `msdiff recipes` lists.")] = None,
     source: Annotated[
-        Path | None, typer.Option("--from", help="Export, checkpoint or run folder to continue from, instead of NAME.")
+        Path | None,
+        typer.Option(
+            "--from", help="Export, checkpoint or run folder whose weights to train further, instead of NAME."
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="File to write. Default: NAME.yaml, in this folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write. Default: NAME.yaml in the current folder.")] = None,
 ) -> None:
     """Write a recipe to edit: a copy of a shipped one, or one that trains an existing model further.
 
-    The files that a shipped one names come along. Nothing is overwritten. With --from, the recipe has the model of the
-    export, checkpoint or run and starts from its averaged weights; weights of other programs are converted first
+    Files that a shipped recipe names are copied too. Nothing is overwritten. With --from, the recipe has the model of
+    the export, checkpoint or run and starts from its averaged weights. Convert weights of other programs first
     (`msdiff convert`).
 
     Example: msdiff init quickstart --out digits.yaml

@@ -13,8 +13,8 @@ from msdiff_dist.cli.choices import Names
 
 def interval_report(
     run: Annotated[Path, typer.Argument(help="Run folder, one checkpoint of it, or an export.")],
-    reference: Annotated[Path, typer.Option(help="The same of the run whose network samples everywhere else.")],
-    classifier: Annotated[Path, typer.Option(help="File of `msdiff classifier train`.")],
+    reference: Annotated[Path, typer.Option(help="Run, checkpoint or export whose network samples everywhere else.")],
+    classifier: Annotated[Path, typer.Option(help="File that `msdiff classifier train` wrote.")],
     data: Annotated[str, typer.Option(help="Shards of images to compare with.")],
     out: Annotated[Path, typer.Option(help="New folder for intervals.csv, .md and .png.")],
     intervals: Annotated[
@@ -24,9 +24,9 @@ def interval_report(
     sampler: Annotated[
         str | None, typer.Option(parser=Names(choices.solvers, checked=False), help="Solver, as for sample.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Its steps.")] = 50,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the solver.")] = 50,
     clip: Annotated[bool, typer.Option(help="Keep x0 in [-1, 1]: for pixels, not latents.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the images.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the images.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 250,
 ) -> None:
     """Sample with RUN inside one interval of time and the reference elsewhere, interval by interval (paper, Figure 2).
@@ -46,7 +46,7 @@ def interval_report(
         boundaries = parse_boundaries(intervals)
     except ConfigError as e:
         raise ConfigError("--intervals", e.value, e.problem, e.remedy) from None
-    open_weights(run)  # with the recipe's extensions, which may bring the solver
+    open_weights(run)  # imports the recipe's extensions, one of which may add the solver
     try:
         how = SamplerConfig(name=sampler, steps=steps, clip=clip)
     except ConfigError as e:

@@ -10,9 +10,9 @@ import typer
 
 def jobs(
     folders: Annotated[
-        list[Path] | None, typer.Argument(help="Run folders, or folders of runs (a sweep); default: all launched runs.")
+        list[Path] | None, typer.Argument(help="Run folders, or folders of runs (a sweep). Default: all launched runs.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a run.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each run.")] = False,
 ) -> None:
     """List launched runs: job, state, progress, speed, restarts and loss.
 

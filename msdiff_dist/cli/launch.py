@@ -13,18 +13,20 @@ def launch(
     recipe: Annotated[Path, typer.Argument(help="Recipe YAML, or a sweep YAML.")],
     cluster: Annotated[str, typer.Option(help="Cluster file, or `local` or `debug`.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as key=value.")] = None,
-    nodes: Annotated[str | None, typer.Option(help="Nodes, or a range 2-4 to start on as many as there are.")] = None,
+    nodes: Annotated[
+        str | None, typer.Option(help="Nodes, or a range such as 2-4: start on as many as are free.")
+    ] = None,
     gpus_per_node: Annotated[int | None, typer.Option(help="GPUs (and ranks) on each node.")] = None,
     time: Annotated[str | None, typer.Option(help="Limit of one start: 24:00:00, or 2-12:00 with days.")] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME of the recipe.")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/NAME, after the recipe.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check, show plan and sbatch text; submit nothing.")
+        bool, typer.Option("--dry-run", help="Check everything, show plan and sbatch text; submit nothing.")
     ] = False,
     wait: Annotated[
         bool, typer.Option("--wait", help="Return when the job has ended; exit status 1 if it failed.")
     ] = False,
 ) -> None:
-    """Train a recipe as a cluster job that goes on by itself after time limits, pre-emption and node failures.
+    """Train a recipe as a cluster job that resumes by itself after time limits, pre-emption and node failures.
 
     Example: msdiff launch cin256_ldm_3stage.yaml --cluster gpu.yaml --nodes 4 --run-dir /shared/runs/cin
     """
@@ -46,6 +48,6 @@ def launch(
     if wait:
         unfinished = watch.wait_for([Path(record.run) for record in records])
         for status in unfinished:
-            stands = f"{status.state.state} at step {status.step or 0} of {status.total_steps}"
-            typer.echo(f"not finished: {status.run}, {stands}; see `msdiff logs {status.run}`", err=True)
+            reached = f"{status.state.state} at step {status.step or 0} of {status.total_steps}"
+            typer.echo(f"not finished: {status.run}, {reached}; see `msdiff logs {status.run}`", err=True)
         raise typer.Exit(1 if unfinished else 0)

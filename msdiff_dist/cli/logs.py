@@ -11,7 +11,7 @@ def logs(
     run: Annotated[str, typer.Argument(help="Run folder, or the name of a launched run.")],
     rank: Annotated[int | None, typer.Option(min=0, help="Only this rank.")] = None,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on as the log grows (rank 0 unless --rank).")
+        bool, typer.Option("--follow", "-f", help="Print new lines as they are written (rank 0's unless --rank).")
     ] = False,
     lines: Annotated[int | None, typer.Option("--lines", "-n", min=1, help="Only the last lines of each log.")] = None,
 ) -> None:

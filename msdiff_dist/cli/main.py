@@ -83,7 +83,7 @@ def _options(version: bool = typer.Option(False, "--version", callback=_version,
 
 
 def main() -> None:
-    """Run the command. Exit status: 0 done, 2 the user's error, 1 any other failure."""
+    """Run the command. Exit status: 0 done, 2 an error that the user can correct, 1 any other failure."""
     try:
         app()
     except MsdiffError as e:
@@ -103,6 +103,7 @@ def _leave_if_rank(status: int) -> None:
 
 
 def _escaped(text: str) -> str:
+    """For rich, which takes `[0]` in a message for markup."""
     return text.replace("[", r"\[")
 
 

@@ -16,9 +16,9 @@ def merge(
     boundaries: Annotated[str, typer.Option(help="Inner stage boundaries, as 442,631.")],
     from_format: Annotated[str, typer.Option("--from", parser=READABLE, help="Format of the models.")] = "msdiff",
 ) -> None:
-    """Put unified models together as the stages of one, the first nearest the data.
+    """Combine unified models into one model whose stages they are, the first nearest the data.
 
-    Where their encoders are the same, bit by bit, they become the one shared encoder; else each stage keeps its own.
+    If their encoders are equal bit by bit, these become the shared encoder; else each stage keeps its own.
 
     Example: msdiff merge merged near middle far --boundaries 442,631
     """

@@ -12,15 +12,17 @@ import typer
 def plan(
     recipe: Annotated[Path, typer.Argument(help="Recipe YAML.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, as key=value.")] = None,
-    world_size: Annotated[int | None, typer.Option(min=1, help="Ranks to plan for; or give nodes and GPUs.")] = None,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="Ranks to plan for. Or give --nodes and --gpus-per-node.")
+    ] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes to plan for.")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on each of them.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on each node.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show which ranks hold which stages, how well the work is balanced, and the bytes on and between ranks.
 
-    State is parameters, optimizer and EMA; gradients and activations come on top. With --nodes also the bytes that pass
-    between nodes, beside those of data parallelism with every decoder on every rank.
+    State is parameters, optimizer and EMA; gradients and activations come on top. With --nodes it also shows the bytes
+    that pass between nodes, compared with data parallelism with every decoder on every rank.
 
     Example: msdiff plan celebahq256_ldm_3stage.yaml --world-size 64 --json
     """

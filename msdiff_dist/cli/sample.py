@@ -13,7 +13,7 @@ from msdiff_dist.cli.choices import Names
 
 def sample(
     run: Annotated[Path, typer.Argument(help="Run folder, one checkpoint of it, or an export.")],
-    out: Annotated[Path, typer.Option(help="Folder for the images: new, or of the same command, cut short.")],
+    out: Annotated[Path, typer.Option(help="Folder for the images: new, or of the same command, to resume it.")],
     num: Annotated[int, typer.Option(min=1, help="Images to make.")] = 64,
     sampler: Annotated[
         str | None,
@@ -25,7 +25,9 @@ def sample(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Network evaluations an image; heun takes 2 N - 1. Default 50.")
     ] = None,
-    nfe: Annotated[int | None, typer.Option(min=1, help="Instead of --steps: exactly so many evaluations.")] = None,
+    nfe: Annotated[
+        int | None, typer.Option(min=1, help="Exact number of network evaluations an image, instead of --steps.")
+    ] = None,
     end: Annotated[
         float | None, typer.Option(help="Last t or sigma, of a vp or edm process. Default: t_min, sigma_min.")
     ] = None,
@@ -36,20 +38,22 @@ def sample(
         typer.Option(help="Where the steps lie. Default: leading, log_snr for a vp process, rho for edm."),
     ] = None,
     clip: Annotated[bool, typer.Option(help="Keep x0 in [-1, 1]: for pixels, not latents.")] = False,
-    class_: Annotated[int | None, typer.Option("--class", help="Only this class; default all in turn.")] = None,
+    class_: Annotated[int | None, typer.Option("--class", help="Only this class. Default: all in turn.")] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Text of the images; several take turns. Default: no caption.")
     ] = None,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Images depend on it and their number alone.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed. An image depends on it and on its own number only.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 64,
     part: Annotated[int, typer.Option(min=0, help="Make this part of the images only.")] = 0,
-    parts: Annotated[int, typer.Option(min=1, help="Parts that fill the folder; the last one draws the grid.")] = 1,
-    raw: Annotated[bool, typer.Option("--raw", help="The last weights instead of their average.")] = False,
+    parts: Annotated[
+        int, typer.Option(min=1, help="Number of parts that fill the folder; the last to end draws the grid.")
+    ] = 1,
+    raw: Annotated[bool, typer.Option("--raw", help="Use the last weights instead of their average.")] = False,
 ) -> None:
     """Make images with a run's newest checkpoint: PNG files 00000.png ... and grid.png.
 
-    The same command goes on where it was ended.
+    The same command on the same folder resumes: it makes the images that are missing.
 
     Example: msdiff sample runs/quickstart --num 100 --steps 50 --sampler ddim --out samples
     """
@@ -61,9 +65,9 @@ def sample(
     from msdiff_dist.files.work_share import Part
 
     if nfe is not None and steps is not None:
-        raise ConfigError("--nfe", nfe, f"stands beside --steps {steps}", "Give one of the two.")
+        raise ConfigError("--nfe", nfe, f"is given beside --steps {steps}", "Give one of the two.")
     if sampler is not None:
-        open_weights(run, ema=not raw)  # with the recipe's extensions, which may bring the solver
+        open_weights(run, ema=not raw)  # imports the recipe's extensions, one of which may add the solver
     try:
         config = SamplerConfig(
             name=sampler,

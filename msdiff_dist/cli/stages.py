@@ -19,10 +19,10 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Divide ti
 @app.command(cls=NamingCommand)
 def cluster(
     fields: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields of the process, as beta_max=10.")
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields of the process, such as beta_max=10.")
     ] = None,
     method: Annotated[
-        Literal["timestep", "snr", "gradient", "optimal-denoiser"], typer.Option(help="What makes times alike.")
+        Literal["timestep", "snr", "gradient", "optimal-denoiser"], typer.Option(help="By what times are compared.")
     ] = "optimal-denoiser",
     process: Annotated[
         str | None,
@@ -35,16 +35,18 @@ def cluster(
     images: Annotated[Path | None, typer.Option(help="Folder of images, or IDX file, instead of --data.")] = None,
     run: Annotated[Path | None, typer.Option(help="Run folder whose gradients are compared.")] = None,
     value_range: Annotated[Literal["01", "11"], typer.Option(help="Range of pixels, [0, 1] or [-1, 1].")] = "01",
-    eta: Annotated[float, typer.Option(help="Largest difference of entries that are alike.")] = 2 / 256,
-    alpha: Annotated[float, typer.Option(help="Mean similarity that the outer of three stages keep.")] = 0.9,
+    eta: Annotated[float, typer.Option(help="Largest difference at which entries count as alike.")] = 2 / 256,
+    alpha: Annotated[
+        float, typer.Option(help="Mean similarity that the first and the last of three stages must keep.")
+    ] = 0.9,
     samples: Annotated[int, typer.Option(help="Noisy samples to denoise.")] = 2000,
     last_limit: Annotated[
         Literal["at-1", "at-t"], typer.Option(help="Where eps*_1 is taken: x_1 (Eq. 5), or x_t (the paper's scripts).")
     ] = "at-1",
-    seed: Annotated[int, typer.Option(help="Of the drawn samples, noises and times.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the drawn samples, noises and times.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write the similarity curves or matrix, as .png or .pdf.")] = None,
-    write: Annotated[Path | None, typer.Option(help="Put the boundaries into this recipe.")] = None,
+    write: Annotated[Path | None, typer.Option(help="Write the boundaries into this recipe.")] = None,
 ) -> None:
     """Find stage boundaries by timestep, signal-to-noise ratio, gradients, or the data's optimal denoiser.
 

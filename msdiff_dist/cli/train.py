@@ -12,12 +12,14 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="Recipe YAML.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, as key=value.")] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine.")] = 1,
-    run_dir: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME of the recipe.")] = None,
-    smoke: Annotated[bool, typer.Option("--smoke", help="A few steps of the recipe in small, without data.")] = False,
+    run_dir: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/NAME, after the recipe.")] = None,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Train a few steps of a small form of the recipe, without data.")
+    ] = False,
 ) -> None:
-    """Train a recipe. The same command on the same run folder goes on where it stopped.
+    """Train a recipe. The same command on the same run folder resumes the run.
 
-    Under torchrun or srun (RANK and WORLD_SIZE set) this process is one rank; --nproc starts ranks by itself.
+    Under torchrun or srun (RANK and WORLD_SIZE set) this process is one rank. Without them --nproc starts the ranks.
 
     Example: msdiff train quickstart.yaml train.steps=300 --nproc 4 --run-dir runs/digits
     """
@@ -45,4 +47,4 @@ def train(
 
         outcome = run_local(recipe_mapping(parsed), folder, nproc, found)
     if outcome == "preempted":
-        typer.echo(f"stopped by a signal, saved in {folder}; the same command goes on from there", err=True)
+        typer.echo(f"stopped by a signal, saved in {folder}; the same command resumes the run", err=True)

@@ -24,7 +24,7 @@ from tests.integration.conftest import ROOT, Msdiff
 
 pytestmark = pytest.mark.integration
 
-PICTURES = 30
+IMAGES = 30
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def sweep(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "score": {
             "classifier": str(folder / "classifier.safetensors"),
             "reference": str(digits),
-            "pictures": PICTURES,
+            "pictures": IMAGES,
             "batch_size": 20,
             "sampler": {"name": "ddim", "steps": 3, "clip": True},
         },
@@ -70,8 +70,8 @@ def _score_again(run: Path, step: int, seed: int, digits: Path, classifier: Path
     """The same score by other means: all images at once, the data by the training loader, scipy's square root."""
     model = load_classifier(classifier)
     generator = ImageGenerator(open_weights(run, step), torch.device("cpu"))
-    labels = torch.tensor([i % 10 for i in range(PICTURES)])
-    images = generator(range(PICTURES), SamplerConfig(name="ddim", steps=3, clip=True), seed, labels)
+    labels = torch.tensor([i % 10 for i in range(IMAGES)])
+    images = generator(range(IMAGES), SamplerConfig(name="ddim", steps=3, clip=True), seed, labels)
     data = DataConfig(shards=str(digits), image_size=16, channels=1, lanes=1, shuffle=0)
     with StepLoader(data, 0, 1618) as loader, torch.no_grad():
         reference, generated = (model.features(x).double().numpy() for x in (next(loader).x_nCHW, images))
@@ -110,7 +110,7 @@ def test_table_of_two_variants_and_two_seeds(msdiff: Msdiff, sweep: Path, digits
     table = (out / "results.md").read_text()
     assert f"{float(rows[1]['score_mean']):.2f} ± {float(rows[1]['score_std']):.2f}" in table
 
-    # Done is done; a run cut short, whose last checkpoint is lost, goes on to the same end.
+    # What is done is not done again. A run that has lost its last checkpoint and scores resumes to the same result.
     before = _files(out)
     logs = {p: p.stat().st_mtime_ns for p in out.rglob("rank_0.log")}
     assert msdiff("ablate", sweep, "--out", out).status == 0
@@ -129,7 +129,7 @@ def test_table_of_two_variants_and_two_seeds(msdiff: Msdiff, sweep: Path, digits
     for name in ("results.csv", "multistage/seed_5/scores.json"):
         assert again[name] == before[name]
 
-    # More compute in the same folder would leave points that have gone by without a checkpoint.
+    # A larger budget moves the points to steps that the runs have passed without keeping a checkpoint.
     longer = msdiff("ablate", sweep, "budget=4e-6", "--out", out)
     assert longer.status == 2
     assert "kept no checkpoint of step" in longer.output
@@ -143,7 +143,7 @@ def _parameters(run: Path) -> list[torch.Tensor]:
 MISTAKES = {
     "budget": (["budget=1e-9"], ["budget", "less than one step of unified"]),
     "points outside": (["points=[0.5,1.5]"], ["points", "(0, 1]"]),
-    "points too near": (["points=[0.01,0.02,1]"], ["points", "one step of unified"]),
+    "points too near": (["points=[0.01,0.02,1]"], ["points", "the same step of unified"]),
     "no end": (["points=[0.5]"], ["points", "end with 1"]),
     "seeds": (["seeds=[1,1]"], ["seeds", "twice"]),
     "variant's field": (["variants.wide={model.decoder_chanels: [8]}"], ["variants.wide: model.decoder_chanels"]),

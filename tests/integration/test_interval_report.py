@@ -58,7 +58,7 @@ def test_a_run_spliced_into_itself_is_itself(runs: Path) -> None:
 
 
 def test_each_network_has_its_own_times(runs: Path) -> None:
-    """Against a sampler that chooses whole models by the time it is told."""
+    """Compared with plain sampling from a function that chooses a whole model by the time of each evaluation."""
     models, partitions = [], []
     for name in ("stages", "unified"):
         weights = open_weights(runs / name)

@@ -1,4 +1,4 @@
-"""Training, going on, dying and sampling with the `msdiff` command, on real images."""
+"""The `msdiff` command on real images: training, resuming, ranks that die, sampling."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_digits_from_shards_to_images(msdiff: Msdiff, digits: Path, tmp_path: Pa
     assert msdiff("sample", whole, "--class", 10, "--out", out / "none").status == 2
 
 
-def test_sampling_that_is_killed_goes_on_to_the_same_images(msdiff: Msdiff, digits: Path, tmp_path: Path) -> None:
+def test_sampling_that_is_killed_resumes_to_the_same_images(msdiff: Msdiff, digits: Path, tmp_path: Path) -> None:
     run, whole, cut = tmp_path / "run", tmp_path / "whole", tmp_path / "cut"
     assert msdiff("train", *_quickstart(digits, 2), "preview.every=0", "--run-dir", run).status == 0
     options = ["--steps", "3", "--num", "60", "--batch-size", "3", "--eta", "1"]
@@ -146,7 +146,7 @@ def _ranks_of(process: subprocess.Popen[str]) -> list[int]:
     return sorted(found)
 
 
-def test_a_rank_that_dies_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_rank_that_dies_is_named_and_the_run_resumes(tmp_path: Path) -> None:
     run = tmp_path / "run"
     long = ["train.steps=100000", "checkpoint.every=2", "--nproc", "2"]
     process = _start(run, *long)

@@ -1,1 +1,1 @@
-"""Variants and seeds under one compute budget, and the report of them."""
+"""`msdiff ablate`: variants and seeds trained under one compute budget, and the report on them."""

@@ -1,4 +1,4 @@
-"""What an ablation found: one table as CSV and Markdown, one plot of quality against training compute."""
+"""The report on an ablation: one table as CSV and Markdown, one plot of quality against training compute."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from msdiff_dist.files.atomic import atomic_write
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A variant's scores after each point's compute: petaflops_P, score_PS with a column a seed, NaN where missing."""
+    """The scores of one variant over its P points and S seeds.
+
+    first: the trial of the first seed, for what all seeds share. petaflops_P: training compute at each point. score_PS:
+    scores, NaN where there is none yet.
+    """
 
     first: Trial
     seeds: list[int]
@@ -26,20 +30,21 @@ class Curve:
 
     @property
     def mean_P(self) -> np.ndarray:
-        """Mean over the seeds that are there, NaN where none is."""
+        """Mean over the seeds that have a score, NaN where none has."""
+        # Not nanmean, which warns of rows without any score: a report on an unfinished ablation has such rows.
         count = (~np.isnan(self.score_PS)).sum(1)
         return np.where(count > 0, np.nansum(self.score_PS, 1) / np.maximum(count, 1), np.nan)
 
     @property
     def std_P(self) -> np.ndarray:
-        """Sample standard deviation over seeds, NaN for fewer than two."""
+        """Sample standard deviation over the seeds that have a score, NaN for fewer than two."""
         count = (~np.isnan(self.score_PS)).sum(1)
         square = np.nansum((self.score_PS - self.mean_P[:, None]) ** 2, 1)
         return np.where(count > 1, np.sqrt(square / np.maximum(count - 1, 1)), np.nan)
 
 
 def curves(trials: Sequence[Trial], settings: dict[str, Any]) -> list[Curve]:
-    """One curve a variant, in the order of the ablation file."""
+    """One curve for each variant, in the order of the ablation file."""
     found = []
     for variant in dict.fromkeys(t.variant for t in trials):
         own = [t for t in trials if t.variant == variant]
@@ -51,9 +56,9 @@ def curves(trials: Sequence[Trial], settings: dict[str, Any]) -> list[Curve]:
 
 
 def compute_to_reach(target: float, petaflops_P: np.ndarray, score_P: np.ndarray) -> float | None:
-    """Petaflops at which a falling curve, straight between its points, first is at `target`; None if nowhere.
+    """The compute at which a curve, interpolated linearly between its points, first falls to `target`.
 
-    The compute of the first point if that is already as good.
+    That of the first point if it is already as good; None if the curve does not reach it.
     """
     for i, (at, score) in enumerate(zip(petaflops_P, score_P, strict=True)):
         if score <= target:
@@ -64,7 +69,7 @@ def compute_to_reach(target: float, petaflops_P: np.ndarray, score_P: np.ndarray
 
 
 def write_report(trials: Sequence[Trial], settings: dict[str, Any], out: Path) -> str:
-    """Write results.csv, results.md and quality.png of what has been scored so far; returns the Markdown table."""
+    """Write results.csv, results.md and quality.png from the scores so far; returns the Markdown table."""
     found = curves(trials, settings)
     atomic_write(out / "results.csv", _csv(found))
     markdown = _markdown(found)

@@ -1,7 +1,7 @@
 """Ablations: variants of a recipe, each trained with the same compute and several seeds, and scored on the way.
 
 OUT/
-  VARIANT/seed_N/          a run folder each, with its scores.json
+  VARIANT/seed_N/          one run folder for each run, with its scores.json
   results.csv results.md quality.png
 """
 
@@ -39,12 +39,13 @@ class AblationConfig:
     """An ablation file.
 
     recipe: path of the recipe, relative to this file.
-    variants: by name, the dotted recipe fields that each changes; its own `recipe` may stand in place of the common
-        one. The first is the baseline.
+    variants: by name, the dotted recipe fields that each changes; a field `recipe` among them replaces the common
+        recipe. The first variant is the baseline.
     changes: dotted recipe fields that all variants change.
-    budget: training petaflops of every run, forward and backward; train.steps follows.
-    seeds: train.seed of each variant's runs, and the seed of the images made with them.
-    points: fractions of the budget after which a run is scored, up to 1.
+    budget: 1e15 floating-point operations of every run's training, forward and backward; train.steps follows from it.
+    score: how runs are scored.
+    seeds: train.seed of each variant's runs, and the seed of the images generated with them.
+    points: fractions of the budget after which a run is scored, ascending to 1.
     """
 
     recipe: str
@@ -74,7 +75,11 @@ class AblationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One run. steps: after which it is scored."""
+    """One run of a variant with one seed.
+
+    steps: after which it is scored; the last is also its number of steps. step_petaflops: of one step, forward and
+    backward. data: the recipe's data, found once for all trials that share it.
+    """
 
     variant: str
     seed: int
@@ -87,10 +92,11 @@ class Trial:
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
         return self.folder / "checkpoints"
 
     def scores(self, settings: dict[str, Any]) -> dict[int, float]:
-        """Its scores by step, as far as there are, by these settings."""
+        """The scores taken so far with these settings, by step."""
         path = self.folder / "scores.json"
         stored = json.loads(path.read_text()) if path.is_file() else {}
         return {int(k): v for k, v in stored["scores"].items()} if stored.get("settings") == settings else {}
@@ -106,7 +112,7 @@ def load_ablation(path: Path, overrides: list[str]) -> AblationConfig:
 
 
 def plan_ablation(config: AblationConfig, base: Path, out: Path, nproc: int) -> list[Trial]:
-    """All runs, the first seed of every variant first, each checked as far as can be without training.
+    """All runs, those of the first seed first, each checked as far as is possible without training.
 
     Args:
         base: folder that recipe paths are relative to.
@@ -133,14 +139,16 @@ def _trials(config: AblationConfig, name: str, base: Path, out: Path, nproc: int
     except UserError as e:
         raise type(e)(f"variants.{name}: {e.field}", e.value, e.problem, e.remedy) from None
     per_step = step_petaflops(plan.quotas, plan.cost_K)
+    # Rounded down, but a budget of exactly n steps must not lose one to the rounding of the division.
     last = int(config.budget / per_step * (1 + 1e-9))
     if last < 1:
         problem = f"is less than one step of {name}, {per_step:.3g}"
         raise ConfigError("budget", config.budget, problem, "Raise it, or lower train.global_batch_size.")
     steps = tuple(max(1, round(point * last)) for point in config.points)
     if len(set(steps)) < len(steps):
-        problem = f"two of them are one step of {name}, which trains {last} steps"
-        raise ConfigError("points", list(config.points), problem, "Raise the budget, or leave some out.")
+        problem = f"two of them are the same step of {name}, which trains {last} steps"
+        raise ConfigError("points", list(config.points), problem, "Raise the budget, or remove some.")
+    # Sampling costs are those of the score's sampler, not of previews, which an ablation does not draw.
     costs = cost_report(replace(recipe, preview=replace(recipe.preview, sampler=config.score.sampler)))
     for seed in config.seeds:
         planned = replace(
@@ -172,13 +180,13 @@ def _check_image_shape(trial: Trial, shape: tuple[int, int, int], classifier: st
 
 
 def _check_folder(trial: Trial, settings: dict[str, Any]) -> None:
-    """Refuse a folder of another run, and one that has gone past a step it should be scored at."""
+    """Refuse the folder of another run, and a run past a step at which it is neither scored nor has a checkpoint."""
     RunFolder(trial.folder).check(recipe_mapping(trial.recipe))
     done = [step_of(p) for p in complete_checkpoints(trial.checkpoints)]
     scored = trial.scores(settings)
     lost = [s for s in trial.steps if s not in scored and s not in done and s <= max(done, default=0)]
     if lost:
-        problem = f"has trained {max(done)} steps, and kept no checkpoint of step {lost[0]}"
+        problem = f"has trained {max(done)} steps and kept no checkpoint of step {lost[0]}"
         raise RunFolderError("--out", str(trial.folder), problem, "Name another --out, or restore budget and points.")
 
 
@@ -187,8 +195,12 @@ def run_ablation(
 ) -> None:
     """Train and score what is not yet trained and scored of `trials`.
 
+    Args:
+        nproc: ranks of each run, on this machine.
+        after_trial: called when a trial has all its scores.
+
     Raises:
-        TrainingError: a run was stopped by a signal or failed; the same call goes on there.
+        TrainingError: a run was stopped by a signal or failed; the same call resumes it.
     """
     settings = score_settings(config.score)
     open_trials = [t for t in trials if not set(t.steps) <= t.scores(settings).keys()]
@@ -202,15 +214,18 @@ def run_ablation(
         if not all(step_folder(trial.checkpoints, s).is_dir() for s in missing):
             outcome = run_local(recipe_mapping(trial.recipe), trial.folder, nproc, trial.data)
             if outcome != "finished":
-                raise TrainingError(f"{trial.folder} was stopped by a signal and saved; give the same command to go on")
+                raise TrainingError(
+                    f"{trial.folder} was stopped by a signal and saved; give the same command to resume"
+                )
         for step in missing:
             generator = ImageGenerator(open_weights(trial.folder, step), device)
             scores[step] = scorer(generator, trial.seed)
+            # Written after each score: a kill then costs one score at most.
             stored = {"settings": settings, "scores": {str(k): scores[k] for k in sorted(scores)}}
             atomic_write(trial.folder / "scores.json", json.dumps(stored, indent=1) + "\n")
         after_trial()
 
 
 def score_settings(config: ScoreConfig) -> dict[str, Any]:
-    """What makes scores comparable: the settings, and the classifier itself in place of its path."""
+    """What must be equal for scores to be comparable: the settings, with the classifier's digest, not its path."""
     return {**to_mapping(config), "classifier": sha256_of(Path(config.classifier))}

@@ -18,7 +18,7 @@ RECIPES = Path(__file__).parents[3] / "recipes"
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     rng = np.random.default_rng(0)
     centres = rng.integers(60, 196, (5, 8, 8))

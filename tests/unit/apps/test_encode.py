@@ -39,7 +39,7 @@ TOWER = {
 @pytest.fixture
 def images(tmp_path):
     """Three shards of 5 images with captions and labels."""
-    rng, folder, counts = np.random.default_rng(0), tmp_path / "pictures", {}
+    rng, folder, counts = np.random.default_rng(0), tmp_path / "images", {}
     folder.mkdir()
     for shard in range(3):
         content = []
@@ -49,7 +49,7 @@ def images(tmp_path):
             content.append((f"{shard}-{i}", fields))
         write_shard(folder / f"{shard}.tar", content)
         counts[f"{shard}.tar"] = 5
-    write_index(folder, "pictures", counts)
+    write_index(folder, "images", counts)
     return folder
 
 
@@ -159,7 +159,7 @@ if __name__ == "__main__":
 """
 
 
-def test_a_killed_encoding_goes_on_and_any_number_of_processes_gives_the_same(images, tmp_path):
+def test_a_killed_encoding_resumes_and_any_number_of_processes_gives_the_same(images, tmp_path):
     recipe = recipe_of(images, {"kind": "space_to_depth", "factor": 2})
     whole, out = tmp_path / "whole", tmp_path / "out"
     reference = encode(recipe, whole, nproc=1)

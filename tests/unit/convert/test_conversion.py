@@ -87,7 +87,7 @@ def test_the_command(tmp_path: Path, make_export: Any) -> None:
     command = ["convert", str(export), str(out), "--from", "msdiff", "--to", "ldm", "--stage", "1"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    assert "left out" in result.output
+    assert "skipped" in result.output
     assert out.exists()
     assert (tmp_path / "conversion_report.json").exists()
 
