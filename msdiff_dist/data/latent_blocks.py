@@ -84,9 +84,7 @@ def read_block(content: bytes, url: str) -> Chunk:
     chunk = {"__key__": objects(keys), "__url__": objects([url] * len(keys))}
     chunk |= {name: objects([value.encode() for value in values]) for name, values in lists.items()}
     chunk |= _views(content, header)
-    for name, column in chunk.items():
-        if column.shape[:1] != (len(keys),):
-            raise BlockError(f"has {len(column) if column.ndim else 1} of {name} for {len(keys)} samples")
+    _check_lengths(chunk, len(keys))
     return chunk
 
 
@@ -102,6 +100,10 @@ def check_block(content: bytes) -> tuple[list[str], dict[str, Tensor]]:
         BlockError: the content is not a block, or a sample is corrupt; then it has the first such row.
     """
     lists, tensors = _lists(_header(content)), _tensors(content)
+    columns = {name: objects(values) for name, values in lists.items()} | tensors
+    _check_lengths(columns, len(lists["__key__"]))
+    if CHECKSUMS not in tensors:
+        raise BlockError("has no checksums")
     stated = tensors.pop(CHECKSUMS).tolist()
     for row, (found, expected) in enumerate(zip(_checksums(lists, tensors), stated, strict=True)):
         if found != expected:
@@ -131,6 +133,12 @@ def _tensors(content: bytes) -> dict[str, Tensor]:
         return load(content)
     except (SafetensorError, ValueError, RuntimeError) as e:
         raise BlockError(f"is not a block of latents ({e})") from e
+
+
+def _check_lengths(columns: Mapping[str, NDArray[Any] | Tensor], samples: int) -> None:
+    for name, column in columns.items():
+        if tuple(column.shape[:1]) != (samples,):
+            raise BlockError(f"has {len(column) if column.ndim else 1} of {name} for {samples} samples")
 
 
 def _views(content: bytes, header: Header) -> dict[str, NDArray[Any]]:

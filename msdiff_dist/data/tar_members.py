@@ -10,8 +10,10 @@ Bytes of a USTAR header that are used here (POSIX.1-1988): name 0-99, size 124-1
 
 from __future__ import annotations
 
+import lzma
 import re
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
@@ -188,5 +190,5 @@ def _through_tarfile(stream: BinaryIO, offset: int, with_data: bool) -> Iterator
                     content = archive.extractfile(member)
                     assert content is not None
                     yield member.name, content.read() if with_data or member.name.endswith(BLOCK_FIELD) else b""
-    except (tarfile.TarError, EOFError) as e:
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as e:
         raise TarError(str(e)) from e

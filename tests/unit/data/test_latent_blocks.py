@@ -1,11 +1,15 @@
+"""Latents packed in blocks: content, checksums, and the same steps as from single samples."""
+
 from __future__ import annotations
 
 import io
 import itertools
+import json
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.index import read_index, resolve_shards
@@ -165,3 +169,13 @@ def test_what_is_not_a_block_is_an_error(tmp_path, harmed):
     block = pack_block(keys_of(), tensors_of())
     with pytest.raises(BlockError):
         check_block(block[:-10])
+
+
+def test_blocks_whose_columns_do_not_fit():
+    keys = {"__key__": json.dumps(keys_of())}
+    with pytest.raises(BlockError, match="has no checksums"):
+        check_block(save({"latent.npy": torch.zeros(N, 1, 1, 1)}, keys))
+    for length in (N - 1, N + 1):
+        tensors = {"latent.npy": torch.zeros(length, 1, 1, 1), "crc32": torch.zeros(N, dtype=torch.int64)}
+        with pytest.raises(BlockError, match=rf"has {length} of latent\.npy for {N} samples"):
+            check_block(save(tensors, keys))

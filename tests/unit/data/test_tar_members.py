@@ -1,7 +1,12 @@
+"""Members and samples of tar files, compared with tarfile and webdataset."""
+
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
+import random
 import tarfile
 
 import pytest
@@ -83,6 +88,20 @@ def test_corruption_is_an_error(tmp_path, at):
     path.write_bytes(b"not an archive" * 100)
     with pytest.raises(TarError):
         list(sample_keys(str(path)))
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_compressed_archives_that_are_corrupt(compress):
+    rng = random.Random(0)
+    content = {f"{i}.png": bytes(rng.choices(range(8), k=3000)) for i in range(8)}
+    whole = compress(archive(content, tarfile.USTAR_FORMAT))
+    for at in range(10, len(whole), len(whole) // 15):
+        for corrupt in (whole[:at], whole[:at] + bytes([whole[at] ^ 255]) * 9 + whole[at + 9 :]):
+            try:
+                list(members(io.BytesIO(corrupt)))
+            except (TarError, OSError):
+                continue
+            assert compress is gzip.compress  # its checksum is at the end, which is not read
 
 
 def test_what_comes_twice_is_refused_or_reported_and_skipped(tmp_path):
