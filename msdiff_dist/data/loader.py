@@ -98,6 +98,7 @@ class StepLoader:
                 f"Set data.lanes to a multiple of {world_size}, or run on a number of ranks that divides it.",
             )  # fmt: skip
         index = load_index(config) if index is None else index
+        # What was found corrupt when samples were counted is reported with the first step.
         self._found = tuple(Corruption(s.path, None, s.problem) for shards in index for s in shards if s.problem)
         self._schedule = _Schedule(config, index, seed, global_batch_size)
         self._world_size = world_size
@@ -267,10 +268,10 @@ class _RankDataset(IterableDataset["StepSamples | UserError"]):
             yield e
 
     def parts(self, lanes: set[int]) -> Iterator[StepSamples]:
-        """The samples of these lanes, step by step."""
+        """The samples of these lanes, of every source, step by step."""
         schedule = self.schedule
         corruption = CorruptionReport(schedule.config.max_bad)
-        streams: dict[int, _Lane] = {}  # by source * number of lanes + lane
+        open_lanes: dict[int, _Lane] = {}  # by source * number of lanes + lane
         mine_L = np.isin(np.arange(schedule.config.lanes), list(lanes))
         for batch in itertools.count(self.start_batch):
             (source_B, lane_B), first = schedule.locate(batch), batch * schedule.global_batch_size
@@ -279,13 +280,13 @@ class _RankDataset(IterableDataset["StepSamples | UserError"]):
             if schedule.mixture is None:
                 part.put(np.arange(len(index_n)), synthesize(schedule.config, schedule.seed, first + index_n))
             else:
-                for place, at_n in grouped(source_B[index_n] * schedule.config.lanes + lane_B[index_n]):
+                for source_lane, at_n in grouped(source_B[index_n] * schedule.config.lanes + lane_B[index_n]):
                     # A lane is opened at its first sample. It is told `start_batch`, not `batch`: they mean the same
                     # position, for no sample between them is of this lane.
-                    if place not in streams:
-                        source, lane = divmod(place, schedule.config.lanes)
-                        streams[place] = schedule.lane(source, lane, self.start_batch, corruption)
-                    for where_n, samples in streams[place].take(first + index_n[at_n]):
+                    if source_lane not in open_lanes:
+                        source, lane = divmod(source_lane, schedule.config.lanes)
+                        open_lanes[source_lane] = schedule.lane(source, lane, self.start_batch, corruption)
+                    for where_n, samples in open_lanes[source_lane].take(first + index_n[at_n]):
                         part.put(at_n[where_n], samples)
             yield part.samples(batch, index_n, corruption.take())
 
@@ -312,25 +313,25 @@ class _BatchBuffer:
     """Tensors for n samples of a step, filled lane by lane."""
 
     def __init__(self, config: DataConfig, n: int) -> None:
-        def room(shape: tuple[int, ...], dtype: str) -> Tensor:
+        def empty(shape: tuple[int, ...], dtype: str) -> Tensor:
             return torch.empty((n, *shape), dtype=getattr(torch, dtype))
 
         context = config.context_shape
-        self._x_nCHW = room(config.x_shape, config.x_dtype)
-        self._label_n = None if config.num_classes is None else room((), "int64")
-        self._context_nTC = None if context is None else room(context, config.latent_dtype)
+        self._x_nCHW = empty(config.x_shape, config.x_dtype)
+        self._label_n = None if config.num_classes is None else empty((), "int64")
+        self._context_nTC = None if context is None else empty(context, config.latent_dtype)
         self._key_n = np.empty(n, object)
         self._caption_n = np.empty(n, object) if config.captions else None
         # Samples are arrays, which are written through numpy views of the tensors.
         views = (_view(self._x_nCHW), _view(self._label_n), self._caption_n, _view(self._context_nTC))
-        self._rooms = Samples(self._key_n, *views)
+        self._columns = Samples(self._key_n, *views)
 
     def put(self, at_n: Ints, samples: Samples) -> None:
         """Copy samples to rows at_n."""
-        room: Any
-        for room, values in zip(self._rooms, samples, strict=True):
-            if room is not None:
-                room[at_n] = values
+        column: Any
+        for column, values in zip(self._columns, samples, strict=True):
+            if column is not None:
+                column[at_n] = values
 
     def samples(self, batch: int, index_n: Ints, corruption: tuple[Corruption, ...]) -> StepSamples:
         """The step's samples, once all rows are filled."""

@@ -2,10 +2,12 @@
 
 Epoch e permutes the shards by (seed, e) and deals each to the lane with fewest samples so far. A lane reads its shards
 one after the other, in windows of `shuffle` samples; each window is permuted by (seed, e, lane, window). The epoch's
-order takes one sample of each lane that still has some, round after round. Global sample number g is sample g % N of
-epoch g // N. So every epoch holds each of the N samples exactly once, and a batch may span two epochs.
+order takes one sample of each lane that still has some, round after round. Sample number g is sample g % N of epoch
+g // N. So every epoch holds each of the N samples exactly once, and a batch may span two epochs.
 
-Positions p count in the epoch's order, and positions in a lane's order count in that lane alone.
+The number g counts the samples of one set of shards. It is the global sample number of the run if that has one source;
+of several sources, each has its own numbers (`mixture.py`). A position p counts in an epoch's order; a position in a
+lane's order counts in that lane alone.
 """
 
 from __future__ import annotations
@@ -132,7 +134,7 @@ class StreamOrder:
         return self._plans[epoch]
 
     def locate(self, g_n: Ints) -> tuple[Ints, Ints, Ints]:
-        """Map global sample numbers [n] to (epoch [n], lane [n], position in the lane's order of that epoch [n])."""
+        """Map sample numbers [n] to (epoch [n], lane [n], position in the lane's order of that epoch [n])."""
         epoch_n, p_n = np.divmod(np.asarray(g_n, dtype=np.int64), self.num_samples)
         lane_n, position_n = np.empty_like(p_n), np.empty_like(p_n)
         for epoch in np.unique(epoch_n):
@@ -141,11 +143,11 @@ class StreamOrder:
         return epoch_n, lane_n, position_n
 
     def lanes_of(self, g_n: Ints) -> Ints:
-        """The lane that gives each global sample number, [n]."""
+        """The lane that gives each sample number, [n]."""
         return self.locate(g_n)[1]
 
     def windows(self, lane: int, g: int) -> Iterator[Window]:
-        """The lane's windows from global sample number g on, epoch after epoch without end."""
+        """The lane's windows from sample number g on, epoch after epoch without end."""
         epoch, p = divmod(g, self.num_samples)
         taken = int(self.epoch(epoch).taken_before(p)[lane])
         while True:

@@ -37,7 +37,7 @@ class Picked:
 
 
 class LaneStream:
-    """The lane's undecoded samples from global sample number g on, without end.
+    """The lane's undecoded samples from sample number g of the order on, without end.
 
     Opens only the shard in which the current window starts and those after it. While one window is given, the next is
     read at the same pace. So reading is spread evenly, and at most two windows are held in memory.
@@ -55,9 +55,9 @@ class LaneStream:
         self._windows = order.windows(lane, g)
         first = next(self._windows)
         self._source = _reading_order(_Reader(shards, access, corruption), order, lane, first.epoch, first.start)
-        self._given, self._at = _Filled(first), first.skip  # the window being given, and the next place to give
-        self._coming = _Filled(next(self._windows))
-        self._over: Rows | None = None  # rows of the latest chunk that lie past the window it was read for
+        self._given, self._at = _WindowBuffer(first), first.skip  # the window being given, and the next place to give
+        self._coming = _WindowBuffer(next(self._windows))
+        self._rest: Rows | None = None  # rows of the latest chunk that lie past the window it was read for
 
     def take(self, most: int) -> list[Picked]:
         """The next `most` samples, or fewer where a window ends, but at least one.
@@ -67,7 +67,7 @@ class LaneStream:
         """
         if self._at == self._given.size:
             self._given, self._at = self._coming, 0
-            self._coming = _Filled(next(self._windows))
+            self._coming = _WindowBuffer(next(self._windows))
         # A window must be complete before any of it is given: its first place may hold the last sample read. From the
         # next one, as many samples are read as this one has given.
         self._read(self._given, self._given.size)
@@ -75,20 +75,20 @@ class LaneStream:
         start, self._at = self._at, min(self._at + most, self._given.size)
         return self._given.take(start, self._at)
 
-    def _read(self, window: _Filled, samples: int) -> None:
+    def _read(self, window: _WindowBuffer, samples: int) -> None:
         """Read on until the window holds `samples` samples, or all of its own if they are fewer."""
         while window.filled < min(samples, window.size):
-            chunk, rows = self._over or next(self._source)
+            chunk, rows = self._rest or next(self._source)
             room = window.size - window.filled
             window.put(chunk, rows[:room])
-            self._over = (chunk, rows[room:]) if len(rows) > room else None
+            self._rest = (chunk, rows[room:]) if len(rows) > room else None
 
 
-class _Filled:
+class _WindowBuffer:
     """A window as it is read.
 
-    Samples of blocks are copied into columns at the places of their turns, so that most `take`s are one slice. Other
-    chunks, and blocks whose columns differ from the first block's, are kept as they are.
+    Samples of blocks are copied into columns at the places of their turns, so that most `take`s are one slice. Single
+    samples, and blocks whose columns differ from the first block's, are kept as they are.
     """
 
     def __init__(self, window: Window) -> None:
@@ -98,7 +98,7 @@ class _Filled:
         self._place_n = np.argsort(window.order)
         self._chunks: list[Chunk] = [{}]  # number 0 holds the blocks' samples, each in the row of its place
         self._chunk_n, self._row_n = np.zeros(self.size, np.int64), np.arange(self.size)  # where each place's sample is
-        self._left = [0]  # samples of each chunk that are not yet given
+        self._remaining = [0]  # samples of each chunk that are not yet given
 
     def put(self, chunk: Chunk, rows: range) -> None:
         """Add the next samples in reading order."""
@@ -111,17 +111,17 @@ class _Filled:
         else:
             number = len(self._chunks)
             self._chunks.append(chunk)
-            self._left.append(0)
+            self._remaining.append(0)
             self._chunk_n[place_n], self._row_n[place_n] = number, rows
-        self._left[number] += len(rows)
+        self._remaining[number] += len(rows)
 
     def _fits(self, block: Chunk) -> bool:
         """Whether the block's columns are those of chunk 0, which the first block decides."""
         if not self._chunks[0]:
             self._chunks[0] = {n: np.empty((self.size, *c.shape[1:]), c.dtype) for n, c in block.items()}
-        laid = self._chunks[0]
-        return laid.keys() == block.keys() and all(
-            laid[n].dtype == c.dtype and laid[n].shape[1:] == c.shape[1:] for n, c in block.items()
+        columns = self._chunks[0]
+        return columns.keys() == block.keys() and all(
+            columns[n].dtype == c.dtype and columns[n].shape[1:] == c.shape[1:] for n, c in block.items()
         )
 
     def take(self, start: int, stop: int) -> list[Picked]:
@@ -132,8 +132,8 @@ class _Filled:
             rows = self._row_n[start:stop][place_n] if number or len(place_n) < stop - start else slice(start, stop)
             chunk = self._chunks[number]
             picked.append(Picked({name: column[rows] for name, column in chunk.items()}, place_n))
-            self._left[number] -= len(place_n)
-            if not self._left[number]:
+            self._remaining[number] -= len(place_n)
+            if not self._remaining[number]:
                 self._chunks[number] = {}
         return picked
 

@@ -1,3 +1,5 @@
+"""Fixtures: small shards of latents whose content is their number, and a web server."""
+
 from __future__ import annotations
 
 import io

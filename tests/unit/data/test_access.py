@@ -1,3 +1,5 @@
+"""Opening addresses: positions, broken connections, retries, protocols, commands."""
+
 from __future__ import annotations
 
 import gzip

@@ -1,3 +1,5 @@
+"""Corrupt shards and samples: reported once, skipped, and replaced the same way from anywhere."""
+
 from __future__ import annotations
 
 import itertools

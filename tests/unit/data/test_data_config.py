@@ -1,3 +1,5 @@
+"""The `data` section of a recipe."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""Fingerprints of data sets, and what they notice."""
+
 from __future__ import annotations
 
 import random

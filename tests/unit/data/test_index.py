@@ -1,3 +1,5 @@
+"""Patterns of shards, and sample counts from indexes and scans."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Steps of the loader: independent of ranks, workers and the batch at which reading starts."""
+
 from __future__ import annotations
 
 import itertools

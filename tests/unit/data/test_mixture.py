@@ -1,3 +1,5 @@
+"""Sources mixed by weight."""
+
 from __future__ import annotations
 
 import numpy as np

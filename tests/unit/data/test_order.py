@@ -1,3 +1,5 @@
+"""The order of samples, compared with rounds that are played out."""
+
 from __future__ import annotations
 
 import itertools

@@ -1,3 +1,5 @@
+"""Decoding samples, and the messages about bad ones."""
+
 from __future__ import annotations
 
 import io

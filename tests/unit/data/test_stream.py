@@ -1,3 +1,5 @@
+"""The stream of one lane, from any position."""
+
 from __future__ import annotations
 
 import itertools

@@ -1,3 +1,5 @@
+"""Readers that `msdiff data bench` compares."""
+
 from __future__ import annotations
 
 import itertools

@@ -1,3 +1,5 @@
+"""Data sets that `msdiff data prepare` knows."""
+
 from __future__ import annotations
 
 import gzip

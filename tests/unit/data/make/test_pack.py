@@ -1,3 +1,5 @@
+"""Folders of images to shards."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Writing shards, indexes and folders of them."""
+
 from __future__ import annotations
 
 import json
