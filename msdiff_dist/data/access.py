@@ -294,7 +294,7 @@ def _open_pipe(command: str) -> _Connection:
 
     def read(n: int) -> bytes:
         data = stdout.read(n)
-        # A command that failed closes its output as one that finished does; its status tells them apart.
+        # The output of a command that failed ends like that of one that finished; only the status differs.
         if not data and process.wait():
             raise OSError(f"the command ended with status {process.returncode}")
         return data

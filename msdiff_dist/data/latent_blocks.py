@@ -143,6 +143,7 @@ def _check_lengths(columns: Mapping[str, NDArray[Any] | Tensor], samples: int) -
 
 def _views(content: bytes, header: Header) -> dict[str, NDArray[Any]]:
     """The tensors but for the checksums, as views of `content` at the places that the header names."""
+    # The library's `load` would copy every tensor. Here a sample is copied once, to its place in the window or batch.
     views = {}
     for name, place in header.tensors.items():
         if place.dtype not in _DTYPES:
@@ -166,6 +167,7 @@ def _checksums(lists: Mapping[str, list[str]], tensors: Mapping[str, Tensor]) ->
     found = []
     for row in range(len(keys)):
         crc = 0
+        # Each CRC starts from the one before, so the result is that of all the bytes in a row.
         for name in sorted(lists):
             crc = zlib.crc32(lists[name][row].encode(), crc)
         for array in arrays:

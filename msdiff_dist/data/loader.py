@@ -281,8 +281,8 @@ class _RankDataset(IterableDataset["StepSamples | UserError"]):
                 part.put(np.arange(len(index_n)), synthesize(schedule.config, schedule.seed, first + index_n))
             else:
                 for source_lane, at_n in grouped(source_B[index_n] * schedule.config.lanes + lane_B[index_n]):
-                    # A lane is opened at its first sample. It is told `start_batch`, not `batch`: they mean the same
-                    # position, for no sample between them is of this lane.
+                    # A lane is opened when its first sample comes. Its position at `start_batch` is that at `batch`,
+                    # because no sample between them is of this lane.
                     if source_lane not in open_lanes:
                         source, lane = divmod(source_lane, schedule.config.lanes)
                         open_lanes[source_lane] = schedule.lane(source, lane, self.start_batch, corruption)
