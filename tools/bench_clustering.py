@@ -21,7 +21,7 @@ from torchvision.transforms.functional import to_tensor
 from msdiff_dist.diffusion.clock import clock_times
 from msdiff_dist.diffusion.processes.vp import VPConfig, VPProcess
 from msdiff_dist.pixels import unit
-from msdiff_dist.stage_division.image_blocks import DataBlocks, image_parts
+from msdiff_dist.stage_division.image_blocks import DataBlocks, image_sources
 from msdiff_dist.stage_division.methods import float_blocks
 from msdiff_dist.stage_division.optimal_denoiser import Draws, draw_samples, limit_similarities, optimal_noise
 
@@ -74,9 +74,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=8, help="workers of the DataLoader")
     args = parser.parse_args()
 
-    process, parts = VPProcess(VPConfig()), image_parts(args.images)
-    pixels = np.concatenate([rows for _, rows in DataBlocks(parts)])
-    blocks = float_blocks(parts, "01", torch.device("cpu"))
+    process, sources = VPProcess(VPConfig()), image_sources(args.images)
+    pixels = np.concatenate([rows for _, rows in DataBlocks(sources)])
+    blocks = float_blocks(sources, "01", torch.device("cpu"))
 
     start = time.perf_counter()
     draws = draw_samples(blocks, len(pixels), args.samples, seed=0)

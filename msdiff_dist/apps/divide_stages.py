@@ -29,7 +29,7 @@ from msdiff_dist.models.multistage_unet import build_parts
 from msdiff_dist.randomness import noise
 from msdiff_dist.recipe import load_recipe, recipe_from, stored_recipe
 from msdiff_dist.stage_division.gradient_affinity import gradient_affinity
-from msdiff_dist.stage_division.image_blocks import BlockSource, image_parts, shard_parts
+from msdiff_dist.stage_division.image_blocks import BlockSource, image_sources, shard_sources
 from msdiff_dist.stage_division.methods import (
     DenoiserOptions,
     Division,
@@ -137,7 +137,7 @@ def _diffusion(request: ClusterRequest) -> DiffusionConfig:
 
 
 def _sources(request: ClusterRequest) -> list[BlockSource]:
-    return image_parts(request.images) if request.images is not None else shard_parts(request.data or "")
+    return image_sources(request.images) if request.images is not None else shard_sources(request.data or "")
 
 
 def _divide_data(

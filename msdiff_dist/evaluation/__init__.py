@@ -1,1 +1,1 @@
-"""Measures of what a run learned."""
+"""Samples of trained models, and scores of them."""

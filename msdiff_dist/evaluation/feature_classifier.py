@@ -1,4 +1,7 @@
-"""A small classifier of images, trained in a minute: its features are where sets of images are compared."""
+"""A small image classifier, in whose features sets of images are compared (`frechet.py`).
+
+It trains in about a minute on a CPU, and takes the place of an Inception network that would have to be downloaded.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +25,19 @@ from msdiff_dist.pixels import to_model_range
 from msdiff_dist.randomness import generator
 
 _KEY = "feature_classifier"
-_HELD_OUT = 10  # one in so many images
+_HELD_OUT = 10  # one image in ten measures the accuracy
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierInfo:
-    """What a classifier is: the metadata of its file.
+    """Architecture and training of a classifier: the metadata of its file.
 
-    image_shape: [C, H, W]. channels: of its convolutions, each of which halves the image. features: width of the
-    layer before the classes. accuracy: on a tenth of the images that it was not trained on. steps, batch_size, seed:
-    of its training.
+    Attributes:
+        image_shape: [C, H, W] of its images.
+        channels: output channels of each convolution; each halves height and width.
+        features: width of the layer before the classes.
+        steps, batch_size, seed: settings that it was trained with.
+        accuracy: fraction of right classes, on the tenth of the images that it was not trained on.
     """
 
     image_shape: tuple[int, int, int]
@@ -45,7 +51,7 @@ class ClassifierInfo:
 
 
 class FeatureClassifier(nn.Module):
-    """Strided convolutions, a layer of features, and classes."""
+    """Strided convolutions, a linear layer of features and a linear layer of classes."""
 
     def __init__(self, info: ClassifierInfo) -> None:
         super().__init__()
@@ -54,12 +60,13 @@ class FeatureClassifier(nn.Module):
         layers: list[nn.Module] = []
         for out in info.channels:
             layers += [nn.Conv2d(channels, out, 3, stride=2, padding=1), nn.ReLU()]
+            # A stride of two rounds odd sizes up.
             channels, height, width = out, -(-height // 2), -(-width // 2)
         self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * height * width, info.features))
         self.head = nn.Linear(info.features, info.classes)
 
     def features(self, images_NCHW: Tensor) -> Tensor:
-        """Features [N, D] of uint8 images: the layer before the classes, before its ReLU."""
+        """Features [N, D] of uint8 images: the output of the layer before the classes, without its ReLU."""
         out: Tensor = self.body(to_model_range(images_NCHW))
         return out
 
@@ -70,10 +77,11 @@ class FeatureClassifier(nn.Module):
 
 
 def train_classifier(data: DataConfig, steps: int, batch_size: int = 128, seed: int = 0) -> FeatureClassifier:
-    """Train on nine tenths of the labelled images of `data`, and measure the accuracy on the others.
+    """Train on nine tenths of the labelled images of `data`, and measure the accuracy on the rest.
 
     Raises:
-        ConfigError: the data have no classes or no images. DataError: too few images, or corrupt shards.
+        ConfigError: the data has no classes or no images.
+        DataError: there are too few images, or shards are corrupt.
     """
     if data.num_classes is None:
         raise ConfigError("data.num_classes", None, "a classifier needs labelled images", "Give the recipe classes.")
@@ -85,6 +93,7 @@ def train_classifier(data: DataConfig, steps: int, batch_size: int = 128, seed: 
     rng = generator(seed, "feature classifier")
     order = torch.from_numpy(rng.permutation(len(x)))
     test, train = order[: len(x) // _HELD_OUT], order[len(x) // _HELD_OUT :]
+    # The first weights depend on the seed alone, and torch's own generator does not change.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = FeatureClassifier(ClassifierInfo(image_shape=data.x_shape, classes=data.num_classes))
@@ -110,16 +119,16 @@ def train_classifier(data: DataConfig, steps: int, batch_size: int = 128, seed: 
 
 
 def save_classifier(model: FeatureClassifier, path: Path) -> None:
-    """Write weights and `ClassifierInfo` as one safetensors file."""
+    """Write weights and `ClassifierInfo` to one safetensors file. Its folder is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, save(model.state_dict(), {_KEY: json.dumps(asdict(model.info))}))
 
 
 def load_classifier(path: Path) -> FeatureClassifier:
-    """Read what `save_classifier` wrote.
+    """Read a classifier that `save_classifier` wrote.
 
     Raises:
-        CheckpointError: there is no such file, or it is no classifier.
+        CheckpointError: the file does not exist or holds no classifier.
     """
     try:
         with safe_open(path, "pt") as file:

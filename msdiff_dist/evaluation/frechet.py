@@ -1,4 +1,7 @@
-"""Fréchet distance between sets of images, in the features of a small classifier (1706.08500 with other features)."""
+"""Fréchet distance between sets of images: FID (1706.08500), but in the features of a small classifier.
+
+Its values are comparable with each other, not with published FIDs.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +29,10 @@ class ScoreConfig:
     Args:
         classifier: file that `msdiff classifier train` wrote.
         reference: shards of the images to compare with.
-        pictures: images to generate, class after class in turn. Distances compare at equal numbers only.
-        sampler: that makes them.
-        batch_size: images at once.
+        pictures: number of images to generate, of all classes in turn. Distances of different numbers of images do not
+            compare, because the distance is biased by the number.
+        sampler: how the images are sampled.
+        batch_size: number of images sampled at once.
     """
 
     classifier: str
@@ -39,7 +43,7 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         if self.pictures < 2:
-            raise ConfigError("pictures", self.pictures, "has no covariance", "Use 2000.")
+            raise ConfigError("pictures", self.pictures, "a covariance needs at least two images", "Use 2000.")
         if self.batch_size < 1:
             raise ConfigError("batch_size", self.batch_size, "must be at least 1", "Use 250.")
 
@@ -59,10 +63,12 @@ def fit(features_ND: np.ndarray) -> Gaussian:
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) for covariances A, B: the squared 2-Wasserstein distance.
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) for covariances A and B (1706.08500, Eq. 6).
 
-    The eigenvalues of A B are those of the symmetric A^(1/2) B A^(1/2), so no complex numbers come up.
+    This is the squared 2-Wasserstein distance of the two normal distributions.
     """
+    # tr (A B)^(1/2) is the sum of the roots of the eigenvalues of A B. They are those of A^(1/2) B A^(1/2), which is
+    # symmetric: no complex numbers arise. Rounding may leave tiny negative ones, hence the clipping.
     values, vectors = np.linalg.eigh(a.covariance_DD)
     root_a = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     product = np.linalg.eigvalsh(root_a @ b.covariance_DD @ root_a)
@@ -71,10 +77,11 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 class Scorer:
-    """Fréchet distance of images to the reference images of `config`, whose features are taken once.
+    """Scores models by the Fréchet distance of their images to the reference images, whose features it computes once.
 
     Raises:
-        CheckpointError: no such classifier. DataError: no such reference, too few images or of another shape.
+        CheckpointError: there is no such classifier.
+        DataError: there are no such reference images, fewer than two, or they have another shape.
     """
 
     def __init__(self, config: ScoreConfig, device: torch.device) -> None:
@@ -84,11 +91,13 @@ class Scorer:
         data = DataConfig(shards=config.reference, image_size=size, channels=channels)
         reference = self.features(images for images, _ in read_images(data))
         if len(reference) < 2:
-            raise DataError("score.reference", config.reference, "has no covariance", "Name more images.")
+            raise DataError(
+                "score.reference", config.reference, "a covariance needs at least two images", "Name more shards."
+            )
         self._reference = fit(reference)
 
     def __call__(self, generator: ImageGenerator, seed: int) -> float:
-        """Score the images numbered 0 to `pictures` - 1 that `generator` makes with `seed`."""
+        """Score of the images with numbers 0 to `pictures` - 1 that `generator` makes with `seed`."""
         job = SamplingJob(
             num=self.config.pictures, seed=seed, sampler=self.config.sampler, batch_size=self.config.batch_size
         )
@@ -97,5 +106,5 @@ class Scorer:
 
     @torch.no_grad()
     def features(self, batches: Iterable[Tensor]) -> np.ndarray:
-        """Features [N, D] of batches of uint8 images [n, C, H, W]."""
+        """Features [N, D], float64, of batches of uint8 images [n, C, H, W]."""
         return torch.cat([self._classifier.features(x.to(self._device)).cpu() for x in batches]).double().numpy()

@@ -1,4 +1,7 @@
-"""Images from a checkpoint, on one process: the encoder once, each decoder when its stage is first reached."""
+"""Images from the weights of a checkpoint or an export, in one process.
+
+The shared encoder is loaded at once, each decoder when sampling first reaches its stage.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from msdiff_dist.models.multistage_unet import build_parts
 
 
 class ImageGenerator:
-    """Samples with the weights of a checkpoint or an export."""
+    """Generates images with one set of weights."""
 
     def __init__(self, weights: Weights, device: torch.device) -> None:
         description = weights.description
@@ -40,14 +43,18 @@ class ImageGenerator:
         label_n: Tensor | None = None,
         prompts: Sequence[str] = (),
     ) -> Tensor:
-        """uint8 images [n, C, H, W] numbered `index_n`; each depends on (weights, seed, its number) alone.
+        """The uint8 images [n, C, H, W] with the numbers `index_n`.
+
+        An image depends only on weights, sampler, seed, label, prompt and its number, up to rounding.
 
         Args:
-            prompts: for the images by number, in turn; none: images of no caption.
+            label_n: int64 class of each image, for a model with classes.
+            prompts: image i has prompt i modulo their number; if there are none, the caption is empty.
 
         Raises:
-            ConfigError: prompts for a model that takes none.
+            ConfigError: there are prompts, but the model takes none.
         """
+        # The class after the last stands for a dropped label.
         null = None if label_n is None else torch.full_like(label_n, self._model.num_classes or 0)
         context, null_context = self._prompter(index_n, prompts)
         unconditional = Condition(None if null is None else null.to(self._device), null_context)
@@ -66,20 +73,21 @@ class ImageGenerator:
         return self._codec.to_images(x0)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Refuse prompts that the model cannot take, before anything is drawn. Raises as a call does."""
+        """Raise what a call would raise for these prompts, before anything is sampled."""
         self._prompter([0], prompts)
 
     @property
     def num_classes(self) -> int | None:
-        """Classes of the model; None if it takes no labels."""
+        """Number of the model's classes; None if it takes no labels."""
         return self._model.num_classes
 
     @property
     def loaded_stages(self) -> list[int]:
-        """Stages whose decoders were needed so far."""
+        """Stages whose decoders have been loaded so far."""
         return sorted(self._stages)
 
     def _network(self, x_in: Tensor, t_in: Tensor, stage: int, label: Tensor | None, context: Tensor | None) -> Tensor:
+        """The network's output in one stage: the `ModelFn` that `sample` calls."""
         if stage not in self._stages:
             self._stages[stage] = self._load(build_parts(self._model, [stage])[1][stage], f"stages.{stage}.")
         context = None if context is None else context.to(self._dtype)
@@ -88,17 +96,20 @@ class ImageGenerator:
         return out
 
     def _load(self, module: nn.Module, prefix: str) -> nn.Module:
+        # `prefix` selects the part's tensors among those of the whole model.
         module.load_state_dict(self._weights.module_state(prefix))
         return module.to(self._device, self._dtype).eval()
 
 
 class SplicedGenerator(ImageGenerator):
-    """`inside`'s network at times in [lo, hi), `outside`'s at all others, as in the paper's Figure 2.
+    """Uses the network of `inside` at times in [lo, hi) and that of `outside` at all others (2312.09181, Figure 2).
 
-    Both must have the same process, latent shape and conditions; their stages may differ.
+    Both must have the same process, latent shape and conditions. Their stages may differ.
     """
 
     def __init__(self, inside: ImageGenerator, outside: ImageGenerator, lo: float, hi: float) -> None:
+        # All but the network is the same in both, so take it from `inside`. Time is divided at the boundaries of both
+        # and at lo and hi, so that each interval lies in one stage of the generator that owns it.
         vars(self).update(vars(inside))
         a, b = inside._partition, outside._partition
         inner = {x for x in (*a.boundaries, *b.boundaries, lo, hi) if a.lo < x < a.hi}

@@ -1,4 +1,4 @@
-"""Looking at what a run makes: how many images, by which sampler, laid out as one grid."""
+"""Grids of images: the recipe section `preview`, the classes of images by number, and the PNG file."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from msdiff_dist.diffusion.solvers import SamplerConfig
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.files.atomic import atomic_write
 
-_GRID_SIDE = 900
+_GRID_SIDE = 900  # pixels that the longer side of an enlarged grid may have
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewConfig:
-    """Grids of samples while training, drawn with the averaged weights."""
+    """Grids of images that training samples with the averaged weights."""
 
     every: int = 0
-    """Steps between grids, with one after the last step; 0: no grids."""
+    """Steps between grids; there is one after the last step as well. 0: no grids."""
     num: int = 64
-    """Images in a grid."""
+    """Number of images in a grid."""
     seed: int = 0
     """Seed of the images."""
     prompts: tuple[str, ...] = ()
-    """Prompts of a model that takes text, used in turn."""
+    """Prompts for a model that takes text: image i has prompt i modulo their number."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """How the images are sampled."""
 
@@ -40,21 +40,27 @@ class PreviewConfig:
 
 
 def class_labels(index_n: Sequence[int], num_classes: int | None, only: int | None = None) -> Tensor | None:
-    """Labels int64 [n] of images by number: class after class in turn, or `only` that one.
+    """Labels int64 [n] of the images with the numbers `index_n`; None for a model without classes.
+
+    Image i has class i modulo `num_classes`, or every image has the class `only`.
 
     Raises:
-        ConfigError: there is no such class.
+        ConfigError: there is no class `only`.
     """
     if only is not None and not 0 <= only < (num_classes or 0):
         known = f"the model's classes are 0 to {num_classes - 1}" if num_classes else "the model has no classes"
-        raise ConfigError("--class", only, known, "Choose one of them." if num_classes else "Leave --class out.")
+        raise ConfigError("--class", only, known, "Choose one of them." if num_classes else "Omit --class.")
     if num_classes is None:
         return None
     return torch.tensor([i % num_classes if only is None else only for i in index_n])
 
 
 def write_grid(images_NCHW: Tensor, path: Path, columns: int | None = None) -> None:
-    """Write uint8 images as one PNG: cells apart, small images enlarged without smoothing."""
+    """Write uint8 images [N, C, H, W] as one PNG with space between them. Small grids are enlarged without smoothing.
+
+    Args:
+        columns: images in a row; None: about the square root of N.
+    """
     from torchvision.utils import make_grid
 
     columns = columns or max(1, round(len(images_NCHW) ** 0.5))

@@ -1,4 +1,7 @@
-"""The paper's Figure 2: images by one run's network inside an interval of time and another's elsewhere, scored."""
+"""Scores images made by one run's network inside an interval of time and by another's elsewhere.
+
+This is the experiment of 2312.09181, Figure 2: it shows in which times a network is better than the reference.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from msdiff_dist.files.atomic import atomic_folder, is_free, writing
 
 @dataclass(frozen=True)
 class IntervalScore:
-    """Score with the run's network inside [lo, hi) alone."""
+    """Score of images made by the run's network at times in [lo, hi) and by the reference's elsewhere."""
 
     lo: float
     hi: float
@@ -32,7 +35,13 @@ class IntervalScore:
 
 @dataclass(frozen=True, kw_only=True)
 class IntervalReport:
-    """reference, run: scores of each network everywhere. unit: of the intervals' edges."""
+    """Scores of a run, of a reference, and of both spliced at each interval.
+
+    Attributes:
+        unit: unit of the intervals' edges, that of the process's time.
+        reference: score of the reference's network at all times.
+        run: score of the run's network at all times.
+    """
 
     unit: str
     reference: float
@@ -46,12 +55,12 @@ def interval_report(
     """Score each interval, and write intervals.csv, intervals.md and intervals.png into the new folder `out`.
 
     Args:
-        boundaries: inner edges of the intervals; None: the stages of `run`.
+        boundaries: inner edges of the intervals, in the process's unit; None: the boundaries of the stages of `run`.
 
     Raises:
         ConfigError: the runs differ in process, latents or conditions, or an edge lies outside the process.
-        CheckpointError, DataError: weights, classifier or reference images are missing. RunFolderError: `out` is
-            in use.
+        CheckpointError, DataError: weights, classifier or reference images are missing.
+        RunFolderError: `out` is not empty.
     """
     if not is_free(out):
         raise RunFolderError("--out", str(out), "is not empty", "Name a new folder.")
@@ -83,12 +92,13 @@ def interval_report(
 
 
 def markdown(report: IntervalReport) -> str:
-    """The report as a table."""
+    """The report as a Markdown table, with each score's difference from the reference."""
     rows = [f"| {name} | {score:.3f} | {score - report.reference:+.3f} |\n" for name, score in _rows(report)]
     return f"| run's network for {report.unit} in | score | against the reference |\n|---|---|---|\n{''.join(rows)}"
 
 
 def _rows(report: IntervalReport) -> list[tuple[str, float]]:
+    """(where the run's network is used, score): nowhere, in each interval, everywhere."""
     pieces = [(f"[{piece.lo:g}, {piece.hi:g})", piece.score) for piece in report.intervals]
     return [("nowhere", report.reference), *pieces, ("everywhere", report.run)]
 
@@ -118,12 +128,12 @@ def _plot(report: IntervalReport, path: Path) -> None:
 
 def _check_alike(a: ModelDescription, b: ModelDescription, reference: Path) -> None:
     for name, mine, other in differences(_settings(a), _settings(b)):
-        problem = f"has {name} = {other!r}, and the run {mine!r}"
-        raise ConfigError("--reference", str(reference), problem, "Name a run that differs in its network alone.")
+        problem = f"has {name} = {other!r}, but the run has {mine!r}"
+        raise ConfigError("--reference", str(reference), problem, "Name a run that differs only in its network.")
 
 
 def _settings(about: ModelDescription) -> dict[str, Any]:
-    """What two networks must share to stand in for each other, under the recipe's names."""
+    """The settings that must be equal for one network to replace the other, under the recipe's names."""
     process = about.diffusion.process
     return {
         "diffusion": {"process": process, process: to_mapping(about.diffusion.settings())},

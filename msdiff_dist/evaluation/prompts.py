@@ -1,4 +1,4 @@
-"""Prompts -> the context a model was trained with."""
+"""Maps prompts to the context embeddings that a model was trained with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from msdiff_dist.models.text_encoder import TextEncoder
 
 
 class Prompter:
-    """Embeds prompts with the model's own text encoder, which is loaded when first needed."""
+    """Embeds prompts with the text encoder of a model. It is loaded when first needed, and embeddings are kept."""
 
     def __init__(self, description: ModelDescription, device: torch.device) -> None:
         self._takes_context = description.model.takes_context
@@ -22,18 +22,23 @@ class Prompter:
         self._known: dict[str, Tensor] = {}
 
     def __call__(self, index_n: Sequence[int], prompts: Sequence[str]) -> tuple[Tensor | None, Tensor | None]:
-        """(context, context of "no caption"), each [n, T, D], of images by number; None if the model takes none.
+        """(context, context without a caption), each [n, T, D], of the images with the numbers `index_n`.
 
-        "No caption" is the empty caption, or zeros for a model without a text encoder, as in training.
+        Both are None for a model that takes no context. Without a caption the context is that of the empty caption, or
+        zeros for a model without a text encoder, as in training.
+
+        Args:
+            prompts: image i has prompt i modulo their number; none: images without a caption.
 
         Raises:
-            ConfigError: prompts for a model that takes none or has no text encoder.
+            ConfigError: there are prompts, but the model takes no text or has no text encoder; or its text encoder does
+                not have the shape that the model was trained with.
         """
         if prompts and not (self._takes_context and self._config):
             problem = (
                 "the model was not trained with a text_encoder" if self._takes_context else "the model takes no text"
             )
-            raise ConfigError("--prompt", prompts[0], problem, "Leave it out.")
+            raise ConfigError("--prompt", prompts[0], problem, "Omit it.")
         if not self._takes_context:
             return None, None
         null = self._embedded("").expand(len(index_n), -1, -1)
@@ -44,7 +49,7 @@ class Prompter:
     def _embedded(self, prompt: str) -> Tensor:
         if self._config is None:
             if self._shape is None:
-                raise ConfigError("context_shape", None, "the model's config.json does not say it", "Add it there.")
+                raise ConfigError("context_shape", None, "is missing from the model's config.json", "Add it there.")
             return torch.zeros(self._shape, device=self._device)
         if prompt not in self._known:
             self._encoder = self._encoder or TextEncoder(self._config, self._device)

@@ -1,9 +1,9 @@
-"""Images from a run folder or an export, into a folder that remembers what it is being filled with.
+"""Samples images of a run or an export into a folder. Several processes may fill it; the same command resumes it.
 
 out/
-  sampling.json   what is sampled: only the same command resumes the folder
-  00000.png ...   each complete or absent
-  grid.png        of the first hundred, when all are there
+  sampling.json   settings of the command that fills the folder: only the same settings resume it
+  00000.png ...   images by number, each complete or absent
+  grid.png        the first hundred images, written when all are there
   .parts/         locks of the processes at work
 """
 
@@ -32,28 +32,34 @@ _RECORD = "sampling.json"
 _GRID = "grid.png"
 _LOCKS = ".parts"
 _IN_GRID = 100
-_WRITERS = 16  # threads, for a file is on the disk only milliseconds after it is written
+_WRITERS = 16  # threads: each file waits milliseconds until the disk has it, and so many can wait at once
 
 
 def sample_run(
     run: Path, out: Path, job: SamplingJob, ema: bool = True, part: Part | None = None, evaluations: int | None = None
 ) -> tuple[int, bool]:
-    """Write the job's PNG files and grid.png into `out`, or this part of them: those that are not there yet.
+    """Write the images of a job, or a part of them, into `out`, and grid.png once all are there.
+
+    Batches whose images all exist are skipped.
 
     Args:
-        run: a run folder, whose newest checkpoint is taken, one checkpoint, or an export.
-        evaluations: exactly so many network evaluations an image, in place of the sampler's steps.
+        run: a run folder, whose newest checkpoint is used, a checkpoint, or an export.
+        ema: use the averaged weights.
+        part: share of the batches that this process samples; None: all.
+        evaluations: number of network evaluations per image, instead of the sampler's `steps`.
 
     Returns:
-        How many images were there before, and whether all are there now.
+        How many images existed before, and whether all exist now.
 
     Raises:
-        ConfigError: the model has no such class or sampler, or takes no prompts.
-        CheckpointError: no such weights there, or corrupt ones.
-        RunFolderError: `out` holds anything but these images, another process does this part, or it cannot be written.
+        ConfigError: the model has no such class, takes no prompts, or its process is not sampled by this sampler.
+        CheckpointError: there are no such weights, or they are corrupt.
+        RunFolderError: `out` holds other files or is filled with other settings, another process does this part, or the
+            folder cannot be written.
     """
     weights = open_weights(run, ema=ema)
     num_classes = weights.description.model.num_classes
+    # Requests that the model cannot meet are refused before the folder is touched.
     class_labels([0], num_classes, job.class_)
     job = job.resolved(weights.description.process(), evaluations)
     generator = ImageGenerator(weights, this_device())
@@ -69,8 +75,10 @@ def sample_run(
         for index_n in track(mine, description="sampling", transient=True):
             if all(paths[i].exists() for i in index_n):
                 continue
+            # A whole batch is sampled even if one image is missing: its last bits depend on the batch.
             images = job.draw(generator, index_n)
             list(writers.map(_write, images, [paths[i] for i in index_n]))
+        # Several processes may end at once: one at a time checks whether all images are there and writes the grid.
         with alone(out / _LOCKS):
             complete = all(path.exists() for path in paths)
             if complete:

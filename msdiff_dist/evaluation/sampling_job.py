@@ -1,4 +1,4 @@
-"""What is sampled: how many images, which classes or prompts, by which sampler, from which seed."""
+"""A sampling job: how many images, which classes or prompts, by which sampler, from which seed."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from msdiff_dist.evaluation.generate import ImageGenerator
 from msdiff_dist.evaluation.grid import class_labels
 from msdiff_dist.export.weights import Weights
 
-_WIDEST_GRID = 20  # classes that still fit side by side
+_WIDEST_GRID = 20  # largest number of classes that get a column each
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingJob:
-    """Images 0 to `num` - 1; each depends on the weights, the seed and its number (and the last bits on its batch).
+    """The images with numbers 0 to `num` - 1.
+
+    Each depends on the weights, these settings and its number. Its last bits also depend on the batch it is made in.
 
     Args:
-        sampler: with guidance, steps and noise.
-        class_: of all images; None: class after class in turn.
-        prompts: of the images in turn; none: images of no caption.
-        batch_size: images made together.
+        sampler: solver, steps, guidance and noise.
+        class_: class of all images; None: image i has class i modulo the number of classes.
+        prompts: image i has prompt i modulo their number; none: images without a caption.
+        batch_size: number of images sampled together.
     """
 
     num: int
@@ -38,13 +40,13 @@ class SamplingJob:
     batch_size: int = 64
 
     def resolved(self, process: Process, evaluations: int | None = None) -> SamplingJob:
-        """The job with every default of its sampler filled in for `process`.
+        """The job with the default solver of `process` filled in.
 
         Args:
-            evaluations: exactly so many network evaluations an image, in place of the sampler's steps.
+            evaluations: number of network evaluations per image, instead of the sampler's `steps`.
 
         Raises:
-            ConfigError: naming the command's option.
+            ConfigError: the sampler does not fit the process. It names the option of `msdiff sample`.
         """
         sampler = self.sampler
         try:
@@ -53,12 +55,13 @@ class SamplingJob:
                 sampler = replace(sampler, name=name, steps=SOLVERS.choose("name", name).steps_of(evaluations))
             return replace(self, sampler=sampler.for_process(process))
         except ConfigError as e:
+            # Users of the command know its options, not the fields of `SamplerConfig`.
             steps = "steps" if evaluations is None else "nfe"
             option = {"name": "sampler", "steps": steps, "evaluations": "nfe"}.get(e.field, e.field)
             raise ConfigError(f"--{option}", e.value, e.problem, e.remedy) from None
 
     def settings(self, weights: Weights) -> dict[str, Any]:
-        """All that the images depend on, as JSON holds it."""
+        """All that the images depend on, as JSON values."""
         about = weights.description
         return {
             "source": {"step": about.step, "weights": about.weights, "sha256": weights.identity()},
@@ -72,18 +75,18 @@ class SamplingJob:
 
     @property
     def batches(self) -> list[range]:
-        """The images' numbers, batch by batch."""
+        """Numbers of the images of each batch."""
         return [range(i, min(i + self.batch_size, self.num)) for i in range(0, self.num, self.batch_size)]
 
     def draw(self, generator: ImageGenerator, index_n: Sequence[int]) -> Tensor:
-        """The images numbered `index_n`, uint8 [n, C, H, W].
+        """The images with the numbers `index_n`, uint8 [n, C, H, W].
 
         Raises:
-            ConfigError: no such class, or prompts for a model that takes none.
+            ConfigError: there is no such class, or there are prompts for a model that takes none.
         """
         labels = class_labels(index_n, generator.num_classes, self.class_)
         return generator(index_n, self.sampler, self.seed, labels, self.prompts)
 
     def columns(self, num_classes: int | None) -> int | None:
-        """Of a grid in which every column is a class; None: a square grid."""
+        """Number of columns of the grid, one per class; None: a square grid."""
         return num_classes if self.class_ is None and num_classes and num_classes <= _WIDEST_GRID else None

@@ -1,1 +1,1 @@
-"""Where to divide time into stages: by timestep, SNR, gradients or the optimal denoiser."""
+"""Methods that find the boundaries of stages: by timestep, SNR, gradients or the optimal denoiser (2312.09181)."""

@@ -1,4 +1,4 @@
-"""How much the gradients of different times agree: the affinity behind gradient clustering (2306.00354)."""
+"""Similarity of the gradients at different times, which gradient clustering divides time by (2306.00354)."""
 
 from __future__ import annotations
 
@@ -24,16 +24,21 @@ def gradient_affinity(
     label_B: Tensor | None = None,
     context_BTC: Tensor | None = None,
 ) -> np.ndarray:
-    """Cosine similarity [G, G] between the gradients of the loss at the given times, of the same samples and noise.
+    """Cosine similarity [G, G], float64, between the gradients of the loss at G times.
 
-    The gradient is that of the parameters which every time has in common: the shared encoder's, and the decoder's if
-    there is only one.
+    All times use the same samples and the same noise. Gradients are taken of the parameters that all times share: those
+    of the shared part, and of the decoder if there is only one.
+
+    Args:
+        shared, stages: the model's parts, from `build_parts`.
+        partition: the model's stages; each time uses the decoder of its own stage.
+        times: in the process's unit.
 
     Raises:
-        ConfigError: no parameters in common.
+        ConfigError: the stages share no parameters.
     """
-    common = [shared, *stages.values()] if len(stages) == 1 else [shared]
-    parameters = [p for module in common for p in module.parameters() if p.requires_grad]
+    common_modules = [shared, *stages.values()] if len(stages) == 1 else [shared]
+    parameters = [p for module in common_modules for p in module.parameters() if p.requires_grad]
     if not parameters:
         raise ConfigError(
             "--run", None, "its stages share no parameters", "Use a run of a unified or multi-stage model."
@@ -46,7 +51,9 @@ def gradient_affinity(
         output = stage(*shared(noised.x_nCHW, noised.time_n, context_BTC, label_B))
         loss = objective.losses(output, noised).mean()
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        # Parameters without a gradient are the same at all times, so dropping them keeps the vectors aligned.
         flat = torch.cat([g.flatten() for g in gradients if g is not None]).float().cpu()
+        # The smallest positive number keeps a gradient of zero at zero instead of nan.
         rows.append(flat / flat.norm().clamp(min=torch.finfo(torch.float32).tiny))
     unit_GP = torch.stack(rows)
     return (unit_GP @ unit_GP.T).double().numpy()

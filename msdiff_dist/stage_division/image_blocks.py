@@ -1,4 +1,4 @@
-"""A whole data set as blocks of flat samples, for statistics that stream over it: shards, images, or an IDX file."""
+"""A whole data set as blocks of flat samples, for statistics that pass over it. It is shards, images or an IDX file."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from msdiff_dist.data.tar_members import TarError, samples
 from msdiff_dist.errors import DataError
 
 Samples = NDArray[Any]
+"""Flat samples [n, d], or one [d]: uint8 pixels or floating-point latents."""
 
-_ROWS = 2000
-_KEPT_BYTES = 2 << 30
+_ROWS = 2000  # samples in a block, and in a source where there are no shards
+_KEPT_BYTES = 2 << 30  # decoded samples that are kept in memory between passes
 
 
 @dataclass(frozen=True)
 class BlockSource:
-    """Samples first .. first + count - 1 of a data set; `read` returns them as [count, d], uint8 pixels or floats."""
+    """The samples `first` to `first + count - 1` of a data set. `read` decodes them, [count, d]."""
 
     first: int
     count: int
@@ -37,44 +38,50 @@ class BlockSource:
 
 
 class DataBlocks:
-    """Blocks (first index, [b, d]) of a data set, in order. What was decoded is kept for the next pass, up to 2 GiB.
+    """Passes over a data set. Each iteration yields (index of the first sample, samples [b, d]), in order.
+
+    Up to 2 GiB of decoded samples are kept for the next pass.
 
     Args:
-        rank, world_size: this one yields every world_size-th part only.
+        sources: the whole data set, in order.
+        rank, world_size: this rank passes over every world_size-th source, beginning with number `rank`.
+
+    Attributes:
+        count: number of samples of the whole data set.
 
     Raises:
-        DataError: while reading, samples that are corrupt or of different sizes; at once, fewer parts than ranks.
+        DataError: there are fewer sources than ranks. While iterating: samples are corrupt or of different sizes.
     """
 
-    def __init__(self, parts: Sequence[BlockSource], rank: int = 0, world_size: int = 1) -> None:
-        self.count = sum(part.count for part in parts)
-        if len(parts) < world_size:
-            problem = f"has {len(parts)} parts for {world_size} ranks"
+    def __init__(self, sources: Sequence[BlockSource], rank: int = 0, world_size: int = 1) -> None:
+        self.count = sum(source.count for source in sources)
+        if len(sources) < world_size:
+            problem = f"is read in {len(sources)} pieces, too few for {world_size} ranks"
             raise DataError("--data", self.count, problem, "Use fewer ranks, or more and smaller shards.")
-        self._parts = parts[rank::world_size]
+        self._sources = sources[rank::world_size]
         self._kept: dict[int, Samples] = {}
-        self._size: int | None = None
+        self._size: int | None = None  # d, from the first sample
 
     def __iter__(self) -> Iterator[tuple[int, Samples]]:
-        for part in self._parts:
-            rows = self._kept.get(part.first)
+        for source in self._sources:
+            rows = self._kept.get(source.first)
             if rows is None:
-                rows = part.read()
+                rows = source.read()
                 if sum(kept.nbytes for kept in self._kept.values()) + rows.nbytes <= _KEPT_BYTES:
-                    self._kept[part.first] = rows
+                    self._kept[source.first] = rows
             self._size = self._size or rows.shape[1]
             if rows.shape[1] != self._size:
-                problem = f"sample {part.first} has {rows.shape[1]} values, others {self._size}"
-                raise DataError("--data", part.first, problem, "Bring all samples to one size.")
+                problem = f"sample {source.first} has {rows.shape[1]} values, and others have {self._size}"
+                raise DataError("--data", source.first, problem, "Bring all samples to one size.")
             for start in range(0, len(rows), _ROWS):
-                yield part.first + start, rows[start : start + _ROWS]
+                yield source.first + start, rows[start : start + _ROWS]
 
 
-def shard_parts(patterns: str | Sequence[str]) -> list[BlockSource]:
-    """One part a shard: its images, or its .npy latents.
+def shard_sources(patterns: str | Sequence[str]) -> list[BlockSource]:
+    """One source per shard that has samples: its images, or its .npy latents.
 
     Raises:
-        DataError: no such shards, or corrupt ones.
+        DataError: there are no such shards, or some are corrupt.
     """
     shards = find_shards(patterns)
     firsts = accumulate((shard.num_samples for shard in shards), initial=0)
@@ -85,11 +92,11 @@ def shard_parts(patterns: str | Sequence[str]) -> list[BlockSource]:
     ]
 
 
-def image_parts(path: Path) -> list[BlockSource]:
-    """The images below a folder in the order of their names, or an IDX file of images, gzipped or not.
+def image_sources(path: Path) -> list[BlockSource]:
+    """Images in a folder and its subfolders, in the order of their paths, or an IDX file of images, gzipped or not.
 
     Raises:
-        DataError: neither of them, or nothing inside.
+        DataError: the path is neither, or there are no images.
     """
     if not path.is_dir():
         rows = _read_idx_images(path)
@@ -130,6 +137,7 @@ def _read_images(files: Sequence[Path]) -> Samples:
 def _pixels(data: bytes, name: str) -> Samples:
     try:
         with Image.open(io.BytesIO(data)) as image:
+            # Palettes, alpha and CMYK become RGB, so that values are comparable.
             return np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB")).ravel()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise DataError("--data", name, f"is not a readable image ({e})", "Remove it.") from e

@@ -1,4 +1,4 @@
-"""Where to divide time into stages, by any of the four methods, and an image of why."""
+"""The four methods of dividing time into stages, each giving a `Division`, and the plot of what it is based on."""
 
 from __future__ import annotations
 
@@ -35,18 +35,20 @@ Method = Literal["timestep", "snr", "gradient", "optimal-denoiser"]
 ValueRange = Literal["01", "11"]
 
 PAIR_GRID = 21
+"""Times, evenly spaced on the clock, between which `pairwise_similarity` compares denoisers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserOptions:
-    """The optimal denoiser's settings; eta is that of the paper's published scripts, which do not state alpha.
+    """Settings of the method `optimal-denoiser`. The default of eta is that of the paper's published scripts.
 
     Args:
-        eta: entries of two noise estimates are alike if they differ by at most this.
-        alpha: mean similarity that the first and the last of three stages must keep.
-        samples: noisy samples whose optimal denoiser is computed.
-        value_range: of images: [0, 1] or [-1, 1]. Latents stay as they are stored.
+        eta: two entries of noise estimates are alike if they differ by at most this.
+        alpha: mean similarity that the first and the last of three stages must reach (2312.09181, Eqs. 6 and 7).
+        samples: number of noisy samples at which the optimal denoiser is computed.
+        value_range: range to which pixels are scaled, [0, 1] or [-1, 1]. Latents stay as they are stored.
         last_limit: see `limit_similarities`.
+        seed: of the draws.
     """
 
     eta: float = 2 / 256
@@ -67,9 +69,14 @@ class DenoiserOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Division:
-    """Boundaries [K - 1] in the process's unit, how they were found, and what to plot.
+    """Boundaries of stages, how they were found, and what to plot.
 
-    process_name: the recipe's, where a recipe or the command line named the process.
+    Attributes:
+        boundaries: the K - 1 boundaries in the process's unit.
+        found_by: the data and settings, in words.
+        limits: similarities to the limits of time, of the optimal denoiser in three stages.
+        matrix_GG: similarity or affinity between times, of the other methods that use data.
+        process_name: name in the recipe, where a recipe or the command line chose the process.
     """
 
     method: Method
@@ -83,13 +90,13 @@ class Division:
 
 
 def divide_by_schedule(process: Process, method: Literal["timestep", "snr"], stages: int) -> Division:
-    """Stages from the process alone: of equal length, or of like signal-to-noise ratio."""
+    """Stages from the process alone: of equal length, or of similar signal-to-noise ratio."""
     found = (timestep_boundaries if method == "timestep" else snr_boundaries)(process, stages)
     return Division(method=method, process=process, stages=stages, boundaries=rounded(found))
 
 
 def divide_by_affinity(process: Process, affinity_GG: np.ndarray, stages: int) -> Division:
-    """Stages of like gradients, from their cosine affinity on a grid of the clock."""
+    """Stages of similar gradients, from their cosine similarities at the times of `clock_grid`."""
     grid = clock_grid(process, len(affinity_GG))
     found = rounded(affinity_boundaries(grid, affinity_GG, stages))
     return Division(
@@ -105,13 +112,15 @@ def divide_by_affinity(process: Process, affinity_GG: np.ndarray, stages: int) -
 def divide_by_optimal_denoiser(
     process: Process, blocks: Blocks, count: int, stages: int, options: DenoiserOptions
 ) -> Division:
-    """Stages of like optimal denoisers: Algorithm 1 for three stages, else the best cut of the similarity matrix.
+    """Stages of similar optimal denoisers: Algorithm 1 for three stages, else the best cut of the similarity matrix.
 
     Args:
-        blocks, count: the data and its number of samples. The matrix takes samples / 21 draws at 21 times each.
+        blocks: the data.
+        count: its number of samples.
+        options: the matrix takes `samples` / 21 draws, at 21 times each.
 
     Raises:
-        ConfigError, DataError: no such stages, or too little data.
+        ConfigError: the data has no such stages with these options. DataError: there is too little data.
     """
     about = f"{count} samples, {options.samples} draws, eta {options.eta:g}"
     if stages == 3:
@@ -140,15 +149,20 @@ def divide_by_optimal_denoiser(
 
 
 def float_blocks(
-    parts: list[BlockSource],
+    sources: list[BlockSource],
     value_range: ValueRange,
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
     track: Callable[[Iterable[Any], int], Iterable[Any]] = lambda blocks, count: blocks,
 ) -> Blocks:
-    """Float64 blocks of a data set on a device; `track` wraps every pass for a progress bar."""
-    data = DataBlocks(parts, rank, world_size)
+    """A data set as float64 blocks on a device.
+
+    Args:
+        rank, world_size: the share of the data, see `DataBlocks`.
+        track: wraps each pass over (blocks, number of samples), for a progress bar.
+    """
+    data = DataBlocks(sources, rank, world_size)
 
     def blocks() -> Iterator[tuple[int, Tensor]]:
         for first, rows in track(data, data.count):
@@ -161,15 +175,15 @@ def float_blocks(
 
 
 def rounded(boundaries: list[float]) -> list[float]:
-    """Four digits after the point, as the paper prints them; whole timesteps stay whole."""
+    """Boundaries to four decimals, as the paper prints them; timesteps stay whole numbers."""
     return [b if isinstance(b, int) else round(b, 4) for b in boundaries]
 
 
 def plot(division: Division, path: Path) -> None:
-    """The similarity curves or matrix behind a division, with its boundaries, on the paper's clock.
+    """Plot the curves or the matrix that a division is based on, with its boundaries, over the clock.
 
     Raises:
-        ConfigError: matplotlib does not write that kind of file.
+        ConfigError: matplotlib does not write files of this kind.
     """
     from matplotlib.figure import Figure
 
@@ -177,8 +191,10 @@ def plot(division: Division, path: Path) -> None:
     axes = figure.add_subplot()
     process = division.process
     clock = np.linspace(0, 1, 2001)
+    # Boundaries are in the process's unit: find their clock times by interpolation.
     at = np.interp(division.boundaries, clock_times(process, clock), clock)
     if division.matrix_GG is not None:
+        # The image reaches half a cell beyond the first and the last time, so that cells are centred on their times.
         edge = 0.5 / (len(division.matrix_GG) - 1)
         image = axes.imshow(division.matrix_GG, origin="lower", extent=(-edge, 1 + edge, -edge, 1 + edge))
         figure.colorbar(image, label="similarity")
@@ -200,6 +216,7 @@ def plot(division: Division, path: Path) -> None:
 
 
 def _plot_curves(axes: Any, division: Division) -> None:
+    """The similarities to both limits of time with their running means, or log-SNR where no data was used."""
     if division.limits is None:
         u = np.linspace(1e-3, 1, 1000)
         axes.plot(u, -2 * np.log(division.process.sigma_of(clock_times(division.process, u))))

@@ -149,5 +149,5 @@ def test_bad_settings_of_the_denoiser_are_refused(images: Path) -> None:
         cluster(ClusterRequest(method="optimal-denoiser", stages=22, images=images))
     for image in sorted(images.iterdir())[5:]:
         image.unlink()
-    with pytest.raises(DataError, match="so few samples"):
+    with pytest.raises(DataError, match="at least 10 samples"):
         cluster(ClusterRequest(method="optimal-denoiser", stages=3, images=images))

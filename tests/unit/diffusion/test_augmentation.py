@@ -27,7 +27,7 @@ def matrix(rows: list[list[float]]) -> torch.Tensor:
     return torch.tensor([[*rows[0], 0.0], [*rows[1], 0.0], [0.0, 0.0, 1.0]])[None]
 
 
-def test_a_image_depends_on_seed_step_and_index_alone() -> None:
+def test_an_image_depends_on_seed_step_and_index_alone() -> None:
     x, index = images(6), np.array([3, 4, 7, 20, 21, 40])
     together, labels = augment(x.clone(), ALWAYS, 5, 9, index)
     for rows in (slice(0, 2), slice(2, 6)):
@@ -114,7 +114,10 @@ def test_pixels_move_as_described() -> None:
         for row, column in ((10, 13), (16, 16), (20, 11)):
             target = np.array([float(axis[column]), float(axis[row])]) - 0.25 * np.array(shift)
             errors = []
-            for sign in (1, -1):  # EDM's description is the same for a stretch and the opposite along an axis reversed
+            for sign in (
+                1,
+                -1,
+            ):  # EDM's description is the same for a squeeze and for its inverse along the reversed axis
                 ratio = 2 ** (0.2 * sign * math.hypot(a_cos, a_sin))
                 forward = frame @ np.diag([ratio, 1 / ratio]) @ frame.T @ turn * 2 ** (0.2 * scale)
                 sx, sy = np.linalg.solve(forward, target)

@@ -147,7 +147,7 @@ def test_pairwise_boundaries_lie_between_grid_points() -> None:
 
 
 def test_too_little_data_is_refused() -> None:
-    with pytest.raises(DataError, match="so few samples"):
+    with pytest.raises(DataError, match="at least 10 samples"):
         draw_samples(blocks_of(clothes(9)), 9, 5, seed=0)
 
 
