@@ -66,7 +66,7 @@ class EpsilonDenoiser(MinSNRDenoiser):
         return (x_t - n * output) / s
 
     def _output_weight(self, sample_weight: Tensor, s: Tensor, n: Tensor) -> Tensor:
-        return sample_weight / (s / n) ** 2
+        return sample_weight / (s / n) ** 2  # the error of x_0 is -n / s times that of F
 
 
 class VelocityDenoiser(MinSNRDenoiser):
@@ -79,7 +79,7 @@ class VelocityDenoiser(MinSNRDenoiser):
         return s * x_t - n * output
 
     def _output_weight(self, sample_weight: Tensor, s: Tensor, n: Tensor) -> Tensor:
-        return sample_weight * n**2
+        return sample_weight * n**2  # the error of x_0 is -n times that of F
 
 
 class SampleDenoiser(MinSNRDenoiser):

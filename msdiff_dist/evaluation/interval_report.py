@@ -104,6 +104,7 @@ def _rows(report: IntervalReport) -> list[tuple[str, float]]:
 
 
 def _csv(report: IntervalReport) -> str:
+    # Each row says where the run's network is used. The first is nowhere, the last at all times.
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["lo", "hi", "score"])

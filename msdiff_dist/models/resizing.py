@@ -63,6 +63,7 @@ class Resized:
 
     def apply(self, old: Tensor) -> Tensor:
         """The new tensor, with the dtype of the old one."""
+        # Factors are cast first: a product with float32 would make half-precision weights float32.
         new = old
         if self.rows is not None:
             new = new[self.rows.source] * _along(self.rows.writes, new.ndim, 0).to(new.dtype)

@@ -138,6 +138,8 @@ class UNetConfig:
 
     def up_blocks(self, stage: int) -> list[UpBlock]:
         """Blocks of the decoder of `stage`, deepest first. Each takes the last skip that none has taken yet."""
+        # Per level the encoder leaves one skip more than it has residual blocks: that of the first convolution, or of
+        # the step to the level. So a decoder has one block more per level.
         skips = [self.encoder_width(stage), *(b.out_channels for b in self.down_blocks(stage))]
         channels = skips[-1]
         blocks = []
@@ -200,7 +202,7 @@ class UNetConfig:
             decoder_channels=tuple(map(scaled, self.decoder_channels)),
             channel_mult=tuple(min(m, 2) for m in self.channel_mult),
             num_res_blocks=1,
-            norm_groups=4,
+            norm_groups=4,  # divides every width, since base widths are multiples of four
             **self._small_changes(context_width),
         )
 
@@ -252,6 +254,7 @@ class UNetConfig:
             raise ConfigError("dropout", self.dropout, "must be in [0, 1)", "Give a probability below 1.")
 
     def _check_positive(self, name: str, *numbers: int | None) -> None:
+        # No numbers at all are an empty list, which is refused as well.
         if not numbers or any(n is not None and n < 1 for n in numbers):
             raise ConfigError(name, getattr(self, name), "must be at least 1", "Give positive whole numbers.")
 

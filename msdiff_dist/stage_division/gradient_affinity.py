@@ -43,7 +43,7 @@ def gradient_affinity(
         raise ConfigError(
             "--run", None, "its stages share no parameters", "Use a run of a unified or multi-stage model."
         )
-    rows = []
+    unit_gradients = []
     for t in times:
         t_B = torch.full((len(x0_BCHW),), float(t), dtype=torch.float64, device=x0_BCHW.device)
         noised = objective.noised(x0_BCHW, noise_BCHW, t_B)
@@ -54,6 +54,6 @@ def gradient_affinity(
         # Parameters without a gradient are the same at all times, so dropping them keeps the vectors aligned.
         flat = torch.cat([g.flatten() for g in gradients if g is not None]).float().cpu()
         # The smallest positive number keeps a gradient of zero at zero instead of nan.
-        rows.append(flat / flat.norm().clamp(min=torch.finfo(torch.float32).tiny))
-    unit_GP = torch.stack(rows)
+        unit_gradients.append(flat / flat.norm().clamp(min=torch.finfo(torch.float32).tiny))
+    unit_GP = torch.stack(unit_gradients)
     return (unit_GP @ unit_GP.T).double().numpy()

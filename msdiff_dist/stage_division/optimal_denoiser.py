@@ -140,20 +140,20 @@ class _Posterior:
         block_largest_Q = logit_Qb.max(1).values.double()
         # Most noisy samples are far from most blocks: skip those whose weights here would all be lost in rounding.
         rows = (block_largest_Q > self._largest_Q - _NEGLIGIBLE).nonzero()[:, 0]
-        before, self._largest_Q = self._largest_Q[rows], torch.maximum(self._largest_Q, block_largest_Q)
-        largest = self._largest_Q[rows]
-        rescale = torch.exp(before - largest)
-        weights = logit_Qb[rows].sub_(largest[:, None].to(logit_Qb)).exp_()
-        self._weight_Q[rows] = self._weight_Q[rows] * rescale + weights.sum(1)
-        self._sum_Qd[rows] = self._sum_Qd[rows] * rescale[:, None] + weights @ block_be[:, :-1]
+        before_R, self._largest_Q = self._largest_Q[rows], torch.maximum(self._largest_Q, block_largest_Q)
+        largest_R = self._largest_Q[rows]
+        rescale_R = torch.exp(before_R - largest_R)
+        weight_Rb = logit_Qb[rows].sub_(largest_R[:, None].to(logit_Qb)).exp_()
+        self._weight_Q[rows] = self._weight_Q[rows] * rescale_R + weight_Rb.sum(1)
+        self._sum_Qd[rows] = self._sum_Qd[rows] * rescale_R[:, None] + weight_Rb @ block_be[:, :-1]
 
     def mean(self) -> Tensor:
         """Posterior means [Q, d] over all ranks' data."""
         # Each rank's sums are relative to the largest logit of its own data: bring them to the largest of all first.
         common_Q = maximum(self._largest_Q.clone())
-        rescale = torch.exp(self._largest_Q - common_Q)
-        self._weight_Q *= rescale
-        self._sum_Qd *= rescale[:, None]
+        rescale_Q = torch.exp(self._largest_Q - common_Q)
+        self._weight_Q *= rescale_Q
+        self._sum_Qd *= rescale_Q[:, None]
         return summed(self._sum_Qd) / summed(self._weight_Q)[:, None]
 
 

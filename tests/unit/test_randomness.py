@@ -1,10 +1,14 @@
+"""Random numbers that depend on seed, purpose and counters alone."""
+
 from __future__ import annotations
 
 import itertools
 
 import numpy as np
+import pytest
+import torch
 
-from msdiff_dist.randomness import generator
+from msdiff_dist.randomness import dropped_conditions, generator, noise
 
 
 def test_same_arguments_give_the_same_stream() -> None:
@@ -30,3 +34,23 @@ def test_the_stream_is_pinned() -> None:
 
 def test_negative_and_huge_seeds_are_accepted() -> None:
     assert generator(-1, "x").random() == generator(2**64 - 1, "x").random()
+
+
+def test_noise_is_standard_normal_and_belongs_to_the_index() -> None:
+    whole = noise(0, 3, np.arange(50), (3, 16, 16))
+    assert whole.dtype == torch.float32
+    part = noise(0, 3, np.array([41, 7]), (3, 16, 16))
+    assert torch.equal(part, whole[[41, 7]])
+    assert whole.mean().abs() < 0.02
+    assert whole.var().item() == pytest.approx(1, abs=0.02)
+    assert not torch.equal(whole, noise(0, 4, np.arange(50), (3, 16, 16)))
+    assert noise(0, 3, np.array([], np.int64), (2,)).shape == (0, 2)
+
+
+def test_dropout_belongs_to_the_index_and_has_its_probability() -> None:
+    whole = dropped_conditions(0, 3, np.arange(20000), 0.1)
+    assert whole.float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert torch.equal(dropped_conditions(0, 3, np.array([19, 3]), 0.1), whole[[19, 3]])
+    assert not dropped_conditions(0, 3, np.arange(100), 0.0).any()
+    assert dropped_conditions(0, 3, np.arange(100), 1.0).all()
+    assert dropped_conditions(0, 3, np.array([], np.int64), 0.5).shape == (0,)

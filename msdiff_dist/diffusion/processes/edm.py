@@ -66,6 +66,8 @@ class EDMProcess(Process):
         return _normal_cdf(b) - _normal_cdf(a)
 
     def quantile(self, u: np.ndarray, lo: float, hi: float) -> np.ndarray:
+        # By the inverse of the normal distribution function, on the side where it is exact. With sign -1 times descend
+        # with u, but follow the same distribution.
         sign, a, b = self._normal_interval(lo, hi)
         # u = 0 would be sigma = 0, whose logarithm the network cannot take.
         p = _normal_cdf(a) + np.maximum(u, 2.0**-54) * (_normal_cdf(b) - _normal_cdf(a))

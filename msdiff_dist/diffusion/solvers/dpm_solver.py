@@ -57,6 +57,8 @@ def _dpm_solver_step(denoise: Denoise, process: Process, x: Tensor, order: int, 
         s, n = scales(start + r * h)
         return s / scales(start)[0] * x - n * (math.expm1(r * h) * noise + correction)
 
+    # Orders 2 and 3 correct the exponential Euler step of order 1 by differences of the noise at inner points:
+    # Algorithm 1 with r_1 = 1/2, and Algorithm 2 with r_1 = 1/3 and r_2 = 2/3.
     noise = noise_at(x, start)
     if order == 1:
         return move(1)

@@ -26,6 +26,7 @@ def heun(
     churn, x = config.churn, x.double()
     for sigma, sigma_next in zip(times.tolist(), [*times[1:].tolist(), landing], strict=True):
         if churn.amount and churn.sigma_min <= sigma <= churn.sigma_max:
+            # The bound keeps the added noise below the noise that is there: raised^2 - sigma^2 <= sigma^2.
             raised = sigma * (1 + min(churn.amount / config.steps, math.sqrt(2) - 1))
             noise = randn_tensor(x.shape, generator=generators, device=x.device, dtype=x.dtype)
             x = x + math.sqrt(raised**2 - sigma**2) * churn.noise * noise

@@ -91,7 +91,7 @@ class Filter(nn.Module):
         return F.conv2d(x_BCHW, self._kernel(x_BCHW), stride=2, padding=self._padding, groups=x_BCHW.shape[1])
 
     def doubled(self, x_BCHW: Tensor) -> Tensor:
-        """Insert zeros between pixels, and filter; four times the weights make up for the three zeros to a pixel."""
+        """Insert zeros between pixels, and filter; four times the weights make up for three zeros to each pixel."""
         if self.taps == (1, 1):
             return F.interpolate(x_BCHW, scale_factor=2, mode="nearest")
         kernel = 4 * self._kernel(x_BCHW)

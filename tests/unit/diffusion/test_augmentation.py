@@ -1,3 +1,5 @@
+"""EDM's augmentation: what is described is what was done, as often as asked."""
+
 from __future__ import annotations
 
 import math

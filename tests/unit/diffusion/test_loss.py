@@ -1,3 +1,5 @@
+"""The loss of each sample."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""Noise schedules, against diffusers."""
+
 from __future__ import annotations
 
 import diffusers

@@ -1,3 +1,5 @@
+"""The discrete process: its equations, times and sampling times."""
+
 from __future__ import annotations
 
 import numpy as np

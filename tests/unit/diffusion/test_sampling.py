@@ -1,3 +1,5 @@
+"""Sampling with a known network: batches, stages, guidance, and the same images as diffusers."""
+
 from __future__ import annotations
 
 import diffusers

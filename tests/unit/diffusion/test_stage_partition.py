@@ -1,3 +1,5 @@
+"""Intervals of stages, and boundaries that are refused."""
+
 from __future__ import annotations
 
 import numpy as np

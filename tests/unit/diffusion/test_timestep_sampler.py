@@ -1,8 +1,9 @@
+"""Stages and times of a global batch: quotas, weights, and their distribution over many batches."""
+
 from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,7 +11,6 @@ from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig, build_pr
 from msdiff_dist.diffusion.stage_partition import build_partition
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas, stage_quotas
 from msdiff_dist.errors import ConfigError
-from msdiff_dist.randomness import dropped_conditions, noise
 
 PROCESS = build_process(DiffusionConfig())
 PARTITION = build_partition(StagesConfig(boundaries=(442, 631)), PROCESS)
@@ -76,26 +76,6 @@ def test_every_index_meets_every_stage() -> None:
     seen = np.stack([quotas.draw(0, step).stage_B for step in range(3000)])
     for k in range(3):
         np.testing.assert_allclose((seen == k).mean(0), 1 / 3, atol=0.04)
-
-
-def test_noise_is_standard_normal_and_belongs_to_the_index() -> None:
-    whole = noise(0, 3, np.arange(50), (3, 16, 16))
-    assert whole.dtype == torch.float32
-    part = noise(0, 3, np.array([41, 7]), (3, 16, 16))
-    assert torch.equal(part, whole[[41, 7]])
-    assert whole.mean().abs() < 0.02
-    assert whole.var().item() == pytest.approx(1, abs=0.02)
-    assert not torch.equal(whole, noise(0, 4, np.arange(50), (3, 16, 16)))
-    assert noise(0, 3, np.array([], np.int64), (2,)).shape == (0, 2)
-
-
-def test_dropout_belongs_to_the_index_and_has_its_probability() -> None:
-    whole = dropped_conditions(0, 3, np.arange(20000), 0.1)
-    assert whole.float().mean().item() == pytest.approx(0.1, abs=0.01)
-    assert torch.equal(dropped_conditions(0, 3, np.array([19, 3]), 0.1), whole[[19, 3]])
-    assert not dropped_conditions(0, 3, np.arange(100), 0.0).any()
-    assert dropped_conditions(0, 3, np.arange(100), 1.0).all()
-    assert dropped_conditions(0, 3, np.array([], np.int64), 0.5).shape == (0,)
 
 
 def test_a_batch_too_small_for_stages_or_micro_batches_is_refused() -> None:

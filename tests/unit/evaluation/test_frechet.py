@@ -9,7 +9,6 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from msdiff_dist.apps.ablation.report import compute_to_reach
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.make.datasets import prepare
 from msdiff_dist.errors import CheckpointError, ConfigError
@@ -58,13 +57,3 @@ def test_classifier_learns_digits_and_survives_its_file(tmp_path: Path) -> None:
     for name, problem in (("none", "no such file"), ("other", "is no feature classifier")):
         with pytest.raises(CheckpointError, match=problem):
             load_classifier(tmp_path / f"{name}.safetensors")
-
-
-def test_compute_to_reach_a_score() -> None:
-    petaflops, scores = np.array([1.0, 2.0, 4.0]), np.array([9.0, 5.0, 4.0])
-    assert compute_to_reach(7.0, petaflops, scores) == pytest.approx(1.5)
-    assert compute_to_reach(4.5, petaflops, scores) == pytest.approx(3.0)
-    assert compute_to_reach(4.0, petaflops, scores) == pytest.approx(4.0)
-    assert compute_to_reach(9.5, petaflops, scores) == pytest.approx(1.0)
-    assert compute_to_reach(3.9, petaflops, scores) is None
-    assert compute_to_reach(4.5, petaflops, np.array([9.0, np.nan, np.nan])) is None

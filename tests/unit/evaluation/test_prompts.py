@@ -1,3 +1,5 @@
+"""Context of prompts, and models that take none."""
+
 from __future__ import annotations
 
 import json

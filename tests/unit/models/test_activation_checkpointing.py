@@ -1,3 +1,5 @@
+"""Recomputed activations give the same losses and gradients, and take less memory."""
+
 from __future__ import annotations
 
 import dataclasses

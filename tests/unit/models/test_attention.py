@@ -1,3 +1,5 @@
+"""Attention against its definition, and the two blocks that use it."""
+
 from __future__ import annotations
 
 import math

@@ -1,3 +1,5 @@
+"""Latents of every kind of autoencoder, against diffusers' own models."""
+
 from __future__ import annotations
 
 import pytest

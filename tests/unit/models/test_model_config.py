@@ -1,3 +1,5 @@
+"""Model configurations: bad ones are refused by field, accepted ones can be built and run."""
+
 from __future__ import annotations
 
 from typing import Any

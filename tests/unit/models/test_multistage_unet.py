@@ -1,3 +1,5 @@
+"""What holds for the models of all families: stages, features, first weights, conditions."""
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,3 +1,5 @@
+"""The text encoder against open_clip's own models."""
+
 from __future__ import annotations
 
 import json

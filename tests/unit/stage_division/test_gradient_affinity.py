@@ -1,3 +1,5 @@
+"""Similarity of gradients, against a backward pass for each time."""
+
 from __future__ import annotations
 
 import numpy as np

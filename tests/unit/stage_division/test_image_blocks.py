@@ -1,3 +1,5 @@
+"""A data set is the same whether it is shards, a folder of images or an IDX file."""
+
 from __future__ import annotations
 
 import gzip

@@ -1,3 +1,5 @@
+"""The best intervals, against a search over all of them, and the paper's boundaries."""
+
 from __future__ import annotations
 
 import itertools

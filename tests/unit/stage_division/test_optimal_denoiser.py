@@ -1,3 +1,5 @@
+"""The optimal denoiser and its similarities, against the equations as they are written."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
