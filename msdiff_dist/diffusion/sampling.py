@@ -48,8 +48,9 @@ def sample(
     """Samples [n, *shape], float32: the images, or latents, with the numbers `index_n`.
 
     Args:
-        condition: of each sample; None: the model takes no conditions.
-        unconditional: the dropped condition of each sample, which guidance needs.
+        shape: [C, H, W] of a sample.
+        condition: labels and context of all n samples; None: the model takes none.
+        unconditional: labels and context that stand for dropped ones, which guidance needs.
 
     Raises:
         ConfigError: guidance without an `unconditional` condition, or a sampler that does not fit the process.

@@ -93,7 +93,7 @@ def train_classifier(data: DataConfig, steps: int, batch_size: int = 128, seed: 
     rng = generator(seed, "feature classifier")
     order = torch.from_numpy(rng.permutation(len(x)))
     test, train = order[: len(x) // _HELD_OUT], order[len(x) // _HELD_OUT :]
-    # The first weights depend on the seed alone, and torch's own generator does not change.
+    # The first weights depend only on the seed, and the state of torch's generator does not change.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = FeatureClassifier(ClassifierInfo(image_shape=data.x_shape, classes=data.num_classes))

@@ -188,8 +188,8 @@ class UNetConfig:
         It keeps levels and stages, with one block per level. Base widths keep their proportions, in multiples of four.
 
         Args:
-            width: of the widest encoder, a multiple of four.
-            context_width: of the context tokens, where the model takes context.
+            width: base width of the widest encoder, a multiple of four.
+            context_width: width of the context tokens, where the model takes context.
         """
         encoders = self.encoder_channels if isinstance(self.encoder_channels, tuple) else (self.encoder_channels,)
 

@@ -48,7 +48,7 @@ class DenoiserOptions:
         samples: number of noisy samples at which the optimal denoiser is computed.
         value_range: range to which pixels are scaled, [0, 1] or [-1, 1]. Latents stay as they are stored.
         last_limit: see `limit_similarities`.
-        seed: of the draws.
+        seed: seed of the drawn samples, noises and times.
     """
 
     eta: float = 2 / 256
@@ -90,7 +90,7 @@ class Division:
 
 
 def divide_by_schedule(process: Process, method: Literal["timestep", "snr"], stages: int) -> Division:
-    """Stages from the process alone: of equal length, or of similar signal-to-noise ratio."""
+    """Stages that need no data: of equal length, or of similar signal-to-noise ratio."""
     found = (timestep_boundaries if method == "timestep" else snr_boundaries)(process, stages)
     return Division(method=method, process=process, stages=stages, boundaries=rounded(found))
 

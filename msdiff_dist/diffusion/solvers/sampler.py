@@ -113,7 +113,7 @@ class SamplerConfig:
         if solver.spacings is not None and named.spacing not in (*solver.spacings, None):
             problem = f"{name} supports only {' or '.join(solver.spacings)}"
             raise ConfigError("spacing", named.spacing, problem, "Omit it.")
-        # Called for its checks alone: it refuses spacings, ends and numbers of steps that the process does not have.
+        # Called only for its checks: it refuses spacings, ends and numbers of steps that the process does not offer.
         process.sampling_times(named.steps, named.spacing, named.end)
         return named
 

@@ -136,7 +136,7 @@ _Item = tuple[str, Resized | None]
 
 
 def _heads(heads: tuple[int, int], dims: tuple[int, int]) -> tuple[Channels, Channels]:
-    """Channels inside the attention, head by head: of keys and values, and of queries with their scale.
+    """(channels of keys and values, channels of queries with their scale), head by head.
 
     Args:
         heads: number of heads, old and new.
