@@ -1,1 +1,1 @@
-"""Code that exports carry along: it runs beside diffusers and imports nothing of this package."""
+"""Code that exports to diffusers bring along. It needs torch and diffusers, and imports nothing of this package."""

@@ -1,6 +1,6 @@
-"""Images from a model whose decoder changes with the timestep, with any of diffusers' discrete schedulers.
+"""A pipeline for models whose decoder changes with the timestep, with any of diffusers' discrete schedulers.
 
-Needs torch and diffusers only: exported models carry a copy of this file.
+Needs torch and diffusers only: exported models bring a copy of this file.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 
 
 class MultistagePipeline(DiffusionPipeline):
-    """Noise to images.
+    """Samples images from noise.
 
     Args:
         unet: a MultistageUNet2DModel, or a stock U-Net.
         scheduler: any scheduler of discrete timesteps.
         vae: AutoencoderKL or VQModel that decodes latents; None where the model works on images.
-        scale_factor: latents are divided by it before decoding.
-        pixel_shuffle: the model's channels are this many pixels squared.
+        scale_factor: divides latents before they are decoded.
+        pixel_shuffle: factor r by which the model's C r^2 channels become C channels at r times the height and width.
     """
 
     _optional_components = ["vae"]  # noqa: RUF012
@@ -56,15 +56,24 @@ class MultistagePipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Make images.
+        """Sample images.
 
         Args:
-            class_labels: one each, for models with classes; the last class of the table is the dropped one.
-            prompt_embeds: context tokens [B, S, D]; negative_prompt_embeds, those of "no prompt", for guidance.
-            guidance_scale: output = unconditional + scale x (conditional - unconditional).
+            batch_size: number of images; class_labels, or else prompt_embeds, overrides it.
+            num_inference_steps: steps of the scheduler.
+            class_labels: a class for each image, [B], for models with classes.
+            prompt_embeds: context tokens [B, S, D], for models with context.
+            negative_prompt_embeds: context tokens of the empty prompt [B, S, D], for guidance.
+            guidance_scale: s in output = unconditional + s (conditional - unconditional); 1 is no guidance.
+            eta: for schedulers that take it: 0 is DDIM, 1 is DDPM.
+            generator: source of the noise.
             latents: the noise to start from [B, C, H, W]; drawn with `generator` where None.
-            height, width: of the latents; the model's own size where None.
-            output_type: "pil", "np", "pt" (images in [0, 1]) or "latent" (what the U-Net saw).
+            height: height of the latents; the model's own where None.
+            width: width of the latents; the model's own where None.
+            output_type: "pil", "np", "pt" (images in [0, 1]) or "latent" (the result before decoding).
+
+        Raises:
+            ValueError: the model has no size of its own, and neither a size nor latents are given.
         """
         device = self._execution_device
         config = self.unet.config
@@ -83,12 +92,14 @@ class MultistagePipeline(DiffusionPipeline):
         x = latents.to(device, self.unet.dtype) * self.scheduler.init_noise_sigma
 
         self._set_timesteps(num_inference_steps, device)
+        # Schedulers differ in what `step` takes: only some have eta, or draw noise.
         accepted = inspect.signature(self.scheduler.step).parameters
         extra = {k: v for k, v in (("eta", eta), ("generator", generator)) if k in accepted}
         for t in self.progress_bar(self.scheduler.timesteps):
             model_input = self.scheduler.scale_model_input(x, t)
             output = self._predict(model_input, t, prompt_embeds, class_labels)
             if guidance_scale != 1:
+                # The last row of the table of classes is that of the dropped class.
                 dropped = None if class_labels is None else torch.full_like(class_labels, config.num_class_embeds - 1)
                 free = self._predict(model_input, t, negative_prompt_embeds, dropped)
                 output = free + guidance_scale * (output - free)
@@ -103,7 +114,7 @@ class MultistagePipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _set_timesteps(self, steps: int, device: torch.device) -> None:
-        # Solvers that take the times as given get DDIM's; the others space them as their configuration says.
+        # Schedulers that accept a list of timesteps get those of DDIM; the others space them as they are configured.
         if "timesteps" in inspect.signature(self.scheduler.set_timesteps).parameters:
             total = self.scheduler.config.num_train_timesteps
             times = [i * total // steps + (total >= 2 * steps) for i in range(steps)]
@@ -112,6 +123,7 @@ class MultistagePipeline(DiffusionPipeline):
             self.scheduler.set_timesteps(steps, device=device)
 
     def _predict(self, x: Tensor, t: Tensor, context: Tensor | None, classes: Tensor | None) -> Tensor:
+        # Only those that are given: UNet2DModel does not accept encoder_hidden_states.
         conditions = {"encoder_hidden_states": context, "class_labels": classes}
         given = {name: value for name, value in conditions.items() if value is not None}
         out: Tensor = self.unet(x, t, **given, return_dict=False)[0]

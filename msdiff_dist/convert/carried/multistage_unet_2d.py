@@ -1,6 +1,6 @@
 """A U-Net with one shared encoder and one decoder per stage of timesteps, made of diffusers' own blocks.
 
-Needs torch and diffusers only: exported models carry a copy of this file beside their weights.
+Needs torch and diffusers only: exported models bring a copy of this file beside their weights.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from torch import Tensor, nn
 
 @dataclass
 class MultistageUNet2DOutput(BaseOutput):
-    """sample: the network's output [B, out_channels, H, W]."""
+    """Output of `MultistageUNet2DModel`."""
 
     sample: Tensor
+    """The network's output [B, out_channels, H, W]."""
 
 
 class Blocks:
-    """Makes the blocks of one model from its configuration."""
+    """Builds the blocks of one model from its configuration."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -84,7 +85,12 @@ class Blocks:
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, each followed by attention where the level has it, and a change of size."""
+    """Residual blocks of one resolution, each followed by attention if the level has it, and a change of resolution.
+
+    Args:
+        resampler: the layer that changes the resolution; None at the end of a path.
+        name: "downsamplers" or "upsamplers", the name that stock diffusers networks give the resampler's list.
+    """
 
     def __init__(
         self, resnets: Sequence[nn.Module], attentions: Sequence[nn.Module], resampler: nn.Module | None, name: str
@@ -98,12 +104,12 @@ class Level(nn.Module):
         self.attends, self.resampler_name = bool(attentions), name if resampler is not None else None
 
     def block(self, i: int, x: Tensor, temb: Tensor, context: Tensor | None) -> Tensor:
-        """Residual block i and its attention."""
+        """Apply residual block i and its attention."""
         x = self.resnets[i](x, temb)
         return attend(self.attentions[i], x, context) if self.attends else x
 
     def resample(self, x: Tensor, temb: Tensor) -> Tensor:
-        """Halve or double, by a convolution or inside a residual block."""
+        """Halve or double the resolution, by a convolution or inside a residual block."""
         assert self.resampler_name is not None
         layer = self.get_submodule(self.resampler_name)[0]  # type: ignore[index]
         out: Tensor = layer(x, temb) if isinstance(layer, ResnetBlock2D) else layer(x)
@@ -124,7 +130,13 @@ class MiddleBlock(nn.Module):
 
 
 class StageDecoder(nn.Module):
-    """Up path and output head of one stage; its widths and attention are its own."""
+    """Up path and output layers of one stage, with widths and attention of its own.
+
+    Args:
+        skips: channels of the encoder's outputs, first to last; the up path takes them last to first.
+        widths: channels of the levels, highest resolution first.
+        attends: whether each level has attention.
+    """
 
     def __init__(self, blocks: Blocks, skips: list[int], widths: tuple[int, ...], attends: tuple[bool, ...]) -> None:
         super().__init__()
@@ -243,6 +255,7 @@ class MultistageUNet2DModel(ModelMixin, ConfigMixin):
                 skips.append(x)
         x = self.mid_block(x, temb, context)
 
+        # Each decoder runs once on the rows of its stage; the argsort of all rows puts the outputs back in order.
         boundaries = torch.tensor(config.stage_boundaries, device=t_B.device, dtype=torch.float64)
         stage_B = torch.bucketize(t_B.double(), boundaries, right=True)
         stages = stage_B.unique().tolist()

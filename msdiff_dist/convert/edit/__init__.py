@@ -1,1 +1,1 @@
-"""Models made from models: grown to stages, merged, cut out, changed in width."""
+"""Models made from other models: stages grown from a unified model, merged, or extracted."""

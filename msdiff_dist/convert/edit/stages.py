@@ -1,4 +1,4 @@
-"""Models made of stages of other models: one stage alone, several put together, many grown from one."""
+"""Edits of a model's stages: extract one, grow several from a unified model, merge several unified models into one."""
 
 from __future__ import annotations
 
@@ -20,26 +20,28 @@ from msdiff_dist.models.resizing import Resized
 
 
 def extract_stage(weights: ModelWeights, stage: int) -> ModelWeights:
-    """One stage with the encoder, as a unified model.
+    """One stage with its encoder, as a unified model.
 
     Raises:
-        ConfigError: there is no such stage.
+        ConfigError: the model has no such stage.
     """
     model = weights.model
     if not 0 <= stage < model.num_stages:
         raise ConfigError("--stage", stage, f"the model has stages 0 to {model.num_stages - 1}", "Choose one of them.")
+    # For each name in the new model, the name in the old one.
     old = f"stages.{stage}."
     if model.share_encoder:
         names = {k: k for k in weights.tensors.names() if k.startswith("shared.")}
-        names |= {_new(k, old, "stages.0."): k for k in weights.tensors.names() if k.startswith(old)}
-    else:
+        names |= {_replaced(k, old, "stages.0."): k for k in weights.tensors.names() if k.startswith(old)}
+    else:  # every stage has an encoder of its own, which becomes the shared one of the single stage
         names = {}
         for k in weights.tensors.names():
             if k.startswith(f"{old}encoder."):
-                names[_new(k, f"{old}encoder.", "shared.")] = k
+                names[_replaced(k, f"{old}encoder.", "shared.")] = k
             elif k.startswith(f"{old}decoder."):
-                names[_new(k, f"{old}decoder.", "stages.0.")] = k
+                names[_replaced(k, f"{old}decoder.", "stages.0.")] = k
     renamed = {source: new for new, source in names.items()}
+    # The report is about the source's keys: follow each through the new names.
     used, left_out = {}, dict(weights.left_out)
     for key, ours in weights.used.items():
         kept = [renamed.get(name, name) for name in ours if name in renamed or name.startswith("autoencoder/")]
@@ -62,16 +64,24 @@ def grow(
     decoder_channels: Sequence[int],
     decoder_attention: Sequence[Sequence[int]] | None = None,
 ) -> ModelWeights:
-    """A multi-stage model from a unified one: the encoder as it is, each decoder a copy, at its own width.
+    """A multi-stage model from a unified one: the same encoder, and a copy of the decoder for each stage.
 
-    At the unified model's width and attention a decoder is the same, bit by bit; else `widths` says what becomes of it.
+    A decoder of the unified model's width and attention is the same bit by bit. Another one is made by the family's
+    `resized_decoder`.
+
+    Args:
+        boundaries: inner stage boundaries, in the process's own time.
+        decoder_channels: width of each decoder, stage 0 first.
+        decoder_attention: downsampling factors with attention for each decoder; None keeps the unified model's.
 
     Raises:
         ConfigError: the stages do not make a model, or the family's decoders cannot change their width.
     """
     old = weights.model
     if old.num_stages > 1:
-        raise ConfigError("SRC", old.num_stages, "stages are more than one", "Grow a unified model, or use --stage.")
+        raise ConfigError(
+            "SRC", old.num_stages, "stages are more than one", "Extract one first: msdiff extract SRC DST --stage K."
+        )
     if len(decoder_channels) != len(boundaries) + 1:
         raise ConfigError(
             "--widths", list(decoder_channels), f"are {len(decoder_channels)} for {len(boundaries) + 1} stages",
@@ -87,7 +97,7 @@ def grow(
     description = replace(
         weights.description, model=model, stages=StagesConfig(boundaries=tuple(map(float, boundaries)))
     )
-    description.partition()
+    description.partition()  # raises if the boundaries do not divide the process's time
     tensors = GrownSource(weights, model)
     return replace(
         weights,
@@ -98,11 +108,17 @@ def grow(
 
 
 class GrownSource(TensorSource):
-    """The tensors of a multi-stage model whose decoders come from the one of a unified model."""
+    """The tensors of a multi-stage model whose decoders are made from a unified model's one.
+
+    Args:
+        unified: the model to start from.
+        model: the configuration of the multi-stage model.
+    """
 
     def __init__(self, unified: ModelWeights, model: ModelConfig) -> None:
         self._old, self._model = unified.tensors, model
         self.files, self.metadata = unified.tensors.files, unified.tensors.metadata
+        # For each new tensor, the old tensor and its change of size; None for one that the old model does not have.
         self._from: dict[str, Resized | None] = {n: Resized(n) for n in self._old.names() if n.startswith("shared.")}
         own = [n.removeprefix("stages.0.") for n in self._old.names() if n.startswith("stages.0.")]
         resized_decoder = FAMILIES[model.family].resized_decoder
@@ -116,7 +132,7 @@ class GrownSource(TensorSource):
         assert self._meta.keys() == self._from.keys()
 
     def copies(self, name: str) -> list[str]:
-        """The new tensors that come from an old one; parts of the autoencoder stay."""
+        """Names of the new tensors that come from the old tensor `name`; the autoencoder's tensors keep their names."""
         return [n for n, how in self._from.items() if how and how.name == name] or [name]
 
     def names(self) -> list[str]:
@@ -130,15 +146,19 @@ class GrownSource(TensorSource):
         how = self._from[key]
         if how is not None:
             return how.apply(self._old.read(how.name))
+        # A new tensor has the values of a newly made decoder, in which attention changes nothing at first.
         _, stage, name = key.split(".", 2)
         out: Tensor = build_parts(self._model, [int(stage)])[1][int(stage)].state_dict()[name]
         return out
 
 
 def merge(models: Sequence[ModelWeights], boundaries: Sequence[float]) -> ModelWeights:
-    """One model from several unified ones, a stage each, the first nearest the data; the first's autoencoder.
+    """One model whose stages are unified models, the first nearest the data, with the first one's autoencoder.
 
-    Where all encoders are the same, bit by bit, they become the one shared encoder; else each stage keeps its own.
+    If all encoders are equal bit by bit, they become the one shared encoder; otherwise each stage keeps its own.
+
+    Args:
+        boundaries: inner stage boundaries, one fewer than models.
 
     Raises:
         ConfigError: the models differ in more than their widths, or their number does not fit the boundaries.
@@ -146,26 +166,31 @@ def merge(models: Sequence[ModelWeights], boundaries: Sequence[float]) -> ModelW
     first = models[0]
     if len(models) != len(boundaries) + 1 or len(models) < 2:
         raise ConfigError(
-            "--boundaries", list(boundaries), f"do not divide time among {len(models)} models", "Give one fewer."
-        )
+            "--boundaries", list(boundaries), f"do not divide time among {len(models)} models",
+            "Give one boundary fewer than models, and at least two models.",
+        )  # fmt: skip
     for i, other in enumerate(models):
         if other.description.diffusion != first.description.diffusion or not _alike(other.model, first.model):
             raise ConfigError(
-                f"model {i}", other.model.decoder_channels, "is not a unified model like the first, but for its width",
+                f"model {i}", other.model.decoder_channels,
+                "is not unified, or differs from the first in more than width",
                 "Merge models of one family, shape and diffusion process.",
             )  # fmt: skip
     shared = _same_encoders(models)
     parts, used, left_out = [], {}, {}
     for k, part in enumerate(models):
+        # The shared encoder is taken from the first model.
         kept = [n for n in part.tensors.names() if not (shared and k and n.startswith("shared."))]
         parts.append(RenamedSource(part.tensors, {_merged_name(n, k, shared): n for n in kept}))
+        # Sources may have the same keys, so the report has the model's number before them.
         for key, names in part.used.items():
+            # A key gives tensors of the network or of the autoencoder, never of both.
             of_network = [_merged_name(n, k, shared) for n in names if not n.startswith("autoencoder/")]
             if of_network or k == 0:
                 used[f"{k}:{key}"] = of_network or names
             else:
                 left_out[f"{k}:{key}"] = "the first model's autoencoder is kept"
-        left_out |= {f"{k}:{key}": why for key, why in part.left_out.items()}
+        left_out |= {f"{k}:{key}": reason for key, reason in part.left_out.items()}
     model = _merged_model([part.model for part in models], shared)
     return replace(
         first,
@@ -180,12 +205,14 @@ def merge(models: Sequence[ModelWeights], boundaries: Sequence[float]) -> ModelW
 
 
 def _merged_name(name: str, stage: int, shared: bool) -> str:
+    """The name that a unified model's tensor has in the merged model."""
     if name.startswith("stages.0."):
-        return _new(name, "stages.0.", f"stages.{stage}." if shared else f"stages.{stage}.decoder.")
-    return name if shared else _new(name, "shared.", f"stages.{stage}.encoder.")
+        return _replaced(name, "stages.0.", f"stages.{stage}." if shared else f"stages.{stage}.decoder.")
+    return name if shared else _replaced(name, "shared.", f"stages.{stage}.encoder.")
 
 
 def _same_encoders(models: Sequence[ModelWeights]) -> bool:
+    """Whether all encoders are equal bit by bit."""
     first, *others = (m.tensors for m in models)
     names = [n for n in first.names() if n.startswith("shared.")]
     return all(
@@ -196,6 +223,7 @@ def _same_encoders(models: Sequence[ModelWeights]) -> bool:
 
 
 def _alike(model: ModelConfig, other: ModelConfig) -> bool:
+    """Whether `model` is unified and differs from `other` in nothing but what may differ from stage to stage."""
     fields = {f.name for f in dataclasses.fields(other)} - set(other.per_stage)
     return (
         type(model) is type(other)
@@ -212,12 +240,13 @@ def _merged_model(models: Sequence[ModelConfig], shared: bool) -> ModelConfig:
 
 
 def model_of_stages(model: ModelConfig, stages: Sequence[int]) -> ModelConfig:
-    """The configuration with these stages alone; a single one shares its encoder with nobody, whatever it was."""
+    """The configuration of the model with these stages alone. A single stage's encoder counts as shared."""
     one = len(stages) == 1
     encoders = model.encoder_width(stages[0]) if one else model.encoder_channels
     parts = [(model, k) for k in stages]
     return model.of_decoders(parts, encoder_channels=encoders, share_encoder=one or model.share_encoder)
 
 
-def _new(key: str, old: str, new: str) -> str:
+def _replaced(key: str, old: str, new: str) -> str:
+    """`key`, which begins with `old`, with `new` in its place."""
     return new + key.removeprefix(old)

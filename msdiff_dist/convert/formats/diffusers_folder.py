@@ -1,7 +1,7 @@
-"""diffusers folders: one U-Net, or a pipeline of U-Net, scheduler and autoencoder.
+"""The format `diffusers`: a folder of one U-Net, or of a pipeline with U-Net, scheduler and autoencoder.
 
-Written: model_index.json, unet/, scheduler/, vae/. A model that no stock class holds brings its own class and pipeline
-(`multistage_unet_2d.py`, `multistage_pipeline.py`), which diffusers loads with `trust_remote_code=True`.
+A written pipeline has model_index.json, unet/, scheduler/ and, with an autoencoder, vae/. A model that no stock class
+holds brings its own class and pipeline (`carried/`), which diffusers loads with `trust_remote_code=True`.
 """
 
 from __future__ import annotations
@@ -40,29 +40,31 @@ _CARRIED = Path(carried.__file__).parent
 OWN_CLASS, OWN_MODULE = "MultistageUNet2DModel", "multistage_unet_2d"
 PIPELINE_CLASS, PIPELINE_MODULE = "MultistagePipeline", "multistage_pipeline"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+# Our names of schedules and diffusers'.
 _SCHEDULES: dict[ScheduleName, str] = {
     "scaled_linear": "scaled_linear",
     "linear": "linear",
     "cosine": "squaredcos_cap_v2",
 }
+# Files about the model's licence and use, copied along.
 _NOTES = ("LICENSE*", "NOTICE*", "README.md")
 
 
 def read_diffusers(folder: Path, options: ConvertOptions) -> ModelWeights:
-    """A pipeline's folder, or that of its U-Net alone.
+    """Open a pipeline's folder, or the folder of a U-Net alone.
 
     Raises:
-        CheckpointError: something is missing, or the network is none of ours.
+        CheckpointError: a file is missing, or this package has no such network.
     """
     if options.weights == "ema":
-        raise CheckpointError("--weights", "ema", "a diffusers folder holds one set of weights", "Leave --weights out.")
+        raise CheckpointError("--weights", "ema", "a diffusers folder holds one set of weights", "Remove --weights.")
     if not (folder / "model_index.json").exists():
         return read_unet(json_of(folder / "config.json"), weights_of(folder), options)
     index = json_of(folder / "model_index.json")
     found = read_unet(json_of(folder / "unet" / "config.json"), weights_of(folder / "unet"), options)
     discrete = _read_scheduler(folder / "scheduler" / "scheduler_config.json", options)
     vae = next((folder / name for name in ("vae", "vqvae") if (folder / name).is_dir()), None)
-    autoencoder, vae_weights, said = _read_autoencoder(vae, index, options)
+    autoencoder, vae_weights, assumptions = _read_autoencoder(vae, index, options)
     for name, value in index.items():
         converted = ("_class_name", "unet", "scheduler", vae.name if vae else None)
         if isinstance(value, list) and value[0] is not None and name not in converted:
@@ -74,16 +76,16 @@ def read_diffusers(folder: Path, options: ConvertOptions) -> ModelWeights:
         found,
         description=replace(found.description, diffusion=diffusion, autoencoder=autoencoder),
         autoencoder_weights=vae_weights,
-        assumed=said,
+        assumed=assumptions,  # not the U-Net's, whose schedule and scale the pipeline states
         notes=[p for pattern in _NOTES for p in sorted(folder.glob(pattern))],
     )
 
 
 def read_unet(config: Mapping[str, Any], source: TensorSource, options: ConvertOptions) -> ModelWeights:
-    """A U-Net by its config.json; its noise schedule is taken to be Stable Diffusion's.
+    """Read a U-Net of the given config.json; its noise schedule is assumed to be Stable Diffusion's.
 
     Raises:
-        CheckpointError: the network is none of ours, or the tensors do not fit it.
+        CheckpointError: this package has no such network, or the tensors do not fit it.
     """
     if config.get("_class_name") in STOCK:
         model, boundaries = model_of_stock(config), tuple[float, ...]()
@@ -120,10 +122,10 @@ def read_unet(config: Mapping[str, Any], source: TensorSource, options: ConvertO
 
 
 def write_diffusers(weights: ModelWeights, folder: Path, metadata: Mapping[str, str]) -> Written:
-    """Write a pipeline's folder; the U-Net is a stock class where one holds it.
+    """Write a pipeline's folder. The U-Net is of a stock class if one computes the same, else of our own.
 
     Raises:
-        CheckpointError: diffusers' schedulers do not have the model's process, or stages share no encoder.
+        CheckpointError: diffusers' schedulers do not have the model's process, or its stages share no encoder.
     """
     model = ldm_model(weights, "diffusers")
     if not model.share_encoder:
@@ -157,10 +159,10 @@ def write_diffusers(weights: ModelWeights, folder: Path, metadata: Mapping[str, 
 
 
 def weights_of(folder: Path) -> TensorSource:
-    """The tensors of one model's folder.
+    """The tensors of one model's folder, in whichever file diffusers writes them to.
 
     Raises:
-        CheckpointError: there are none.
+        CheckpointError: there is no such file.
     """
     for name in (WEIGHTS, f"{WEIGHTS}.index.json", "diffusion_pytorch_model.bin"):
         if (folder / name).exists():
@@ -174,6 +176,7 @@ def weights_of(folder: Path) -> TensorSource:
 
 
 def _own_config(model: LDMConfig, weights: ModelWeights) -> dict[str, Any]:
+    """config.json of our own class."""
     levels = range(len(model.channel_mult))
     return {
         "_class_name": OWN_CLASS,
@@ -201,6 +204,11 @@ def _own_config(model: LDMConfig, weights: ModelWeights) -> dict[str, Any]:
 
 
 def _model_of_own(config: Mapping[str, Any]) -> LDMConfig:
+    """The inverse of `_own_config`.
+
+    Raises:
+        CheckpointError: a field is missing, or the fields make no model.
+    """
     try:
         width = config["conv_in_channels"]
         mults = tuple(w // width for w in config["block_out_channels"])
@@ -235,6 +243,7 @@ def _model_of_own(config: Mapping[str, Any]) -> LDMConfig:
 
 
 def _scheduler_config(discrete: DiscreteConfig) -> dict[str, Any]:
+    # One step of offset, as in LDM's own sampler, and the last step ends at alphas_cumprod = 1.
     return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": discrete.timesteps,
@@ -252,8 +261,8 @@ def _scheduler_config(discrete: DiscreteConfig) -> dict[str, Any]:
 def _read_scheduler(path: Path, options: ConvertOptions) -> DiscreteConfig:
     config = json_of(path)
     names = {theirs: ours for ours, theirs in _SCHEDULES.items()}
-    for field, wrong in (("rescale_betas_zero_snr", True), ("trained_betas", config.get("trained_betas") or object())):
-        if config.get(field) == wrong:
+    for field in ("rescale_betas_zero_snr", "trained_betas"):
+        if config.get(field):
             raise CheckpointError(
                 f"scheduler.{field}", "..." if field == "trained_betas" else True,
                 "makes a noise schedule that this package does not have", "Convert a model without it.",
@@ -285,14 +294,15 @@ def _read_autoencoder(
             f"{folder.name}/config.json", config.get("_class_name"), "is no autoencoder that this package has",
             "Convert the U-Net's folder alone.",
         )  # fmt: skip
-    said = [] if scale else ["scale factor of latents: the autoencoder's scaling_factor"]
+    assumptions = [] if scale else ["scale factor of latents: the autoencoder's scaling_factor"]
     scale = scale or config.get("scaling_factor", 0.18215)
     kind = "vq" if config["_class_name"] == "VQModel" else "kl"
     weights = AutoencoderWeights(config["_class_name"], config, weights_of(folder))
-    return AutoencoderConfig(kind=kind, path="autoencoder", scale_factor=scale), weights, said  # type: ignore[arg-type]
+    return AutoencoderConfig(kind=kind, path="autoencoder", scale_factor=scale), weights, assumptions  # type: ignore[arg-type]
 
 
 def _write_autoencoder(weights: ModelWeights, folder: Path, written: Written, metadata: Mapping[str, str]) -> bool:
+    """Write the autoencoder, if the model brings it, and add it to `written`; returns whether it does."""
     autoencoder = weights.autoencoder_weights
     if autoencoder is None:
         codec = weights.description.autoencoder
@@ -307,6 +317,7 @@ def _write_autoencoder(weights: ModelWeights, folder: Path, written: Written, me
 
 
 def _write_index(description: ModelDescription, folder: Path, unet_class: str, has_vae: bool) -> None:
+    """Write model_index.json, and the code that the pipeline needs beside diffusers."""
     codec = description.autoencoder
     own = unet_class == OWN_CLASS
     if own:
@@ -315,6 +326,7 @@ def _write_index(description: ModelDescription, folder: Path, unet_class: str, h
         "unet": [OWN_MODULE if own else "diffusers", unet_class],
         "scheduler": ["diffusers", "DDIMScheduler"],
     }
+    # diffusers' own pipeline has no classes, no autoencoder and no scale.
     pixels = codec.kind == "pixel" and codec.scale_factor == 1
     if unet_class == "UNet2DModel" and pixels and description.model.num_classes is None:
         index["_class_name"] = "DDIMPipeline"
@@ -331,10 +343,10 @@ def _write_index(description: ModelDescription, folder: Path, unet_class: str, h
 
 
 def json_of(path: Path) -> dict[str, Any]:
-    """A JSON file's content.
+    """Content of a JSON file.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: it is missing or no JSON.
     """
     try:
         content: dict[str, Any] = json.loads(path.read_text())

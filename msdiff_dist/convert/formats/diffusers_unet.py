@@ -1,7 +1,8 @@
 """diffusers' UNet2DModel and UNet2DConditionModel: configurations and key maps, both ways.
 
-Their up path is as wide as their down path, so they hold a unified model, or one stage, of equal widths. The model of
-`multistage_unet_2d.py`, which an export carries along, names its decoders `decoders.K.` and holds any other.
+The up path of these stock classes is as wide as their down path, so they hold a unified model, or one stage, whose
+decoder is as wide as its encoder. The class of `carried/multistage_unet_2d.py` holds any other model under the same
+names, with `decoders.K.` before those of decoder K.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ from msdiff_dist.convert.key_map import SAME, Layout, Rule, SplitQKV
 from msdiff_dist.errors import CheckpointError, ConfigError
 from msdiff_dist.models.ldm.config import LDMConfig
 
+# The classes of diffusers that this package's networks fit.
 STOCK = ("UNet2DModel", "UNet2DConditionModel")
+# Attention's layers: their names now, and before diffusers 0.15.
 _OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-_IRRELEVANT = {  # change no output: sizes and precision hints
+_IRRELEVANT = {  # fields of config.json that change no output in evaluation: sizes and hints about precision
     "sample_size", "num_train_timesteps", "upcast_attention", "dropout", "addition_embed_type_num_heads",
     "reverse_transformer_layers_per_block", "mid_block_only_cross_attention", "addition_time_embed_dim",
 }  # fmt: skip
 
 
 def stock_config(model: LDMConfig) -> dict[str, Any] | str:
-    """config.json of the stock class that computes the same, or why there is none."""
+    """config.json of the stock class that computes the same; if there is none, the reason, as a clause."""
     width, mults = model.encoder_width(0), model.channel_mult
     if model.num_stages > 1:
         return "it has several decoders"
@@ -49,6 +52,7 @@ def stock_config(model: LDMConfig) -> dict[str, Any] | str:
     if model.context_dim is not None:
         if model.resblock_updown:
             return "it resamples inside residual blocks, between blocks with context"
+        # What this class calls attention_head_dim is the number of heads.
         heads = model.num_heads or [max(1, width * m // (model.num_head_channels or 1)) for m in mults]
         return {
             "_class_name": "UNet2DConditionModel",
@@ -60,10 +64,12 @@ def stock_config(model: LDMConfig) -> dict[str, Any] | str:
             "transformer_layers_per_block": model.transformer_depth,
             "use_linear_projection": model.use_linear_in_transformer,
         }
+    # This class has one number of channels per head, at every width that has attention; None is one head of all
+    # channels.
     attended = {width * m for i, m in enumerate(mults) if down[i] or up[-1 - i]} | {width * mults[-1]}
     head_dims = {c // model.heads(c) for c in attended}
     if len(head_dims) > 1 and model.num_heads != 1:
-        return f"it has {model.num_heads} heads at every width, and the stock class one width of heads"
+        return f"it has {model.num_heads} heads at every width, and the stock class the same channels per head"
     kind = "Resnet{}sampleBlock2D" if model.resblock_updown else "{}Block2D"
     return {
         "_class_name": "UNet2DModel",
@@ -73,15 +79,16 @@ def stock_config(model: LDMConfig) -> dict[str, Any] | str:
         "downsample_type": "resnet" if model.resblock_updown else "conv",
         "upsample_type": "resnet" if model.resblock_updown else "conv",
         "attention_head_dim": None if model.num_heads == 1 else head_dims.pop(),
+        # Under scale and shift the stock class's middle attention has no norm unless this is set.
         "attn_norm_num_groups": model.norm_groups if model.use_scale_shift_norm else None,
     }
 
 
 def model_of_stock(config: Mapping[str, Any]) -> LDMConfig:
-    """Our configuration of a stock class's config.json.
+    """Our configuration of the network that a stock class's config.json describes.
 
     Raises:
-        CheckpointError: a field says something that our network does not do.
+        CheckpointError: a field asks for something that our network does not do.
     """
     full = {**_defaults(config["_class_name"]), **config}
     widths = _tuple(full["block_out_channels"])
@@ -118,6 +125,7 @@ def model_of_stock(config: Mapping[str, Any]) -> LDMConfig:
         raise CheckpointError(
             "unet/config.json", None, f"describes a network that cannot be built here ({e})", "Convert another."
         ) from None
+    # The configuration must give the same config.json again: a field that differs asks for something else.
     ours = stock_config(model)
     if isinstance(ours, str):
         raise _unsupported("unet/config.json", None, f"describes a network of which {ours}")
@@ -130,17 +138,18 @@ def model_of_stock(config: Mapping[str, Any]) -> LDMConfig:
 
 
 def diffusers_unet_rules(model: LDMConfig, own_class: bool = False, old_attention: bool = False) -> list[Rule]:
-    """Every parameter of ours (shared encoder) and its name in a diffusers U-Net.
+    """Rules for every parameter of our model, which must have a shared encoder, and a diffusers U-Net's.
 
     Args:
-        own_class: the names of `multistage_unet_2d.py`, with `decoders.K.` before those of the decoders.
-        old_attention: attention layers are called query, key, value, proj_attn, as diffusers before 0.15 did.
+        own_class: use the names of `carried/multistage_unet_2d.py`, with `decoders.K.` before those of decoder K.
+        old_attention: use the names of attention's layers before diffusers 0.15: query, key, value, proj_attn.
     """
     rules = list(_linear("shared.time_embed.0", "time_embedding.linear_1"))
     rules += _linear("shared.time_embed.2", "time_embedding.linear_2")
     rules += _linear("shared.input_blocks.0.0", "conv_in")
     if model.num_classes is not None:
         rules.append(Rule("shared.label_emb.weight", ("class_embedding.weight",)))
+    # Ours numbers blocks through, theirs level by level. In the encoder the last of a level's blocks resamples.
     per_level = model.num_res_blocks + 1
     for i, block in enumerate(model.down_blocks(0), start=1):
         level, j = divmod(i - 1, per_level)
@@ -219,12 +228,17 @@ def _transformer(model: LDMConfig, ours: str, theirs: str) -> Iterator[Rule]:
 
 
 def _plain_heads(full: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """Heads by number, or by channels each."""
+    """UNet2DModel's number of heads, or its channels per head."""
     per_head = full["attention_head_dim"]
     return (1, None) if per_head is None else (None, per_head)
 
 
 def _conditional_heads(full: Mapping[str, Any], widths: Sequence[int]) -> tuple[int | None, int | None]:
+    """UNet2DConditionModel's number of heads, or its channels per head.
+
+    Raises:
+        CheckpointError: neither is the same at all levels.
+    """
     # What this class calls attention_head_dim is the number of heads.
     heads = full["num_attention_heads"] or full["attention_head_dim"]
     if isinstance(heads, int):
@@ -233,11 +247,14 @@ def _conditional_heads(full: Mapping[str, Any], widths: Sequence[int]) -> tuple[
         return heads[0], None
     per_head = {w // h for w, h in zip(widths, heads, strict=True)}
     if len(per_head) > 1:
-        raise _unsupported("attention_head_dim", heads, "gives heads neither one number nor one width")
+        raise _unsupported(
+            "attention_head_dim", heads, "gives neither one number of heads nor one of channels per head"
+        )
     return None, per_head.pop()
 
 
 def _same_heads(name: str, full: Mapping[str, Any], expected: Mapping[str, Any], widths: Sequence[int]) -> bool:
+    """Whether a field about heads differs in writing alone: one number for all levels, or a list; one of two fields."""
     if name not in ("attention_head_dim", "num_attention_heads") or full["_class_name"] != "UNet2DConditionModel":
         return False
 
@@ -249,6 +266,7 @@ def _same_heads(name: str, full: Mapping[str, Any], expected: Mapping[str, Any],
 
 
 def _defaults(class_name: str) -> dict[str, Any]:
+    """Values of the fields that a config.json does not have."""
     import diffusers
 
     parameters = inspect.signature(getattr(diffusers, class_name).__init__).parameters
@@ -256,8 +274,9 @@ def _defaults(class_name: str) -> dict[str, Any]:
 
 
 def _tuple(value: Any) -> Any:
+    """A list as a tuple, for comparison: JSON has lists where the defaults are tuples."""
     return tuple(value) if isinstance(value, list) else value
 
 
 def _unsupported(field: str, value: Any, problem: str) -> CheckpointError:
-    return CheckpointError(field, value, problem, "This checkpoint cannot be converted exactly, so it is not.")
+    return CheckpointError(field, value, problem, "Convert another checkpoint: this one cannot be converted exactly.")

@@ -1,9 +1,11 @@
 """CompVis latent-diffusion checkpoints, and the official multi-stage code's, which differ in the decoders' names.
 
-model.diffusion_model.*     the U-Net; with the averaged weights as model_ema.* under names without dots
+model.diffusion_model.*     the U-Net
+model_ema.*                 its averaged weights, under the same names without their dots
 first_stage_model.*         the autoencoder
-cond_stage_model.*          what makes the context: an embedding of classes, or a text encoder
-betas ... scale_factor      tables of the noise schedule
+cond_stage_model.*          the source of context: an embedding of classes, or a text encoder
+betas, ...                  tables of the noise schedule
+scale_factor                the factor on latents
 """
 
 from __future__ import annotations
@@ -41,13 +43,15 @@ from msdiff_dist.models.attention import SelfAttentionBlock
 from msdiff_dist.models.autoencoder import AutoencoderConfig
 from msdiff_dist.models.ldm.config import LDMConfig
 
+# Beginnings of names in LDM's checkpoints.
 UNET, EMA, FIRST_STAGE, CONDITION = "model.diffusion_model.", "model_ema.", "first_stage_model.", "cond_stage_model."
 CLASS_TABLE = f"{CONDITION}embedding.weight"
 PAPER_BOUNDARIES = (442.0, 631.0)
+"""The multi-stage paper's boundaries for models with 1000 discrete timesteps."""
 
 
 class NullRow(Layout):
-    """A table of classes that has no row for the dropped class: ours gets one of zeros."""
+    """Theirs is a table of classes without a row for the dropped class; ours gets a row of zeros for it."""
 
     def to_ours(self, theirs: list[Tensor]) -> Tensor:
         return torch.cat([theirs[0], torch.zeros_like(theirs[0][:1])])
@@ -57,14 +61,19 @@ class NullRow(Layout):
 
 
 def decoder_names(num_stages: int, multistage: bool) -> list[DecoderNames]:
-    """How the decoders are called: LDM has one, the multi-stage code a list."""
+    """Names of the decoders, stage 0 first. LDM has one decoder, the multi-stage code (`multistage`) lists of them."""
     if not multistage:
         return [DecoderNames("output_blocks.", "out.")]
     return [DecoderNames(f"de_modules.{k}.", f"outs.{k}.") for k in range(num_stages)]
 
 
 def ldm_unet_rules(model: LDMConfig, multistage: bool, null_class: bool = True) -> list[Rule]:
-    """Every parameter of our model (with a shared encoder) and its name in a state dict of LDM's module."""
+    """Rules for every parameter of our model, which must have a shared encoder, and LDM's state dict.
+
+    Args:
+        multistage: use the names of the multi-stage code's decoders.
+        null_class: whether their table of classes has a row for the dropped class.
+    """
     decoders = decoder_names(model.num_stages, multistage)
     rules = []
     for name, layout in _layouts(empty_model(model)):
@@ -84,6 +93,7 @@ def ldm_unet_rules(model: LDMConfig, multistage: bool, null_class: bool = True) 
 
 
 def _layouts(model: nn.Module) -> Iterator[tuple[str, Layout]]:
+    """Every parameter's name and its layout in LDM, whose self-attention projects with convolutions over one axis."""
     pointwise = {
         f"{name}.{layer}.weight"
         for name, module in model.named_modules()
@@ -95,15 +105,15 @@ def _layouts(model: nn.Module) -> Iterator[tuple[str, Layout]]:
 
 
 def ema_name(key: str) -> str:
-    """Where LDM keeps the average of the parameter `model.diffusion_model...`: its dots are lost."""
+    """LDM's name of the average of the parameter `key`, which begins with `UNET`: the same without its dots."""
     return EMA + key.removeprefix("model.").replace(".", "")
 
 
 def read_ldm(source: TensorSource, options: ConvertOptions, multistage: bool = False) -> ModelWeights:
-    """A checkpoint of LDM, or of the official multi-stage LDM code, as our weights.
+    """A checkpoint of LDM, or of the official multi-stage LDM code (`multistage`), as our weights.
 
     Raises:
-        CheckpointError: it is of another family, incomplete, or has keys that nothing explains.
+        CheckpointError: it is of another format, incomplete, or has unexpected keys.
         ConfigError: the given configuration is unusable.
     """
     what = "official-ldm" if multistage else "ldm"
@@ -112,22 +122,23 @@ def read_ldm(source: TensorSource, options: ConvertOptions, multistage: bool = F
     source = _prefixed(source)
     keys = source.names()
     stages = len({k.removeprefix(UNET).split(".")[1] for k in keys if k.startswith(f"{UNET}de_modules.")})
-    sheet = LdmYaml.load(options.config) if options.config else None
-    model, assumed = _model(source, options, sheet, decoder_names(stages, multistage))
+    yaml_config = LdmYaml.load(options.config) if options.config else None
+    model, assumed = _inferred_model(source, options, yaml_config, decoder_names(stages, multistage))
 
+    # The network is read either from its last weights or from their averages, which have names of their own.
     raw_rules = ldm_unet_rules(model, multistage, options.null_class)
     use_ema = _use_ema(source, options, what)
     rules = _ema_rules(raw_rules) if use_ema else raw_rules
-    discrete, said = _schedule(source, options, sheet)
-    assumed += said
-    scale, said = _scale_factor(source, options, sheet, model)
-    assumed += said
+    discrete, assumptions = _schedule(source, options, yaml_config)
+    assumed += assumptions
+    scale, assumptions = _scale_factor(source, options, yaml_config, model)
+    assumed += assumptions
     boundaries: tuple[float, ...] = ()
     if multistage:
-        given = options.boundaries or (sheet.boundaries() if sheet and model.num_stages > 1 else None)
-        boundaries, said = given_boundaries(given, model.num_stages, PAPER_BOUNDARIES)
-        assumed += said
-    first_stage = read_first_stage(under(source, FIRST_STAGE), sheet.first_stage if sheet else {})
+        given = options.boundaries or (yaml_config.boundaries() if yaml_config and model.num_stages > 1 else None)
+        boundaries, assumptions = given_boundaries(given, model.num_stages, PAPER_BOUNDARIES)
+        assumed += assumptions
+    first_stage = read_first_stage(under(source, FIRST_STAGE), yaml_config.first_stage if yaml_config else {})
 
     used = {k: [r.ours] for r in rules for k in r.theirs}
     if first_stage:
@@ -142,7 +153,7 @@ def read_ldm(source: TensorSource, options: ConvertOptions, multistage: bool = F
         diffusion=DiffusionConfig(process="discrete", section=discrete),
         stages=StagesConfig(boundaries=boundaries),
         autoencoder=AutoencoderConfig(scale_factor=scale, **(first_stage.config_fields() if first_stage else {})),
-        sample_size=sheet.sample_size() if sheet else None,
+        sample_size=yaml_config.sample_size() if yaml_config else None,
         weights="ema" if use_ema else "raw",
     )
     return ModelWeights(
@@ -156,7 +167,13 @@ def read_ldm(source: TensorSource, options: ConvertOptions, multistage: bool = F
 
 
 def _left_out(source: TensorSource, rules: list[Rule], used: Mapping[str, object], use_ema: bool) -> dict[str, str]:
-    """Keys of LDM's that are not of the converted network, and why; what is not known to be so is not in it."""
+    """For each known key that is not converted, the reason. Unknown keys are not in it, so `check_complete` names them.
+
+    Args:
+        rules: those of the last weights.
+        used: the keys that are converted.
+        use_ema: whether the averages are converted.
+    """
     network = {k for r in rules for k in r.theirs}
     counters = {f"{EMA}decay", f"{EMA}num_updates"}
     reasons = {}
@@ -183,11 +200,11 @@ def write_ldm_file(
 ) -> Written:
     """Write our weights as LDM's state dict, in .safetensors or .ckpt.
 
-    It holds the U-Net (as last and as averaged weights, for LDM's samplers take the average, unless `raw` is asked
-    for), the schedule's tables, and the autoencoder if there is one.
+    It holds the U-Net, the schedule's tables, and the autoencoder if there is one. The U-Net is written twice, as last
+    and as averaged weights, because LDM's samplers take the averaged ones; with `options.weights` "raw" only as last.
 
     Raises:
-        CheckpointError: LDM has no such model, or the file is called neither way.
+        CheckpointError: LDM has no such model, or the file's suffix is neither.
     """
     model = _checked_model(weights, multistage)
     rules = ldm_unet_rules(model, multistage, options.null_class)
@@ -197,6 +214,7 @@ def write_ldm_file(
     names = {r.ours: list(r.theirs) for r in rules}
     added = dict.fromkeys([*tables.names(), "scale_factor"], "from the noise schedule and the autoencoder's scale")
     if options.weights != "raw":
+        # A table of classes stays outside the U-Net, and LDM does not average it.
         averaged = [r for r in _ema_rules(rules) if r.theirs[0].startswith(EMA)]
         counters = {f"{EMA}decay": torch.tensor(0.9999), f"{EMA}num_updates": torch.tensor(0, dtype=torch.int32)}
         parts += [TheirsFromOurs(weights.tensors, averaged), MemorySource(counters)]
@@ -211,6 +229,11 @@ def write_ldm_file(
 
 
 def _checked_model(weights: ModelWeights, multistage: bool) -> LDMConfig:
+    """The model's configuration, if LDM (or the multi-stage code) has such a model.
+
+    Raises:
+        CheckpointError: it does not; the error names the field that differs.
+    """
     model = ldm_model(weights, "LDM")
     if not model.share_encoder:
         raise CheckpointError(
@@ -247,18 +270,25 @@ def _prefixed(source: TensorSource) -> TensorSource:
 
 
 def _under_prefix(prefix: str, source: TensorSource) -> RenamedSource:
+    """The tensors of `source`, with `prefix` before their names."""
     return RenamedSource(source, {prefix + k: k for k in source.names()})
 
 
-def _model(
-    source: TensorSource, options: ConvertOptions, sheet: LdmYaml | None, decoders: Sequence[DecoderNames]
+def _inferred_model(
+    source: TensorSource, options: ConvertOptions, yaml_config: LdmYaml | None, decoders: Sequence[DecoderNames]
 ) -> tuple[LDMConfig, list[str]]:
+    """The configuration of the checkpoint's U-Net, and what was assumed for it.
+
+    Raises:
+        CheckpointError: the tensors are of another network than LDM's, or differ from the YAML.
+    """
     table = tuple(source.meta(CLASS_TABLE).shape) if CLASS_TABLE in source else None
-    given = options.heads() or (sheet.heads() if sheet else None)
+    given = options.heads() or (yaml_config.heads() if yaml_config else None)
     model, heads = infer_model(under(source, UNET), decoders, table, given)  # type: ignore[arg-type]
-    if sheet:
-        model = replace(model, legacy_attention_order=not sheet.unet.get("use_new_attention_order", False))
-        sheet.check(model)
+    if yaml_config:
+        model = replace(model, legacy_attention_order=not yaml_config.unet.get("use_new_attention_order", False))
+        yaml_config.check(model)
+    # `infer_model` takes the table's last row for the dropped class; here all its rows are classes.
     if model.num_classes is not None and not options.null_class:
         model = replace(model, num_classes=model.num_classes + 1)
     assumed = [] if given else [f"attention heads: {heads.why}"]
@@ -266,6 +296,7 @@ def _model(
 
 
 def _use_ema(source: TensorSource, options: ConvertOptions, what: str) -> bool:
+    """Whether to convert the averaged weights; they are asked for, or there and not declined."""
     present = any(k.startswith(EMA) for k in source.names())
     if options.weights == "ema" and not present:
         raise CheckpointError(
@@ -276,7 +307,11 @@ def _use_ema(source: TensorSource, options: ConvertOptions, what: str) -> bool:
 
 
 def _ema_rules(rules: list[Rule]) -> list[Rule]:
-    """The rules with every averaged parameter's key; parts that LDM does not average stay as they are."""
+    """The rules for the averages: those of the U-Net with the averages' names, others (a table of classes) unchanged.
+
+    Raises:
+        CheckpointError: two parameters' averages have one name.
+    """
     averaged = [replace(r, theirs=(ema_name(r.theirs[0]),)) if r.theirs[0].startswith(UNET) else r for r in rules]
     names = [k for r in averaged for k in r.theirs]
     if len(set(names)) != len(names):
@@ -288,11 +323,14 @@ def _ema_rules(rules: list[Rule]) -> list[Rule]:
     return averaged
 
 
-def _schedule(source: TensorSource, options: ConvertOptions, sheet: LdmYaml | None) -> tuple[DiscreteConfig, list[str]]:
+def _schedule(
+    source: TensorSource, options: ConvertOptions, yaml_config: LdmYaml | None
+) -> tuple[DiscreteConfig, list[str]]:
+    """The noise schedule and prediction, from the YAML, else from the tables; and what was assumed for them."""
     assumed = []
     prediction = options.prediction_type
-    if sheet is not None:
-        discrete = sheet.discrete(prediction)
+    if yaml_config is not None:
+        discrete = yaml_config.discrete(prediction)
     else:
         if prediction is None:
             assumed.append("prediction: epsilon; give --prediction v_prediction for a model trained so")
@@ -305,14 +343,15 @@ def _schedule(source: TensorSource, options: ConvertOptions, sheet: LdmYaml | No
 
 
 def _scale_factor(
-    source: TensorSource, options: ConvertOptions, sheet: LdmYaml | None, model: LDMConfig
+    source: TensorSource, options: ConvertOptions, yaml_config: LdmYaml | None, model: LDMConfig
 ) -> tuple[float, list[str]]:
+    """The factor on latents, and what was assumed for it. LDM stores it only where it measured it on its data."""
     if options.scale_factor is not None:
         return options.scale_factor, []
     if "scale_factor" in source:
         return float(source.read("scale_factor")), []
-    if sheet is not None:
-        return float(sheet.model.get("scale_factor", 1.0)), []
+    if yaml_config is not None:
+        return float(yaml_config.model.get("scale_factor", 1.0)), []
     if model.takes_context and model.in_channels == 4:
         return 0.18215, ["scale factor of latents: 0.18215, as in Stable Diffusion; give --scale-factor otherwise"]
     return 1.0, ["scale factor of latents: 1; give --scale-factor otherwise"]

@@ -1,4 +1,7 @@
-"""LDM's first stage and diffusers' AutoencoderKL and VQModel: the same networks under other names."""
+"""LDM's autoencoder (its "first stage") as diffusers' AutoencoderKL or VQModel, which are the same networks, and back.
+
+Here "ours" are diffusers' names and "theirs" LDM's.
+"""
 
 from __future__ import annotations
 
@@ -12,39 +15,44 @@ from msdiff_dist.convert.model_weights import AutoencoderWeights
 from msdiff_dist.convert.tensor_sources import TensorSource
 from msdiff_dist.errors import CheckpointError
 
+# Beginnings of names of tensors that the autoencoder does not use, and what they are.
 _NOT_WEIGHTS = {"loss.": "of the autoencoder's training loss", "colorize": "only shows segmentation maps"}
 
 
 @dataclass(frozen=True)
 class FirstStage:
-    """A converted first stage. used: source key -> diffusers' names."""
+    """A converted first stage."""
 
     weights: AutoencoderWeights
+    """The autoencoder as diffusers has it."""
     used: Mapping[str, list[str]]
+    """For each converted key of the source, diffusers' names."""
     left_out: Mapping[str, str]
+    """For each other key of the source, the reason why it is not converted."""
 
     def config_fields(self) -> dict[str, Any]:
-        """Fields of our AutoencoderConfig."""
+        """The fields of our AutoencoderConfig that the first stage decides."""
         kind: Literal["vq", "kl"] = "vq" if self.weights.class_name == "VQModel" else "kl"
         return {"kind": kind, "path": "autoencoder"}
 
 
-def read_first_stage(source: TensorSource, sheet: Mapping[str, Any]) -> FirstStage | None:
-    """An LDM first stage (prefix removed) as a diffusers autoencoder; None where there is none.
+def read_first_stage(source: TensorSource, config: Mapping[str, Any]) -> FirstStage | None:
+    """An LDM first stage as a diffusers autoencoder; None if the checkpoint has none.
 
     Args:
-        sheet: `first_stage_config` of LDM's YAML, for the image size, which no tensor tells.
+        source: its tensors, without the prefix `first_stage_model.`.
+        config: `first_stage_config` of LDM's YAML, for the image size, which no shape shows; may be empty.
 
     Raises:
-        CheckpointError: it is no AutoencoderKL or VQModel of LDM, or incomplete.
+        CheckpointError: it is no KL or VQ autoencoder of LDM, or incomplete.
     """
     keys = source.names()
-    left_out = {k: why for k in keys for start, why in _NOT_WEIGHTS.items() if k.startswith(start)}
+    left_out = {k: reason for k in keys for start, reason in _NOT_WEIGHTS.items() if k.startswith(start)}
     keys = [k for k in keys if k not in left_out]
     if not keys:
         return None
-    config = _infer(source, keys, sheet)
-    rules = list(_rules(config))
+    vae_config = _infer(source, keys, config)
+    rules = list(_rules(vae_config))
     wanted = {k for r in rules for k in r.theirs}
     for problem, names in (("is missing", wanted - set(keys)), ("has no place in it", set(keys) - wanted)):
         if names:
@@ -53,12 +61,12 @@ def read_first_stage(source: TensorSource, sheet: Mapping[str, Any]) -> FirstSta
                 "Remove first_stage_model.* from the checkpoint and name a diffusers autoencoder in the recipe.",
             )  # fmt: skip
     used = {k: [r.ours] for r in rules for k in r.theirs}
-    name = str(config["_class_name"])
-    return FirstStage(AutoencoderWeights(name, config, OursFromTheirs(source, rules)), used, left_out)
+    name = str(vae_config["_class_name"])
+    return FirstStage(AutoencoderWeights(name, vae_config, OursFromTheirs(source, rules)), used, left_out)
 
 
 def write_first_stage(weights: AutoencoderWeights) -> list[Rule]:
-    """How a diffusers autoencoder's tensors (ours, here) are LDM's, without the prefix.
+    """The rules for a diffusers autoencoder's tensors and LDM's, without the prefix `first_stage_model.`.
 
     Raises:
         CheckpointError: LDM has no such autoencoder.
@@ -73,14 +81,15 @@ def write_first_stage(weights: AutoencoderWeights) -> list[Rule]:
     return rules
 
 
-def _infer(source: TensorSource, keys: list[str], sheet: Mapping[str, Any]) -> dict[str, Any]:
+def _infer(source: TensorSource, keys: list[str], config: Mapping[str, Any]) -> dict[str, Any]:
+    """diffusers' config.json of the autoencoder, inferred from shapes."""
     shapes = {k: tuple(source.meta(k).shape) for k in keys}
     try:
         levels = _count(keys, r"encoder\.down\.(\d+)\.")
         widths = [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)]
         latent = shapes["decoder.conv_in.weight"][1]
         attention = [f"encoder.down.{i}.attn.0.q.weight" in shapes for i in range(levels)]
-        dd = (sheet.get("params") or {}).get("ddconfig") or {}
+        dd = (config.get("params") or {}).get("ddconfig") or {}
         common = {
             "in_channels": shapes["encoder.conv_in.weight"][1],
             "out_channels": shapes["decoder.conv_out.weight"][0],
@@ -97,6 +106,7 @@ def _infer(source: TensorSource, keys: list[str], sheet: Mapping[str, Any]) -> d
         if "quantize.embedding.weight" in shapes:
             number, width = shapes["quantize.embedding.weight"]
             return {"_class_name": "VQModel", **common, "num_vq_embeddings": number, "vq_embed_dim": width}
+        # A KL encoder gives a mean and a logarithm of the variance for each latent channel.
         if shapes["quant_conv.weight"][:2] != (2 * latent, 2 * latent):
             raise CheckpointError(
                 "first_stage_model.quant_conv.weight", shapes["quant_conv.weight"],
@@ -112,7 +122,7 @@ def _infer(source: TensorSource, keys: list[str], sheet: Mapping[str, Any]) -> d
 
 
 def _rules(config: Mapping[str, Any]) -> Iterator[Rule]:
-    """Ours are diffusers' names, theirs LDM's."""
+    """The rules for the autoencoder of diffusers' `config`."""
     levels, blocks = len(config["block_out_channels"]), config["layers_per_block"]
     widths = list(config["block_out_channels"])
     for side in ("encoder", "decoder"):
@@ -130,6 +140,7 @@ def _rules(config: Mapping[str, Any]) -> Iterator[Rule]:
         if i < levels - 1:
             yield from _pair(f"encoder.down_blocks.{i}.downsamplers.0.conv", f"encoder.down.{i}.downsample.conv")
         channels = width
+    # diffusers numbers the decoder's levels in the order of use, LDM by resolution; `channels` still is the deepest's.
     for i, width in enumerate(reversed(widths)):
         attends, theirs = config["up_block_types"][i].startswith("Attn"), f"decoder.up.{levels - 1 - i}"
         yield from _level(f"decoder.up_blocks.{i}", theirs, blocks + 1, channels != width, attends)
@@ -169,6 +180,11 @@ def _pair(ours: str, theirs: str) -> Iterator[Rule]:
 
 
 def _count(keys: list[str], pattern: str) -> int:
+    """How many different numbers the pattern's group matches in the keys.
+
+    Raises:
+        KeyError: none; it holds the name that a first one would have.
+    """
     found = {m[1] for k in keys if (m := re.match(pattern, k))}
     if not found:
         raise KeyError(pattern.replace("\\", "").replace("(d+)", "0"))

@@ -1,4 +1,4 @@
-"""The official multi-stage EDM code, and EDM's own DDPM++: state dicts saved from its pickles.
+"""State dicts of the official multi-stage EDM code, and of EDM's own DDPM++ networks (2206.00364).
 
 model.enc.RESxRES_conv, _blockI, _down        encoder
 model.decs.K.RESxRES_in0, _in1, _blockI, _up, _aux_norm, _aux_conv    decoder K; model.dec. of a unified model
@@ -39,6 +39,8 @@ from msdiff_dist.models.song.config import SongConfig
 
 PREFIX = "model."
 PAPER_BOUNDARIES = (2.5103, 7.6577)
+"""The multi-stage paper's boundaries in sigma."""
+# Layers of a residual block: our names and theirs.
 _BLOCK = {
     "in_norm": "norm0", "in_conv": "conv0", "emb": "affine", "out_norm": "norm1", "out_conv": "conv1", "skip": "skip",
     "attention.norm": "norm2",
@@ -46,10 +48,14 @@ _BLOCK = {
 
 
 class InterleavedQKV(Layout):
-    """Queries, keys and values channel by channel, as a pointwise convolution; ours one after the other."""
+    """Theirs, a pointwise convolution, has q, k and v of channel 0, then of channel 1, ...; ours all q, all k, all v.
+
+    Theirs is [3 C, C, 1, 1] or a bias [3 C], with rows as [C, 3]; ours is [3 C, C] or [3 C], with rows as [3, C].
+    """
 
     def to_ours(self, theirs: list[Tensor]) -> Tensor:
         (joint,) = theirs
+        # [3 C, ...] as [C, 3, ...] becomes [3, C, ...]; the last step also drops the kernel's axes of size 1.
         out: Tensor = joint.unflatten(0, (-1, 3)).transpose(0, 1).reshape(joint.shape[0], *joint.shape[1:2])
         return out
 
@@ -62,12 +68,12 @@ def read_edm(source: TensorSource, options: ConvertOptions) -> ModelWeights:
     """A state dict of the EDM code as our weights.
 
     Raises:
-        CheckpointError: it is of another network, incomplete, or has keys that nothing explains.
+        CheckpointError: it is of another network, incomplete, or has unexpected keys.
     """
     refuse_other_formats(source.names(), "official-edm")
     if options.weights == "raw":
         raise CheckpointError(
-            "--weights", "raw", "EDM's network pickles hold the averaged weights only", "Leave --weights out."
+            "--weights", "raw", "EDM's network pickles hold the averaged weights only", "Remove --weights."
         )
     if not any(k.startswith(PREFIX) for k in source.names()):
         source = RenamedSource(source, {PREFIX + k: k for k in source.names()})
@@ -84,10 +90,11 @@ def read_edm(source: TensorSource, options: ConvertOptions) -> ModelWeights:
     model, size = _infer(source, groups)
     multistage = any(k.startswith(f"{PREFIX}decs.") for k in names)
     rules = edm_rules(model, size, multistage)
+    # Every resampling layer stores its filter, which this package's network has as a constant.
     filters = {k: "the fixed filter of resampling" for k in names if k.endswith("resample_filter")}
     check_filters(source, list(filters))
     check_complete(source, rules, filters, dict(empty_model(model).named_parameters()), "official-edm")
-    boundaries, said = given_boundaries(options.boundaries, model.num_stages, PAPER_BOUNDARIES)
+    boundaries, assumptions = given_boundaries(options.boundaries, model.num_stages, PAPER_BOUNDARIES)
     description = ModelDescription(
         model=model,
         diffusion=DiffusionConfig(process="edm", section=EDMConfig()),
@@ -100,7 +107,7 @@ def read_edm(source: TensorSource, options: ConvertOptions) -> ModelWeights:
         tensors=OursFromTheirs(source, rules),
         used={k: [r.ours] for r in rules for k in r.theirs},
         left_out={**source.left_out, **filters},
-        assumed=[*assumed, *said],
+        assumed=[*assumed, *assumptions],
     )
 
 
@@ -108,7 +115,7 @@ def write_edm(weights: ModelWeights, path: Path, metadata: Mapping[str, str]) ->
     """Write our weights as a state dict of the EDM code.
 
     Raises:
-        CheckpointError: it has no such network.
+        CheckpointError: the EDM code has no such network, or the model's image size is unknown.
     """
     model = checked_song(weights, "ddpmpp", "edm")
     size = weights.description.sample_size
@@ -129,7 +136,12 @@ def write_edm(weights: ModelWeights, path: Path, metadata: Mapping[str, str]) ->
 
 
 def edm_rules(model: SongConfig, size: int, multistage: bool) -> list[Rule]:
-    """Every parameter of our model and its name in EDM's."""
+    """Rules for every parameter of our model and EDM's.
+
+    Args:
+        size: height and width of the network's input, which is part of their names.
+        multistage: whether the decoders are a list, `decs.K.`; else the one decoder is `dec.`.
+    """
     rules = [*_pair("shared.time_embed.0", "map_layer0"), *_pair("shared.time_embed.2", "map_layer1")]
     if model.num_classes is not None:
         rules += _pair("shared.label_emb", "map_label")
@@ -162,13 +174,18 @@ def edm_rules(model: SongConfig, size: int, multistage: bool) -> list[Rule]:
 
 
 def check_filters(source: TensorSource, names: list[str]) -> None:
-    """Raise unless every resampling filter is the box of DDPM++."""
+    """Raise unless every resampling filter is the box of DDPM++, [1, 1] / 2 along each axis.
+
+    Raises:
+        CheckpointError: naming the first that is not.
+    """
     for name in names:
         if not torch.equal(source.read(name).float(), torch.full((1, 1, 2, 2), 0.25)):
             raise CheckpointError(name, None, "is another filter than DDPM++'s box [1, 1]", "Convert a DDPM++ network.")
 
 
 def _block(ours: str, theirs: str, attends: bool, skip: bool) -> Iterator[Rule]:
+    """Rules for a residual block, which may have attention and a convolution on its skip path."""
     for our, their in _BLOCK.items():
         if (our != "skip" or skip) and (our != "attention.norm" or attends):
             yield from _pair(f"{ours}.{our}", f"{theirs}.{their}")
@@ -185,10 +202,12 @@ def _pair(ours: str, theirs: str) -> Iterator[Rule]:
 
 
 def _infer(source: TensorSource, groups: int) -> tuple[SongConfig, int]:
+    """The configuration, inferred from names and shapes, and the size of the network's input."""
     shapes = {k.removeprefix(PREFIX): tuple(source.meta(k).shape) for k in source.names()}
     with recognising("official-edm", "DDPM++ network of the EDM code"):
         size = next(int(m[1]) for k in shapes if (m := re.fullmatch(r"enc\.(\d+)x\d+_conv\.weight", k)))
         width, in_channels = shapes[f"enc.{size}x{size}_conv.weight"][:2]
+        # Resolutions of the levels, and the number of blocks in the first; the ranges are longer than any network's.
         at = [size >> i for i in range(16) if f"enc.{size >> i}x{size >> i}_block0.conv0.weight" in shapes]
         blocks = sum(f"enc.{size}x{size}_block{j}.conv0.weight" in shapes for j in range(1000))
         mults = [shapes[f"enc.{r}x{r}_block0.conv0.weight"][0] // width for r in at]

@@ -1,4 +1,4 @@
-"""The official multi-stage score_sde code's checkpoints: NCSN++ on the VP-SDE, modules by number.
+"""Checkpoints of the official multi-stage score_sde code: NCSN++ on the VP-SDE (2011.13456), with numbered modules.
 
 model.en_modules.N    time embedding (0, 1), first convolution (2), residual blocks, attention, pyramid, middle
 model.de_modules.K.N  decoder K: residual blocks, attention, norm, convolution
@@ -37,7 +37,10 @@ from msdiff_dist.export.description import ModelDescription
 from msdiff_dist.models.song.config import SongConfig
 
 PAPER_BOUNDARIES = (0.442, 0.6308)
+"""The multi-stage paper's boundaries in t."""
 BUFFERS = ("sigmas",)
+"""Tensors of the state dict that are no parameters, so that the list of averages does not count them."""
+# Layers of a residual block: our names and theirs.
 _BLOCK = {
     "in_norm": "GroupNorm_0", "in_conv": "Conv_0", "emb": "Dense_0", "out_norm": "GroupNorm_1", "out_conv": "Conv_1",
     "skip": "Conv_2",
@@ -45,7 +48,7 @@ _BLOCK = {
 
 
 class Transposed(Layout):
-    """Our linear layers' matrices one after the other; theirs each on its own, and transposed."""
+    """Ours [n C, C] is n matrices one below the other; theirs are n matrices [C, C], each transposed: x W, not W x."""
 
     def to_ours(self, theirs: list[Tensor]) -> Tensor:
         return torch.cat([t.t() for t in theirs])
@@ -55,7 +58,7 @@ class Transposed(Layout):
 
 
 class Joined(Layout):
-    """Our three biases in one."""
+    """Ours [3 C] are three biases one after the other; theirs are three of [C]."""
 
     def to_ours(self, theirs: list[Tensor]) -> Tensor:
         return torch.cat(theirs)
@@ -68,7 +71,7 @@ def read_scoresde(path: Path, options: ConvertOptions) -> ModelWeights:
     """A checkpoint, or a state dict, of the score_sde code as our weights.
 
     Raises:
-        CheckpointError: it is of another network, incomplete, or has keys that nothing explains.
+        CheckpointError: it is of another network, incomplete, or has unexpected keys.
     """
     source, averaged = _opened(path, options)
     refuse_other_formats(source.names(), "official-scoresde")
@@ -78,7 +81,7 @@ def read_scoresde(path: Path, options: ConvertOptions) -> ModelWeights:
     rules = scoresde_rules(model, unified)
     left_out = {**source.left_out, **{k: "not used by this network" for k in BUFFERS if k in source}}
     check_complete(source, rules, left_out, dict(empty_model(model).named_parameters()), "official-scoresde")
-    boundaries, said = given_boundaries(options.boundaries, model.num_stages, PAPER_BOUNDARIES)
+    boundaries, assumptions = given_boundaries(options.boundaries, model.num_stages, PAPER_BOUNDARIES)
     description = ModelDescription(
         model=model,
         diffusion=DiffusionConfig(process="vp", section=VPConfig()),
@@ -90,7 +93,7 @@ def read_scoresde(path: Path, options: ConvertOptions) -> ModelWeights:
         tensors=OursFromTheirs(source, rules),
         used={k: [r.ours] for r in rules for k in r.theirs},
         left_out=left_out,
-        assumed=[*assumed, *said],
+        assumed=[*assumed, *assumptions],
     )
 
 
@@ -98,7 +101,7 @@ def write_scoresde(weights: ModelWeights, path: Path, metadata: Mapping[str, str
     """Write our weights as a state dict of the score_sde code.
 
     Raises:
-        CheckpointError: it has no such network.
+        CheckpointError: the score_sde code has no such network.
     """
     model = checked_song(weights, "ncsnpp_vp", "vp")
     if model.num_classes is not None or model.augment_labels:
@@ -113,7 +116,11 @@ def write_scoresde(weights: ModelWeights, path: Path, metadata: Mapping[str, str
 
 
 def scoresde_rules(model: SongConfig, unified: bool) -> list[Rule]:
-    """Every parameter of our model and its name in the score_sde code: modules are numbered in the order of use."""
+    """Rules for every parameter of our model and the score_sde code's, whose modules are numbered in the order of use.
+
+    Args:
+        unified: whether all modules are in one list, `all_modules`.
+    """
     encoder = _Numbered("all_modules." if unified else "en_modules.")
     rules = [*_pair("shared.time_embed.0", encoder.next()), *_pair("shared.time_embed.2", encoder.next())]
     rules += _pair("shared.conv_in", encoder.next())
@@ -141,6 +148,8 @@ def scoresde_rules(model: SongConfig, unified: bool) -> list[Rule]:
 
 
 class _Numbered:
+    """Names of the modules of a list, one after the other."""
+
     def __init__(self, prefix: str) -> None:
         self._prefix, self._number = prefix, -1
 
@@ -150,6 +159,7 @@ class _Numbered:
 
 
 def _block(ours: str, modules: _Numbered, attends: bool, skip: bool) -> Iterator[Rule]:
+    """Rules for a residual block and, if it `attends`, for the attention, which is the next module."""
     theirs = modules.next()
     for our, their in _BLOCK.items():
         if our != "skip" or skip:
@@ -169,7 +179,11 @@ def _pair(ours: str, theirs: str) -> Iterator[Rule]:
 
 
 def _opened(path: Path, options: ConvertOptions) -> tuple[TensorSource, bool]:
-    """The asked weights under their names without `module.`, and whether they are averages."""
+    """The weights that `options.weights` asks for, under names without `module.`, and whether they are averages.
+
+    Raises:
+        CheckpointError: averages are asked for and there are none, or the file cannot be read.
+    """
     source = open_source(path)
     averages = _averages(path, source)
     if averages is None and options.weights == "ema":
@@ -186,7 +200,11 @@ def _opened(path: Path, options: ConvertOptions) -> tuple[TensorSource, bool]:
 
 
 def _averages(path: Path, source: TensorSource) -> dict[str, Tensor] | None:
-    """Averages by name: the list follows the order of the parameters."""
+    """The averages by name; None if the checkpoint has none. They are a list in the order of the parameters.
+
+    Raises:
+        CheckpointError: the list does not fit the parameters' shapes.
+    """
     content: Any = load_pickle(path) if path.suffix in PICKLES else {}
     shadow = (content.get("ema") or {}).get("shadow_params") if isinstance(content.get("ema"), Mapping) else None
     if shadow is None:
@@ -202,6 +220,7 @@ def _averages(path: Path, source: TensorSource) -> dict[str, Tensor] | None:
 
 
 def _infer(source: TensorSource, groups: int) -> SongConfig:
+    """The configuration, inferred from names and shapes."""
     shapes = {k: tuple(source.meta(k).shape) for k in source.names()}
     unified = any(k.startswith("all_modules.") for k in shapes)
     base = "all_modules." if unified else "en_modules."
@@ -229,6 +248,7 @@ def _infer(source: TensorSource, groups: int) -> SongConfig:
 
 
 def _decoders(shapes: Mapping[str, tuple[int, ...]], unified: bool) -> list[str]:
+    """Prefixes of the lists whose last module is a decoder's last convolution, stage 0 first."""
     if unified:
         return ["all_modules."]
     return [f"de_modules.{k}." for k in range(len({k.split(".")[1] for k in shapes if k.startswith("de_modules.")}))]
