@@ -89,13 +89,13 @@ def given_boundaries(
     Raises:
         CheckpointError: none are given and the number of stages is not the paper's, or their number does not fit.
     """
-    if num_stages == 1 and not given:
+    if num_stages == 1:
+        if given:
+            raise CheckpointError("--boundaries", given, "the checkpoint has one stage", "Remove --boundaries.")
         return (), []
     if given is None and num_stages == len(paper) + 1:
         listed = " and ".join(f"{b:g}" for b in paper)
         return paper, [f"stage boundaries: {listed}, the paper's; give --boundaries otherwise"]
-    if num_stages == 1:
-        raise CheckpointError("--boundaries", given, "the checkpoint has one stage", "Remove --boundaries.")
     if given is None or len(given) != num_stages - 1:
         raise CheckpointError(
             "--boundaries", given, f"the checkpoint has {num_stages} stages",

@@ -217,6 +217,7 @@ class MultistageUNet2DModel(ModelMixin, ConfigMixin):
             attentions = [blocks.attention(out) for _ in resnets] if down_block_attention[i] else []
             last = i == len(block_out_channels) - 1
             self.down_blocks.append(Level(resnets, attentions, None if last else blocks.down(out), "downsamplers"))
+            # Every residual block and every halving gives a skip; the last level is not halved.
             skips += [out] * (layers_per_block if last else layers_per_block + 1)
             channels = out
         self.mid_block = MiddleBlock(blocks, channels)

@@ -145,7 +145,7 @@ def read_ldm(source: TensorSource, options: ConvertOptions, multistage: bool = F
         used |= {FIRST_STAGE + k: [f"autoencoder/{name}" for name in names] for k, names in first_stage.used.items()}
     left_out = {**source.left_out, **redundant_tables(source, discrete), **_left_out(source, raw_rules, used, use_ema)}
     if first_stage:
-        left_out |= {FIRST_STAGE + k: why for k, why in first_stage.left_out.items()}
+        left_out |= {FIRST_STAGE + k: reason for k, reason in first_stage.left_out.items()}
     shapes = dict(empty_model(model).named_parameters())
     check_complete(source, rules, {*left_out, *used}, shapes, what)
     description = ModelDescription(

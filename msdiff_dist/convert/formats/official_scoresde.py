@@ -124,7 +124,7 @@ def scoresde_rules(model: SongConfig, unified: bool) -> list[Rule]:
     encoder = _Numbered("all_modules." if unified else "en_modules.")
     rules = [*_pair("shared.time_embed.0", encoder.next()), *_pair("shared.time_embed.2", encoder.next())]
     rules += _pair("shared.conv_in", encoder.next())
-    steps = 0
+    steps = 0  # of the input pyramid, whose convolution follows each block that halves the resolution
     for i, block in enumerate(model.down_blocks(0)):
         attends = not block.resamples and block.downsampling in model.attention_downsamples
         skip = block.resamples or block.in_channels != block.out_channels
@@ -209,6 +209,7 @@ def _averages(path: Path, source: TensorSource) -> dict[str, Tensor] | None:
     shadow = (content.get("ema") or {}).get("shadow_params") if isinstance(content.get("ema"), Mapping) else None
     if shadow is None:
         return None
+    # The list has no names. Only as many averages as parameters, of the same shapes in the same order, can be paired.
     names = [k for k in source.names() if k.removeprefix("module.") not in BUFFERS]
     shapes = [tuple(source.meta(k).shape) for k in names]
     if shapes != [tuple(t.shape) for t in shadow]:
