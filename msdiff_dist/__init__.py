@@ -14,6 +14,6 @@ __version__ = "0.1.0"
 
 def load_model(path: Path | str, ema: bool = True) -> TimedModel:
     """A trained model on the CPU: see `msdiff_dist.export.timed_model.load_model`."""
-    from msdiff_dist.export import timed_model  # torch is imported when a model is
+    from msdiff_dist.export import timed_model  # here, so that importing the package does not import torch
 
     return timed_model.load_model(path, ema)

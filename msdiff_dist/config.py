@@ -1,4 +1,14 @@
-"""Strict dataclass <-> mapping machinery. Each dataclass lives beside the code it configures; this file knows none."""
+"""Configuration dataclasses from plain YAML data and back, strictly: a wrong field is an error that names it.
+
+Each dataclass lives beside the code that it configures; this file knows none of them. A field's type says what is
+accepted, and besides Python's own types there are
+
+- `Annotated[str, TABLE]`: one of the names in a table;
+- `Annotated[Base, Variant(...)]`: one of several dataclasses, chosen by a name among its own fields;
+- a field with the metadata of `section_of`: a section that is named after what another field chooses.
+
+OmegaConf's structured configurations know neither the last two, nor messages that name a remedy.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +28,17 @@ from msdiff_dist.registry import Table
 T = TypeVar("T")
 
 RENAMED = {"zero_stage": "zero_decoders"}
-"""Fields by names that they had in earlier versions."""
+"""Today's names of fields by the names that they had in earlier versions."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """`Annotated[Base, Variant(TABLE, "family", "ldm")]`: the `config` of the entry that its own field `family` names.
+    """Marks a type that is one of several dataclasses: `Annotated[Base, Variant(TABLE, "family", "ldm")]`.
 
-    Without that field it is the entry `default`'s. A table's entries have the attribute `config`, a dataclass.
+    Attributes:
+        table: its entries have the attribute `config`, a dataclass.
+        named_by: the field of that dataclass that names the entry.
+        default: the entry that is meant where that field is missing.
     """
 
     table: Table[Any]
@@ -33,7 +46,11 @@ class Variant:
     default: str
 
     def chosen(self, mapping: Any, path: str) -> Any:
-        """The dataclass that a mapping means."""
+        """The dataclass to build from a mapping at the dotted `path`.
+
+        Raises:
+            ConfigError: the table has no entry of that name.
+        """
         name = mapping.get(self.named_by, self.default) if isinstance(mapping, Mapping) else self.default
         field = _join(path, self.named_by)
         return self.table.choose(field, _convert(str, name, field)).config
@@ -41,6 +58,8 @@ class Variant:
 
 @dataclass(frozen=True)
 class _Section:
+    """What `section_of` says of a field."""
+
     table: Table[Any]
     named_by: str
 
@@ -48,7 +67,8 @@ class _Section:
 def section_of(table: Table[Any], named_by: str) -> dict[str, _Section]:
     """Metadata of a dataclass field that is written as a section under the name that the field `named_by` holds.
 
-    It is the `config` of that entry of the table, or None. Sections of other entries are refused, unless they are null.
+    With `process: vp`, for example, the section is called `vp`. The field holds the `config` of that entry of the
+    table, or None if the section is missing. Sections of other entries are refused, unless they are null.
     """
     return {"section": _Section(table, named_by)}
 
@@ -58,11 +78,14 @@ def from_mapping(cls: type[T], mapping: Any, path: str = "") -> T: ...
 @overload
 def from_mapping(cls: Any, mapping: Any, path: str = "") -> Any: ...
 def from_mapping(cls: Any, mapping: Any, path: str = "") -> Any:
-    """Build dataclass `cls` from plain YAML data.
+    """Build the dataclass `cls`, which may be a `Variant`, from plain YAML data.
 
-    Unknown keys, missing keys and wrong types raise `ConfigError` with the dotted path of the field; a dataclass's own
-    `__post_init__` may raise `ConfigError` with a field relative to itself, and the path is put before it. `cls`, or
-    the type of a field, may be one of several dataclasses: a `Variant`.
+    Args:
+        path: dotted path of the mapping in the recipe, for errors.
+
+    Raises:
+        ConfigError: a key is unknown or missing, a value has the wrong type, or the dataclass's `__post_init__` refuses
+            a value. The error names the dotted path of the field; `__post_init__` names fields relative to itself.
     """
     if get_origin(cls) is Annotated:
         return _convert(cls, mapping, path)
@@ -98,16 +121,16 @@ def from_mapping(cls: Any, mapping: Any, path: str = "") -> Any:
 
 
 def with_current_names(mapping: Any) -> Any:
-    """Plain data in which the fields of `RENAMED` have the names of today: what an earlier version wrote."""
+    """Plain data that an earlier version may have written, with the fields of `RENAMED` under today's names."""
     if isinstance(mapping, Mapping):
         return {RENAMED.get(key, key): with_current_names(value) for key, value in mapping.items()}
     return mapping
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """What the string under each field of a configuration dataclass says of it; inherited fields too.
+    """The documentation of a configuration dataclass's fields, inherited ones included: the string under each field.
 
-    Python keeps no such strings, so they are read from the source.
+    Python does not keep these strings, so they are read from the source.
     """
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
@@ -141,7 +164,7 @@ def chosen(value: Any, is_variant: bool = False) -> Any:
     """As `to_mapping`, without the fields that have their default.
 
     Args:
-        is_variant: the dataclass is one of several: the names that tell them apart stay.
+        is_variant: the dataclass is one of several; fields that name which one are kept, whatever they hold.
     """
     if not dataclasses.is_dataclass(value):
         return to_mapping(value)
@@ -154,11 +177,13 @@ def chosen(value: Any, is_variant: bool = False) -> Any:
 
 
 def _is_variant(hint: Any) -> bool:
+    """Whether a field of this type holds one of several dataclasses: a `Variant` or a union."""
     args = get_args(hint)
     return any(isinstance(arg, Variant) for arg in args) or sum(map(dataclasses.is_dataclass, args)) > 1
 
 
 def _is_name(hint: Any) -> bool:
+    """Whether a field of this type holds a name out of a list."""
     return get_origin(hint) is Literal or any(isinstance(arg, Table) for arg in get_args(hint))
 
 
@@ -192,6 +217,7 @@ def _sections(cls: Any) -> Iterator[tuple[str, _Section]]:
 
 
 def _written_name(value: Any, f: dataclasses.Field[Any]) -> str:
+    """The key under which a field is written: that of a section is what its naming field holds."""
     section = _section(f)
     return f.name if section is None else getattr(value, section.named_by)
 
@@ -211,6 +237,7 @@ def _join(path: str, name: str) -> str:
 
 
 def _convert(hint: Any, value: Any, field: str) -> Any:
+    """`value` as the type `hint`, checked in depth; `field` is its dotted path, for errors."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
@@ -253,6 +280,8 @@ def _convert_union(args: tuple[Any, ...], value: Any, field: str) -> Any:
     if value is None and type(None) in args:
         return None
     choices = [a for a in args if a is not type(None)]
+    # The first type that fits wins. If none does, an error from inside the value (a field of a mapping, an entry of a
+    # list) explains more than one that says the value as a whole has the wrong type.
     errors = []
     for arg in choices:
         try:
@@ -265,7 +294,7 @@ def _convert_union(args: tuple[Any, ...], value: Any, field: str) -> Any:
 
 
 def _convert_scalar(hint: Any, value: Any, field: str) -> Any:
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):  # bool is a subclass of int
         return float(value)
     if hint is type(None) and value is None:
         return None

@@ -1,4 +1,4 @@
-"""One exception family. `UserError` is the reader's to fix and ends the command with exit status 2."""
+"""The package's exceptions. A `UserError` is the user's to mend and ends a command with exit status 2."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class MsdiffError(Exception):
 
 
 class UserError(MsdiffError):
-    """Bad input: names the field, its value, what is wrong and how to cure it.
+    """Bad input: the error names the field, its value, what is wrong and what to do.
 
     Args:
         field: dotted recipe field, command-line option or file (`stages.boundaries`, `--nproc`).
@@ -26,11 +26,12 @@ class UserError(MsdiffError):
         super().__init__(f"{field} = {value!r}: {problem}. {remedy}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.field, self.value, self.problem, self.remedy), self.__dict__  # crosses processes
+        # Exceptions pickle by `args`, the message alone. These cross processes, so all four are passed, and notes too.
+        return type(self), (self.field, self.value, self.problem, self.remedy), self.__dict__
 
 
 class ConfigError(UserError):
-    """A recipe or a part of one does not make sense."""
+    """A field of a recipe, or an option of a command, has a wrong value or contradicts another."""
 
 
 class DataError(UserError):
@@ -38,7 +39,7 @@ class DataError(UserError):
 
 
 class PlacementError(UserError):
-    """The stages cannot be placed on the asked ranks."""
+    """The stages cannot be placed on the given number of ranks."""
 
 
 class RunFolderError(UserError):
@@ -46,7 +47,7 @@ class RunFolderError(UserError):
 
 
 class CheckpointError(UserError):
-    """A checkpoint cannot be written, read or used here."""
+    """A checkpoint or other file of weights cannot be written, read or used."""
 
 
 class TrainingError(MsdiffError):

@@ -1,12 +1,12 @@
 """Counter-based random numbers, and everything that one training step draws.
 
-A value depends on (seed, purpose, counters), not on rank, worker or order of calls. What a step draws has two
-coordinates, both the same on any number of ranks:
+A value depends on (seed, purpose, counters), not on rank, worker or order of calls. What a step draws is addressed in
+one of two ways, both the same on any number of ranks:
 
-- `batch`, the number of the global batch from 0, and a sample's `index` in it: stage, time, noise, augmentation and
-  dropped conditions, which are drawn anew whenever a sample is trained on;
-- `g`, the number of a sample in the stream from 0 (batch * global batch size + index): what belongs to reading it, so
-  that loader workers can draw it: mirroring, and the autoencoder's posterior.
+- by `batch`, the number of the global batch from 0, and a sample's `index` in it: stage, time, noise, augmentation and
+  dropped conditions;
+- by `g`, the number of a sample in the stream from 0 (batch * global batch size + index): what loader workers draw when
+  they read a sample, which are mirroring and the autoencoder's posterior.
 
 Optimizer step n, counted from 1, trains on global batch n - 1. Steps are counted from 1 everywhere else.
 """
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _WORD = 2**64
-_FLIPS = 1024  # coins of one generator: making one costs more than drawing a thousand numbers from it
+_FLIPS = 1024  # coins per generator: to make a generator costs more than to draw a thousand numbers from it
 Ints = NDArray[np.int64]
 
 
@@ -41,21 +41,22 @@ def generator(seed: int, purpose: str, *counters: int) -> np.random.Generator:
 
 @functools.cache
 def _hash(purpose: str) -> int:
+    """64 bits of BLAKE2b. Python's own `hash` of text differs between processes."""
     return int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little")
 
 
 def stage_order(seed: int, batch: int, batch_size: int) -> Ints:
-    """Permutation [batch_size] that mixes a global batch's samples, sorted by stage, among its indices."""
+    """Permutation [batch_size] that gives the samples of a global batch, sorted by stage, their indices in it."""
     return generator(seed, "stage", batch).permutation(batch_size)
 
 
 def time_uniforms(seed: int, batch: int, batch_size: int) -> NDArray[np.float64]:
-    """Uniforms in [0, 1) [batch_size] that become times inside each sample's stage."""
+    """Uniform numbers in [0, 1), [batch_size], that become times within each sample's stage."""
     return generator(seed, "time", batch).random(batch_size)
 
 
 def noise(seed: int, batch: int, index_n: Ints, shape: Sequence[int]) -> Tensor:
-    """Standard normal noise [n, *shape] in float32 of the samples with these indices in the global batch."""
+    """Standard normal noise, float32 [n, *shape], for the samples with these indices in the global batch."""
     out = np.empty((len(index_n), *shape), np.float32)
     for row, index in zip(out, index_n.tolist(), strict=True):
         generator(seed, "noise", batch, index).standard_normal(out=row, dtype=np.float32)
@@ -63,28 +64,30 @@ def noise(seed: int, batch: int, index_n: Ints, shape: Sequence[int]) -> Tensor:
 
 
 def dropped_conditions(seed: int, batch: int, index_n: Ints, probability: float) -> Tensor:
-    """Whether the condition of each sample is dropped, bool [n]."""
+    """Whether the condition of each sample is dropped, bool [n], for the samples with these indices."""
     if len(index_n) == 0:
         return torch.zeros(0, dtype=torch.bool)
+    # One stream per batch, of which sample i takes number i: the numbers up to the largest index are drawn.
     uniform_n = generator(seed, "condition dropout", batch).random(index_n.max() + 1)[index_n]
     return torch.from_numpy(uniform_n < probability)
 
 
 def augmentation(seed: int, batch: int, index: int) -> np.random.Generator:
-    """The generator of one sample's augmentation."""
+    """Generator for one sample's augmentation."""
     return generator(seed, "augmentation", batch, index)
 
 
 def module_seed(seed: int, batch: int, first_index: int) -> int:
     """Seed of torch's own generator for the dropout layers of a micro batch whose first sample has `first_index`.
 
-    The masks are the same when the step is taken again on as many ranks, and others on other numbers of ranks.
+    The masks are the same if a resumed run takes the step again on as many ranks. On another number of ranks they
+    differ, because torch draws them for a rank's whole batch.
     """
     return int(generator(seed, "dropout", batch, first_index).integers(2**63))
 
 
 def flips(seed: int, g_n: Ints) -> NDArray[np.bool_]:
-    """Whether each sample of the stream is mirrored, [n]."""
+    """Whether each sample of the stream is mirrored, bool [n]."""
     return np.array([_coins(seed, g // _FLIPS)[g % _FLIPS] for g in g_n.tolist()])
 
 
@@ -94,6 +97,6 @@ def _coins(seed: int, block: int) -> NDArray[np.bool_]:
 
 
 def posterior_noise(seed: int, g_n: Ints, shape: Sequence[int]) -> NDArray[np.float32]:
-    """Standard normal noise [n, *shape] that draws each sample's latent from the autoencoder's posterior."""
+    """Standard normal noise, [n, *shape], with which each sample's latent is drawn from the autoencoder's posterior."""
     draws = [generator(seed, "posterior", g).standard_normal(tuple(shape), dtype=np.float32) for g in g_n.tolist()]
     return np.stack(draws)

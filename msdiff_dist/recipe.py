@@ -1,4 +1,7 @@
-"""The recipe: every part's own dataclass in one YAML file, checked as a whole before anything starts."""
+"""The recipe: one YAML file with a section for each configuration dataclass, checked as a whole before anything starts.
+
+Each dataclass checks its own fields; this file checks what fields of different sections must have in common.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ from msdiff_dist.training.sinks import MetricsConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One training run in full. Only `apps`, `launch` and `cli` see it whole."""
+    """One training run in full. Only `apps`, `launch` and `cli` import it; other code is given single sections."""
 
     name: str
     """Name of the run: its default folder is `runs/NAME`."""
@@ -71,7 +74,7 @@ class Recipe:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """[C, H, W] of what the diffusion sees."""
+        """[C, H, W] of what the diffusion model works on."""
         shape = self.data.x_shape
         return self.autoencoder.latent_shape(shape[0], shape[1]) if self.data.kind == "image" else shape
 
@@ -80,7 +83,7 @@ class Recipe:
         return build_process(self.diffusion)
 
     def partition(self) -> StagePartition:
-        """The stages in the process's own time."""
+        """The stages, in the process's own time."""
         return build_partition(self.stages, self.process())
 
 
@@ -97,7 +100,8 @@ def read_mapping(path: Path, overrides: Sequence[str], field: str = "RECIPE") ->
     """The content of a YAML file with dotted overrides applied, as plain data.
 
     Raises:
-        ConfigError: the file, which the command line calls `field`, is missing or not YAML, or an override is none.
+        ConfigError: the file is missing or not YAML, or an override is not of the form key=value. `field` is what the
+            command line calls the file.
     """
     if not path.is_file():
         raise ConfigError(field, str(path), "no such file", _where_to_get(path))
@@ -117,6 +121,7 @@ def read_mapping(path: Path, overrides: Sequence[str], field: str = "RECIPE") ->
 
 
 def _where_to_get(path: Path) -> str:
+    """The remedy for a recipe file that does not exist."""
     command = where_to_get(path)
     if command:
         return f"`{command}` writes it."
@@ -126,13 +131,17 @@ def _where_to_get(path: Path) -> str:
 
 
 def recipe_from(mapping: Any) -> Recipe:
-    """A recipe from plain YAML data; what it lists under `extensions` is imported first."""
+    """A recipe from plain YAML data. The modules under `extensions` are imported first: they may add names to tables.
+
+    Raises:
+        ConfigError: a field is unknown, missing, mistyped or contradictory, or an extension cannot be imported.
+    """
     import_extensions(mapping)
     return from_mapping(Recipe, mapping)
 
 
 def stored_recipe(mapping: Any) -> Recipe:
-    """A recipe that a run folder or a checkpoint holds, perhaps written by an earlier version."""
+    """A recipe from a run folder or checkpoint, which an earlier version may have written."""
     return recipe_from(with_current_names(mapping))
 
 
@@ -197,7 +206,8 @@ def _check_augmentation(recipe: Recipe) -> None:
     if described != AUGMENT_LABELS:
         taking = [n for n, family in FAMILIES.items() if "augment_labels" in family.config.__dataclass_fields__]
         remedy = f"Set it to {AUGMENT_LABELS}, with family {' or '.join(taking)}; others take no augmentation."
-        raise ConfigError("model.augment_labels", described, "the network must be told of the augmentation", remedy)
+        problem = "the network must take the description of the augmentation as an input"
+        raise ConfigError("model.augment_labels", described, problem, remedy)
     if recipe.data.kind == "latent" or recipe.autoencoder.kind != "pixel":
         raise ConfigError(
             "augmentation.probability", recipe.augmentation.probability,

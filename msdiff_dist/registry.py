@@ -1,7 +1,7 @@
-"""Tables of what a name in a recipe or on the command line stands for, and how other packages add to them.
+"""Tables from names in recipes or on the command line to what they stand for, and how other packages add to them.
 
-Another package adds at import, `TABLE.add("name", entry)`, in a module that a recipe lists under `extensions`, or that
-an installed package declares as an entry point of the group `msdiff_dist.extensions`.
+Another package calls `TABLE.add("name", entry)` when a module of it is imported. A recipe lists the module under
+`extensions`, or an installed package declares it as an entry point of the group `msdiff_dist.extensions`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from msdiff_dist.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
 GROUP = "msdiff_dist.extensions"
+"""Group of entry points by which installed packages name modules that add to tables."""
 
 
 class Table(Mapping[str, T]):
-    """Entries of one kind by name, in the order of the help and of error messages.
+    """Entries of one kind by name, in the order in which help and error messages list them.
 
-    `Annotated[str, TABLE]` types a recipe field that holds one of the names. Looking something up first imports what
-    installed packages declare; `add` does not, so that they can add.
+    `Annotated[str, TABLE]` is the type of a recipe field that holds one of the names. Every access imports the modules
+    that installed packages declare, once; `add` does not, so that those modules can call it.
 
     Args:
         kind: what an entry is, in the singular, for messages.
@@ -46,7 +47,7 @@ class Table(Mapping[str, T]):
         """The entry that `field` asks for.
 
         Raises:
-            ConfigError: there is none of this name; it lists those that there are.
+            ConfigError: there is none of this name; the error names the choices.
         """
         if name not in self:
             raise ConfigError(field, name, "is not one of the choices", did_you_mean(name, self))
@@ -64,7 +65,7 @@ class Table(Mapping[str, T]):
         _import_installed()
         return len(self._entries)
 
-    # A table is itself alone, not its content: so it can stand in type hints, which are hashed.
+    # A table is equal to itself only, whatever it holds. So it can be hashed, as type hints are.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 

@@ -17,12 +17,20 @@ _KINDS: dict[Literal["recipe", "ablation", "cluster"], str] = {
     "ablation": "recipes/ablations",
     "cluster": "slurm",
 }
+# Where a shipped file names another, as in `recipes/quickstart.yaml`, `slurm/gpu.yaml` or `../quickstart.yaml`.
 _MENTION = re.compile(r"(?P<folder>recipes/(?:ablations/)?|slurm/|\.\./)(?P<file>\w+\.(?:yaml|json))")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shipped:
-    """A file that comes along. name: `quickstart`, `ablations/cifar10_full`, `slurm/gpu`. description: one line."""
+    """A file that comes with the package.
+
+    Attributes:
+        name: what `msdiff init` calls it: `quickstart`, `ablations/cifar10_full`, `slurm/gpu`.
+        kind: what it is.
+        path: the file.
+        description: its first line, a comment.
+    """
 
     name: str
     kind: Literal["recipe", "ablation", "cluster"]
@@ -32,7 +40,7 @@ class Shipped:
 
 @dataclass(frozen=True)
 class Copied:
-    """Files that `copy_shipped` wrote, and those it found there and kept."""
+    """Files that `copy_shipped` wrote, and files that it found in their place and kept."""
 
     written: list[Path]
     kept: list[Path]
@@ -48,10 +56,10 @@ def shipped_files() -> list[Shipped]:
 
 
 def find_shipped(name: str) -> Shipped:
-    """The file of a name; `ablations/` and `slurm/` may be left away.
+    """The shipped file of a name, with or without `ablations/` or `slurm/`.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none of this name.
     """
     known = {file.name: file for file in shipped_files()}
     found = known.get(name) or {file.path.stem: file for file in known.values()}.get(name)
@@ -61,7 +69,7 @@ def find_shipped(name: str) -> Shipped:
 
 
 def where_to_get(path: Path) -> str | None:
-    """The command that writes a shipped file to `path`, where its name is that of one."""
+    """The command that writes a shipped file to `path`; None if no shipped file has this name."""
     for file in shipped_files():
         if file.path.stem == path.stem and path.suffix in ("", ".yaml"):
             out = "" if str(path) in (path.stem, file.path.name) else f" --out {path}"
@@ -70,12 +78,15 @@ def where_to_get(path: Path) -> str | None:
 
 
 def copy_shipped(name: str, out: Path | None = None) -> Copied:
-    """Write a shipped file to `out` (default: its own name, here) and beside it the files it names.
+    """Write a shipped file to `out`, and beside it the files that it names, and those that these name.
 
-    In the copies every such name is the path of the copy. What exists beside it is kept as it is.
+    In the copies every such name is the path of the copy. Files that exist beside `out` are kept as they are.
+
+    Args:
+        out: None: the file's own name, in the working directory.
 
     Raises:
-        ConfigError: there is no file of that name, or `out` exists.
+        ConfigError: there is no shipped file of that name, or `out` exists.
     """
     first = find_shipped(name).path
     out = out or Path(first.name)
@@ -95,13 +106,13 @@ def copy_shipped(name: str, out: Path | None = None) -> Copied:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise if there is a file already: nothing that a user may have edited is overwritten."""
+    """Raise ConfigError if `out` exists: nothing that a user may have edited is overwritten."""
     if out.exists():
         raise ConfigError("--out", str(out), "exists already", "Name another file with --out.")
 
 
 def _folder(name: str) -> Path:
-    """Inside an installed package; in a checkout, beside the package."""
+    """A folder of shipped files: inside an installed package; in a checkout, beside the package."""
     inside = _PACKAGE / name
     return inside if inside.is_dir() else _PACKAGE.parent / name
 
@@ -116,7 +127,7 @@ def _description(path: Path) -> str:
 
 
 def _mentions(source: Path) -> Iterator[tuple[re.Match[str], Path]]:
-    """Where a shipped file names others, or itself. `../` is relative to the file itself, as ablation files have it."""
+    """Where a shipped file names others, or itself, and which. A name with `../` is relative to an ablation file."""
     for match in _MENTION.finditer(source.read_text()):
         folder = "recipes" if match["folder"] == "../" else match["folder"].rstrip("/")
         path = _folder(folder) / match["file"]
@@ -130,6 +141,7 @@ def _named_in(source: Path) -> list[Path]:
 
 def _pointing_to_copies(source: Path, targets: dict[Path, Path]) -> str:
     text = source.read_text()
+    # From the end, so that the places of the earlier names stay valid.
     for match, path in reversed(list(_mentions(source))):
         copy = targets[path].name if match["folder"] == "../" else str(targets[path])
         text = text[: match.start()] + copy + text[match.end() :]

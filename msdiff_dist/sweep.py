@@ -1,4 +1,4 @@
-"""Sweeps: one recipe, many changes to it, a run for each."""
+"""Sweeps: one recipe, many changes to it, and a run for each change."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from msdiff_dist.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """A sweep file. It is told from a recipe by its field `recipe`.
+    """A sweep file. Its field `recipe` distinguishes it from a recipe.
 
-    recipe: path of the recipe, relative to the sweep file.
-    grid: dotted recipe fields and the values each takes; every combination is a run.
-    runs: further runs, each a mapping of dotted recipe fields to values.
-    max_parallel: runs at the same time (None: the cluster file's).
+    Attributes:
+        recipe: path of the recipe, relative to the sweep file.
+        grid: dotted recipe fields and the values that each takes; every combination is a run.
+        runs: further runs, each a mapping of dotted recipe fields to values.
+        max_parallel: how many runs may run at the same time; None: what the cluster file says.
     """
 
     recipe: str
@@ -42,13 +43,17 @@ class SweepConfig:
 
     @property
     def changes(self) -> list[dict[str, Any]]:
-        """The recipe fields each run changes."""
+        """For each run, the dotted recipe fields that it changes and their values."""
         combinations = itertools.product(*self.grid.values()) if self.grid else ()
         return [*(dict(zip(self.grid, values, strict=True)) for values in combinations), *self.runs]
 
 
 def load_sweep(path: Path) -> SweepConfig | None:
-    """The sweep in a YAML file, None if the file is something else (a recipe, or no readable YAML)."""
+    """The sweep in a YAML file; None if the file is missing, not YAML, or something else, such as a recipe.
+
+    Raises:
+        ConfigError: it is a sweep with a wrong field.
+    """
     if not path.is_file():
         return None
     try:

@@ -1,4 +1,4 @@
-"""The one helper of all multi-process tests: run a function on several gloo ranks of this machine."""
+"""For tests with several processes: run a function on several ranks of this machine, joined by gloo."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from msdiff_dist.distributed.spawn import run_ranks
 def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
     """Call `fn(rank, *args)` on `world_size` fresh processes joined by gloo and return their results in rank order.
 
-    The default process group exists inside `fn`, and each rank computes with one thread; all else is `run_ranks`.
+    The default process group exists inside `fn`, and each rank computes with one thread. Errors are those of
+    `run_ranks`.
+
+    Args:
+        timeout: seconds, for all of it and for every collective.
     """
     env = {"OMP_NUM_THREADS": "1"}
     return run_ranks(_with_group, world_size, fn, args, timeout, preload=PRELOAD, env=env, timeout=timeout)

@@ -1,1 +1,1 @@
-"""The step, the loop and what a run keeps."""
+"""One run's training: its data feed, its step, its averages, and its folder."""

@@ -1,4 +1,4 @@
-"""What a recipe says about its training."""
+"""The recipe section `train`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from msdiff_dist.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long and in what portions to train.
+    """How long to train, with which batch sizes and in which precision.
 
-    With both batch sizes, global = micro x ranks x accumulation must hold.
+    If both batch sizes are given, global = micro x ranks x accumulation must hold.
     """
 
     steps: int

@@ -1,4 +1,8 @@
-"""Moving averages of the weights, kept element by element on the ZeRO shards: no gather, no full copy."""
+"""Moving averages of the weights, kept element by element on the ZeRO shards: no rank gathers the whole model.
+
+LDM's and EDM's averages have a fixed decay or half-life after a warm-up (Karras et al. 2022). EDM2's power-function
+averages have a length relative to the training so far (Karras et al. 2024, section 3).
+"""
 
 from __future__ import annotations
 
@@ -61,10 +65,16 @@ class EmaConfig:
             )
 
     def decay_at(self, update: int, batch_size: int) -> float:
-        """Decay of the `update`-th update, counted from 1, of training with `batch_size` images per step."""
+        """Share of the average that update number `update`, counted from 1, keeps.
+
+        Args:
+            batch_size: images per step.
+        """
         if self.halflife_images is not None:
             halflife = self.halflife_images
             if self.warmup:
+                # EDM takes the images seen before this step. At the first step none were seen: no decay, the average
+                # becomes the weights.
                 halflife = min(halflife, self.warmup_ratio * (update - 1) * batch_size)
             return 0.5 ** (batch_size / halflife) if halflife else 0.0
         decay = 0.9999 if self.decay is None else self.decay
@@ -72,10 +82,15 @@ class EmaConfig:
 
 
 class ShardedEma:
-    """The averages of every fp32 shard on this rank.
+    """The averages of every fp32 shard on this rank, beginning with copies of the weights.
 
-    `averages[kind][prefix][i]` averages `state[prefix].flats()[i]`, prefixes as in `StageParallelEngines.state`. Kinds
-    are `ema` and, for each of the config's further lengths, that of `kind_of`.
+    Args:
+        state: fp32 shards by prefix of the parameter names, as `StageParallelEngines.state` returns them.
+        batch_size: the global batch size.
+
+    Attributes:
+        averages: `averages[kind][prefix][i]` is the average of `state[prefix].flats()[i]`. Kinds are `ema` and, for
+            each length of `ema.power`, `kind_of(length)`.
     """
 
     def __init__(self, config: EmaConfig, state: Mapping[str, ShardedState], batch_size: int) -> None:
@@ -88,7 +103,9 @@ class ShardedEma:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Average in the weights after optimizer step number `step`, counted from 1."""
+        """Take the weights after optimizer step number `step`, counted from 1, into every average."""
+        # The new weights' share in each average. A power average of t steps has (t^(g + 1) - (t - 1)^(g + 1)) /
+        # t^(g + 1) of the last one, which is 1 - (1 - 1 / t)^(g + 1).
         weights = {"ema": 1 - self._config.decay_at(step, self._batch_size)}
         weights |= {kind: 1 - (1 - 1 / step) ** (gamma + 1) for kind, gamma in self._exponents.items()}
         for kind, weight in weights.items():

@@ -1,4 +1,8 @@
-"""The samples this rank trains on: read in its lanes, routed to the ranks of their stages, one micro batch ahead."""
+"""The samples that this rank trains on, one micro batch after another.
+
+A rank reads the samples of its lanes. The router takes each to a rank of its stage. The exchange of the next micro
+batch runs while the current one is computed.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +25,13 @@ from msdiff_dist.distributed.router import Assignment, PendingBatch, RoutedBatch
 class MicroBatch:
     """One micro batch of this rank, sorted by stage, then by index.
 
-    batch: number of the global batch, from 0. samples: as routed. t_n: times in the process's own variable. rows: each
-    held stage's rows. corruption: what this rank met for the first time while it read the global batch, with the first
-    of its micro batches.
+    Attributes:
+        batch: number of the global batch, from 0.
+        samples: the samples that were routed to this rank.
+        t_n: time of each sample, in the process's own variable.
+        rows: the rows of each held stage.
+        corruption: corrupt shards and samples that this rank met for the first time while it read the global batch;
+            they come with the first of its micro batches.
     """
 
     batch: int
@@ -35,7 +43,7 @@ class MicroBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class _Exchange:
-    """One micro batch on its way."""
+    """One micro batch whose samples are being exchanged."""
 
     batch: int
     draw: StepDraw
@@ -45,18 +53,21 @@ class _Exchange:
 
 @dataclass
 class FeedSeconds:
-    """Seconds spent waiting since last read: for the loader (data) and for the exchange (routing)."""
+    """Seconds spent waiting for the loader (`data`), and spent on exchanges or waiting for them (`routing`)."""
 
     data: float = 0.0
     routing: float = 0.0
 
 
 class Feed:
-    """Gives the micro batches of one global batch after another; while one is computed the next is on its way.
+    """Gives the micro batches of one global batch after another; while one is computed the next is exchanged.
+
+    Collective: every rank asks for the same micro batches in the same order.
 
     Args:
+        seed: seed of stages and times.
         accumulation: micro batches per global batch.
-        start_batch: number of the first global batch, from 0: as many steps are done.
+        start_batch: number of the first global batch, from 0, which is the number of steps done before.
     """
 
     def __init__(
@@ -67,7 +78,8 @@ class Feed:
         self._micro_batches = self._arrivals()
         self.seconds = FeedSeconds()
         self._under_way: PendingBatch | None = None
-        self._read: dict[int, StepSamples] = {}  # of the global batch computed and the one read ahead
+        # What this rank read, by number of the global batch: of the one being computed, and of the one read ahead.
+        self._read: dict[int, StepSamples] = {}
 
     def take_seconds(self) -> FeedSeconds:
         """Seconds waited since the last call."""
@@ -79,12 +91,20 @@ class Feed:
         return itertools.islice(self._micro_batches, self._accumulation)
 
     def keys_of(self, batch: int, indices: Collection[int]) -> dict[int, str]:
-        """Keys, by index in the global batch, of those samples of a recent one that this rank read."""
+        """Keys, by index, of the samples that this rank read of the global batch now computed or the one read ahead.
+
+        Args:
+            indices: the wanted indices in the global batch.
+        """
         read = self._read[batch]
         return {i: key for i, key in zip(read.index_n.tolist(), read.keys, strict=True) if i in indices}
 
     def close(self, finish: bool = True) -> None:
-        """End the loader's workers, and finish the exchange under way unless the other ranks may be gone."""
+        """End the loader's workers.
+
+        Args:
+            finish: wait for the exchange under way; not if the other ranks may be gone.
+        """
         if self._under_way and finish:
             self._under_way.wait()
         self._under_way = None
@@ -114,7 +134,7 @@ class Feed:
             current = following
 
     def _exchanges(self) -> Iterator[_Exchange]:
-        """Start one exchange per micro batch, as far ahead as they are asked for."""
+        """Start the exchanges of one micro batch after another, each when it is asked for."""
         for batch in itertools.count(self._start_batch):
             start = time.perf_counter()
             samples: StepSamples = next(self._loader)
@@ -137,5 +157,6 @@ class Feed:
 
 
 def _stage_rows(stage_n: np.ndarray) -> dict[int, slice]:
+    """The rows of each stage, given the ascending stages of the rows."""
     stages, starts, counts = np.unique(stage_n, return_index=True, return_counts=True)
     return {int(k): slice(int(s), int(s + n)) for k, s, n in zip(stages, starts, counts, strict=True)}

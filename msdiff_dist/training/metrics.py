@@ -1,4 +1,7 @@
-"""What is measured of every step. A new metric is a field of `StepMetrics`, filled by `Meter`; every sink takes it."""
+"""What is measured of every step.
+
+A new metric is a field of `StepMetrics` that `Meter` fills; all sinks then write it.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,21 @@ from typing import Any
 from msdiff_dist.data.corruption import Corruption
 
 LOSS_WINDOW = 100
+"""Steps over which the training loss is smoothed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepOutcome:
-    """What every rank knows after a step.
+    """What every rank knows after a step; all but `seconds` is the same on every rank.
 
-    loss: over the global batch. loss_per_stage: mean of each stage. grad_norm: global, before clipping. stop_requested:
-    some rank was asked to stop. busy_W: each rank's seconds of forward computation. corruption: shards and samples met
-    by some rank, and before by none. seconds: wall time on this rank: waiting for `data` and for `routing`, `compute`,
-    `optimizer`.
+    Attributes:
+        loss: the objective over the global batch.
+        loss_per_stage: mean loss of each stage's samples, before importance weights.
+        grad_norm: norm of the gradient of the whole model, before clipping.
+        stop_requested: whether some rank was asked to stop.
+        busy_W: each rank's seconds of forward computation.
+        corruption: corrupt shards and samples that some rank met in this step and none before.
+        seconds: wall time on this rank by activity: `data` and `routing` (waiting for them), `compute` and `optimizer`.
     """
 
     loss: float
@@ -30,19 +38,27 @@ class StepOutcome:
 
     @property
     def balance(self) -> float:
-        """Mean over max of the ranks' busy time."""
+        """Mean over maximum of the ranks' busy time, in (0, 1]."""
         return sum(self.busy_W) / len(self.busy_W) / max(self.busy_W)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """One line of metrics.jsonl.
+    """One line of metrics.jsonl, whose keys are these names.
 
-    step: optimizer steps done, counted from 1. loss: the objective over the global batch. loss_per_stage: mean over
-    each stage's samples, before importance weights. grad_norm: global, before clipping. seconds: wall time of the step
-    on rank 0 by part; `checkpoint`: how long training stood still for a checkpoint before this step. balance: mean over
-    max of the ranks' busy time. petaflops: 1e15 floating-point operations of all steps so far, forward and backward.
-    corrupt: shards and samples left out since the command was given, each counted once.
+    Attributes:
+        step: number of the optimizer step, counted from 1.
+        loss: the objective over the global batch.
+        loss_per_stage: mean loss of each stage's samples, before importance weights.
+        grad_norm: norm of the gradient of the whole model, before clipping.
+        lr: learning rate of the step.
+        images_seen: samples trained on so far, this step included.
+        images_per_second: samples per second of wall time on rank 0.
+        seconds: wall time on rank 0 by activity, as in `StepOutcome`; `checkpoint` is the time for which training stood
+            still for a checkpoint before this step.
+        balance: mean over maximum of the ranks' busy time.
+        petaflops: 1e15 floating-point operations of all steps so far, forward and backward.
+        damaged: corrupt shards and samples skipped since this start of the run, each counted once.
     """
 
     step: int
@@ -58,7 +74,7 @@ class StepMetrics:
     damaged: int
 
     def scalars(self) -> dict[str, float]:
-        """Every number in it by a name of its own: `loss`, `loss_per_stage/0`, `seconds/data`."""
+        """Every number by a name of its own: `loss`, `loss_per_stage/0`, `seconds/data`."""
         found: dict[str, float] = {}
         for field in fields(self):
             _flatten(field.name, getattr(self, field.name), found)
@@ -66,6 +82,7 @@ class StepMetrics:
 
 
 def _flatten(name: str, value: Any, into: dict[str, float]) -> None:
+    """Add the numbers in `value` to `into`, under `name` and the keys or indices that lead to them."""
     if isinstance(value, dict):
         for key, item in value.items():
             _flatten(f"{name}/{key}", item, into)
@@ -80,14 +97,17 @@ class Meter:
     """Makes each step's metrics from its outcome, and keeps what adds up over steps.
 
     Args:
-        step_petaflops: of one step of the whole job, forward and backward.
+        batch_size: the global batch size.
+        step_petaflops: 1e15 floating-point operations of one step of the whole job, forward and backward.
+
+    Attributes:
+        saving: seconds for which training stood still for the checkpoint after the last step.
     """
 
     def __init__(self, batch_size: int, step_petaflops: float) -> None:
         self._batch_size, self._step_petaflops = batch_size, step_petaflops
         self._corrupt = 0
         self.saving = 0.0
-        """Seconds that training stood still for the checkpoint after the last step."""
 
     def measure(self, step: int, outcome: StepOutcome, lr: float, elapsed: float) -> StepMetrics:
         """Metrics of `step`, counted from 1, which took `elapsed` seconds."""
@@ -110,7 +130,10 @@ class Meter:
 
 @dataclass
 class LossAverage:
-    """The training loss, smoothed over about `LOSS_WINDOW` steps; the plain mean of the first ones."""
+    """The training loss, smoothed over about `LOSS_WINDOW` steps: their plain mean at first, then an exponential one.
+
+    `value` is None before the first step.
+    """
 
     value: float | None = None
 

@@ -19,7 +19,7 @@ class Optimizer:
     """An optimizer that a recipe can name.
 
     Args:
-        build: (parameters, configuration, whether to take fused kernels) to a torch optimizer.
+        build: makes a torch optimizer of (parameters, configuration, whether to use fused kernels).
         moments: fp32 numbers that it keeps for each parameter, for the plan's estimate of memory.
     """
 
@@ -87,7 +87,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LrScheduleConfig:
-    """Linear warm-up over `warmup_steps`, then constant, or a cosine from 1 to `final_fraction` at the last step."""
+    """Linear warm-up over `warmup_steps`, then constant, or a cosine that falls to `final_fraction` at the end."""
 
     kind: Literal["constant", "cosine"] = "constant"
     """What follows the warm-up."""
@@ -108,6 +108,7 @@ class LrScheduleConfig:
             return step / self.warmup_steps
         if self.kind == "constant":
             return 1.0
+        # The cosine begins at the first step after the warm-up, which has the full rate.
         progress = min(1.0, (step - 1 - self.warmup_steps) / max(1, total_steps - self.warmup_steps))
         return self.final_fraction + (1 - self.final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
 

@@ -1,4 +1,7 @@
-"""Being asked to stop: a signal sets a flag, the ranks agree on it at a step boundary."""
+"""Requests to stop: a signal sets a flag on one rank, and the ranks agree on it in the reduction of the next step.
+
+An exception from the handler would come at different places on different ranks, and leave some waiting in a collective.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,11 @@ from typing import Any
 
 
 class StopRequest:
-    """A flag raised by SIGTERM, SIGINT or SIGUSR2. `requested_at` is the time of the first signal, or None."""
+    """A flag that SIGTERM, SIGINT and SIGUSR2 set while its `with` block runs.
+
+    Attributes:
+        requested_at: time (`time.time`) of the first signal; None before one.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 

@@ -1,6 +1,7 @@
-"""From routed samples to what the network is called with: latents, augmentation, noise, dropped conditions.
+"""From routed samples to the network's inputs: latents, augmentation, noise, dropped conditions.
 
-All that is drawn at random comes from `randomness`, by the number of the global batch and each sample's index in it.
+All random numbers come from `randomness`, by the number of the global batch and each sample's index in it. So they do
+not depend on the rank.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from msdiff_dist.training.feed import MicroBatch
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """What samples are conditioned on, and how often they are not (for classifier-free guidance).
+    """How conditions are dropped, which trains the unconditional model of classifier-free guidance.
 
-    dropout: probability of training a sample without its class and caption. null_label: the class that stands for "no
-    class", None without classes. null_context_TC: the context that stands for "no caption"; None: zeros.
+    Attributes:
+        dropout: probability of training a sample without its class and caption.
+        null_label: the class that stands for "no class"; None for data without classes.
+        null_context_TC: the context that stands for "no caption"; None: zeros.
     """
 
     dropout: float = 0.0
@@ -30,7 +33,7 @@ class Conditioning:
     null_context_TC: Tensor | None = None
 
     def drop(self, label_n: Tensor | None, context_nTC: Tensor | None, dropped_n: Tensor) -> tuple[Tensor | None, ...]:
-        """(label_n, context_nTC) with the conditions of the samples where `dropped_n` replaced by their nulls."""
+        """(label_n, context_nTC) in which the samples where `dropped_n` is true have null conditions."""
         if label_n is not None and self.null_label is not None:
             label_n = label_n.masked_fill(dropped_n, self.null_label)
         if context_nTC is not None:
@@ -43,7 +46,10 @@ class Conditioning:
 class PreparedBatch:
     """A micro batch ready for the engines.
 
-    inputs: of the shared encoder: x, time, context, label, augmentation labels; None where the model has none.
+    Attributes:
+        inputs: inputs of the shared encoder: x, time, context, label, augmentation labels; None where the model takes
+            none.
+        noised: what the objective needs to compute the loss of the outputs.
     """
 
     inputs: tuple[Tensor | None, ...]
@@ -54,8 +60,10 @@ class Preparation:
     """Prepares this rank's micro batches.
 
     Args:
-        seed: the run's.
-        dtype, memory_format: of the network's input.
+        augmentation: None: no augmentation.
+        seed: the run's seed.
+        device: the device of the network.
+        dtype, memory_format: type and memory format of the network's input.
     """
 
     def __init__(
@@ -75,7 +83,7 @@ class Preparation:
         self._dtype, self._memory_format = dtype, memory_format
 
     def __call__(self, micro: MicroBatch) -> PreparedBatch:
-        """The micro batch on the device, noised, as the network takes it."""
+        """The micro batch on the device: noised, and in the form that the network takes."""
         samples, index_n = micro.samples, micro.samples.index_n
         x0_nCHW = self._codec.to_latents(samples.x_nCHW.to(self._device))
         augment_labels = None
@@ -88,7 +96,7 @@ class Preparation:
         return PreparedBatch(inputs=(x_nCHW, noised.time_n, context_nTC, label_n, augment_labels), noised=noised)
 
     def conditions(self, micro: MicroBatch) -> tuple[Tensor | None, ...]:
-        """(label_n, context_nTC) of the micro batch, some of them dropped; None where the data have none."""
+        """(label_n, context_nTC) of the micro batch after dropping; None where the data have none."""
         samples = micro.samples
         context_nTC = None if samples.context_nTC is None else samples.context_nTC.to(self._device, self._dtype)
         label_n = None if samples.label_n is None else samples.label_n.to(self._device)

@@ -1,13 +1,13 @@
-"""The folder of one run: what lies where, whose it is, and how it is taken up again.
+"""The folder of one run: its paths, which recipe it belongs to, and how it is prepared for a new start.
 
 run/
   recipe.yaml         the resolved recipe
   metrics.jsonl       one line a step
   tensorboard/        the same for TensorBoard
-  checkpoints/        step_XXXXXXXX/, complete or absent
-  ema_snapshots/      the same, of the averages of ema.power
+  checkpoints/        step_XXXXXXXX/, each complete or absent
+  ema_snapshots/      the same, with the averages of ema.power alone
   samples/            step_XXXXXXXX.png, one grid each
-  logs/               rank_N.log of the last start, and older ones
+  logs/               rank_N.log, to which every start on this machine appends; the logs of jobs
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from msdiff_dist.config import differences
 from msdiff_dist.errors import RunFolderError
 from msdiff_dist.files.atomic import atomic_write, partial_of, remove_partials, writing
 
-# Fields that may change between a run and its continuation: where and how it runs, never what it computes.
+# Fields, or prefixes of fields, that may differ when a run is resumed: they say where and how it runs, not what it
+# computes.
 FREE_FIELDS = (
     "train.steps",
     "train.gradient_accumulation_steps",
-    "train.global_batch_size",  # the checkpoint holds the batch size itself, and is held against it
+    "train.global_batch_size",  # compared with the checkpoint's batch size, which both fields may give
     "train.micro_batch_size",
     "train.threads",
     "train.timeout_s",
     "data.workers",
-    "data.shards",  # checked by content
+    "data.shards",  # compared by content
     "data.accept_changes",
     "data.retries",
     "data.allow_pipe",
@@ -48,12 +49,12 @@ FREE_FIELDS = (
     "metrics.",
     "model.attention_backend",
     "activation_checkpointing.",
-    "extensions",  # what they add goes by its name in the other fields
+    "extensions",  # the other fields name what they add
 )
 
 
 class RunFolder:
-    """Paths inside one run folder. Nothing is created before `open`."""
+    """Paths inside one run folder, and its lock. Nothing is created before `open`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -67,14 +68,15 @@ class RunFolder:
         self._lock: IO[str] | None = None
 
     def check(self, recipe: Mapping[str, Any]) -> None:
-        """Refuse a folder that holds something else, or the run of a recipe that computes something else.
+        """Refuse a folder that is not a run folder, or that belongs to a recipe that computes something else.
 
         Raises:
-            RunFolderError: naming every field that differs.
+            RunFolderError: naming the files that are in the way, or every field that differs.
         """
         if not self.path.exists():
             return
         if not self.recipe_file.exists():
+            # What launchers put there before a run has its recipe.
             made_before = ("logs", "launch", ".lock", self.recipe_file.name)
             stray = [p.name for p in self.path.iterdir() if (partial_of(p.name) or p.name) not in made_before]
             if stray:
@@ -85,26 +87,26 @@ class RunFolder:
             return
         before = self.stored_recipe() or {}
         changed = [(f, a, b) for f, a, b in differences(before, dict(recipe)) if not f.startswith(FREE_FIELDS)]
-        changed = [(f, a, b) for f, a, b in changed if (f, b) != ("train.precision", "auto")]  # it takes the run's
+        changed = [(f, a, b) for f, a, b in changed if (f, b) != ("train.precision", "auto")]  # takes the run's
         if changed:
             lines = "; ".join(f"{f} was {a!r}, now {b!r}" for f, a, b in changed)
             raise RunFolderError(
                 "--run-dir", str(self.path), f"belongs to a run of another recipe ({lines})",
-                "Name another --run-dir, or restore these fields to go on with this run.",
+                "Name another --run-dir, or restore these fields to resume this run.",
             )  # fmt: skip
 
     def stored_recipe(self) -> dict[str, Any] | None:
-        """The resolved recipe of the run that is here, as plain data; None if there is none yet."""
+        """The resolved recipe of the run in this folder, as plain data; None if there is none yet."""
         if not self.recipe_file.exists():
             return None
         stored: Any = OmegaConf.to_container(OmegaConf.load(self.recipe_file))
         return dict(stored)
 
     def open(self, recipe: Mapping[str, Any]) -> None:
-        """Take the folder for this process, create its parts and write the resolved recipe.
+        """Lock the folder for this process, create its subfolders and write the resolved recipe.
 
         Raises:
-            RunFolderError: it is another recipe's, in use by another process, or cannot be written.
+            RunFolderError: it belongs to another recipe, is in use by another process, or cannot be written.
         """
         self.check(recipe)
         with writing("--run-dir", self.path, RunFolderError):
@@ -116,21 +118,22 @@ class RunFolder:
                 problem, remedy = "is in use by another running process", "Wait for it, or name another folder."
                 raise RunFolderError("--run-dir", str(self.path), problem, remedy) from None
             remove_partials(self.path, [self.recipe_file.name, self.metrics_file.name])
-            # Before the other folders, so that after a kill at any point the same command may have the folder again.
+            # Before the subfolders: a folder with those and without a recipe would be refused, so a kill in between
+            # would lock the same command out.
             atomic_write(self.recipe_file, OmegaConf.to_yaml(OmegaConf.create(dict(recipe))))
             for folder in (self.checkpoints, self.samples, self.logs):
                 folder.mkdir(exist_ok=True)
-            for leftover in self.samples.glob(".*"):  # of a preview that a kill cut short
+            for leftover in self.samples.glob(".*"):  # weights and unfinished grids of a preview when a kill came
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     def close(self) -> None:
-        """Let another process take the folder."""
+        """Unlock the folder."""
         if self._lock:
             self._lock.close()
             self._lock = None
 
     def cut_metrics(self, after_step: int) -> None:
-        """Drop metrics lines of steps past `after_step`: they are about to be trained again."""
+        """Drop the lines of metrics.jsonl of steps past `after_step`, which will be trained again."""
         if not self.metrics_file.exists():
             return
         kept = []

@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl, the terminal, TensorBoard, and whatever else adds itself to `SINKS`. Rank 0 only."""
+"""Where metrics go: metrics.jsonl, the terminal, TensorBoard, and what other packages add to `SINKS`. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -23,17 +23,21 @@ class MetricSink(Protocol):
         """Record one step."""
 
     def say(self, text: str) -> None:
-        """Pass on one line for the reader; a sink without readers ignores it."""
+        """Show one line to the user; a sink that holds numbers only ignores it."""
 
     def close(self) -> None:
-        """Write out what is held back. Called once, also after a failure."""
+        """Write what is buffered. Called once, also after a failure."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SinkContext:
-    """The run a sink is opened for.
+    """The run that a sink is opened for.
 
-    first_step: steps done before. total_steps: when training ends. terminal: of the person or log that watches.
+    Attributes:
+        folder: the run folder.
+        first_step: steps done before this start.
+        total_steps: step at which training ends.
+        terminal: where messages for the user go: a terminal or a log file.
     """
 
     folder: RunFolder
@@ -53,7 +57,7 @@ class JsonLines:
         self._file.write(json.dumps(asdict(metrics)) + "\n")
 
     def say(self, text: str) -> None:
-        """Nothing: the file holds metrics only."""
+        """Ignore it: the file holds metrics only."""
 
     def close(self) -> None:
         """Close the file."""
@@ -61,7 +65,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """The run folder's tensorboard/; steps past `first_step` of an earlier start are hidden."""
+    """TensorBoard files in the run folder; TensorBoard hides steps past `first_step` of an earlier start."""
 
     def __init__(self, context: SinkContext) -> None:
         from torch.utils.tensorboard import (
@@ -77,7 +81,7 @@ class TensorBoard:
                 self._board.add_scalar(name, value, metrics.step)
 
     def say(self, text: str) -> None:
-        """Nothing: TensorBoard shows numbers."""
+        """Ignore it: TensorBoard shows numbers."""
 
     def close(self) -> None:
         """Flush and close."""
@@ -85,7 +89,7 @@ class TensorBoard:
 
 
 class Terminal:
-    """A progress bar on a terminal; in a log file a line for every twentieth of the run."""
+    """A progress bar on a terminal; in a log file, a line for every twentieth of the run."""
 
     def __init__(self, context: SinkContext) -> None:
         self._is_terminal = context.terminal.isatty()
@@ -105,14 +109,14 @@ class Terminal:
         self._bar.start()
 
     def write(self, metrics: StepMetrics) -> None:
-        """Move the bar, or print the line that is due."""
+        """Move the bar; in a log file, print the line if one is due."""
         step, rate = metrics.step, metrics.images_per_second
         self._bar.update(self._task, completed=step, loss=metrics.loss, rate=rate)
         if not self._is_terminal and (step % max(1, self._total // 20) == 0 or step == self._total):
             self.say(f"step {step}/{self._total}  loss {metrics.loss:.4f}  {rate:.0f} img/s")
 
     def say(self, text: str) -> None:
-        """One line, above the bar."""
+        """Print one line, above the bar."""
         self._console.print(text, highlight=False)
 
     def close(self) -> None:
@@ -121,7 +125,7 @@ class Terminal:
 
 
 SINKS: Table[Callable[[SinkContext], MetricSink]] = Table("metric sink", {"tensorboard": TensorBoard})
-"""Sinks a recipe can name in `metrics.sinks`; metrics.jsonl and the terminal are always there."""
+"""Sinks that a recipe can name in `metrics.sinks`; metrics.jsonl and the terminal are always there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,14 +137,14 @@ class MetricsConfig:
 
 
 class Sinks:
-    """All sinks of a run as one; without any it does nothing, as on every rank but 0."""
+    """All sinks of a run as one. Ranks other than 0 have none, and all calls do nothing."""
 
     def __init__(self, sinks: Sequence[MetricSink] = ()) -> None:
         self._sinks = sinks
 
     @classmethod
     def of_run(cls, config: MetricsConfig, context: SinkContext) -> Sinks:
-        """metrics.jsonl, the terminal, and those the recipe names."""
+        """metrics.jsonl, the sinks that the recipe names, and the terminal."""
         return cls([make(context) for make in (JsonLines, *(SINKS[name] for name in config.sinks), Terminal)])
 
     def write(self, metrics: StepMetrics) -> None:

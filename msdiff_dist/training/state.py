@@ -1,4 +1,4 @@
-"""The state of a run on this rank: what a checkpoint saves is what it restores, and this is the list of it."""
+"""The state of a run on this rank: the one list of what a checkpoint saves and restores."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from msdiff_dist.training.metrics import LossAverage
 
 
 class TrainState:
-    """Everything that outlives a run's process. Collective: every rank makes it alike.
+    """All state of a run that outlives its process. Collective: every rank makes it.
 
     Args:
         recipe: the resolved recipe, as plain data.
-        batch_size: the global batch.
+        batch_size: the global batch size.
         shards: fp32 weights and optimizer moments on this rank, by prefix of their parameter names.
-        averages: of the weights, on this rank.
+        averages: averages of the weights on this rank.
 
     Attributes:
-        step: optimizer steps done. Global batches 0 to step - 1 have been trained on, so it is the data position too.
+        step: optimizer steps done. Global batches 0 to step - 1 have been trained on, so it is the position in the data
+            too.
         loss_average: the smoothed training loss, which `checkpoint.keep_best` compares.
-        fingerprint: of the data set's shards, by source.
-        shapes: of every parameter of the whole model, by name.
+        fingerprint: fingerprint of the data set's shards, by source; empty for a new run until its data are read.
+        shapes: shape of every parameter of the whole model, by name.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class TrainState:
         self._recipe, self._batch_size = dict(recipe), batch_size
 
     def index(self, world_size: int) -> CheckpointIndex:
-        """What a checkpoint of this moment says of itself."""
+        """The index of a checkpoint of the current state."""
         return CheckpointIndex(
             step=self.step,
             batch_size=self._batch_size,
@@ -55,13 +56,13 @@ class TrainState:
         )
 
     def restore(self, checkpoint: CheckpointReader) -> None:
-        """Become what the checkpoint saved. Collective."""
+        """Take over the state that the checkpoint holds. Collective."""
         restore(checkpoint, self.shards, self.averages)
         self.step, self.loss_average.value = checkpoint.index.step, checkpoint.index.loss
         self.fingerprint = checkpoint.index.data
 
     def start_from(self, read: Callable[[str, int, int], Tensor]) -> None:
-        """Take weights alone, for a run at step 0. Collective.
+        """Take over weights alone, for a run at step 0. Collective.
 
         Args:
             read: (name, start, numel) -> elements of the flattened parameter, float32.

@@ -1,4 +1,4 @@
-"""One optimizer step: micro batches through the engines, one reduction of everything the ranks must agree on."""
+"""One optimizer step: micro batches through the engines, then one reduction of all that the ranks must agree on."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ from msdiff_dist.training.feed import Feed, MicroBatch
 from msdiff_dist.training.metrics import StepOutcome
 from msdiff_dist.training.prepare import Preparation
 
-_KEYS_NAMED = 8
+_KEYS_NAMED = 8  # samples that an error lists at most
 
 
 class TrainStep:
     """Takes micro batches from a feed and moves the engines by one optimizer step.
 
     Args:
-        prepare: from a micro batch to the network's inputs.
-        max_bad: corrupt shards and samples that all ranks together may leave out.
+        prepare: makes the network's inputs of a micro batch.
+        quotas: samples of each stage in a global batch, and their importance weights.
+        seed: the run's seed.
+        max_bad: how many corrupt shards and samples all ranks together may skip.
     """
 
     def __init__(
@@ -48,15 +50,17 @@ class TrainStep:
         self._env, self._seed, self._max_bad = environment, seed, max_bad
         self._quota_K, self._importance_K = quotas.quotas_K, quotas.importance_K
         self._batch_size = int(quotas.quotas_K.sum())
-        self._losses: list[tuple[Tensor, np.ndarray]] = []  # of the step's samples here, with their indices
+        # Losses of this step's samples on this rank, with their indices in the global batch.
+        self._losses: list[tuple[Tensor, np.ndarray]] = []
+        # All corruption that any rank has met; the same on every rank.
         self._corruption: dict[tuple[str, str | None], Corruption] = {}
 
     def __call__(self, lr: float, stop_requested: bool = False) -> StepOutcome:
         """Run one global batch and step the optimizers with learning rate `lr`.
 
         Raises:
-            TrainingError: on every rank alike, when the loss or the gradient norm is not finite.
-            DataError: on every rank alike, when more is corrupt than may be.
+            TrainingError: on every rank, if the loss or the gradient norm is not finite. No optimizer has stepped.
+            DataError: on every rank, if more than `max_bad` shards and samples are corrupt.
         """
         loss_sum_K = torch.zeros(len(self._quota_K), dtype=torch.float64, device=self._env.device)
         corruption: list[Corruption] = []
@@ -69,8 +73,8 @@ class TrainStep:
             _synchronize(self._env.device)
             compute += time.perf_counter() - start
         start = time.perf_counter()
-        # Everything the ranks must agree on goes into one reduction, before any optimizer steps: a loss that is not
-        # finite then stops all ranks at the same step, with weights as they were.
+        # Everything that the ranks must agree on goes into one reduction, before any optimizer steps. So a loss that is
+        # not finite stops all ranks at the same step, with the weights unchanged.
         agreement = self._engines.agreement()
         agreement.add("loss sum", loss_sum_K)
         busy = self._engines.forward_clock.take()
@@ -103,40 +107,49 @@ class TrainStep:
             self._losses.append((loss_n.detach(), index_n[rows]))
             return loss_n.sum() * (float(self._importance_K[k]) / self._batch_size)
 
+        # Dropout layers draw from torch's generator, so it is seeded for each micro batch.
         torch.manual_seed(module_seed(self._seed, micro.batch, int(index_n[0])))
         self._engines.forward_backward(batch.inputs, micro.rows, loss)
 
     def _global_mean(self, loss_per_stage: list[float]) -> float:
-        """The objective over the global batch: stages weigh as in the objective, not as their rounded quotas."""
+        """The objective over the global batch, in which stages weigh as in the recipe, not as their rounded quotas."""
         parts = zip(self._importance_K, loss_per_stage, self._quota_K, strict=True)
         return float(sum(w * mean * quota for w, mean, quota in parts)) / self._batch_size
 
     def _check_finite(self, batch: int, loss_per_stage: list[float], gradients: ReducedGradients) -> None:
-        """Refuse what is not finite, naming the samples of bad stages, or else the parts of bad gradients. Collective.
+        """Stop training if a loss or the gradient norm is not finite.
+
+        Collective where it raises: the decision is made from sums that are the same on every rank, and only then do the
+        ranks gather the names.
 
         Raises:
-            TrainingError: on every rank alike.
+            TrainingError: on every rank, naming the samples with bad losses, or else the modules with bad gradients.
         """
         stages = [k for k, mean in enumerate(loss_per_stage) if not math.isfinite(mean)]
         if not stages and gradients.norm.isfinite():
             return
-        left_alone = f"at step {batch + 1}; the weights were left alone, and the last checkpoint stands"
+        stopped = f"at step {batch + 1}; the weights are unchanged, and the last checkpoint remains"
         if not stages:
             modules = sorted({m for rank in gathered(self._engines.modules_with_bad_gradients()) for m in rank})
-            raise TrainingError(f"the gradient norm is not finite (in {', '.join(modules)}) {left_alone}")
+            raise TrainingError(f"the gradient norm is not finite (in {', '.join(modules)}) {stopped}")
         own = [i for loss_n, index_n in self._losses for i in index_n[~loss_n.isfinite().cpu().numpy()].tolist()]
         indices = {i for rank in gathered(own) for i in rank}
+        # A sample's loss is known to the rank that computes it, its key to the rank that read it.
         key_of = {i: key for rank in gathered(self._feed.keys_of(batch, indices)) for i, key in rank.items()}
         keys = [key_of[i] for i in sorted(key_of)]
         more = f" and {len(keys) - _KEYS_NAMED} more" if len(keys) > _KEYS_NAMED else ""
         raise TrainingError(
-            f"the loss of stage {', '.join(map(str, stages))} is not finite {left_alone}. "
+            f"the loss of stage {', '.join(map(str, stages))} is not finite {stopped}. "
             f"Samples: {', '.join(keys[:_KEYS_NAMED])}{more}"
         )
 
     def _new_corruption(self, own: list[Corruption]) -> list[Corruption]:
-        """What the ranks met in this step and none had met before. Collective."""
-        new = {d.place: d for rank in gathered(own) for d in rank if d.place not in self._corruption}
+        """The corruption that some rank met in this step and none before. Collective.
+
+        Raises:
+            DataError: there is more than `max_bad` now.
+        """
+        new = {c.place: c for rank in gathered(own) for c in rank if c.place not in self._corruption}
         for corruption in new.values():
             self._corruption[corruption.place] = corruption
             check_limit(len(self._corruption), self._max_bad, corruption)

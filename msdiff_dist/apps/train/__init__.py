@@ -1,1 +1,1 @@
-"""One training run: planned, started on this machine, put together on each rank."""
+"""Training of a recipe: its plan and cost, its ranks, and the parts of a run put together."""

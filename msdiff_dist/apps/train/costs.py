@@ -1,4 +1,4 @@
-"""What a recipe costs: one evaluation of its network, weighted in several ways, and its whole training."""
+"""What a recipe costs: the mean evaluation of its network, for several shares of the stages, and its whole training."""
 
 from __future__ import annotations
 
@@ -22,12 +22,18 @@ GIGA, PETA = 1e9, 1e15
 
 @dataclass(frozen=True, kw_only=True)
 class CostReport:
-    """Counts of a recipe's network, and the share of each stage among all evaluations.
+    """Counts of a recipe's network, and the share of each stage among its evaluations.
 
-    interval_K: by the stages' lengths on the paper's clock. training_K: as training draws them. sampling_K: in
-    `evaluations` network calls of the recipe's preview sampler. unified_macs: of the same network with one decoder as
-    wide as the encoder; None where there is no such network. steps, batch_size: of the training, batch_size None where
-    it depends on the number of ranks.
+    Attributes:
+        costs: parameters and multiply-adds of the encoder and of each decoder.
+        interval_K: shares by the stages' lengths on the paper's clock.
+        training_K: shares among the samples of training.
+        sampling_K: shares among the network calls of the recipe's preview sampler.
+        evaluations: number of these calls for one image.
+        unified_macs: multiply-adds of one evaluation of the same network with one decoder as wide as the encoder; None
+            if there is no such network.
+        steps: optimizer steps of the training.
+        batch_size: samples per step; None if it depends on the number of ranks.
     """
 
     costs: ModelCosts
@@ -40,12 +46,12 @@ class CostReport:
     batch_size: int | None
 
     def gmacs(self, shares: Sequence[float]) -> float:
-        """1e9 multiply-adds of the mean evaluation."""
+        """1e9 multiply-adds of the mean evaluation, if the stages have these shares."""
         return self.costs.equivalent_macs(shares) / GIGA
 
     @property
     def petaflops(self) -> float | None:
-        """Floating-point operations of the whole training, by `training_petaflops`."""
+        """1e15 floating-point operations of the whole training; None if the batch size is not known."""
         if self.batch_size is None:
             return None
         return training_petaflops(self.costs.equivalent_macs(self.training_K) * self.batch_size * self.steps)
@@ -56,7 +62,7 @@ class CostReport:
         return self.gmacs(self.interval_K) * self.steps / 1e6
 
     def fields(self) -> dict[str, Any]:
-        """As `msdiff flops --json` prints it."""
+        """The report as plain data, as `msdiff flops --json` prints it."""
         return {
             "total_params": self.costs.total_params,
             "encoder": {"params": self.costs.encoder.params, "gmacs": self.costs.encoder.macs / GIGA},
@@ -73,7 +79,7 @@ class CostReport:
 
 
 def cost_report(recipe: Recipe) -> CostReport:
-    """Count `recipe`; nothing is allocated.
+    """Count the recipe's network and its evaluations. No weights are allocated.
 
     Raises:
         ConfigError: the preview sampler does not fit the process.
@@ -97,12 +103,20 @@ def cost_report(recipe: Recipe) -> CostReport:
 
 
 def step_petaflops(quotas: StageQuotas, cost_K: Sequence[int]) -> float:
-    """Of one optimizer step whose batch holds `quotas`, each sample of stage k taking `cost_K[k]` multiply-adds."""
+    """1e15 floating-point operations of one optimizer step, forward and backward.
+
+    Args:
+        quotas: how many samples of each stage a batch has.
+        cost_K: multiply-adds of one sample of each stage.
+    """
     return training_petaflops(float(np.dot(quotas.quotas_K, cost_K)))
 
 
 def training_petaflops(forward_macs: float) -> float:
-    """1e15 floating-point operations: two for each multiply-add, and a backward pass twice the forward's."""
+    """1e15 floating-point operations of training, given the multiply-adds of its forward passes.
+
+    A multiply-add is two operations, and a backward pass costs twice the forward pass: 6 operations in all.
+    """
     return 6 * forward_macs / PETA
 
 

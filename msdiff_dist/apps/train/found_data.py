@@ -1,4 +1,4 @@
-"""What is known of a recipe's data before a sample is read: found once by a command, then handed on."""
+"""What is known of a recipe's data before a sample is read: read once by a command, then passed on to the ranks."""
 
 from __future__ import annotations
 
@@ -16,17 +16,22 @@ from msdiff_dist.errors import DataError
 
 @dataclass(frozen=True)
 class FoundData:
-    """The shards of each source, counted, and the manifests beside shards of latents by their addresses."""
+    """The shards of a recipe's data.
+
+    Attributes:
+        shards: for each source its shards, with their numbers of samples.
+        manifests: the manifests that lie beside shards of latents, by address.
+    """
 
     shards: list[list[Shard]]
     manifests: dict[str, Manifest]
 
 
 def find_data(config: DataConfig) -> FoundData:
-    """Read the indexes and manifests of a recipe's data; shards of other makers have no manifest.
+    """Read the indexes and manifests of a recipe's data. Shards that msdiff did not encode have no manifest.
 
     Raises:
-        DataError: shards are missing, not what their index says, or not encoded to the end.
+        DataError: shards are missing, differ from their index, or were not encoded to the end.
     """
     shards = load_index(config)
     manifests: dict[str, Manifest] = {}
@@ -37,12 +42,12 @@ def find_data(config: DataConfig) -> FoundData:
             manifests[address] = manifest
         elif is_local(address) and (Path(address).parent / ".encode").is_dir():
             folder = str(Path(address).parent)
-            raise DataError("data.shards", folder, "was not encoded to its end", "Give `msdiff data encode` again.")
+            raise DataError("data.shards", folder, "was not encoded to its end", "Run `msdiff data encode` again.")
     return FoundData(shards, manifests)
 
 
 class DataFinder:
-    """`find_data` for the recipes of one command: once for all that name the same shards."""
+    """`find_data` for the recipes of one command, run once for all recipes that name the same shards."""
 
     def __init__(self) -> None:
         self._found: dict[Hashable, FoundData] = {}

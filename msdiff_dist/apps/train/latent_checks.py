@@ -1,4 +1,4 @@
-"""Latent shards are refused that are not the recipe's: of other networks, another scale or another shape."""
+"""Checks that shards of latents fit the recipe: the networks that encoded them, the scale and the shapes."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ from msdiff_dist.recipe import Recipe
 
 
 def check_latents(recipe: Recipe, manifests: Mapping[str, Manifest]) -> Tensor | None:
-    """Compare the manifests beside the shards, by address, with the recipe; without manifests all passes.
+    """Compare the manifests beside the shards with the recipe. Shards without a manifest are not checked.
+
+    Args:
+        manifests: manifests by address.
 
     Returns:
         The context [T, D] that stands for "no caption": the embedding of the empty caption if the recipe has a
         text_encoder, else None, which means zeros.
 
     Raises:
-        DataError: a manifest does not fit, naming the recipe's field.
-        ConfigError: the recipe's own networks cannot be loaded to be compared.
+        DataError: a number or shape differs, or the embedding of the empty caption is missing.
+        ConfigError: the recipe's networks are not those that encoded the shards, or cannot be loaded.
     """
     null_context, found = None, list(manifests.items())
     for _, manifest in found:

@@ -28,33 +28,35 @@ _SAVING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)  # at these every rank
 def run_local(recipe: dict[str, Any], run_dir: Path, nproc: int, found: FoundData | None = None) -> str:
     """Train on `nproc` ranks of this machine; returns the outcome of `run_rank`.
 
-    Rank 0 speaks to this terminal; every rank's output goes to the run folder's logs.
+    Rank 0 prints its progress on this terminal; what the ranks print otherwise goes to the run folder's logs.
 
     Args:
-        found: the recipe's data, if it has been found before.
+        recipe: the resolved recipe as plain data.
+        found: the recipe's data, if the command has read them; None: rank 0 reads them.
 
     Raises:
-        UserError, TrainingError: what ended the rank that failed first.
+        UserError, TrainingError: the error of the rank that failed first.
     """
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    env = {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # the store is there: rank 0 must not make one
+    env = {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # this process keeps the store: rank 0 must not open one
     env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // nproc))
     try:
         return str(run_ranks(_train, nproc, recipe, run_dir, found, preload=PRELOAD, env=env, signals=_SAVING)[0])
     except RankDiedError as e:
         raise TrainingError(
-            f"{e}; its log is {_log(run_dir, e.rank)}. Give the same command again to resume from the newest checkpoint"
+            f"{e}; its log is {_log(run_dir, e.rank)}. Run the same command again to resume from the newest checkpoint"
         ) from None
 
 
 def _train(rank: int, recipe: dict[str, Any], run_dir: Path, found: FoundData | None) -> str:
     """Body of one rank's process."""
+    # File descriptors are redirected, not `sys.stdout`, so that output of native code (NCCL) reaches the log too.
     terminal = os.fdopen(os.dup(2), "w", buffering=1)
     with _log(run_dir, rank).open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     try:
-        from msdiff_dist.apps.train.rank import run_rank
+        from msdiff_dist.apps.train.rank import run_rank  # here, so that what its libraries print is in the log
 
         return run_rank(recipe_from(recipe), run_dir, terminal, found=found)
     except MsdiffError:

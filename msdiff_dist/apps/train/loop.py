@@ -14,13 +14,13 @@ Outcome = Literal["finished", "preempted"]
 
 
 def train(trainer: Trainer, sinks: Sinks, stop_requested: Callable[[], bool]) -> Outcome:
-    """Train from the steps done to the recipe's last; every rank calls it alike.
+    """Train from the first step that is not done to the recipe's last. Collective: every rank calls it.
 
     Args:
-        stop_requested: whether this rank wants all ranks to save and stop.
+        stop_requested: whether this rank asks all ranks to save and stop.
 
     Returns:
-        "preempted" when some rank wanted to stop before the last step: all is saved, and training can resume.
+        "preempted" if some rank asked to stop before the last step: everything is saved, and the run can be resumed.
     """
     recipe, meter = trainer.recipe, Meter(trainer.batch_size, trainer.step_petaflops)
     total = recipe.train.steps
@@ -29,7 +29,7 @@ def train(trainer: Trainer, sinks: Sinks, stop_requested: Callable[[], bool]) ->
         lr = recipe.optimizer.lr * recipe.lr_schedule.factor(step, total)
         outcome = trainer.step(lr, stop_requested())
         for corruption in outcome.corruption:
-            sinks.say(f"left out: {corruption}")
+            sinks.say(f"skipped: {corruption}")
         sinks.write(meter.measure(step, outcome, lr, time.perf_counter() - start))
         start = time.perf_counter()
         trainer.save_if_due(now=step == total or outcome.stop_requested)

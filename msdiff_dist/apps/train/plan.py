@@ -1,4 +1,4 @@
-"""What a recipe means on a given number of ranks: batch, quotas, costs and placement. Needs no device."""
+"""A recipe on a given number of ranks: batch size, quotas, costs and placement. Needs no device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,15 @@ from msdiff_dist.training.optimizer import OPTIMIZERS
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """cost_K: multiply-adds of one sample of each stage, encoder and decoder."""
+    """A recipe on a given number of ranks.
+
+    Attributes:
+        batch_size: samples per optimizer step.
+        quotas: how many samples of each stage a batch has.
+        costs: parameters and multiply-adds of the model.
+        cost_K: multiply-adds of one sample of each stage, encoder and decoder.
+        placement: the stages of every rank, and its samples in every micro batch.
+    """
 
     batch_size: int
     quotas: StageQuotas
@@ -38,7 +46,7 @@ def plan_run(recipe: Recipe, world_size: int, ranks_per_node: int | None = None)
 
     Raises:
         ConfigError: batch sizes contradict each other or are too small for the stages.
-        PlacementError: the stages cannot be placed on so many ranks, or the recipe's placement does not fit.
+        PlacementError: the stages cannot be placed on so many ranks, or the recipe's placement does not fit them.
     """
     batch_size = recipe.train.batch_size(world_size)
     quotas = StageQuotas(recipe.process(), recipe.partition(), recipe.stages.sampling, batch_size)
@@ -60,11 +68,11 @@ def recipe_costs(recipe: Recipe) -> ModelCosts:
 
 
 def workload(recipe: Recipe, run_plan: RunPlan, on_gpus: bool) -> Workload:
-    """What a plan report needs to know of a recipe that trains on GPUs or on CPUs."""
+    """The workload of a recipe for a plan report. Without `on_gpus` it trains on CPUs like this one."""
     data, optimizer = recipe.data, recipe.optimizer
     payload = int(np.prod(data.x_shape)) * getattr(torch, data.x_dtype).itemsize
     if data.num_classes is not None:
-        payload += 8
+        payload += 8  # an int64 label
     if data.context_shape is not None:
         payload += int(np.prod(data.context_shape)) * getattr(torch, data.latent_dtype).itemsize
     return Workload(
@@ -81,7 +89,7 @@ def workload(recipe: Recipe, run_plan: RunPlan, on_gpus: bool) -> Workload:
 
 
 def plan_warnings(recipe: Recipe, world_size: int) -> list[str]:
-    """What a plan leaves open and `check_run` would refuse."""
+    """Faults of a recipe on `world_size` ranks that do not prevent a plan, but that `check_run` refuses."""
     lanes = recipe.data.lanes
     if lanes % world_size == 0:
         return []
@@ -91,17 +99,17 @@ def plan_warnings(recipe: Recipe, world_size: int) -> list[str]:
 def check_run(
     recipe: Recipe, world_sizes: Sequence[int], find: Callable[[DataConfig], FoundData] = find_data
 ) -> FoundData:
-    """All that can be refused before a process starts on any of these numbers of ranks: placement, lanes, shards,
-    manifests.
+    """Check placement, lanes, shards and manifests before any rank starts.
 
     Args:
-        find: gives the data, found before perhaps.
+        world_sizes: the numbers of ranks on which the run may start.
+        find: reads the data, or returns what it has read before.
 
     Returns:
         The data.
 
     Raises:
-        UserError: of the part that refuses.
+        UserError: a check failed.
     """
     batch_sizes = {world_size: plan_run(recipe, world_size).batch_size for world_size in world_sizes}
     found = find(recipe.data)

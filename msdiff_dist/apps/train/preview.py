@@ -1,4 +1,4 @@
-"""A grid of images while training: every rank samples its share."""
+"""A grid of images during training: every rank samples its share."""
 
 from __future__ import annotations
 
@@ -19,18 +19,23 @@ from msdiff_dist.recipe import Recipe
 
 
 def write_preview(recipe: Recipe, weights: Path, target: Path, env: Environment) -> None:
-    """Sample the recipe's grid with `weights`, which is removed afterwards. Collective."""
+    """Sample the grid that the recipe asks for, and write it as an image. Collective.
+
+    Args:
+        weights: a folder with the layout of a checkpoint that holds the averages; it is removed afterwards.
+        target: the image file.
+    """
     config, num_classes = recipe.preview, recipe.model.num_classes
     job = SamplingJob(num=config.num, seed=config.seed, sampler=config.sampler, prompts=config.prompts)
-    own = range(env.rank, job.num, env.world_size)
-    images: Tensor | None = None
+    own = range(env.rank, job.num, env.world_size)  # every world_size-th image; empty on ranks past the last image
+    images: Tensor | None = None  # [n, C, H, W]
     if own:
         generator = ImageGenerator(CheckpointWeights(CheckpointReader(weights)), env.device)
         images = job.draw(generator, own)
-    parts = [part for part in gathered(images) if part is not None]
+    images_of_rank = [found for found in gathered(images) if found is not None]
     if env.rank == 0:
-        every = torch.empty(job.num, *parts[0].shape[1:], dtype=torch.uint8)
-        for rank, part in enumerate(parts):
-            every[rank :: env.world_size] = part
+        every = torch.empty(job.num, *images_of_rank[0].shape[1:], dtype=torch.uint8)
+        for rank, drawn in enumerate(images_of_rank):  # ranks without images are the last ones
+            every[rank :: env.world_size] = drawn
         write_grid(every, target, job.columns(num_classes))
         shutil.rmtree(weights)

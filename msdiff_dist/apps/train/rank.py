@@ -1,4 +1,4 @@
-"""One rank of a run: its process group, its hold on the run folder, its signals, and the trainer between them."""
+"""One rank of a run: its process group, signal handlers, run folder, trainer and metric sinks, opened in this order."""
 
 from __future__ import annotations
 
@@ -31,11 +31,15 @@ def run_rank(
     stop: StopRequest | None = None,
     found: FoundData | None = None,
 ) -> Outcome:
-    """Train `recipe` in `run_dir` as the rank that the environment names, from its newest checkpoint if it has one.
+    """Train `recipe` in `run_dir` as the rank that the environment names, from the newest checkpoint if there is one.
 
-    Rank 0 shows its progress on `terminal`, or on standard error. Returns "preempted" when a signal ended it early:
-    everything is saved, and the same call resumes. `stop`, if given, then knows when the signal came. `found` is the
-    recipe's data, if it has been found before.
+    Args:
+        terminal: where rank 0 shows its progress; None: standard error.
+        stop: records when a signal asked to stop; None: a new one.
+        found: the recipe's data, if the command has read them; None: rank 0 reads them.
+
+    Returns:
+        "preempted" if a signal ended training early: everything is saved, and the same call resumes it.
     """
     folder = RunFolder(run_dir)
     torch.set_num_threads(recipe.train.threads or _threads_per_rank())
@@ -64,15 +68,15 @@ def run_rank(
 
 
 def _choose_precision(recipe: Recipe, folder: RunFolder, device: torch.device) -> PrecisionChoice:
-    """The recipe's, or what the run here has, or what fits rank 0's device: one for all ranks."""
+    """The recipe's precision; for `auto` that of the run in the folder, or one that fits rank 0's device."""
     stored = folder.stored_recipe()
     return choose_precision(recipe.train.precision, device, stored["train"]["precision"] if stored else None)
 
 
 def _threads_per_rank() -> int:
-    """What OMP_NUM_THREADS says, as the jobs of a cluster do, else an even share of the cores."""
-    said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    if said.isdigit() and int(said):
-        return int(said)
+    """The value of OMP_NUM_THREADS, which jobs on a cluster set, else an even share of the cores."""
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # OpenMP allows a list, one number per level
+    if threads.isdigit() and int(threads):
+        return int(threads)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
     return max(1, len(os.sched_getaffinity(0)) // local_world)

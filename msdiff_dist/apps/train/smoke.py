@@ -1,4 +1,4 @@
-"""A recipe in small: the same parts at work for a few steps, in seconds and without data."""
+"""A small variant of a recipe that trains for a few steps with the same code, in seconds and without data."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _CONTEXT = (3, 8)  # tokens and their width
 
 
 def smoke(recipe: Recipe) -> Recipe:
-    """The recipe's process, stages, family, conditioning, optimizer and averaging; everything else as small as it goes.
+    """A recipe with the same process, stages, family, conditioning, optimizer and averages; all else is small.
 
-    Samples are random numbers in the shape of the recipe's images or latents, no larger than its levels need.
+    Samples are random numbers in the shape of the recipe's images or latents, no larger than the network's levels need.
     """
     data, model = _data(recipe), recipe.model.small(_WIDTH, _CONTEXT[1])
     folds = recipe.autoencoder.kind == "space_to_depth"

@@ -1,4 +1,4 @@
-"""Everything that trains on one rank: the recipe's parts put together, from the shards to the checkpoints."""
+"""The parts of a run on one rank, put together from the recipe: data feed, engines, averages, checkpoints."""
 
 from __future__ import annotations
 
@@ -42,18 +42,21 @@ from msdiff_dist.training.step import TrainStep
 
 
 class Trainer:
-    """One rank's share of a run, ready to take its next step. Collective: every rank makes and calls it alike.
+    """One rank's share of a run, ready to take its next step.
+
+    Collective: every rank makes it and calls its methods in the same order.
 
     Args:
-        folder: opened for this run; its newest intact checkpoint is resumed.
-        found: the recipe's data, if rank 0 need not find it.
+        recipe: its precision must not be `auto`.
+        folder: opened for this run; the run is resumed from its newest intact checkpoint.
+        found: the recipe's data, if the command has read them; None: rank 0 reads them.
 
     Attributes:
-        state: what checkpoints save, the steps done among it.
-        notes: what the reader should know of how the run was resumed.
+        state: what checkpoints save, the number of steps done included.
+        notes: lines for the user about how the run was resumed.
 
     Raises:
-        UserError: on every rank, if on any rank the recipe, its data or the checkpoints are refused.
+        UserError: on every rank, if any rank refuses the recipe, its data or the checkpoints.
     """
 
     def __init__(self, recipe: Recipe, folder: RunFolder, env: Environment, found: FoundData | None = None) -> None:
@@ -85,10 +88,10 @@ class Trainer:
         )
 
     def step(self, lr: float, stop_requested: bool = False) -> StepOutcome:
-        """Take one optimizer step, and the averages and the smoothed loss along.
+        """Take one optimizer step, and update the averages and the smoothed loss.
 
         Raises:
-            TrainingError, DataError: as `TrainStep`; the state is then that of the step before.
+            TrainingError, DataError: as `TrainStep` raises them.
         """
         outcome = self.train_step(lr, stop_requested)
         self.state.step += 1
@@ -97,27 +100,27 @@ class Trainer:
         return outcome
 
     def save_if_due(self, now: bool = False) -> None:
-        """Begin the checkpoint and the snapshot that are due after the steps done; a checkpoint anyway if `now`."""
+        """Begin the checkpoint and the snapshot that are due after the current step; if `now`, a checkpoint anyway."""
         checkpoint, snapshot = now or self.recipe.checkpoint.due(self.state.step), self.snapshot_is_due()
         if checkpoint or snapshot:
             self.save(checkpoint=checkpoint, snapshot=snapshot)
 
     def save(self, *, checkpoint: bool = True, snapshot: bool = False) -> None:
-        """Begin a save of this moment; `saver.finish` waits for it."""
+        """Begin to save the current state; `saver.finish` waits for it."""
         self.saver.save(self.state.index(self.env.world_size), checkpoint=checkpoint, snapshot=snapshot)
 
     def snapshot_is_due(self) -> bool:
-        """Whether the averages of `ema.power` are to be kept as they are now."""
+        """Whether a snapshot of the averages of `ema.power` is due after the current step."""
         power = self.recipe.ema.power
         return power is not None and self.state.step % power.snapshot_every == 0
 
     def preview_is_due(self) -> bool:
-        """Whether a grid is to be sampled after the steps done."""
+        """Whether a grid is to be sampled after the current step."""
         every, step = self.recipe.preview.every, self.state.step
         return every > 0 and (step == self.recipe.train.steps or step % every == 0)
 
     def preview(self) -> None:
-        """Sample a grid with the EMA weights of this moment, every rank its share."""
+        """Sample a grid with the current averages, every rank its share. The ranks exchange them through a folder."""
         step = self.state.step
         weights = self.folder.samples / f".weights_{step:08d}"
         averages = HostCopy(self.state.shards, self.ema.averages).take(["ema"])
@@ -125,7 +128,7 @@ class Trainer:
         write_preview(self.recipe, weights, self.folder.samples / f"step_{step:08d}.png", self.env)
 
     def describe(self, precision: PrecisionChoice) -> str:
-        """One line on what is about to run, in which precision and why."""
+        """One line for the user: what is about to run, in which precision and why."""
         params = sum(torch.Size(shape).numel() for shape in self.state.shapes.values())
         scratch = f"from {self.recipe.train.init_from}" if self.recipe.train.init_from else "from scratch"
         start = f"from step {self.state.step}" if self.state.step else scratch
@@ -140,8 +143,8 @@ class Trainer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        # After anything but our own errors, which every rank raises alike, the other ranks may be gone: nothing that
-        # waits for them is finished then.
+        # Every rank raises this package's errors together. After any other exception the other ranks may be gone, and
+        # nothing that waits for them may be finished.
         try:
             if kind is None or issubclass(kind, MsdiffError):
                 self.saver.finish()
@@ -166,7 +169,7 @@ class Trainer:
         return StageParallelEngines(shared, stages, optimizer, config, groups, device)
 
     def _resume(self) -> list[str]:
-        """Take the newest intact checkpoint, or else the weights of `train.init_from`; what the reader should know."""
+        """Restore the newest intact checkpoint, or else the weights of `train.init_from`. Notes for the user."""
         weights = on_every_rank(lambda: start_weights(self.recipe, self.folder.checkpoints))
         reader, notes = open_newest_intact(self.folder.checkpoints, self.state.shapes, self.batch_size)
         if weights:
@@ -179,7 +182,7 @@ class Trainer:
         return notes
 
     def _open_data(self, found: FoundData | None) -> tuple[list[list[Shard]], Tensor | None]:
-        """The shards, read and compared with the checkpoint's by rank 0 for all; the context of "no caption"."""
+        """The shards, read by rank 0 and compared with the checkpoint's, and the context of "no caption"."""
 
         def read() -> tuple[list[list[Shard]], list[list[str]], str | None, Tensor | None]:
             data, note = found or find_data(self.recipe.data), None
@@ -229,6 +232,6 @@ class Trainer:
 
 
 def _ranks_per_node() -> int | None:
-    """Ranks on rank 0's node, if the launcher said; the same on every rank. Collective."""
-    said = from_rank_0(os.environ.get("LOCAL_WORLD_SIZE"))
-    return int(said) if said else None
+    """Number of ranks on rank 0's node, None if the launcher does not set it. Collective."""
+    count = from_rank_0(os.environ.get("LOCAL_WORLD_SIZE"))  # rank 0's, so that every rank makes the same plan
+    return int(count) if count else None

@@ -12,14 +12,15 @@ from msdiff_dist.models.config import ModelConfig
 from msdiff_dist.recipe import Recipe
 
 _FIELD = "train.init_from"
-_FREE = ("attention_backend", "dropout")  # of a model: no weight depends on them
+_FREE = ("attention_backend", "dropout")  # fields of a model on which no weight depends
 
 
 def start_weights(recipe: Recipe, checkpoints: Path) -> Weights | None:
-    """What training starts from; None: random weights, or one of the `checkpoints` that are there.
+    """The weights of `train.init_from`; None without that field, or if there are `checkpoints` to resume from.
 
     Raises:
-        ConfigError: it is neither an export nor a checkpoint, or another model's. CorruptError: a file of it is.
+        ConfigError: the path is neither an export nor a checkpoint, or holds another model.
+        CorruptError: one of its files is corrupt.
     """
     path = recipe.train.init_from
     if path is None or complete_checkpoints(checkpoints):
@@ -40,6 +41,8 @@ def _architecture(model: ModelConfig) -> dict[str, object]:
 
 def _remedy(path: Path) -> str:
     trained = complete_checkpoints(path / "checkpoints")
-    if trained:  # a run may write another while the ranks of this one start: they are to read the same
+    # A run folder is refused: that run may write a checkpoint while the ranks of this one start, and they would read
+    # different ones.
+    if trained:
         return f"Name one checkpoint of the run; the newest is {trained[-1]}."
     return "Name a folder made by `msdiff export`, `msdiff convert` or `msdiff grow`, or a checkpoint."
