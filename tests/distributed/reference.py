@@ -19,7 +19,12 @@ from msdiff_dist.training.optimizer import optimizer_factory
 
 @dataclasses.dataclass
 class ReferenceRun:
-    """losses, grad_norms: per step. state, ema: parameters by name after the last step."""
+    """What the reference training comes to.
+
+    Attributes:
+        losses, grad_norms: one number per step.
+        state, ema: weights and their averages after the last step, by parameter name.
+    """
 
     losses: list[float]
     grad_norms: list[float]
@@ -28,7 +33,11 @@ class ReferenceRun:
 
 
 def train_reference(recipe: Recipe, steps: int, model: torch.nn.Module | None = None) -> ReferenceRun:
-    """model: to train; None: the recipe's, with its first weights."""
+    """Train `recipe` for `steps` steps.
+
+    Args:
+        model: the model to train; None: the recipe's own, with its first weights.
+    """
     seed, B = recipe.train.seed, recipe.train.batch_size(1)
     model, process = model or build_model(recipe.model, seed), recipe.process()
     parameters = list(model.parameters())

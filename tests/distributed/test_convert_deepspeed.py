@@ -1,4 +1,4 @@
-"""Folders that plain DeepSpeed engines write, put together without deepspeed."""
+"""Conversion of checkpoints that plain DeepSpeed engines write; the converter does not use deepspeed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STAGED = LDMConfig(
 
 
 class Net(nn.Module):
-    """Odd sizes, a buffer, a frozen and a shared parameter."""
+    """A network with odd sizes, a buffer, a frozen parameter and one that two layers share."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Net(nn.Module):
 
 
 def train(rank: int, folder: str, stage: int, bf16: bool, groups: bool) -> dict[str, Tensor]:
-    """Two steps of a plain engine, saved; its weights as the engine itself gives them."""
+    """Train a plain engine for two steps and save it. Returns its fp32 weights as DeepSpeed itself gathers them."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -107,7 +107,7 @@ def test_weights_are_the_engines(tmp_path: Path, stage: int, world: int, bf16: b
     assert all("shared" in report["keys"][k]["left_out"] for k in lost)
 
 
-def test_older_folders_say_less(tmp_path: Path) -> None:
+def test_folders_of_older_versions_lack_the_slice_mappings(tmp_path: Path) -> None:
     expected = run_distributed(train, 3, str(tmp_path / "ds"), 1, False, True)[0]
     for path in (tmp_path / "ds").rglob("*optim_states.pt"):
         with torch.serialization.safe_globals([]):
@@ -118,7 +118,7 @@ def test_older_folders_say_less(tmp_path: Path) -> None:
     assert all(torch.equal(source.read(k), expected[k]) for k in ("a.weight", "a.bias", "b.0.weight", "tied.bias"))
 
 
-def test_networks_are_told_by_their_names(tmp_path: Path) -> None:
+def test_the_network_is_recognised_by_its_parameter_names(tmp_path: Path) -> None:
     run_distributed(save_model, 2, str(tmp_path / "ds"), STAGED, "ours")
     convert(tmp_path / "ds", tmp_path / "ours", "deepspeed", "msdiff", ConvertOptions(boundaries=(500.0,)))
     model, expected = load_model(tmp_path / "ours", ema=False), build_model(STAGED)
@@ -144,7 +144,7 @@ def test_incomplete_folders_are_named(tmp_path: Path, corruption: str) -> None:
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_networks_that_nothing_tells(tmp_path: Path) -> None:
+def test_unknown_networks_are_refused_with_a_remedy(tmp_path: Path) -> None:
     run_distributed(train, 1, str(tmp_path / "ds"), 1, False, False)
     with pytest.raises(CheckpointError, match="--to safetensors"):
         convert(tmp_path / "ds", tmp_path / "out", "deepspeed", "msdiff")

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.distributed
 
 
 def write_shards(folder: Path, harmed: int) -> None:
-    """12 shards of 6 latents; the first `harmed` shards have lost something, each in its own way."""
+    """12 shards of 6 latents. The first `harmed` shards lack a field, or hold a torn one, or are cut short."""
     rng = np.random.default_rng(0)
     folder.mkdir()
     counts = {}
@@ -49,7 +49,7 @@ def recipe_on(folder: Path, **changes: Any) -> dict[str, Any]:
 def trained(
     rank: int, world_size: int, mapping: dict[str, Any], path: Path, steps: int
 ) -> tuple[list[float], list[str]]:
-    """Go on by some steps and save; losses, and all corruption in the order in which it was met."""
+    """Resume, train `steps` steps and save; losses, all corruption in the order in which it was met, and notes."""
     run = open_run(rank, world_size, mapping, path)
     try:
         outcomes = [run.step(5e-4) for _ in range(steps)]
@@ -68,9 +68,9 @@ def test_losses_and_corruption_are_the_same_on_any_layout(tmp_path: Path) -> Non
     assert len(corruption) == 5
     mapping["data"]["workers"] = 2
     results = run_distributed(trained, 3, 3, mapping, tmp_path / "3", 6)
-    for other, told in results:
+    for other, reported in results:
         assert other == pytest.approx(losses, rel=1e-5)
-        assert sorted(told) == sorted(corruption)
+        assert sorted(reported) == sorted(corruption)
 
 
 def test_the_limit_is_the_sum_of_all_ranks(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ SAMPLES, BATCH = 96, 24
 
 
 def write_latents(folder: Path, bad: int) -> None:
-    """Random latents in one order, four shards; the one numbered `bad` holds a NaN."""
+    """Four shards of random latents; the latent with the number `bad` holds a NaN."""
     folder.mkdir()
     draw = np.random.default_rng(0)
     for shard in range(4):

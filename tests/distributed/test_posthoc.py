@@ -1,4 +1,4 @@
-"""Averages for a length chosen after training: on shards, through a resume, and out of snapshots."""
+"""Power-function averages: kept on shards, resumed, and made from snapshots for a length chosen after training."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def test_every_layout_continues_every_other(tmp_path: Path, optimizer: dict[str,
 
 
 def interrupted(rank: int, world_size: int, mapping: dict[str, Any], path: Path, at: int) -> None:
-    """Train to step 4 and save at `at`; go on from there; compare losses and the network's own weights bit by bit."""
+    """Train to step 4 and save at `at`; resume from there; compare losses and the network's own weights bit by bit."""
     losses, weights = trained(rank, world_size, mapping, path, [at, 4])
     if rank == 0:
         shutil.rmtree(path / "checkpoints/step_00000004")

@@ -1,3 +1,5 @@
+"""Samples arrive unchanged, each once, at a rank that holds their stage, while other collectives run."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -34,7 +36,7 @@ def assignment_of(step: int, placement: Placement) -> Assignment:
     for k, quota in enumerate(QUOTAS):
         ends = quota * np.arange(ACCUMULATION + 1) // ACCUMULATION
         micro_B[stage_B == k] = np.repeat(np.arange(ACCUMULATION), np.diff(ends))
-    readers = max(placement.world_size - step, 1)  # rank 0 alone reads at last
+    readers = max(placement.world_size - step, 1)  # fewer ranks read in each step; in the end only rank 0
     return Assignment(stage_B=stage_B, micro_B=micro_B, source_B=rng.integers(0, readers, BATCH), placement=placement)
 
 
@@ -83,7 +85,7 @@ def exchange(
         crossing += int((assignment.dest_B[mine] != rank).sum())
         pending += [(step, m, assignment, router.start(assignment, m, samples)) for m in range(ACCUMULATION)]
         del x, label, context, samples
-        dist.all_reduce(torch.zeros(1000))  # training goes on over another group
+        dist.all_reduce(torch.zeros(1000))  # training continues in another group
     seen = []
     for step, micro, assignment, exchange in pending:
         routed = exchange.wait()

@@ -1,3 +1,5 @@
+"""What `run_distributed` makes of ranks that return, fail, die or hang, and of a fork server that is killed."""
+
 from __future__ import annotations
 
 import os

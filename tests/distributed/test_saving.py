@@ -1,4 +1,4 @@
-"""A checkpoint is complete or not there, and the one a run goes on from is intact."""
+"""A checkpoint is complete or absent, and a run resumes from the newest intact one."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def opened(rank: int, checkpoints: Path) -> tuple[float, list[str]]:
 
 
 def refusals(rank: int, checkpoints: Path) -> list[str]:
-    """What is said of checkpoints of another architecture, batch size and format, and of corrupt ones alone."""
+    """The errors for checkpoints of another architecture, batch size and format, and for corrupt ones alone."""
     messages = []
 
     def expect(shapes: dict[str, tuple[int, ...]], batch_size: int) -> None:
@@ -150,7 +150,7 @@ def fails_to_write(rank: int, path: Path) -> list[str]:
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     run.save()
-    run.step(1e-4)  # training goes on meanwhile
+    run.step(1e-4)  # training continues meanwhile
     with pytest.raises(CheckpointError) as caught:
         run.save()
     assert run.saver.failed

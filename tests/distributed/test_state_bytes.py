@@ -1,3 +1,5 @@
+"""The state that a plan predicts for each rank is what the engines and averages hold there."""
+
 from __future__ import annotations
 
 from typing import Literal

@@ -27,7 +27,7 @@ TEXT = {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 2, "layer
 
 def text_recipe(folder: Path) -> dict[str, Any]:
     """A tiny run on 24 grey images, each of one value which is its caption, encoded here."""
-    images = folder / "pictures"
+    images = folder / "images"
     images.mkdir()
     for shard in range(6):
         samples = []
@@ -52,7 +52,7 @@ def text_recipe(folder: Path) -> dict[str, Any]:
 
 
 def conditions(rank: int, world_size: int, mapping: dict[str, Any], path: Path) -> tuple[float, int]:
-    """The loss of a step after two micro batches were looked at; how many contexts were dropped."""
+    """The loss of one step, and how many contexts of the next two batches were dropped; each context is checked."""
     run = open_run(rank, world_size, mapping, path)
     loss = run.step(1e-3).loss
     encoder = TextEncoder(run.recipe.text_encoder, torch.device("cpu"))

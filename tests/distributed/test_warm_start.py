@@ -31,7 +31,7 @@ pytestmark = pytest.mark.distributed
 
 
 class EveryStage(nn.Module):
-    """A unified model in the place of a multi-stage one."""
+    """A unified model with the interface of a multi-stage one: it computes every stage."""
 
     def __init__(self, unified: nn.Module) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class EveryStage(nn.Module):
 
 @pytest.fixture
 def unified(tmp_path: Path) -> nn.Module:
-    """A unified model with values in every parameter, exported to tmp_path/unified."""
+    """A unified model, without parameters that are zero as at initialisation, exported to tmp_path/unified."""
     mapping = recipe_of(ADAM, model__decoder_channels=[8], stages__boundaries=[])
     recipe = recipe_from(mapping)
     model, draw = build_model(recipe.model), torch.Generator().manual_seed(1)

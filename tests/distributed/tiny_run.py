@@ -16,7 +16,7 @@ ADAM = {"lr": 5e-4, "eps": 1e-6, "grad_clip": 1.0}  # eps: near-zero gradients w
 
 
 def recipe_of(optimizer: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """A model of three stages that steps in milliseconds; changes as `section__field=value`."""
+    """A recipe of such a model as plain data. `changes` are `section__field=value`."""
     mapping: dict[str, Any] = {
         "name": "tiny",
         "data": {"kind": "synthetic", "lanes": 12, "latent_shape": [2, 8, 8], "num_classes": 3},
@@ -38,7 +38,7 @@ def recipe_of(optimizer: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def open_run(rank: int, world_size: int, mapping: dict[str, Any], path: Path) -> Trainer:
-    """A rank's part of the run in folder `path`, as it stands."""
+    """A rank's trainer of the run in folder `path`, resumed from its newest checkpoint."""
     return Trainer(
         recipe_from(mapping),
         RunFolder(path),
@@ -49,7 +49,11 @@ def open_run(rank: int, world_size: int, mapping: dict[str, Any], path: Path) ->
 def trained(
     rank: int, world_size: int, mapping: dict[str, Any], path: Path, stops: list[int]
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Go on from the newest checkpoint to the last of `stops`, saving at each. Losses; the network's weights."""
+    """Resume from the newest checkpoint and train to the last of `stops`, saving at each.
+
+    Returns:
+        The losses of these steps, and the network's own weights on this rank by parameter name.
+    """
     losses = []
     with open_run(rank, world_size, mapping, path) as run:
         if 0 in stops:

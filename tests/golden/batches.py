@@ -1,9 +1,10 @@
-"""What the first global batches of a recipe consist of, as this process would train them.
+"""The content of the first global batches of a recipe, as this process would train on them.
 
-Exact, by value or by BLAKE2b digest of the bytes: sample keys, labels, stages, micro batches, discrete times, noise,
-dropped conditions, mirrored augmentations, images, stored latents and contexts. Those are integers, stored bytes and
-draws of numpy, alike on every CPU. Numbers that pass through exp, sin, ndtri or an interpolation are not: continuous
-times are recorded as numbers, and posterior samples, descriptions of augmentations and augmented images by `projected`.
+Recorded exactly, by value or by BLAKE2b digest of the bytes: sample keys, labels, stages, micro batches, discrete
+times, noise, dropped conditions, mirrored augmentations, images, stored latents and contexts. Those are integers,
+stored bytes and draws of numpy, the same on every CPU. Numbers that pass through exp, sin, ndtri or an interpolation
+are not: continuous times are recorded as numbers, and posterior samples, descriptions of augmentations and augmented
+images by `projected`.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def batches_record(case: str, folder: Path) -> dict[str, Any]:
 
 
 def digest(array: np.ndarray | torch.Tensor) -> str:
-    """Of the exact elements, in order, and of type and shape."""
+    """Digest of the exact elements in order, and of their type and shape."""
     array = np.ascontiguousarray(array)
     head = f"{array.dtype.str} {array.shape} ".encode()
     return hashlib.blake2b(head + array.tobytes(), digest_size=16).hexdigest()
@@ -68,7 +69,7 @@ def projected(array: np.ndarray | torch.Tensor) -> list[float]:
 
 
 def _step_record(recipe: Recipe, micro_batches: list[MicroBatch], keys: list[str]) -> dict[str, Any]:
-    """Everything in order of the index in the global batch, whichever micro batch held it."""
+    """The record of one step, in order of the index in the global batch, whichever micro batch held a sample."""
     seed, step = recipe.train.seed, micro_batches[0].batch
     index_B = np.concatenate([m.samples.index_n for m in micro_batches])
     place_B = index_B.argsort(kind="stable")

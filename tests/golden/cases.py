@@ -1,4 +1,4 @@
-"""Small recipes which together cover what training consists of, and the shards they read, made from numpy alone."""
+"""Small recipes that together cover all of training, and the shards that they read, made with numpy alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS = 8
 CLASSES = 3
 
 DATA: dict[str, Any] = {"lanes": 4, "shuffle": 3, "num_classes": CLASSES}
-# One thread: on tiny networks more only wait for each other.
+# One thread: on tiny networks more threads are slower.
 TRAIN: dict[str, Any] = {"steps": STEPS, "global_batch_size": BATCH, "condition_dropout": 0.3, "seed": 5, "threads": 1}
 LDM: dict[str, Any] = {
     "family": "ldm", "encoder_channels": 8, "decoder_channels": [12, 8, 4], "channel_mult": [1, 2],

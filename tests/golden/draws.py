@@ -1,6 +1,6 @@
-"""Random draws of what stands beside training: sampling, preparing and encoding data, dividing time into stages.
+"""Random draws outside training: sampling, preparing and encoding data, dividing time into stages.
 
-Exact, as numbers or by digest: draws of numpy, alike on every CPU.
+All are draws of numpy, which are the same on every CPU, and are recorded exactly, as numbers or by digest.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SEED = 5
 
 
 def draws_record(folder: Path) -> dict[str, Any]:
-    """The record, by purpose."""
+    """The draws by purpose (see `randomness.generator`)."""
     encoded = _encoded(folder)
     return {
         "sampling": [g.initial_seed() for g in image_generators(SEED, [0, 1, 9])],
@@ -43,7 +43,7 @@ def draws_record(folder: Path) -> dict[str, Any]:
 
 
 def _packed(folder: Path) -> str:
-    """Which of twelve images comes when."""
+    """The order in which twelve images are packed."""
     (folder / "to-pack").mkdir()
     for number in range(12):
         Image.fromarray(np.full((4, 4), number, np.uint8)).save(folder / f"to-pack/{number:02d}.png")
@@ -53,7 +53,7 @@ def _packed(folder: Path) -> str:
 
 
 def _encoded(folder: Path) -> dict[str, np.ndarray]:
-    """Posterior samples of a shard of images, of variance one, so that no exponential is rounded."""
+    """Posterior samples of a shard of images. The posterior has variance one, so that no exponential is rounded."""
 
     def encode(images: Tensor) -> Tensor:
         mean = images.float() / 128

@@ -1,10 +1,11 @@
-"""Would the golden records notice? Changes a copy of the package, one change at a time, and makes a record with it:
+"""Do the golden records notice a change? Makes records with copies of the package that have one change each:
 
     python -m tests.golden.mutations [NAME ...]
 
-The changes are of every purpose given to `randomness.generator` anywhere in the package, and those of `CHANGES`; names
-restrict them. Each is tried in a fork of this process, which has imported torch and the other heavy libraries but
-nothing of the package. The table says what each change made differ; the exit status is 1 if one went unseen.
+The changes are one for every purpose given to `randomness.generator` in the package, and those of `CHANGES`. Names
+select some of them. Each is tried in a fork of this process, which has imported torch and the other heavy libraries but
+nothing of the package. The printed table says what differed for each change; the exit status is 1 if a change went
+unseen.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 
 PACKAGE = "msdiff_dist"
 ROOT = Path(__file__).parents[2]
-CONTROL = "no change"  # must go unseen, or the others show nothing
+CONTROL = "no change"  # a copy without a change, which must equal the records
 _HEAVY = (
     *(
         "torch",
@@ -124,12 +125,19 @@ CHANGES = [
 
 
 class MutationError(Exception):
-    """The check itself cannot be made: the package is not as the tables here take it to be, or a process died."""
+    """The check itself failed: the package does not fit the tables here, or a process died."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One file of the package, relative to it, its changed text, and the records that are to notice."""
+    """One change of the package.
+
+    Attributes:
+        name: what it is a change of.
+        records: the records that must notice it.
+        file: the changed file, relative to the package.
+        text: its changed text.
+    """
 
     name: str
     records: tuple[str, ...]
@@ -139,7 +147,13 @@ class Change:
 
 @dataclass(frozen=True)
 class Outcome:
-    """seen: the first difference, None if there was none. seconds: wall time."""
+    """Whether a change was noticed.
+
+    Attributes:
+        name: name of the change.
+        seen: the first difference from the records; None if there was none.
+        seconds: wall time of the check.
+    """
 
     name: str
     seen: str | None
@@ -147,10 +161,10 @@ class Outcome:
 
 
 def all_changes(package: Path) -> list[Change]:
-    """Of every purpose and formula.
+    """The changes of every purpose, and those of `CHANGES`.
 
     Raises:
-        MutationError: a purpose without record, or one that is gone; a text of `CHANGES` that is not there once.
+        MutationError: a purpose has no record or no longer exists, or a text of `CHANGES` does not occur exactly once.
     """
     sources = {path.relative_to(package): path.read_text() for path in sorted(package.rglob("*.py"))}
     drawn = {file: purposes(text) for file, text in sources.items()}
@@ -176,12 +190,13 @@ def all_changes(package: Path) -> list[Change]:
 
 
 def purposes(text: str) -> list[tuple[str, ast.Constant]]:
-    """Every purpose given to `randomness.generator` in a source file, and the string that says it.
+    """Every purpose given to `randomness.generator` in a source file, and the string constant that holds it.
 
-    A purpose may be a parameter of the function that draws; then it is what calls in the same file give for it.
+    A purpose may be a parameter of the function around the call. Then the purposes are the arguments that calls of that
+    function in the same file pass for it.
 
     Raises:
-        MutationError: it is neither.
+        MutationError: a purpose is neither a string constant nor such a parameter.
     """
     tree = ast.parse(text)
     names = {
@@ -209,7 +224,7 @@ def purposes(text: str) -> list[tuple[str, ast.Constant]]:
 
 
 def _given_for(tree: ast.Module, around: Sequence[ast.FunctionDef], parameter: str) -> list[ast.expr | None]:
-    """What the calls of the function around, in its file, give for its parameter."""
+    """The arguments for `parameter` in calls of one of the functions `around`, in the same file."""
     for function in around:
         parameters = [a.arg for a in function.args.args if a.arg != "self"]
         calls = [
@@ -239,7 +254,7 @@ def _with_other_strings(text: str, nodes: Sequence[ast.Constant]) -> str:
 
 
 def check(changes: Sequence[Change], processes: int) -> Iterator[Outcome]:
-    """The outcomes, as they come."""
+    """Try the changes, up to `processes` at a time; their outcomes in the order in which they end."""
     waiting = list(changes)
     running: dict[Connection, tuple[Change, float]] = {}
     while waiting or running:
@@ -253,9 +268,10 @@ def check(changes: Sequence[Change], processes: int) -> Iterator[Outcome]:
 
 
 def _first_difference(change: Change) -> str | None:
-    """What differs in the change's records when the changed package makes them, None if nothing does."""
+    """The first difference when the changed package makes the change's records; None if there is none."""
     with tempfile.TemporaryDirectory() as folder:
-        # Times are kept, so that the compiled files that come along stand for all but the changed one.
+        # `copytree` keeps modification times, so the compiled files that are copied too are valid for all but the
+        # changed file.
         shutil.copytree(ROOT / PACKAGE, Path(folder) / PACKAGE)
         (Path(folder) / PACKAGE / change.file).write_text(change.text)
         sys.path.insert(0, folder)
@@ -263,7 +279,7 @@ def _first_difference(change: Change) -> str | None:
         if not found or not found.startswith(folder):
             raise MutationError(f"{found} was imported, not the changed copy")
         importlib.import_module("tests.golden.record")
-        # DeepSpeed keeps what it knows of process groups, so every training has a process of its own.
+        # DeepSpeed keeps process groups in globals, so every training needs a process of its own.
         return next(filter(None, (_result(_start(_difference, name)) for name in change.records)), None)
 
 
@@ -282,7 +298,7 @@ def _difference(name: str) -> str | None:
 
 
 def _start(function: Callable[..., str | None], *args: Any) -> Connection:
-    """Call `function` in a fork; `_result` of what this returns is what it returned."""
+    """Call `function` in a fork. `_result` waits for its result on the connection that this returns."""
     receive, send = _context.Pipe(duplex=False)
     _context.Process(target=_reporting, args=(send, function, args)).start()
     send.close()

@@ -1,6 +1,6 @@
-"""Make the golden records anew with the code as it is, and print what changed: python -m tests.golden.record
+"""Make the golden records again with the present code, and print what changed: python -m tests.golden.record
 
-The only way by which records change. When something did, CHANGELOG.md must say why.
+Records change in no other way. If one changed, CHANGELOG.md must say why.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.golden.training import training_record
 
 Make = Callable[[Path], Any]
 
-# By name of the record, what makes it in an empty folder.
+# For each record, the function that makes it in an empty folder.
 MAKERS: dict[str, Make] = {"draws": draws_record}
 MAKERS |= {f"batches_{case}": partial(batches_record, case) for case in CASES}
 MAKERS |= {f"training_{case}": partial(training_record, case, world_size=1) for case in WORLDS}

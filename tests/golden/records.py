@@ -1,4 +1,4 @@
-"""The records on disk, and how one made now is held against them."""
+"""The records on disk, and how a record made now is compared with them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 RECORDS = Path(__file__).parent / "records"
-RTOL = 1e-5  # of floats; what one CPU rounds otherwise than another stays well below
+RTOL = 1e-5  # of floats; differences of rounding between CPUs stay well below
 _NEGLIGIBLE = 1e-12
 
 
@@ -22,7 +22,7 @@ def load(name: str) -> Any:
 
 
 def save(name: str, record: Any) -> None:
-    """Write a record, in the form in which `differences` compares."""
+    """Write a record as JSON."""
     (RECORDS / f"{name}.json").write_text(_dump(record, 0) + "\n")
 
 
@@ -50,7 +50,7 @@ def differences(recorded: Any, now: Any, rtol: float = RTOL, path: str = "") -> 
 
 
 def _dump(value: Any, depth: int) -> str:
-    """JSON with a line for each entry but those of lists of plain values."""
+    """JSON with a line for each entry; a list of plain values is one line."""
     indent = " " * (depth + 1)
     if isinstance(value, dict):
         entries = [f"{indent}{json.dumps(key)}: {_dump(inner, depth + 1)}" for key, inner in value.items()]

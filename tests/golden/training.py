@@ -1,4 +1,4 @@
-"""What eight steps of training come to: losses, gradient norms, learning rates, and where the weights ended.
+"""Results of eight steps of training: losses, gradient norms, learning rates, and norms of the last weights.
 
 All are floating-point results, which differ between CPUs and numbers of ranks in their last digits.
 """
@@ -36,7 +36,7 @@ def training_record(case: str, folder: Path, world_size: int) -> dict[str, Any]:
 
 
 def single_process_record(case: str, folder: Path) -> dict[str, Any]:
-    """The same of one rank, which is this process; once in a process, as DeepSpeed has it."""
+    """The record of a run on one rank, which is this process. DeepSpeed allows it once in a process."""
     recipe, run = recipe_of(case, folder), folder / f"{case}-run"
     assert run_rank(recipe, run, io.StringIO()) == "finished"
     return run_record(run)
