@@ -1,4 +1,4 @@
-"""Models with random weights, and what to compare of them."""
+"""Models with random weights, their inputs, and comparisons of their tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def loaded(weights: ModelWeights) -> MultistageUNet:
-    """The model with the weights that a reader found."""
+    """A model with the weights that a reader returned."""
     model = build_model(weights.model)
     model.load_state_dict({k: weights.tensors.read(k) for k in weights.tensors.names()})
     return model.eval()
@@ -42,12 +42,12 @@ def inputs(config: Any, batch: int = 2, size: int = 8) -> tuple[Tensor, Tensor, 
 
 
 def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Equal names, types and bits."""
+    """Whether two state dicts have equal names, types and bits."""
     return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
 
 def files_below(folder: Path) -> list[str]:
-    """Everything in a folder, for "nothing was written"."""
+    """Paths of everything in a folder, to check that nothing was written."""
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
 
 

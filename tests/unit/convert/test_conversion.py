@@ -1,3 +1,5 @@
+"""Conversions from end to end: reports, metadata, options, and results that appear whole or not at all."""
+
 from __future__ import annotations
 
 import hashlib

@@ -1,3 +1,5 @@
+"""Layouts are inverses of each other, and checkpoints that do not fit the rules are named."""
+
 from __future__ import annotations
 
 import pytest

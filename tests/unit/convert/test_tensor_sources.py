@@ -1,3 +1,5 @@
+"""Files of tensors are read one tensor at a time, written bit by bit, and refused if corrupt or able to run code."""
+
 from __future__ import annotations
 
 import os

@@ -1,4 +1,4 @@
-"""The conversion scripts, one after the other on one model."""
+"""The scripts in tools/ that edit stages, run one after the other on one model."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""Exports hold the checkpoint's weights, and `load_model` gives the model that was trained."""
+
 from __future__ import annotations
 
 import gc
@@ -46,7 +48,7 @@ def test_files_hold_the_checkpoint(tmp_path: Path, ema: bool, write_checkpoint: 
 
 
 def test_load_model_is_the_model(tmp_path: Path, write_checkpoint: Write, model: MultistageUNet) -> None:
-    """Any mix of stages, by the process's own times."""
+    """Times in the process's own variable choose the stage of each sample."""
     values = write_checkpoint(tmp_path / "run", 5)["ema"]
     export(tmp_path / "run", tmp_path / "out")
     loaded = msdiff_dist.load_model(tmp_path / "out")

@@ -1,3 +1,5 @@
+"""Averages fitted from snapshots are those that would have been tracked in training."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -7,7 +9,7 @@ from msdiff_dist.checkpoint.power_profile import LONGEST, exponent, fit, inner_p
 
 
 def averages(values: np.ndarray, gamma: float) -> np.ndarray:
-    """The average of the first t values, for every t, updated one by one."""
+    """For every t, the average of the first t values, updated value by value as in training."""
     kept, average = [], 0.0
     for t, value in enumerate(values, start=1):
         decay = (1 - 1 / t) ** (gamma + 1)
@@ -37,7 +39,7 @@ def test_inner_products_are_the_integrals() -> None:
 
 @pytest.mark.parametrize("length", [0.04, 0.07, 0.15, 0.25])
 def test_any_length_from_two(length: float) -> None:
-    """A random walk far from 0: the average of another length than the two held, against the one tracked."""
+    """On a random walk far from 0, the average fitted from two other lengths is near the tracked one."""
     walk = 100 + np.random.default_rng(0).standard_normal(2000).cumsum()
     held = np.array([(t, exponent(s)) for t in range(20, 2001, 20) for s in (0.05, 0.1)])
     coefficients, distance = fit(held, np.array([2000, exponent(length)]))

@@ -1,3 +1,5 @@
+"""Stages grown, extracted and merged compute what the models that they come from compute."""
+
 from __future__ import annotations
 
 from dataclasses import replace

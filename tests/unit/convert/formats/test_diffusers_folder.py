@@ -1,3 +1,5 @@
+"""Pipelines in diffusers compute and sample as this package does, and come back bit by bit."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-"""Every kind of U-Net against diffusers' own forward pass."""
+"""Every kind of U-Net computes the same as diffusers' own network with the same weights."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""Checkpoints in LDM's names, made by hand, are read, written and checked."""
+
 from __future__ import annotations
 
 import json
@@ -43,7 +45,7 @@ CLASSES = LDMConfig(
 
 
 def ldm_state(config: LDMConfig, seed: int = 0, multistage: bool = False) -> dict[str, Tensor]:
-    """A state dict as LDM's module has it, named by hand."""
+    """The state dict of LDM's module, with names made here and not by the code under test."""
     state = {}
     for name, p in randomise(build_model(config), seed).state_dict().items():
         part, _, rest = name.partition(".")
@@ -153,7 +155,7 @@ def test_decoders_without_attention_are_read_from_keys(tmp_path: Path) -> None:
     assert torch.equal(model(x, t, stage), expected(x, t, stage))
 
 
-def test_stage_boundaries_that_nothing_tells(tmp_path: Path) -> None:
+def test_stage_boundaries_that_must_be_given(tmp_path: Path) -> None:
     two = LDMConfig(
         encoder_channels=32, decoder_channels=(32, 32), channel_mult=(1, 2), attention_downsamples=(2,), num_heads=1
     )

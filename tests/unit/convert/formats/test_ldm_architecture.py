@@ -1,4 +1,4 @@
-"""Whatever the model, its tensors' names and shapes in LDM's layout give its configuration back."""
+"""The configuration of any model can be inferred from its tensors' names and shapes in LDM's layout."""
 
 from __future__ import annotations
 

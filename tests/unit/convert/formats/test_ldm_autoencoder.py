@@ -1,4 +1,4 @@
-"""LDM's autoencoders against diffusers' own."""
+"""LDM's autoencoders compute the same as diffusers' own network with the same weights."""
 
 from __future__ import annotations
 

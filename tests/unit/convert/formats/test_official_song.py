@@ -1,4 +1,4 @@
-"""The official EDM and score_sde codes' networks."""
+"""Networks of the official EDM and score_sde codes: names, layouts and averages."""
 
 from __future__ import annotations
 
