@@ -89,6 +89,7 @@ class Preparation:
         augment_labels = None
         if self._augmentation:
             x0_nCHW, augment_labels = augment(x0_nCHW, self._augmentation, self._seed, micro.batch, index_n)
+        # Drawn by index on the CPU, so that it is the same on every device and rank.
         noise_nCHW = noise(self._seed, micro.batch, index_n, tuple(x0_nCHW.shape[1:])).to(self._device)
         noised = self._objective.noised(x0_nCHW, noise_nCHW, micro.t_n.to(self._device))
         label_n, context_nTC = self.conditions(micro)

@@ -70,6 +70,8 @@ class Trainer:
         shards = self.engines.state()
         self.ema = ShardedEma(recipe.ema, shards, self.batch_size)
         self.state = TrainState(recipe_mapping(recipe), self.batch_size, shards, self.ema.averages)
+        # The state is restored before the data are opened: their fingerprint is compared with the checkpoint's, and the
+        # feed starts at the checkpoint's step.
         self.notes = self._resume()
         self.saver = BackgroundSaver(folder.checkpoints, folder.snapshots, shards, self.ema.averages, recipe.checkpoint)
         index, null_context_TC = self._open_data(found)
