@@ -1,6 +1,6 @@
-"""Time the optimal denoiser of a data set three ways, in one run: streamed in blocks as this package does it, by a loop
-over draws on data in memory, and by a loop whose every draw reads the images twice through a DataLoader, which is how
-the paper's published scripts work.
+"""Measure the time of a data set's optimal denoiser in three ways: streamed in blocks, as this package computes it; in
+a loop over draws on data in memory; and in a loop in which each draw reads the images twice through a DataLoader, as
+the paper's published scripts do.
 
     python tools/bench_clustering.py --images /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
 """
@@ -29,7 +29,7 @@ ETA = 2 / 256
 
 
 class Images(Dataset[Tensor]):
-    """Square images, decoded one by one as an image data set does."""
+    """Square images [d], converted one by one as an image data set converts them."""
 
     def __init__(self, pixels_Nd: np.ndarray) -> None:
         side = round(pixels_Nd.shape[1] ** 0.5)
@@ -44,7 +44,7 @@ class Images(Dataset[Tensor]):
 
 
 def by_data_loader(pixels_Nd: np.ndarray, u_d: Tensor, sigma: float, workers: int) -> Tensor:
-    """eps* of one noisy sample: one pass for the largest exponent, a second for the sums."""
+    """The optimal noise estimate [d] for one noisy sample: a pass for the largest exponent, another for the sums."""
     loader = DataLoader(Images(pixels_Nd), batch_size=4096, shuffle=True, num_workers=workers)
 
     def exponents(batch: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def by_data_loader(pixels_Nd: np.ndarray, u_d: Tensor, sigma: float, workers: in
 
 
 def by_memory(data_Nd: Tensor, u_d: Tensor, sigma: float) -> Tensor:
-    """eps* of one noisy sample, from all data in memory at once."""
+    """The optimal noise estimate [d] for one noisy sample, from all data in memory at once."""
     weights = torch.softmax(-(u_d - data_Nd).square().sum(1).double() / (2 * sigma**2), 0)
     return (u_d - (weights[:, None] * data_Nd).sum(0)) / sigma
 
@@ -86,6 +86,7 @@ def main() -> None:
     print(f"streamed in blocks      {streamed * 1e3:9.2f} ms a draw, {streamed * args.samples:.1f} s in all")
 
     sigmas = process.sigma_of(clock_times(process, found.clock_M))
+    # The slow ways take a few of the draws only, spread over all times.
     picks = np.linspace(0, args.samples - 1, args.loop_samples).round().astype(int)
     noisy = draws.sample_Md + torch.from_numpy(sigmas)[:, None] * draws.noise_Md
     data = unit(torch.from_numpy(pixels).float())
@@ -108,7 +109,7 @@ def main() -> None:
 
 
 def largest(found: list[Tensor], exact: list[Tensor]) -> float:
-    """Largest difference of any entry."""
+    """Largest difference between entries; the shorter list decides how many are compared."""
     return max((a - b).abs().max().item() for a, b in zip(found, exact, strict=False))
 
 

@@ -1,5 +1,5 @@
-"""Time the way from `msdiff launch` to the first training step on a SLURM cluster, without the wait in the queue,
-beside the same ranks started by `msdiff train` on this machine.
+"""Measure the time from `msdiff launch` to the first training step on a SLURM cluster, without the wait in the queue,
+and that of the same ranks started by `msdiff train` on this machine.
 
     python tools/bench_launch.py recipes/debug.yaml --cluster slurm/mine.yaml --folder /shared/bench
 """
@@ -19,7 +19,7 @@ MSDIFF = [sys.executable, "-m", "msdiff_dist.cli.main"]
 
 
 def first_step(run: Path, timeout_s: float) -> float:
-    """The moment at which the run's first step is seen."""
+    """Wait for the run's first step; returns the time in seconds since 1970."""
     metrics, end = run / "metrics.jsonl", time.time() + timeout_s
     while not (metrics.exists() and metrics.stat().st_size):
         if time.time() > end:
@@ -29,7 +29,7 @@ def first_step(run: Path, timeout_s: float) -> float:
 
 
 def started(job_id: str) -> float:
-    """The moment at which SLURM started a job, to the second."""
+    """The time at which SLURM started a job, in whole seconds since 1970."""
     text = subprocess.run(["scontrol", "show", "job", job_id, "-o"], capture_output=True, text=True, check=True).stdout
     at = re.search(r"StartTime=(\S+)", text)
     assert at

@@ -1,8 +1,8 @@
-"""Stage-parallel training against the common way, side by side on gloo ranks of this machine.
+"""Stage-parallel training compared with data parallelism, side by side on gloo ranks of this machine.
 
-The common way: torch DDP, every decoder on every rank, rank r trains stage r modulo K. Both sides take the same model,
-optimizer and number of samples, in fp32, and their steps alternate. Printed per rank: bytes of parameters, gradients
-and optimizer state; bytes sent in a step, read off the loopback device; seconds of a step; and the ratios.
+Data parallelism is torch DDP with every decoder on every rank; rank r trains stage r modulo K. Both sides have the same
+model, optimizer and number of samples, in fp32, and their steps alternate. Printed for each rank: bytes of parameters,
+gradients and optimizer state; bytes sent in a step, as the loopback device counts them; seconds of a step; ratios.
 
     python tools/bench_stage_parallel.py --ranks 4
     unshare -n sh -c 'ip link set lo up; python tools/bench_stage_parallel.py'    # nothing else on the loopback device
@@ -51,14 +51,18 @@ OVERRIDES = [
 
 @dataclass(frozen=True)
 class Side:
-    """One rank's figures. state: bytes. sent: bytes a step, all ranks together. seconds: median of a step."""
+    """Figures of one way to train, on one rank.
+
+    state: bytes of parameters, gradients and optimizer state. sent: bytes that all ranks together send in a step.
+    seconds: of a step. Both are medians.
+    """
 
     state: int
     sent: float
     seconds: float
 
 
-class CommonWay:
+class DataParallel:
     """DDP over the whole model; this rank trains one stage."""
 
     def __init__(self, recipe: Recipe, rank: int, world_size: int) -> None:
@@ -68,28 +72,30 @@ class CommonWay:
         self.process, self.stage = recipe.process(), rank % recipe.stages.num_stages
         n = recipe.train.batch_size(world_size) // world_size
         lo, hi = recipe.partition().interval(self.stage)
-        self.x0 = torch.randn(n, *recipe.latent_shape)
+        self.x0_nCHW = torch.randn(n, *recipe.latent_shape)
         self.t_n = torch.randint(int(lo), int(hi), (n,))
         self.clip = recipe.optimizer.grad_clip
         self.gradient_bytes = 0
 
     def step(self) -> None:
-        eps = torch.randn_like(self.x0)
-        x_in, time_in = self.process.network_input(self.process.perturb(self.x0, eps, self.t_n), self.t_n)
-        output = self.ddp(x_in, time_in, torch.full_like(self.t_n, self.stage))
+        """One optimizer step with clipped gradients. Collective."""
+        eps_nCHW = torch.randn_like(self.x0_nCHW)
+        x_nCHW, time_n = self.process.network_input(self.process.perturb(self.x0_nCHW, eps_nCHW, self.t_n), self.t_n)
+        output_nCHW = self.ddp(x_nCHW, time_n, torch.full_like(self.t_n, self.stage))
         self.optimizer.zero_grad()
-        (output - eps).square().mean().backward()
+        (output_nCHW - eps_nCHW).square().mean().backward()
         torch.nn.utils.clip_grad_norm_(self.ddp.parameters(), self.clip)
         self.gradient_bytes = size(p.grad for p in self.ddp.parameters() if p.grad is not None)
         self.optimizer.step()
 
     def state_bytes(self) -> int:
+        """Bytes of parameters, gradients and optimizer state after a step."""
         moments = (v for s in self.optimizer.state.values() for v in s.values() if torch.is_tensor(v) and v.ndim)
         return size(self.ddp.parameters()) + self.gradient_bytes + size(moments)
 
 
 class StageParallel:
-    """This rank's part of a run."""
+    """One rank of a run of this package."""
 
     def __init__(self, recipe: Recipe, rank: int, world_size: int, folder: Path) -> None:
         self.run = Trainer(
@@ -103,7 +109,7 @@ class StageParallel:
         self.run.engines.reduce = self._measured  # type: ignore[method-assign]
 
     def _measured(self, agreement: Agreement) -> ReducedGradients:
-        """Look at the gradients where they all exist: after the backward passes, before the optimizers."""
+        """Measure the gradients when all of them exist: after the backward passes, before the optimizers."""
         engines = self.run.engines._engines()
         owned = (g for e in engines for gs in e.optimizer.averaged_gradients.values() for g in gs or ())
         whole = (p.grad for e in engines for p in e.engine.module.parameters() if p.grad is not None)
@@ -111,9 +117,11 @@ class StageParallel:
         return self.reduce(agreement)
 
     def step(self) -> None:
+        """One optimizer step. Collective."""
         self.run.step(self.lr)
 
     def state_bytes(self) -> int:
+        """Bytes of parameters, gradients and optimizer state after a step."""
         parameters = size(p for e in self.run.engines._engines() for p in e.engine.module.parameters())
         shards = size(t for s in self.run.state.shards.values() for t in s.flats())
         moments = size(t for s in self.run.state.shards.values() for m in s.moments() for t in m.values())
@@ -121,23 +129,27 @@ class StageParallel:
 
 
 def size(tensors: Iterable[Tensor]) -> int:
+    """Bytes of all elements."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def loopback_bytes() -> int:
     """Bytes sent through the loopback device so far."""
+    # Of the numbers after the name, the first eight are about receiving; the ninth is bytes sent.
     line = next(x for x in Path("/proc/net/dev").read_text().splitlines() if x.strip().startswith("lo:"))
     return int(line.split(":")[1].split()[8])
 
 
 def measure(rank: int, mapping: dict[str, Any], steps: int, folder: Path) -> tuple[Side, Side]:
+    """Body of one rank: figures of stage-parallel and data-parallel training over `steps` steps, after two before."""
     recipe, world_size = recipe_from(mapping), dist.get_world_size()
-    ours, common = StageParallel(recipe, rank, world_size, folder), CommonWay(recipe, rank, world_size)
+    ours, common = StageParallel(recipe, rank, world_size, folder), DataParallel(recipe, rank, world_size)
     seconds: tuple[list[float], list[float]] = ([], [])
     sent: tuple[list[int], list[int]] = ([], [])
     sides: list[Callable[[], None]] = [ours.step, common.step]
     for i in range(steps + 2):
         for side, step in enumerate(sides):
+            # Barriers, so that neither bytes nor seconds of one side are counted for the other.
             dist.barrier()
             bytes_before, start = loopback_bytes(), time.perf_counter()
             step()

@@ -1,4 +1,4 @@
-"""Runs one function as a command, its errors told as `msdiff` tells them."""
+"""Run one function as a command whose errors are reported as `msdiff` reports them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from msdiff_dist.errors import MsdiffError, UserError
 
 
 def run(function: Callable[..., Any]) -> None:
-    """Exit status: 0 done, 2 the user's error, 1 any other failure."""
+    """Run `function` with the options of the command line.
+
+    Exit status: 0 done, 2 an error that the user can correct, 1 any other failure.
+    """
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(function)
     try:

@@ -1,10 +1,10 @@
-"""The paper's Table 2 from recipes alone: what each training costs beside its unified baseline.
+"""The paper's Table 2 computed from recipes: the training compute of each, compared with its unified baseline.
 
     python tools/cost_table.py recipes/*.yaml
 
-A recipe's baseline is the one whose name begins alike and goes on with `_unified`. GMAC: of one evaluation, stages
-weighted by interval length. The paper's PFLOP leave the batch out (steps x GMAC); "all" counts two operations for each
-multiply-add of every sample, and a backward pass twice the forward's.
+The baseline of `NAME_3stage...` is `NAME_unified`. GMAC is of one evaluation, with stages weighted by interval length.
+The paper's PFLOP do not count the batch (steps x GMAC). "all" counts every sample, two operations for each
+multiply-add, and a backward pass twice the forward's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HEADER = ["recipe", "parameters", "steps", "GMAC", "paper's PFLOP", "of baseline
 
 
 def table(recipes: list[Recipe]) -> list[list[str]]:
-    """One row of text for each recipe, groups together, their baselines first."""
+    """One row of text for each recipe, sorted by group, the baseline of each group first."""
     reports = {recipe.name: cost_report(recipe) for recipe in recipes}
     baselines = {group(name): report for name, report in reports.items() if "_unified" in name}
     order = sorted(reports, key=lambda name: (group(name), "_unified" not in name, name))
@@ -28,11 +28,12 @@ def table(recipes: list[Recipe]) -> list[list[str]]:
 
 
 def group(name: str) -> str:
-    """What a recipe's name shares with its baseline's."""
+    """The beginning that a recipe's name has in common with its baseline's."""
     return re.split(r"_(?:unified|\d+stage)", name)[0]
 
 
 def row(name: str, report: CostReport, baseline: CostReport | None) -> list[str]:
+    """The cells of one recipe, in the order of `HEADER`; empty where a figure does not exist."""
     ratio = "" if baseline is None else f"{report.paper_petaflops / baseline.paper_petaflops:.0%}"
     return [
         name,

@@ -1,4 +1,4 @@
-"""Put the weights of a DeepSpeed folder together in one .safetensors file: any ZeRO stage, any number of ranks.
+"""Combine the weights of a DeepSpeed folder in one .safetensors file: any ZeRO level, any number of ranks.
 
 Needs neither deepspeed nor a GPU, and holds one tensor at a time.
 
@@ -20,7 +20,7 @@ def deepspeed_to_safetensors(
     src: Annotated[Path, typer.Argument(help="DeepSpeed folder, or one tag of it.")],
     dst: Annotated[Path, typer.Argument(help="New .safetensors file.")],
 ) -> None:
-    """Put the weights of a DeepSpeed folder together."""
+    """Combine the weights of a DeepSpeed folder in one file."""
     convert(src, dst, "deepspeed", "safetensors")
 
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Kill a run again and again at random moments, and compare what becomes of it with a run that nobody disturbed.
+"""Kill a run repeatedly at random moments, and compare its result with that of an undisturbed run.
 
     python tools/fault_campaign.py OUT --kills 50 --steps 400
 
-One rank is killed, or all, or the run is asked to stop, while it starts, trains or saves; the same command is then
-given again. At the end every step's loss must be there once and equal, and the last checkpoint's parameters, averages
-and moments too: bit for bit, or with --elastic (other ranks, ZeRO stage or accumulation at every start) within 1e-5.
+While the run starts, trains or saves, one rank is killed, or all are, or a signal asks the run to stop; then the same
+command is given again. At the end the loss of every step must be recorded once, and losses and the last checkpoint's
+parameters, averages and moments must be equal: bit for bit, or within 1e-5 with --elastic (other ranks, ZeRO levels or
+accumulation at every start).
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ LAYOUTS = [
     ["--nproc", "3", "parallel.zero_shared=3"],
     ["--nproc", "2", "parallel.zero_shared=2", "parallel.zero_decoders=2"],
 ]
-# Exit statuses that a blow may have: it may come too late, and a signal before anybody listens.
+# Exit statuses that each fault may lead to. A fault may come after the end of the run (0), and a signal before the run
+# has a handler for it (-signal).
 ENDINGS = {
     "finished": (0,),
     "one rank killed": (1, 0),
@@ -47,7 +49,7 @@ ENDINGS = {
 
 
 def start(run: Path, steps: int, layout: list[str]) -> subprocess.Popen[str]:
-    """Give the command."""
+    """Start the training command."""
     command = [sys.executable, "-m", "msdiff_dist.cli.main", "train", str(ROOT / "recipes/debug.yaml")]
     command += [f"train.steps={steps}", *BASE, *layout, "--run-dir", str(run)]
     return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
@@ -70,7 +72,7 @@ def unfinished_saves(run: Path) -> list[Path]:
 
 
 def ranks_of(run: Path) -> list[int]:
-    """The processes whose output is a log of the run."""
+    """The processes of the run's ranks: those whose standard error is a rank's log."""
     found = []
     for process in Path("/proc").iterdir():
         try:
@@ -82,7 +84,7 @@ def ranks_of(run: Path) -> list[int]:
 
 
 def disturb(run: Path, process: subprocess.Popen[str], draw: random.Random) -> str:
-    """Wait for a random moment and strike. Returns how; `finished` where there was nothing left to strike."""
+    """Wait for a random moment and cause a fault. Returns its name; `finished` if the run had ended before."""
     moment = draw.choices(["start", "step", "save"], [2, 5, 3])[0]
     if moment == "start":
         time.sleep(draw.uniform(0, 6))
@@ -95,28 +97,28 @@ def disturb(run: Path, process: subprocess.Popen[str], draw: random.Random) -> s
         time.sleep(draw.uniform(0, 0.01 if moment == "save" else 0.1))
     if process.poll() is not None:
         return "finished"
-    how = draw.choice(["one rank killed", "one rank killed", "all killed", "all killed", "SIGTERM", "SIGUSR2"])
+    fault = draw.choice(["one rank killed", "one rank killed", "all killed", "all killed", "SIGTERM", "SIGUSR2"])
     ranks = ranks_of(run)
-    if how == "all killed" or not ranks:
-        how = "all killed"
+    if fault == "all killed" or not ranks:
+        fault = "all killed"
         for victim in [*ranks, process.pid]:
             _kill(victim, signal.SIGKILL)
-    elif how == "one rank killed":
+    elif fault == "one rank killed":
         _kill(draw.choice(ranks), signal.SIGKILL)
     else:
-        process.send_signal(signal.Signals[how])
-    return how
+        process.send_signal(signal.Signals[fault])
+    return fault
 
 
-def settle(run: Path, process: subprocess.Popen[str], how: str) -> None:
-    """Wait for the end of a struck run, which must be the one that such a blow has."""
-    _, message = process.communicate(timeout=3600 if how == "finished" else 300)
-    if process.returncode not in ENDINGS[how]:
-        raise SystemExit(f"after `{how}` the command ended with status {process.returncode}:\n{message}")
+def settle(run: Path, process: subprocess.Popen[str], fault: str) -> None:
+    """Wait until the command and all ranks have ended, with an exit status that the fault may lead to."""
+    _, message = process.communicate(timeout=3600 if fault == "finished" else 300)
+    if process.returncode not in ENDINGS[fault]:
+        raise SystemExit(f"after `{fault}` the command ended with status {process.returncode}:\n{message}")
     deadline = time.monotonic() + 60
     while left := ranks_of(run):
         if time.monotonic() > deadline:
-            raise SystemExit(f"processes {left} outlived `{how}`")
+            raise SystemExit(f"processes {left} still run after `{fault}`")
         time.sleep(0.05)
 
 
@@ -147,33 +149,35 @@ def main() -> None:
     """Run the campaign; exit status 0 if nothing was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="new folder for both runs")
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=50, help="faults, signals among them")
+    parser.add_argument("--steps", type=int, default=400, help="steps of both runs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of faults and layouts")
     parser.add_argument("--elastic", action="store_true", help="another layout at every start")
     options = parser.parse_args()
     draw, out = random.Random(options.seed), options.out.resolve()
     whole, run = out / "whole", out / "disturbed"
     settle(whole, start(whole, options.steps, PLAIN), "finished")
-    blows: Counter[str] = Counter()
-    cut_saves, lost = 0, [0]
+    faults: Counter[str] = Counter()
+    interrupted_saves, lost = 0, [0]
     while True:
         process = start(run, options.steps, draw.choice(LAYOUTS) if options.elastic else PLAIN)
-        how = disturb(run, process, draw) if blows.total() < options.kills else "finished"
-        settle(run, process, how)
-        if how == "finished":
+        fault = disturb(run, process, draw) if faults.total() < options.kills else "finished"
+        settle(run, process, fault)
+        if fault == "finished":
             break
-        blows[how] += 1
-        cut = bool(unfinished_saves(run))
-        cut_saves += cut
+        faults[fault] += 1
+        during_save = bool(unfinished_saves(run))
+        interrupted_saves += during_save
         lost.append(max(steps_done(run) - steps_kept(run), 0))
-        during = " during a save" if cut else ""
-        print(f"{blows.total()}: {how} at step {steps_done(run)}{during}, {lost[-1]} steps lost", flush=True)
+        during = " during a save" if during_save else ""
+        print(f"{faults.total()}: {fault} at step {steps_done(run)}{during}, {lost[-1]} steps lost", flush=True)
     worst = check(run, whole, TOLERANCE if options.elastic else 0.0)
-    print(f"{dict(blows)}; {cut_saves} cut a save short; steps lost: {sum(lost)}, at most {max(lost)} at once")
-    print(f"every step there once, greatest relative difference {worst:.2g}")
-    if blows.total() < options.kills:
-        raise SystemExit(f"the run was over after {blows.total()} of {options.kills} blows: give it more --steps")
+    print(
+        f"{dict(faults)}; {interrupted_saves} interrupted a save; steps lost: {sum(lost)}, at most {max(lost)} at once"
+    )
+    print(f"every step recorded once, greatest relative difference {worst:.2g}")
+    if faults.total() < options.kills:
+        raise SystemExit(f"the run finished after {faults.total()} of {options.kills} faults: give it more --steps")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A contract for import-linter: one library, or one module of it, is imported in the named places only.
 
-import-linter knows an external library by its first name alone, so it cannot tell `torch.distributed` from `torch`, and
-its contracts list who may not import something. These list who may.
+import-linter knows an external library by its first name only, so it cannot distinguish `torch.distributed` from
+`torch`; and its own contracts list the modules that may not import something, not those that may.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class OnlyIn(Contract):
     allowed = fields.ListField(subfield=fields.StringField())
 
     def check(self, graph: ImportGraph, verbose: bool) -> ContractCheck:
-        """Look at every module of the root packages."""
+        """Read the imports of every module of the root packages."""
         lines = [
             (module, line)
             for package in self.session_options["root_packages"]
@@ -38,12 +38,12 @@ class OnlyIn(Contract):
         return ContractCheck(kept=not outside and not unused, metadata={"outside": outside, "unused": unused})
 
     def render_broken_contract(self, check: ContractCheck) -> None:
-        """Say where the library is imported, and where it is allowed for nothing."""
+        """Report where the library is imported, and which places may import it but do not."""
         places = ", ".join(map(str, self.allowed))  # type: ignore[call-overload]
         for module, line in check.metadata["outside"]:
             output.print_error(f"{module}:{line} imports {self.library}, which only {places} may")
         for place in check.metadata["unused"]:
-            output.print_error(f"{place} may import {self.library} and does not: take it off the list")
+            output.print_error(f"{place} may import {self.library} and does not: remove it from the list")
 
 
 def _is_in(module: str, place: str) -> bool:

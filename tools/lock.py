@@ -1,7 +1,7 @@
 """Write requirements.lock: the versions of constraints.txt, each with the sha256 of what Linux x86-64 installs.
 
-Asks pip what it would install, for every Python in PYTHONS. Run it after changing constraints.txt, with the first of
-them.
+It asks pip what it would install, for every Python in PYTHONS. Run it after a change of constraints.txt, with the first
+of these Pythons.
 
 Example: python tools/lock.py
 """
@@ -32,7 +32,7 @@ def main() -> None:
     hashes: dict[str, set[str]] = defaultdict(set)
     files = would_install(pins.values())
     for python in PYTHONS[1:]:
-        # A source distribution is the same for every Python, and pip asks for wheels alone when it asks for another's.
+        # For another Python than its own, pip resolves wheels only. A source distribution is the same for all of them.
         wheels = [pins[name] for name, (file, _) in files.items() if file.endswith(".whl")]
         options = ["--python-version", python, "--only-binary", ":all:", "--target", "none"]
         for name, (_, digest) in would_install(wheels, *options).items():
@@ -56,7 +56,7 @@ def normalised(name: str) -> str:
 
 
 def would_install(pins: Iterable[str], *options: str) -> dict[str, tuple[str, str]]:
-    """By normalised name: the file that pip would take, and its sha256."""
+    """The file that pip would install for each pin, and its sha256, by normalised name."""
     with tempfile.TemporaryDirectory() as folder:
         wanted, report = Path(folder) / "wanted.txt", Path(folder) / "report.json"
         wanted.write_text("\n".join(pins))

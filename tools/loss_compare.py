@@ -1,10 +1,10 @@
-"""Compare what two runs, or two commits, come to in training: loss, loss per stage and gradient norm of every step.
+"""Compare the training of two runs, or of two commits: loss, loss per stage and gradient norm of every step.
 
 Examples: python tools/loss_compare.py runs/before runs/after --equal
           python tools/loss_compare.py main HEAD --recipe recipes/quickstart.yaml --steps 8 --nproc 4
 
-A commit is checked out in a temporary worktree, and the recipe, as the commit has it, is trained there from the
-current folder, where its data are. Exit status: 0 alike, 1 different, 2 the user's error.
+A commit is checked out in a temporary worktree, and its version of the recipe is trained in the current folder, where
+the data are. Exit status: 0 alike, 1 different, 2 an error that the user can correct.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class FieldDifference:
 def loss_compare(
     a: Side,
     b: Side,
-    equal: Annotated[bool, typer.Option("--equal", help="Alike means every bit.")] = False,
+    equal: Annotated[bool, typer.Option("--equal", help="Alike means equal in every bit.")] = False,
     rtol: Annotated[float, typer.Option(help="Alike means no relative difference above this.")] = 1e-5,
-    recipe: Annotated[Path, typer.Option(help="To train at commits.")] = Path("recipes/debug.yaml"),
-    steps: Annotated[int, typer.Option(help="To train at commits.")] = 8,
-    nproc: Annotated[int, typer.Option(help="Ranks that train at commits.")] = 1,
+    recipe: Annotated[Path, typer.Option(help="Recipe to train at commits.")] = Path("recipes/debug.yaml"),
+    steps: Annotated[int, typer.Option(help="Steps to train at commits.")] = 8,
+    nproc: Annotated[int, typer.Option(help="Ranks to train with at commits.")] = 1,
 ) -> None:
     """Compare the losses of two runs or commits."""
     with _run_of("A", a, recipe, steps, nproc) as run_a, _run_of("B", b, recipe, steps, nproc) as run_b:
@@ -76,7 +76,7 @@ def read_steps(name: str, folder: Path) -> Steps:
     """The compared fields of every step of a run folder.
 
     Raises:
-        UserError: its metrics.jsonl is not one.
+        UserError: a line of its metrics.jsonl is not the record of a step.
     """
     steps: Steps = {}
     for number, line in enumerate((folder / "metrics.jsonl").read_text().splitlines(), 1):
@@ -91,7 +91,7 @@ def read_steps(name: str, folder: Path) -> Steps:
 
 
 def difference(field: str, a: Steps, b: Steps, common: list[int]) -> FieldDifference:
-    """How a field differs over the common steps."""
+    """The difference of one field over the common steps."""
     largest, first = 0.0, None
     for step in common:
         x_n, y_n = a[step][field], b[step][field]
@@ -110,7 +110,7 @@ def _relative(x: float, y: float) -> float:
 
 @contextmanager
 def _run_of(name: str, side: str, recipe: Path, steps: int, nproc: int) -> Iterator[Path]:
-    """The folder of the run that a side names, or of the training of a commit."""
+    """The run folder that a side names, or that of a training at the commit that it names."""
     if (Path(side) / "metrics.jsonl").is_file():
         yield Path(side)
         return
@@ -122,7 +122,7 @@ def _run_of(name: str, side: str, recipe: Path, steps: int, nproc: int) -> Itera
         tree = Path(folder) / "tree"
         added = _git("worktree", "add", "--detach", str(tree), commit.stdout.strip())
         if added.returncode:
-            raise UserError(name, side, f"cannot be checked out ({added.stderr.strip()})", "Mend the repository.")
+            raise UserError(name, side, f"cannot be checked out ({added.stderr.strip()})", "Repair the repository.")
         try:
             _train(name, side, tree, recipe, ["--nproc", str(nproc), "--run-dir", f"{folder}/run"], steps)
             yield Path(folder) / "run"
@@ -134,7 +134,7 @@ def _train(name: str, side: str, tree: Path, recipe: Path, options: list[str], s
     own = tree / recipe
     if not own.is_file() and not recipe.is_file():
         raise UserError("--recipe", str(recipe), f"is neither in {side} nor here", "Name a recipe.")
-    # The command as the commit itself declares it, wherever its modules lay then.
+    # The entry point is read from the commit: older ones have it in another module.
     project: dict[str, Any] = tomllib.loads((tree / "pyproject.toml").read_text())["project"]
     module, _, function = project["scripts"]["msdiff"].partition(":")
     source = f"from {module} import {function} as main; main()"

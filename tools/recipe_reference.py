@@ -1,4 +1,4 @@
-"""Write the reference of all recipe fields, from the dataclasses they belong to.
+"""Write the reference of all recipe fields, from the dataclasses that define them.
 
 Example: python tools/recipe_reference.py > docs/recipe.md
 """
@@ -19,9 +19,9 @@ from msdiff_dist.registry import Table
 
 INTRODUCTION = """# Recipe fields
 
-Written by `tools/recipe_reference.py` from the code that takes the fields. A recipe has a `name` and the sections
-`data`, `stages`, `model`, `optimizer` and `train`; the others are optional. On the command line a field goes by its
-dotted name: `msdiff train RECIPE train.steps=1000 'stages.boundaries=[442,631]'`.
+Written by `tools/recipe_reference.py` from the dataclasses that define the fields. A recipe has a `name` and the
+sections `data`, `stages`, `model`, `optimizer` and `train`; the others are optional. On the command line a field has
+its dotted name: `msdiff train RECIPE train.steps=1000 'stages.boundaries=[442,631]'`.
 
 `msdiff recipes` lists recipes to begin with, `msdiff init NAME` writes one of them, and `msdiff init --from MODEL` one
 that trains a model further.
@@ -46,7 +46,7 @@ def reference() -> str:
 
 
 def _section(path: str, cls: type, known: dict[type, str]) -> Iterator[str]:
-    """A heading, the class's own words, its fields; then the sections inside it."""
+    """A heading, the docstring of the class, its fields; then the sections inside it."""
     hints = get_type_hints(cls, include_extras=True)
     yield f"## `{path}`" + (f" ({_type(hints['family'])})" if "family" in hints else "") + "\n"
     if cls in known:
@@ -74,12 +74,12 @@ def _section(path: str, cls: type, known: dict[type, str]) -> Iterator[str]:
 
 
 def _prose(cls: type) -> str:
-    """The class's own words, each paragraph on one line."""
+    """The class's docstring, each paragraph on one line."""
     return "\n\n".join(" ".join(p.split()) for p in inspect.cleandoc(cls.__dict__["__doc__"]).split("\n\n"))
 
 
 def _dataclasses(hint: Any) -> list[type]:
-    """The dataclasses in a type, also inside unions and tuples; all of a `Variant`."""
+    """The dataclasses in a type, also inside unions and tuples; of a `Variant` all that its table has."""
     if get_origin(hint) is Annotated:
         kind, meaning = get_args(hint)
         if isinstance(meaning, Variant):

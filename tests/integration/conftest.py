@@ -1,4 +1,4 @@
-"""Shared by the tests that use the `msdiff` command as a person would."""
+"""Fixtures for tests of the whole `msdiff` command."""
 
 from __future__ import annotations
 

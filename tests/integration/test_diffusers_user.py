@@ -1,4 +1,4 @@
-"""A diffusers user's three lines make the images that `msdiff sample` makes from the same noise."""
+"""Three lines of diffusers on a converted model make the images that `msdiff sample` makes from the same noise."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def before_rounding(folder: Path, labels: torch.Tensor | None = None) -> torch.T
 
 
 def sampled_images(msdiff: Msdiff, folder: Path, out: Path) -> np.ndarray:
-    """Of the command, in [0, 1]."""
+    """Images [n, H, W, C] that the command makes, in [0, 1]."""
     made = msdiff("sample", folder, "--raw", "--num", COUNT, "--seed", SEED, "--steps", STEPS, "--out", out)
     assert made.status == 0, made.output
     return np.stack([np.asarray(Image.open(out / f"{i:05d}.png")) for i in range(COUNT)]) / 255

@@ -1,4 +1,4 @@
-"""docs/extending.md: its package, put on the path, adds one of each kind without a change to this one."""
+"""The package of docs/extending.md, put on the path, adds one of each kind without a change to this package."""
 
 from __future__ import annotations
 

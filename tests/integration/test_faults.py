@@ -1,4 +1,4 @@
-"""Ranks killed, stopped and signalled, through the command."""
+"""The command when ranks are killed, stopped or signalled."""
 
 from __future__ import annotations
 

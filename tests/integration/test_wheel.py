@@ -1,4 +1,4 @@
-"""The built package by itself: what is in the wheel, and the command as somebody has it who never saw the sources."""
+"""The built package by itself: what is in the wheel, and the installed command without the sources."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.integration
 
 
 def built(folder: Path) -> Path:
-    """A wheel, from a copy of the sources, which a build would leave its own files in."""
+    """Build a wheel from a copy of the sources, because a build leaves files among them."""
     source = folder / "source"
     source.mkdir(parents=True)
     for name in SOURCES:

@@ -1,3 +1,5 @@
+"""`msdiff stages cluster` as a function: methods, recipes to write to, options that are refused."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Encoding images to latents: what is stored, resuming, parts, corruption, and that training notices a wrong folder."""
+
 from __future__ import annotations
 
 import json

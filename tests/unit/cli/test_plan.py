@@ -1,3 +1,5 @@
+"""`msdiff plan` on shipped recipes: balance, shares of work, placements by hand, refusals."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-"""Weighted costs and the table of costs, against sums written out here and the paper's ratios."""
+"""Weighted costs and the table of costs, compared with sums written out here and with the paper's ratios."""
 
 from __future__ import annotations
 
