@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import weakref
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -104,9 +105,11 @@ class NpzSource(TensorSource):
 
     def __init__(self, path: Path) -> None:
         self.files = (path,)
+        file = path.open("rb")
+        weakref.finalize(self, file.close)  # numpy closes what it opens itself, but not when the archive is corrupt
         try:
             # numpy reads an array with its shape, so each is read here once, and again when it is asked for.
-            self._archive = np.load(path, allow_pickle=False)
+            self._archive = np.load(file, allow_pickle=False)
             self._meta = {key: torch.from_numpy(self._archive[key]).to("meta") for key in self._archive.files}
         except (ValueError, OSError, TypeError, zipfile.BadZipFile, EOFError) as e:
             raise _corrupt(path, e) from None

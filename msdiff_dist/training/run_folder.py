@@ -115,6 +115,7 @@ class RunFolder:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                self.close()
                 problem, remedy = "is in use by another running process", "Wait for it, or name another folder."
                 raise RunFolderError("--run-dir", str(self.path), problem, remedy) from None
             remove_partials(self.path, [self.recipe_file.name, self.metrics_file.name])

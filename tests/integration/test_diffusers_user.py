@@ -28,7 +28,10 @@ from msdiff_dist.models.autoencoder import AutoencoderConfig
 from msdiff_dist.models.ldm.config import LDMConfig
 from tests.integration.conftest import Msdiff
 
-pytestmark = pytest.mark.integration
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("default:.*holds the last weights:UserWarning"),  # what these convert
+]
 UNIFIED = LDMConfig(
     encoder_channels=32, decoder_channels=(32,), channel_mult=(1, 2), num_res_blocks=1, attention_downsamples=(2,),
     num_head_channels=32,

@@ -16,13 +16,14 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DISTRIBUTIONS = {  # of modules that are named otherwise
     "PIL": "pillow",
     "importlinter": "import-linter",
+    "xdist": "pytest-xdist",
     "open_clip": "open-clip-torch",
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }
 OPTIONAL = {"streaming"}  # read beside ours by `msdiff data bench` where it is installed
 THROUGH_OTHERS = {"torch.utils.tensorboard": "tensorboard"}  # modules that need a distribution they do not depend on
-TOOLS = {"ruff", "mypy", "pytest-xdist", "pytest-cov", "setuptools"}  # run, not imported
+TOOLS = {"ruff", "mypy", "pytest-cov", "setuptools"}  # run, not imported
 
 
 def normalised(name: str) -> str:

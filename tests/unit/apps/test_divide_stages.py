@@ -60,7 +60,8 @@ def test_optimal_denoiser_on_images(images: Path, tmp_path: Path, process: str, 
     assert len(found.boundaries) == stages - 1
     assert found.boundaries == sorted(set(found.boundaries))
     assert "60 samples" in found.found_by
-    assert Image.open(plot).width > 100
+    with Image.open(plot) as drawn:
+        assert drawn.width > 100
 
 
 def test_the_scale_of_images_matters(images: Path) -> None:

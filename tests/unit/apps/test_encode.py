@@ -130,7 +130,7 @@ def test_moments_and_embeddings_are_the_networks_own(images, tmp_path):
     sample = next(samples(str(tmp_path / "out/00000.tar")))
     posterior = model.encode(images_of(images)["0-0"][None]).latent_dist
     moments = torch.cat([posterior.mean, posterior.logvar], dim=1)[0].bfloat16()
-    stored = torch.from_numpy(sample["latent.npy"]).view(torch.bfloat16)
+    stored = torch.from_numpy(sample["latent.npy"].copy()).view(torch.bfloat16)
     assert torch.allclose(stored.float(), moments.float(), rtol=0.02, atol=1e-2)
     drawn = encode(recipe_of(images, autoencoder, text, data), tmp_path / "drawn", nproc=1)
     assert (drawn.shape, drawn.moments) == ((2, 8, 8), False)
