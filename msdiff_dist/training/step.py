@@ -80,7 +80,7 @@ class TrainStep:
         busy = self._engines.forward_clock.take()
         agreement.add_own("busy", busy, self._env.rank, self._env.world_size)
         agreement.add("stop", float(stop_requested))
-        agreement.add("damaged", float(len(corruption)))
+        agreement.add("corrupt", float(len(corruption)))
         gradients = self._engines.reduce(agreement)
         loss_per_stage = (gradients.sums["loss sum"] / torch.from_numpy(self._quota_K)).tolist()
         self._check_finite(micro.batch, loss_per_stage, gradients)
@@ -94,7 +94,7 @@ class TrainStep:
             grad_norm=float(gradients.norm),
             stop_requested=bool(gradients.sums["stop"] > 0),
             busy_W=gradients.sums["busy"].tolist(),
-            corruption=self._new_corruption(corruption) if gradients.sums["damaged"] > 0 else [],
+            corruption=self._new_corruption(corruption) if gradients.sums["corrupt"] > 0 else [],
             seconds={**seconds, "optimizer": time.perf_counter() - start},
         )
 
