@@ -6,7 +6,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from msdiff_dist.convert.formats.ldm_architecture import HeadsRule
 from msdiff_dist.errors import CheckpointError, ConfigError
 
 OptionName = Literal[
@@ -27,6 +26,16 @@ FLAGS: dict[OptionName, str] = {
     "null_class": "--no-null-class",
 }
 """What each option is called on the command line."""
+
+
+@dataclass(frozen=True)
+class HeadsRule:
+    """Attention heads, which no shape shows: a number of heads, or a number of channels for each head."""
+
+    num_heads: int | None
+    num_head_channels: int | None
+    why: str
+    """The number and its origin, for messages and the report."""
 
 
 @dataclass(frozen=True, kw_only=True)

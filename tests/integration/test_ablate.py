@@ -88,7 +88,7 @@ def test_table_of_two_variants_and_two_seeds(msdiff: Msdiff, sweep: Path, digits
     out = tmp_path / "out"
     parts = [msdiff("ablate", sweep, "--out", out, "--part", part, "--parts", 2) for part in (0, 1)]
     assert [p.status for p in parts] == [0, 0], parts
-    rows = list(csv.DictReader((out / "results.csv").open()))
+    rows = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
     assert [row["variant"] for row in rows] == ["unified", "unified", "multistage", "multistage"]
     for row in rows:
         step, scores = int(row["step"]), []

@@ -77,7 +77,7 @@ def ended(folder: Path) -> dict[str, subprocess.CompletedProcess[str]]:
 
 @pytest.mark.usefixtures("ended")
 def test_the_family_and_process_train_and_the_solver_samples(folder: Path) -> None:
-    rows = list(csv.reader((folder / "run/losses.csv").open()))
+    rows = list(csv.reader((folder / "run/losses.csv").read_text().splitlines()))
     assert [row[0] for row in rows] == ["1", "2", "3"]
     assert len(list((folder / "samples").glob("0*.png"))) == 4
 

@@ -85,7 +85,7 @@ def test_report(msdiff: Msdiff, runs: Path, digits: Path, tmp_path: Path) -> Non
     out = tmp_path / "out"
     ended = msdiff("interval-report", runs / "stages", "--reference", runs / "unified", *common, "--out", out)
     assert ended.status == 0, ended.output
-    rows = list(csv.DictReader((out / "intervals.csv").open()))
+    rows = list(csv.DictReader((out / "intervals.csv").read_text().splitlines()))
     assert [(row["lo"], row["hi"]) for row in rows] == [
         ("", ""), ("0", "442.0"), ("442.0", "631.0"), ("631.0", "1000"), ("0", "1000"),
     ]  # fmt: skip

@@ -6,19 +6,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from msdiff_dist.convert.options import HeadsRule
 from msdiff_dist.convert.tensor_sources import TensorSource
 from msdiff_dist.errors import CheckpointError, ConfigError
 from msdiff_dist.models.ldm.config import LDMConfig
-
-
-@dataclass(frozen=True)
-class HeadsRule:
-    """Attention heads, which no shape shows: a number of heads, or a number of channels for each head."""
-
-    num_heads: int | None
-    num_head_channels: int | None
-    why: str
-    """The number and its origin, for messages and the report."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from msdiff_dist.convert.formats.ldm_architecture import HeadsRule
+from msdiff_dist.convert.options import HeadsRule
 from msdiff_dist.diffusion.denoiser import PredictionType
 from msdiff_dist.diffusion.noise_schedule import ScheduleName
 from msdiff_dist.diffusion.processes.discrete import DiscreteConfig

@@ -9,9 +9,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from msdiff_dist.convert.formats.ldm import CLASS_TABLE, UNET, decoder_names, ldm_unet_rules
-from msdiff_dist.convert.formats.ldm_architecture import HeadsRule, infer_model, published_heads
+from msdiff_dist.convert.formats.ldm_architecture import infer_model, published_heads
 from msdiff_dist.convert.key_map import TheirsFromOurs
 from msdiff_dist.convert.model_weights import empty_model
+from msdiff_dist.convert.options import HeadsRule
 from msdiff_dist.convert.tensor_sources import MemorySource, under
 from msdiff_dist.errors import CheckpointError
 from msdiff_dist.models.ldm.config import LDMConfig
