@@ -102,6 +102,8 @@ def check_block(content: bytes) -> tuple[list[str], dict[str, Tensor]]:
     lists, tensors = _lists(_header(content)), _tensors(content)
     columns = {name: objects(values) for name, values in lists.items()} | tensors
     _check_lengths(columns, len(lists["__key__"]))
+    if not lists["__key__"]:
+        raise BlockError("holds no samples")
     if CHECKSUMS not in tensors:
         raise BlockError("has no checksums")
     stated = tensors.pop(CHECKSUMS).tolist()

@@ -27,6 +27,7 @@ OnDuplicate = Callable[[str, str], None]
 
 BLOCK = 512  # bytes; a header is one, and content is padded to whole ones
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own bookkeeping members
+_OCTAL = re.compile(rb"[0-7]+")
 _PAX_RECORD = re.compile(rb"\d+ ([^=]+)=([^\n]*)\n")
 # PAX records that do not change how the member after them is laid out; another one leaves the archive to `tarfile`.
 _PAX_PLAIN = {b"path", b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname"}
@@ -99,7 +100,10 @@ def members(stream: BinaryIO, with_data: bool = True) -> Iterator[tuple[str, byt
         if kind not in b"0\0x5" or header[124] & 0x80:
             yield from _through_tarfile(stream, offset, with_data)
             return
-        size = int(header[124:136].strip(b" \0") or b"0", 8)
+        digits = header[124:136].strip(b" \0") or b"0"
+        if not _OCTAL.fullmatch(digits):  # the checksum only says that the header was written so
+            raise TarError(f"a size that is no octal number in the header at byte {offset}")
+        size = int(digits, 8)
         padding = -size % BLOCK
         name = (extended_name or _plain_name(header)).decode("utf-8", "surrogateescape")
         content = b""

@@ -179,3 +179,9 @@ def test_blocks_whose_columns_do_not_fit():
         tensors = {"latent.npy": torch.zeros(length, 1, 1, 1), "crc32": torch.zeros(N, dtype=torch.int64)}
         with pytest.raises(BlockError, match=rf"has {length} of latent\.npy for {N} samples"):
             check_block(save(tensors, keys))
+
+
+def test_a_block_without_samples():
+    empty = {"latent.npy": torch.zeros(0, 1, 1, 1), "crc32": torch.zeros(0, dtype=torch.int64)}
+    with pytest.raises(BlockError, match="holds no samples"):
+        check_block(save(empty, {"__key__": "[]"}))

@@ -90,6 +90,16 @@ def test_corruption_is_an_error(tmp_path, at):
         list(sample_keys(str(path)))
 
 
+@pytest.mark.parametrize("size", [b"00000000x12\0", b"0000000-012\0", b"00000000_12\0", b"00000000089\0"])
+def test_a_size_that_is_no_octal_number_is_an_error(size):
+    header = bytearray(archive({}, tarfile.USTAR_FORMAT)[:512])
+    header[124:136] = size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    with pytest.raises(TarError, match="no octal number in the header at byte 0"):
+        list(members(io.BytesIO(bytes(header))))
+
+
 @pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
 def test_compressed_archives_that_are_corrupt(compress):
     rng = random.Random(0)
