@@ -109,6 +109,7 @@ def replace_and_be_killed(checkpoints: Path, allowed: int) -> bool:
 
             sys.addaudithook(count)
             put_in_place(checkpoints / ".step_00000005.partial", step_folder(checkpoints, 5))
+            left[0] = -1  # what a coverage tool writes at the end is no part of it
             os._exit(0)
         finally:
             os._exit(1)
