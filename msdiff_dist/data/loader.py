@@ -114,9 +114,14 @@ class StepLoader:
     def __iter__(self) -> StepLoader:
         return self
 
-    def __next__(self) -> StepSamples:
+    def open(self) -> None:
+        """Start the workers, if there are any, so that another thread than the main one may iterate. Idempotent."""
         if self._iterator is None:
             self._iterator = _start(self._dataset, self._workers)
+
+    def __next__(self) -> StepSamples:
+        self.open()
+        assert self._iterator is not None
         # DataLoader takes items from its workers in turn, and each worker yields one part of every step.
         parts = []
         for _ in range(max(self._workers, 1)):

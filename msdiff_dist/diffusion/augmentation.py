@@ -7,6 +7,7 @@ description is zero, "not transformed", so the transforms do not leak into the i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msdiff_dist.errors import ConfigError
-from msdiff_dist.randomness import augmentation
+from msdiff_dist.randomness import augmentations
 
 AUGMENT_LABELS = 9
 """Length of the description: mirrored, upside down, scale, rotation (2), anisotropy (2), translation (2)."""
@@ -35,25 +36,54 @@ class AugmentationConfig:
             raise ConfigError("probability", self.probability, "must lie in [0, 1]", "EDM uses 0.12 for CIFAR-10.")
 
 
-def augment(
-    x_nCHW: Tensor, config: AugmentationConfig, seed: int, batch: int, index_n: np.ndarray
-) -> tuple[Tensor, Tensor]:
-    """Transformed images [n, C, H, W] and their descriptions, float32 [n, AUGMENT_LABELS], zero for no transform.
+@dataclass(frozen=True, kw_only=True)
+class Transforms:
+    """The transforms of n images, of which m are resampled. Drawn on the host, applied by `transformed` on any device.
+
+    Attributes:
+        label_n: descriptions, float32 [n, AUGMENT_LABELS], zero for no transform.
+        moved_m: int64, the images to resample.
+        inverse_m33: float32, the inverses of their matrices (see `resampled`).
+    """
+
+    label_n: Tensor
+    moved_m: Tensor
+    inverse_m33: Tensor
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Transforms:
+        """The same transforms with every tensor replaced by `change` of it, which may move it."""
+        return Transforms(
+            label_n=change(self.label_n), moved_m=change(self.moved_m), inverse_m33=change(self.inverse_m33)
+        )
+
+
+def draw_transforms(config: AugmentationConfig, seed: int, batch: int, index_n: np.ndarray) -> Transforms:
+    """The transforms of the images with these indices in the global batch.
 
     An image's transform depends only on the seed, the number of the global batch and the image's index in it.
     """
-    drawn = [_draw(config.probability, augmentation(seed, batch, i)) for i in index_n.tolist()]
-    label_n = torch.tensor(np.array([label for label, _ in drawn]), dtype=torch.float32, device=x_nCHW.device)
+    drawn = [_draw(config.probability, random) for random in augmentations(seed, batch, index_n)]
+    label_n = np.array([label for label, _ in drawn]).reshape(-1, AUGMENT_LABELS)
+    matrix_m33 = np.array([matrix for _, matrix in drawn if matrix is not None]).reshape(-1, 3, 3)
+    return Transforms(
+        label_n=torch.from_numpy(label_n).float(),
+        moved_m=torch.tensor([i for i, (_, matrix) in enumerate(drawn) if matrix is not None], dtype=torch.int64),
+        inverse_m33=torch.from_numpy(np.linalg.inv(matrix_m33)).float(),
+    )
+
+
+def transformed(x_nCHW: Tensor, transforms: Transforms) -> Tensor:
+    """The images [n, C, H, W] after their transforms, which are on the same device."""
     # Flips are exact copies of pixels. All other transforms of an image are one resampling, by the inverse of their
     # matrix, because `resampled` asks where each new pixel comes from.
-    mirrored_n, upside_down_n = (label_n[:, k].bool()[:, None, None, None] for k in (0, 1))
+    mirrored_n, upside_down_n = (transforms.label_n[:, k].bool()[:, None, None, None] for k in (0, 1))
     x_nCHW = torch.where(mirrored_n, x_nCHW.flip(3), x_nCHW)
     x_nCHW = torch.where(upside_down_n, x_nCHW.flip(2), x_nCHW)
-    moved = [i for i, (_, matrix) in enumerate(drawn) if matrix is not None]
-    if moved:
-        inverse = np.linalg.inv(np.stack([m for _, m in drawn if m is not None]))
-        x_nCHW[moved] = resampled(x_nCHW[moved], torch.from_numpy(inverse).to(x_nCHW))
-    return x_nCHW, label_n
+    # The images are chosen by number: their count must be known here, and a mask would make a GPU tell it.
+    moved_m = transforms.moved_m
+    if len(moved_m):
+        x_nCHW = x_nCHW.index_copy(0, moved_m, resampled(x_nCHW[moved_m], transforms.inverse_m33))
+    return x_nCHW
 
 
 def resampled(x_nCHW: Tensor, inverse_n33: Tensor) -> Tensor:

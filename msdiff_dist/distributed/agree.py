@@ -6,7 +6,7 @@ one rank. Objects travel through the CPU backend and numbers through the device'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -77,28 +77,40 @@ class Agreement:
     """Named numbers that are summed over all ranks in one all_reduce, in float64.
 
     A step has many things to agree on (losses, the gradient norm, the wish to stop), and each collective costs the
-    latency of the whole job. So everything to be summed is added here, and one collective carries it all.
+    latency of the whole job. So everything to be summed is added here, and one collective carries it all. Reading its
+    result is the one time in a step at which the host waits for the device.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._own: dict[str, Tensor] = {}  # this rank's vectors by name, in the order in which all ranks add them
+        # This rank's vectors by name, in the order in which all ranks add them.
+        self._own: dict[str, Tensor] = {}
 
-    def add(self, name: str, values: Tensor | float) -> None:
+    def add(self, name: str, values: Tensor | float | Sequence[float]) -> None:
         """Add this rank's term of the sum `name`: a number, or a vector of the same length on every rank.
 
         Every rank adds the same names in the same order.
         """
         assert name not in self._own, f"{name} is already agreed on"
-        self._own[name] = torch.as_tensor(values, dtype=torch.float64, device=self._device).reshape(-1)
+        self._own[name] = torch.as_tensor(values, dtype=torch.float64).reshape(-1)
 
     def add_own(self, name: str, value: float, rank: int, world_size: int) -> None:
         """Add this rank's entry of `name`, a vector [world_size] that will hold every rank's own value."""
-        own_W = torch.zeros(world_size, dtype=torch.float64, device=self._device)
-        own_W[rank] = value
-        self.add(name, own_W)
+        self.add(name, [value if other == rank else 0.0 for other in range(world_size)])
 
     def reduce(self) -> Mapping[str, Tensor]:
         """The sums over the ranks, float64 on the CPU. One all_reduce, one copy to the host."""
-        total = summed(torch.cat(list(self._own.values()))).cpu()
-        return dict(zip(self._own, total.split([len(own) for own in self._own.values()]), strict=True))
+        lengths = [len(own) for own in self._own.values()]
+        total = summed(torch.cat(self._on_device(list(self._own.values())))).cpu()
+        return dict(zip(self._own, total.split(lengths), strict=True))
+
+    def _on_device(self, vectors: list[Tensor]) -> list[Tensor]:
+        """The vectors, those of the host copied in one piece that nothing waits for."""
+        if self._device.type == "cpu":
+            return vectors
+        of_host = [v for v in vectors if v.device.type == "cpu"]
+        if not of_host:
+            return vectors
+        copied = torch.cat(of_host).pin_memory().to(self._device, non_blocking=True)
+        pieces = iter(copied.split([len(v) for v in of_host]))
+        return [next(pieces) if v.device.type == "cpu" else v for v in vectors]

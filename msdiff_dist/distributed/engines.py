@@ -16,6 +16,7 @@ can step before the norm is known, because only the result of `reduce` has that 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,8 +29,8 @@ from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 
 from msdiff_dist.distributed.agree import Agreement
+from msdiff_dist.distributed.device_clock import DeviceClock
 from msdiff_dist.distributed.environment import Groups
-from msdiff_dist.distributed.forward_clock import ForwardClock
 from msdiff_dist.distributed.precision import Precision
 from msdiff_dist.distributed.zero_state import ShardedState
 
@@ -151,6 +152,8 @@ class _Engine:
             },
             "bf16": {"enabled": config.precision == "bf16"},
             "steps_per_print": 10**9,
+            # DeepSpeed's clock of the throughput waits for the device twice in every micro batch.
+            "timers": {"throughput": {"enabled": False}},
         }
         with _deepspeed_unit(unit):
             self.engine, *_ = deepspeed.initialize(
@@ -179,7 +182,10 @@ class _Engine:
             self.engine.step()
 
     def step(self, lr: float, norm: Tensor) -> None:
-        """Step the optimizer on gradients clipped by `norm`, the gradient norm of the whole model."""
+        """Step the optimizer on gradients clipped by `norm`, the gradient norm of the whole model.
+
+        The norm is on the host, where it is known: DeepSpeed asks whether it is finite, and would wait for a device.
+        """
         self._norm = norm
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -241,7 +247,8 @@ class StageParallelEngines:
         device: where the modules are.
 
     Attributes:
-        forward_clock: time spent in forward passes.
+        forward_clock: how long this rank computes without waiting for others: the time of its forward passes, in which
+            there is no collective (under ZeRO 1 and 2). On a CPU it is this thread's computing time.
         shared: the encoder's engine, None for an encoder without parameters.
         stages: the decoders' engines by stage.
     """
@@ -256,7 +263,7 @@ class StageParallelEngines:
         device: torch.device,
     ) -> None:
         self.config = config
-        self.forward_clock = ForwardClock()
+        self.forward_clock = DeviceClock(device, time.thread_time)
         self._shared_module = shared
         self._device = device
         self._is_complete = False  # whether the micro batches of a global batch have all run, and no step followed
@@ -333,7 +340,7 @@ class StageParallelEngines:
         """Sum `agreement` over the ranks. One world all_reduce."""
         sums = agreement.reduce()
         norm = sums["gradient square sum"][0].sqrt().float()
-        return ReducedGradients(sums=sums, norm=norm, _step=lambda lr: self._step(lr, norm.to(self._device)))
+        return ReducedGradients(sums=sums, norm=norm, _step=lambda lr: self._step(lr, norm))
 
     def modules_with_bad_gradients(self) -> list[str]:
         """Names of the modules of which a gradient element on this rank is not finite, after the reduction."""

@@ -99,95 +99,121 @@ class RoutedBatch:
     context_nTC: Tensor | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Outgoing:
+    """What one rank sends in the exchange of one micro batch, and what it knows of the samples that it will receive.
+
+    Attributes:
+        packed: uint8 [rows, bytes], the samples to send, by destination; page-locked memory for exchanges on GPUs.
+        rows_to_W, rows_from_W: number of rows to and from every rank.
+        index_n, stage_n: int64, index in the global batch and stage of the samples to receive, sorted by stage, then
+            index.
+        order_n: int64, their places among the rows as they arrive.
+        formats: types and shapes of the samples' fields.
+    """
+
+    packed: Tensor
+    rows_to_W: list[int]
+    rows_from_W: list[int]
+    index_n: np.ndarray
+    stage_n: np.ndarray
+    order_n: Tensor
+    formats: list[Format | None]
+
+
 class Router:
     """Exchanges the samples of one micro batch after another.
 
     Args:
         group: a process group of all ranks that nothing else uses, so that an exchange under way does not wait for the
             collectives of training, nor delay them.
-        device: where the exchange takes place and the samples arrive: the CPU with gloo, the rank's GPU with NCCL.
 
     Attributes:
+        device: where the exchange takes place and the samples arrive: the CPU with gloo, the rank's GPU with NCCL.
         bytes_sent: payload bytes this rank has sent to other ranks so far.
     """
 
     def __init__(self, group: dist.ProcessGroup, placement: Placement, rank: int, device: torch.device) -> None:
-        self.placement = placement
+        self.placement, self.device = placement, device
         self.bytes_sent = 0
-        self._group, self._rank, self._device = group, rank, device
+        self._group, self._rank = group, rank
 
-    def start(self, assignment: Assignment, micro: int, samples: StepSamples) -> PendingBatch:
-        """Begin the exchange of one micro batch.
-
-        Collective: every rank begins the same exchanges in the same order, from its main thread.
+    def pack(self, assignment: Assignment, micro: int, samples: StepSamples) -> Outgoing:
+        """Make ready what this rank sends of one micro batch. All of it is work of the host, and any thread may do it.
 
         Args:
             samples: all samples of the global batch that this rank read, in ascending order of index; perhaps none.
         """
-        world_size = self.placement.world_size
+        world_size, pinned = self.placement.world_size, self.device.type == "cuda"
         out_n, in_n = assignment.sent(self._rank, micro), assignment.received(self._rank, micro)
-        dest_n, source_n = assignment.dest_B[out_n], assignment.source_B[in_n]
         row_n = np.searchsorted(samples.index_n, out_n)
         assert np.array_equal(samples.index_n[row_n], out_n)
+        # Sorted by stage, then index (lexsort's last key counts first): so each held stage is one slice of rows, and
+        # sums over rows do not depend on which rank read them.
+        stage_n = assignment.stage_B[in_n]
+        order_n = np.lexsort((in_n, stage_n))
+        order = torch.from_numpy(order_n)
         fields = [samples.x_nCHW, samples.label_n, samples.context_nTC]
-        # One exchange of bytes carries samples, labels and contexts: a collective costs more than the bytes of a label.
-        packed = _packed([field for field in fields if field is not None], torch.from_numpy(row_n))
-        if self._device.type == "cuda":
-            packed = packed.pin_memory()
-        outgoing = packed.to(self._device, non_blocking=True)
-        incoming = outgoing.new_empty(len(in_n), outgoing.shape[1])
+        return Outgoing(
+            # One exchange of bytes carries samples, labels and contexts: a collective costs more than a label's bytes.
+            packed=_packed([field for field in fields if field is not None], row_n, pinned),
+            rows_to_W=np.bincount(assignment.dest_B[out_n], minlength=world_size).tolist(),
+            rows_from_W=np.bincount(assignment.source_B[in_n], minlength=world_size).tolist(),
+            index_n=in_n[order_n],
+            stage_n=stage_n[order_n],
+            order_n=order.pin_memory() if pinned else order,
+            formats=[None if field is None else (field.dtype, field.shape[1:]) for field in fields],
+        )
+
+    def start(self, outgoing: Outgoing) -> PendingBatch:
+        """Begin the exchange of one micro batch.
+
+        Collective: every rank begins the same exchanges in the same order, from its main thread.
+        """
+        sent = outgoing.packed.to(self.device, non_blocking=True)
+        incoming = sent.new_empty(len(outgoing.index_n), sent.shape[1])
         work = dist.all_to_all_single(
-            incoming,
-            outgoing,
-            np.bincount(source_n, minlength=world_size).tolist(),
-            np.bincount(dest_n, minlength=world_size).tolist(),
-            group=self._group,
-            async_op=True,
+            incoming, sent, outgoing.rows_from_W, outgoing.rows_to_W, group=self._group, async_op=True
         )
         assert work is not None
-        self.bytes_sent += int((dest_n != self._rank).sum()) * outgoing.shape[1]
-        formats: list[Format | None] = [None if field is None else (field.dtype, field.shape[1:]) for field in fields]
-        return PendingBatch(work, (packed, outgoing), incoming, formats, in_n, assignment.stage_B[in_n])
+        self.bytes_sent += (len(sent) - outgoing.rows_to_W[self._rank]) * sent.shape[1]
+        return PendingBatch(work, outgoing, sent, incoming)
 
 
 class PendingBatch:
     """An exchange under way. It holds the buffers being sent until `wait` returns."""
 
-    def __init__(
-        self,
-        work: dist.Work,
-        buffers: tuple[Tensor, ...],
-        incoming: Tensor,
-        formats: list[Format | None],
-        index_n: np.ndarray,
-        stage_n: np.ndarray,
-    ) -> None:
-        self._work, self._buffers, self._incoming, self._formats = work, buffers, incoming, formats
-        self._index_n, self._stage_n = index_n, stage_n
+    def __init__(self, work: dist.Work, outgoing: Outgoing, sent: Tensor, incoming: Tensor) -> None:
+        self._work, self._outgoing, self._incoming = work, outgoing, incoming
+        self._sent: Tensor | None = sent
 
     def wait(self) -> RoutedBatch:
-        """The samples, once they have all arrived. Call it once."""
+        """The samples, once they have all arrived. Call it once. On a GPU the stream waits, and not the host."""
         self._work.wait()
-        self._buffers = ()
-        # Sorted by stage, then index (lexsort's last key counts first): so each held stage is one slice of rows, and
-        # sums over rows do not depend on which rank read them.
-        order = np.lexsort((self._index_n, self._stage_n))
-        rows = self._incoming[torch.from_numpy(order).to(self._incoming.device)]
-        x_nCHW, label_n, context_nTC = _unpacked(rows, self._formats)
+        self._sent = None
+        outgoing = self._outgoing
+        rows = self._incoming.index_select(0, outgoing.order_n.to(self._incoming.device, non_blocking=True))
+        x_nCHW, label_n, context_nTC = _unpacked(rows, outgoing.formats)
         assert x_nCHW is not None
         return RoutedBatch(
-            index_n=self._index_n[order],
-            stage_n=self._stage_n[order],
+            index_n=outgoing.index_n,
+            stage_n=outgoing.stage_n,
             x_nCHW=x_nCHW,
             label_n=label_n,
             context_nTC=context_nTC,
         )
 
 
-def _packed(fields: list[Tensor], row_n: Tensor) -> Tensor:
-    """The bytes of the given rows of all fields side by side, uint8 [n, bytes]."""
-    chosen = [field[row_n].reshape(len(row_n), field.shape[1:].numel()).view(torch.uint8) for field in fields]
-    return torch.cat(chosen, dim=1)
+def _packed(fields: list[Tensor], row_n: np.ndarray, pinned: bool = False) -> Tensor:
+    """The bytes of the given rows of all fields side by side, uint8 [n, bytes], in page-locked memory if `pinned`."""
+    bytes_of = [field.shape[1:].numel() * field.dtype.itemsize for field in fields]
+    packed = torch.empty(len(row_n), sum(bytes_of), dtype=torch.uint8, pin_memory=pinned)
+    first, out = 0, packed.numpy()
+    for field, size in zip(fields, bytes_of, strict=True):
+        rows = field.reshape(len(field), field.shape[1:].numel()).view(torch.uint8).numpy()
+        out[:, first : first + size] = rows[row_n]
+        first += size
+    return packed
 
 
 def _unpacked(rows: Tensor, formats: list[Format | None]) -> list[Tensor | None]:

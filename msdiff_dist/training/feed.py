@@ -1,7 +1,8 @@
 """The samples that this rank trains on, one micro batch after another.
 
-A rank reads the samples of its lanes. The router takes each to a rank of its stage. The exchange of the next micro
-batch runs while the current one is computed.
+A rank reads the samples of its lanes. The router takes each to a rank of its stage. While one micro batch is computed,
+the samples of the next are exchanged, and a thread makes the one after it ready: it reads, draws stages, times, noise
+and all other random numbers, and packs. So between two micro batches the host has nothing to do but to start them.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from msdiff_dist.data.corruption import Corruption
 from msdiff_dist.data.loader import StepLoader, StepSamples
-from msdiff_dist.diffusion.timestep_sampler import StageQuotas, StepDraw
-from msdiff_dist.distributed.router import Assignment, PendingBatch, RoutedBatch, Router
+from msdiff_dist.diffusion.timestep_sampler import StageQuotas
+from msdiff_dist.distributed.router import Assignment, Outgoing, PendingBatch, RoutedBatch, Router
+from msdiff_dist.training.ahead import Ahead
+from msdiff_dist.training.draws import Drawing, Draws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,7 @@ class MicroBatch:
     Attributes:
         batch: number of the global batch, from 0.
         samples: the samples that were routed to this rank.
-        t_n: time of each sample, in the process's own variable.
+        drawn: their times, noise and other random numbers.
         rows: the rows of each held stage.
         corruption: corrupt shards and samples that this rank met for the first time while it read the global batch;
             they come with the first of its micro batches.
@@ -36,49 +38,62 @@ class MicroBatch:
 
     batch: int
     samples: RoutedBatch
-    t_n: Tensor
+    drawn: Draws
     rows: dict[int, slice]
     corruption: tuple[Corruption, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Exchange:
-    """One micro batch whose samples are being exchanged."""
+class _Ready:
+    """One micro batch as the thread hands it over. `read` is what this rank read of its global batch; `outgoing` is
+    still to be exchanged."""
 
     batch: int
-    draw: StepDraw
+    read: StepSamples
+    outgoing: Outgoing
+    drawn: Draws
     corruption: tuple[Corruption, ...]
-    pending: PendingBatch
 
 
 @dataclass
 class FeedSeconds:
-    """Seconds spent waiting for the loader (`data`), and spent on exchanges or waiting for them (`routing`)."""
+    """Seconds spent waiting for micro batches to be read, drawn and packed (`data`), and spent on exchanges or waiting
+    for them (`routing`)."""
 
     data: float = 0.0
     routing: float = 0.0
 
 
 class Feed:
-    """Gives the micro batches of one global batch after another; while one is computed the next is exchanged.
+    """Gives the micro batches of one global batch after another.
 
     Collective: every rank asks for the same micro batches in the same order.
 
     Args:
+        drawing: draws the random numbers of a micro batch.
         seed: seed of stages and times.
         accumulation: micro batches per global batch.
         start_batch: number of the first global batch, from 0, which is the number of steps done before.
     """
 
     def __init__(
-        self, loader: StepLoader, quotas: StageQuotas, router: Router, *, seed: int, accumulation: int, start_batch: int
+        self,
+        loader: StepLoader,
+        quotas: StageQuotas,
+        router: Router,
+        drawing: Drawing,
+        *,
+        seed: int,
+        accumulation: int,
+        start_batch: int,
     ) -> None:
-        self._loader, self._quotas, self._router = loader, quotas, router
+        self._loader, self._quotas, self._router, self._drawing = loader, quotas, router, drawing
         self._seed, self._accumulation, self._start_batch = seed, accumulation, start_batch
+        self._ahead = Ahead(self._prepared(), depth=1)
         self._micro_batches = self._arrivals()
         self.seconds = FeedSeconds()
         self._under_way: PendingBatch | None = None
-        # What this rank read, by number of the global batch: of the one being computed, and of the one read ahead.
+        # What this rank read, by number of the global batch: of the one being computed, and of the one exchanged ahead.
         self._read: dict[int, StepSamples] = {}
 
     def take_seconds(self) -> FeedSeconds:
@@ -91,7 +106,7 @@ class Feed:
         return itertools.islice(self._micro_batches, self._accumulation)
 
     def keys_of(self, batch: int, indices: Collection[int]) -> dict[int, str]:
-        """Keys, by index, of the samples that this rank read of the global batch now computed or the one read ahead.
+        """Keys, by index, of the samples that this rank read of the global batch that is computed or exchanged now.
 
         Args:
             indices: the wanted indices in the global batch.
@@ -100,7 +115,7 @@ class Feed:
         return {i: key for i, key in zip(read.index_n.tolist(), read.keys, strict=True) if i in indices}
 
     def close(self, finish: bool = True) -> None:
-        """End the loader's workers.
+        """End the thread and the loader's workers.
 
         Args:
             finish: wait for the exchange under way; not if the other ranks may be gone.
@@ -108,39 +123,46 @@ class Feed:
         if self._under_way and finish:
             self._under_way.wait()
         self._under_way = None
+        self._ahead.close()
         self._loader.close()
 
     def _arrivals(self) -> Iterator[MicroBatch]:
-        # One micro batch ahead: its exchange is started before the current one is handed out, so that it runs while the
-        # current one is computed. Further ahead would cost memory and hide no more.
-        ahead = self._exchanges()
-        current = next(ahead)
+        # The exchange of the next micro batch is started before the current one is handed out, so that it runs while
+        # the current one is computed. Further ahead would cost memory and hide no more.
+        self._loader.open()  # here, because signals to its workers are a matter of the main thread
+        current, pending = self._start_exchange()
         while True:
-            self._under_way = current.pending
             start = time.perf_counter()
-            samples = current.pending.wait()
+            samples = pending.wait()
             self.seconds.routing += time.perf_counter() - start
             self._under_way = None
-            following = next(ahead)
-            self._under_way = following.pending
-            t_n = torch.from_numpy(current.draw.t_B[samples.index_n])
+            following, pending = self._start_exchange()
             yield MicroBatch(
                 batch=current.batch,
                 samples=samples,
-                t_n=t_n,
+                drawn=current.drawn,
                 rows=_stage_rows(samples.stage_n),
                 corruption=current.corruption,
             )
             current = following
 
-    def _exchanges(self) -> Iterator[_Exchange]:
-        """Start the exchanges of one micro batch after another, each when it is asked for."""
+    def _start_exchange(self) -> tuple[_Ready, PendingBatch]:
+        """The next micro batch of the thread, and its exchange, which has begun."""
+        start = time.perf_counter()
+        ready = next(self._ahead)
+        taken = time.perf_counter()
+        self._read = {b: read for b, read in self._read.items() if b == ready.batch - 1} | {ready.batch: ready.read}
+        self._under_way = self._router.start(ready.outgoing)
+        self.seconds.data += taken - start
+        self.seconds.routing += time.perf_counter() - taken
+        return ready, self._under_way
+
+    def _prepared(self) -> Iterator[_Ready]:
+        """One micro batch after another, read, drawn and packed. Runs in the thread, without any collective."""
+        if self._router.device.type == "cuda":  # every thread has a current device of its own
+            torch.cuda.set_device(self._router.device)
         for batch in itertools.count(self._start_batch):
-            start = time.perf_counter()
-            samples: StepSamples = next(self._loader)
-            self.seconds.data += time.perf_counter() - start
-            self._read = {b: read for b, read in self._read.items() if b == batch - 1} | {batch: samples}
-            start = time.perf_counter()
+            read = next(self._loader)
             draw = self._quotas.draw(self._seed, batch, self._accumulation)
             assignment = Assignment(
                 stage_B=draw.stage_B,
@@ -148,12 +170,12 @@ class Feed:
                 source_B=self._loader.source_rank(batch),
                 placement=self._router.placement,
             )
-            self.seconds.routing += time.perf_counter() - start
             for micro in range(self._accumulation):
-                start = time.perf_counter()
-                pending = self._router.start(assignment, micro, samples)
-                self.seconds.routing += time.perf_counter() - start
-                yield _Exchange(batch=batch, draw=draw, corruption=() if micro else samples.corruption, pending=pending)
+                outgoing = self._router.pack(assignment, micro, read)
+                index_n = outgoing.index_n
+                drawn = self._drawing(batch, index_n, draw.t_B[index_n])
+                corruption = () if micro else read.corruption
+                yield _Ready(batch=batch, read=read, outgoing=outgoing, drawn=drawn, corruption=corruption)
 
 
 def _stage_rows(stage_n: np.ndarray) -> dict[int, slice]:

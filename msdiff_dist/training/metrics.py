@@ -26,6 +26,7 @@ class StepOutcome:
         busy_W: each rank's seconds of forward computation.
         corruption: corrupt shards and samples that some rank met in this step and none before.
         seconds: wall time on this rank by activity: `data` and `routing` (waiting for them), `compute` and `optimizer`.
+            On GPUs the last two are the device's, and like `busy_W` those of the newest step that it has finished.
     """
 
     loss: float

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 
 import numpy as np
 import torch
@@ -13,10 +12,10 @@ from msdiff_dist.data.corruption import Corruption, check_limit
 from msdiff_dist.diffusion.objective import Objective
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas
 from msdiff_dist.distributed.agree import gathered
+from msdiff_dist.distributed.device_clock import DeviceClock
 from msdiff_dist.distributed.engines import ReducedGradients, StageParallelEngines
 from msdiff_dist.distributed.environment import Environment
 from msdiff_dist.errors import TrainingError
-from msdiff_dist.randomness import module_seed
 from msdiff_dist.training.feed import Feed, MicroBatch
 from msdiff_dist.training.metrics import StepOutcome
 from msdiff_dist.training.prepare import Preparation
@@ -30,7 +29,6 @@ class TrainStep:
     Args:
         prepare: makes the network's inputs of a micro batch.
         quotas: samples of each stage in a global batch, and their importance weights.
-        seed: the run's seed.
         max_bad: how many corrupt shards and samples all ranks together may skip.
     """
 
@@ -43,11 +41,11 @@ class TrainStep:
         quotas: StageQuotas,
         environment: Environment,
         *,
-        seed: int,
         max_bad: int,
     ) -> None:
         self._feed, self._prepare, self._objective, self._engines = feed, prepare, objective, engines
-        self._env, self._seed, self._max_bad = environment, seed, max_bad
+        self._env, self._max_bad = environment, max_bad
+        self._compute_clock, self._optimizer_clock = DeviceClock(environment.device), DeviceClock(environment.device)
         self._quota_K, self._importance_K = quotas.quotas_K, quotas.importance_K
         self._batch_size = int(quotas.quotas_K.sum())
         # Losses of this step's samples on this rank, with their indices in the global batch.
@@ -65,29 +63,25 @@ class TrainStep:
         loss_sum_K = torch.zeros(len(self._quota_K), dtype=torch.float64, device=self._env.device)
         corruption: list[Corruption] = []
         self._losses.clear()
-        compute = 0.0
         for micro in self._feed.next_batch():
             corruption += micro.corruption
-            start = time.perf_counter()
-            self._forward_backward(micro, loss_sum_K)
-            _synchronize(self._env.device)
-            compute += time.perf_counter() - start
-        start = time.perf_counter()
-        # Everything that the ranks must agree on goes into one reduction, before any optimizer steps. So a loss that is
-        # not finite stops all ranks at the same step, with the weights unchanged.
-        agreement = self._engines.agreement()
-        agreement.add("loss sum", loss_sum_K)
-        busy = self._engines.forward_clock.take()
-        agreement.add_own("busy", busy, self._env.rank, self._env.world_size)
-        agreement.add("stop", float(stop_requested))
-        agreement.add("corrupt", float(len(corruption)))
-        gradients = self._engines.reduce(agreement)
-        loss_per_stage = (gradients.sums["loss sum"] / torch.from_numpy(self._quota_K)).tolist()
-        self._check_finite(micro.batch, loss_per_stage, gradients)
-        gradients.step(lr)
-        _synchronize(self._env.device)
+            with self._compute_clock:
+                self._forward_backward(micro, loss_sum_K)
+        with self._optimizer_clock:
+            # Everything that the ranks must agree on goes into one reduction, before any optimizer steps. So a loss
+            # that is not finite stops all ranks at the same step, with the weights unchanged. Its result is the only
+            # thing that the host waits for: until there it has only told the device what to do, and so it has after.
+            agreement = self._engines.agreement()
+            agreement.add("loss sum", loss_sum_K)
+            busy = self._engines.forward_clock.take()
+            agreement.add_own("busy", busy, self._env.rank, self._env.world_size)
+            agreement.add("stop", float(stop_requested))
+            agreement.add("corrupt", float(len(corruption)))
+            gradients = self._engines.reduce(agreement)
+            loss_per_stage = (gradients.sums["loss sum"] / torch.from_numpy(self._quota_K)).tolist()
+            self._check_finite(micro.batch, loss_per_stage, gradients)
+            gradients.step(lr)
         waited = self._feed.take_seconds()
-        seconds = {"data": waited.data, "routing": waited.routing, "compute": compute}
         return StepOutcome(
             loss=self._global_mean(loss_per_stage),
             loss_per_stage=loss_per_stage,
@@ -95,7 +89,12 @@ class TrainStep:
             stop_requested=bool(gradients.sums["stop"] > 0),
             busy_W=gradients.sums["busy"].tolist(),
             corruption=self._new_corruption(corruption) if gradients.sums["corrupt"] > 0 else [],
-            seconds={**seconds, "optimizer": time.perf_counter() - start},
+            seconds={
+                "data": waited.data,
+                "routing": waited.routing,
+                "compute": self._compute_clock.take(),
+                "optimizer": self._optimizer_clock.take(),
+            },
         )
 
     def _forward_backward(self, micro: MicroBatch, loss_sum_K: Tensor) -> None:
@@ -108,7 +107,7 @@ class TrainStep:
             return loss_n.sum() * (float(self._importance_K[k]) / self._batch_size)
 
         # Dropout layers draw from torch's generator, so it is seeded for each micro batch.
-        torch.manual_seed(module_seed(self._seed, micro.batch, int(index_n[0])))
+        torch.manual_seed(micro.drawn.module_seed)
         self._engines.forward_backward(batch.inputs, micro.rows, loss)
 
     def _global_mean(self, loss_per_stage: list[float]) -> float:
@@ -154,8 +153,3 @@ class TrainStep:
             self._corruption[corruption.place] = corruption
             check_limit(len(self._corruption), self._max_bad, corruption)
         return list(new.values())
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from msdiff_dist.data.loader import StepLoader
-from msdiff_dist.diffusion.augmentation import augment
+from msdiff_dist.diffusion.augmentation import draw_transforms, transformed
 from msdiff_dist.diffusion.loss import sample_losses
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas
 from msdiff_dist.models.autoencoder import LatentCodec
@@ -53,7 +53,8 @@ def train_reference(recipe: Recipe, steps: int, model: torch.nn.Module | None = 
         stage_B = torch.from_numpy(draw.stage_B)
         augment_labels = None
         if recipe.augmentation:
-            x0, augment_labels = augment(x0, recipe.augmentation, seed, step, batch.index_n)
+            transforms = draw_transforms(recipe.augmentation, seed, step, batch.index_n)
+            x0, augment_labels = transformed(x0, transforms), transforms.label_n
         eps = noise(seed, step, batch.index_n, x0.shape[1:])
         x_in, time_in = process.network_input(process.perturb(x0, eps, t_B), t_B)
         label = batch.label_n

@@ -83,7 +83,8 @@ def exchange(
             keys=[""] * len(mine),
         )
         crossing += int((assignment.dest_B[mine] != rank).sum())
-        pending += [(step, m, assignment, router.start(assignment, m, samples)) for m in range(ACCUMULATION)]
+        packed = [router.pack(assignment, m, samples) for m in range(ACCUMULATION)]
+        pending += [(step, m, assignment, router.start(outgoing)) for m, outgoing in enumerate(packed)]
         del x, label, context, samples
         dist.all_reduce(torch.zeros(1000))  # training continues in another group
     seen = []

@@ -21,11 +21,11 @@ import torch.distributed as dist
 
 from msdiff_dist.apps.train.plan import plan_run
 from msdiff_dist.data.loader import StepLoader
-from msdiff_dist.diffusion.augmentation import augment
+from msdiff_dist.diffusion.augmentation import draw_transforms, transformed
 from msdiff_dist.distributed.router import Router
 from msdiff_dist.pixels import to_model_range
-from msdiff_dist.randomness import dropped_conditions, noise
 from msdiff_dist.recipe import Recipe
+from msdiff_dist.training.draws import Drawing
 from msdiff_dist.training.feed import Feed, MicroBatch
 from tests.golden.cases import BATCH, recipe_of
 
@@ -41,7 +41,9 @@ def batches_record(case: str, folder: Path) -> dict[str, Any]:
         accumulation = recipe.train.gradient_accumulation_steps
         router = Router(group, plan.placement, 0, torch.device("cpu"))
         seed = recipe.train.seed
-        feed = Feed(loader, plan.quotas, router, seed=seed, accumulation=accumulation, start_batch=0)
+        dropout = recipe.train.condition_dropout
+        drawing = Drawing(seed=seed, shape=recipe.latent_shape, condition_dropout=dropout)
+        feed = Feed(loader, plan.quotas, router, drawing, seed=seed, accumulation=accumulation, start_batch=0)
         steps = []
         for _ in range(BATCHES):
             step = list(feed.next_batch())
@@ -79,16 +81,15 @@ def _step_record(recipe: Recipe, micro_batches: list[MicroBatch], keys: list[str
         return torch.cat(parts)[torch.from_numpy(place_B)]
 
     samples = [m.samples for m in micro_batches]
-    x_BCHW, t_B = gathered([s.x_nCHW for s in samples]), gathered([m.t_n for m in micro_batches]).numpy()
+    x_BCHW, t_B = gathered([s.x_nCHW for s in samples]), gathered([m.drawn.t_n for m in micro_batches]).numpy()
     stage_B = np.concatenate([s.stage_n for s in samples])[place_B]
     micro_B = np.repeat(np.arange(len(samples)), [len(s.index_n) for s in samples])[place_B]
-    all_B = np.arange(BATCH)
     record: dict[str, Any] = {
         "keys": " ".join(keys),
         "stages": _written(stage_B),
         "micro_batches": _written(micro_B),
         "times": " ".join(map(str, t_B)) if t_B.dtype == np.int64 else t_B.tolist(),
-        "noise": digest(noise(seed, step, all_B, recipe.latent_shape)),
+        "noise": digest(gathered([m.drawn.noise_nCHW for m in micro_batches])),
         "x": projected(x_BCHW) if recipe.data.latent_moments else digest(x_BCHW),
     }
     labels, contexts = [s.label_n for s in samples if s.label_n is not None], [s.context_nTC for s in samples]
@@ -97,10 +98,11 @@ def _step_record(recipe: Recipe, micro_batches: list[MicroBatch], keys: list[str
     if contexts[0] is not None:
         record["contexts"] = digest(gathered([c for c in contexts if c is not None]))
     if recipe.train.condition_dropout:
-        dropped_B = dropped_conditions(seed, step, all_B, recipe.train.condition_dropout)
+        dropped_B = gathered([m.drawn.dropped_n for m in micro_batches if m.drawn.dropped_n is not None])
         record["dropped"] = _written(dropped_B.int().numpy())
     if recipe.augmentation:
-        augmented, description_B = augment(to_model_range(x_BCHW), recipe.augmentation, seed, step, all_B)
+        transforms = draw_transforms(recipe.augmentation, seed, step, np.arange(BATCH))
+        description_B, augmented = transforms.label_n, transformed(to_model_range(x_BCHW), transforms)
         record["mirrored"] = _written(description_B[:, 0].int().numpy())
         record["upside_down"] = _written(description_B[:, 1].int().numpy())
         record["augmentation"] = projected(description_B)

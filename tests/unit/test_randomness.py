@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from msdiff_dist.randomness import dropped_conditions, generator, noise
+from msdiff_dist.randomness import augmentations, dropped_conditions, generator, noise, posterior_noise
 
 
 def test_same_arguments_give_the_same_stream() -> None:
@@ -45,6 +45,20 @@ def test_noise_is_standard_normal_and_belongs_to_the_index() -> None:
     assert whole.var().item() == pytest.approx(1, abs=0.02)
     assert not torch.equal(whole, noise(0, 4, np.arange(50), (3, 16, 16)))
     assert noise(0, 3, np.array([], np.int64), (2,)).shape == (0, 2)
+
+
+def test_a_stream_is_the_same_whichever_was_drawn_from_before() -> None:
+    """Sizes are odd: a stream that was left in the middle of a word must not hand the rest of it to the next one."""
+    index_n = np.array([9, 0, 2**40, 9])
+    for row, index in zip(noise(5, 6, index_n, (3, 7)), index_n.tolist(), strict=True):
+        alone = generator(5, "noise", 6, index).standard_normal((3, 7), dtype=np.float32)
+        assert np.array_equal(row.numpy(), alone)
+    for random, index in zip(augmentations(5, 6, index_n), index_n.tolist(), strict=True):
+        assert random.integers(2**31, size=3, dtype=np.int32).tolist() == (
+            generator(5, "augmentation", 6, index).integers(2**31, size=3, dtype=np.int32).tolist()
+        )
+    for row, g in zip(posterior_noise(5, index_n, (5,)), index_n.tolist(), strict=True):
+        assert np.array_equal(row, generator(5, "posterior", g).standard_normal(5, dtype=np.float32))
 
 
 def test_dropout_belongs_to_the_index_and_has_its_probability() -> None:

@@ -31,6 +31,7 @@ from msdiff_dist.models.activation_checkpointing import checkpoint_activations
 from msdiff_dist.models.autoencoder import LatentCodec
 from msdiff_dist.models.multistage_unet import build_parts
 from msdiff_dist.recipe import Recipe, recipe_mapping
+from msdiff_dist.training.draws import Drawing
 from msdiff_dist.training.ema import ShardedEma
 from msdiff_dist.training.feed import Feed
 from msdiff_dist.training.metrics import StepOutcome
@@ -85,7 +86,6 @@ class Trainer:
             self.engines,
             self._quotas,
             env,
-            seed=recipe.train.seed,
             max_bad=recipe.data.max_bad,
         )
 
@@ -209,6 +209,13 @@ class Trainer:
             loader,
             self._quotas,
             Router(groups.routing, self.placement, env.rank, env.device),
+            Drawing(
+                seed=recipe.train.seed,
+                shape=recipe.latent_shape,
+                condition_dropout=recipe.train.condition_dropout,
+                augmentation=recipe.augmentation,
+                pinned=env.device.type == "cuda",
+            ),
             seed=recipe.train.seed,
             accumulation=recipe.train.gradient_accumulation_steps,
             start_batch=step,
@@ -216,19 +223,14 @@ class Trainer:
 
     def _build_preparation(self, objective: Objective, null_context_TC: Tensor | None) -> Preparation:
         recipe, env = self.recipe, self.env
-        conditioning = Conditioning(
-            dropout=recipe.train.condition_dropout,
-            null_label=recipe.model.num_classes,
-            null_context_TC=null_context_TC,
-        )
+        dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+        null_context = None if null_context_TC is None else null_context_TC.to(env.device, dtype)
         return Preparation(
             objective,
             LatentCodec(recipe.autoencoder, recipe.data.kind != "image", env.device),
-            conditioning,
-            recipe.augmentation,
-            seed=recipe.train.seed,
+            Conditioning(null_label=recipe.model.num_classes, null_context_TC=null_context),
             device=env.device,
-            dtype=torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32,
+            dtype=dtype,
             memory_format=torch.channels_last if recipe.train.channels_last else torch.contiguous_format,
         )
 

@@ -8,10 +8,23 @@ import numpy as np
 import pytest
 import torch
 
-from msdiff_dist.diffusion.augmentation import AUGMENT_LABELS, AugmentationConfig, augment, resampled
+from msdiff_dist.diffusion.augmentation import (
+    AUGMENT_LABELS,
+    AugmentationConfig,
+    draw_transforms,
+    resampled,
+    transformed,
+)
 from msdiff_dist.errors import ConfigError
 
 ALWAYS, SOMETIMES, MIRROR_ONLY = (AugmentationConfig(probability=p) for p in (1.0, 0.12, 0.0))
+
+
+def augment(
+    x: torch.Tensor, config: AugmentationConfig, seed: int, batch: int, index: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor]:
+    transforms = draw_transforms(config, seed, batch, index)
+    return transformed(x, transforms), transforms.label_n
 
 
 def images(n: int, size: int = 12) -> torch.Tensor:

@@ -70,7 +70,7 @@ def test_samples_stay_on_their_reader_where_the_plan_allows(assignment: Assignme
 @pytest.mark.parametrize("rows", [[], [2], [4, 0, 1]])
 def test_rows_of_any_types_pack_and_unpack(rows: list[int]) -> None:
     parts = [torch.arange(15, dtype=torch.uint8).reshape(5, 3), torch.arange(5), torch.randn(5, 2, 7).bfloat16()]
-    packed = _packed(parts, torch.tensor(rows, dtype=torch.int64))
+    packed = _packed(parts, np.array(rows, dtype=np.int64))
     assert packed.shape == (len(rows), 3 + 8 + 28)
     formats = [None if part is None else (part.dtype, part.shape[1:]) for part in (parts[0], parts[1], None, parts[2])]
     x, label, nothing, context = _unpacked(packed, formats)

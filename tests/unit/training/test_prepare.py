@@ -10,7 +10,7 @@ DROPPED = torch.tensor([False, True, False])
 
 def test_dropped_conditions_become_their_nulls() -> None:
     null = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]])
-    label, context = Conditioning(dropout=0.5, null_label=10, null_context_TC=null).drop(LABEL, CONTEXT, DROPPED)
+    label, context = Conditioning(null_label=10, null_context_TC=null).drop(LABEL, CONTEXT, DROPPED)
     assert label is not None
     assert context is not None
     assert label.tolist() == [3, 10, 2]
@@ -19,7 +19,7 @@ def test_dropped_conditions_become_their_nulls() -> None:
 
 
 def test_without_an_empty_caption_the_null_context_is_zero() -> None:
-    label, context = Conditioning(dropout=0.5).drop(None, CONTEXT, DROPPED)
+    label, context = Conditioning().drop(None, CONTEXT, DROPPED)
     assert label is None
     assert context is not None
     assert (context[1] == 0).all()
