@@ -51,7 +51,7 @@ ENDINGS = {
 def start(run: Path, steps: int, layout: list[str]) -> subprocess.Popen[str]:
     """Start the training command."""
     command = [sys.executable, "-m", "msdiff_dist.cli.main", "train", str(ROOT / "recipes/debug.yaml")]
-    command += [f"train.steps={steps}", *BASE, *layout, "--run-dir", str(run)]
+    command += [f"train.steps={steps}", "train.precision=fp32", *BASE, *layout, "--run-dir", str(run)]
     return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
 
 

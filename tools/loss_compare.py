@@ -28,7 +28,8 @@ from command import run
 from msdiff_dist.errors import UserError
 
 FIELDS = ("loss", "loss_per_stage", "grad_norm")
-QUIET = ("preview.every=0", "checkpoint.every=0")
+# Rounding to bf16 would hide what is compared.
+FIXED = ("preview.every=0", "checkpoint.every=0", "train.precision=fp32")
 Steps = dict[int, dict[str, list[float]]]
 
 Side = Annotated[str, typer.Argument(help="A run folder, or a commit, branch or tag of the repository here.")]
@@ -139,7 +140,7 @@ def _train(name: str, side: str, tree: Path, recipe: Path, options: list[str], s
     module, _, function = project["scripts"]["msdiff"].partition(":")
     source = f"from {module} import {function} as main; main()"
     path = str(own if own.is_file() else recipe)
-    command = [sys.executable, "-c", source, "train", path, *options, f"train.steps={steps}", *QUIET]
+    command = [sys.executable, "-c", source, "train", path, *options, f"train.steps={steps}", *FIXED]
     # The commit's package, not the one of the current folder or of the virtual environment.
     environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONSAFEPATH": "1"}
     trained = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
-import os
 import signal
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -28,6 +27,7 @@ from msdiff_dist.data.loader import load_index
 from msdiff_dist.data.make.encoding import Networks, ShardEncoder, ShardRecord, measured_scale
 from msdiff_dist.data.make.manifest import MANIFEST, NULL_CONTEXT, Manifest, ManifestFile, NetworkIdentity, stored_file
 from msdiff_dist.data.make.shard_writer import write_index
+from msdiff_dist.distributed.cores import cores, threads_of
 from msdiff_dist.errors import ConfigError, DataError, MsdiffError
 from msdiff_dist.files.atomic import atomic_write, remove_partials
 from msdiff_dist.files.folder_claim import FolderClaim
@@ -147,8 +147,8 @@ def _encode_shards(
     devices: SimpleQueue[str] = context.SimpleQueue()
     for i in range(nproc):
         devices.put(f"cuda:{i % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
-    threads = max(1, len(os.sched_getaffinity(0)) // nproc)
-    start = (recipe_mapping(recipe), devices, threads)
+    own = cores()
+    start = (recipe_mapping(recipe), devices, threads_of(own, [own] * nproc))
     with ProcessPoolExecutor(nproc, context, _start_process, start) as pool:
         futures = [pool.submit(_encode_here, i, shards[i], fingerprints[i], out) for i in missing]
         done = 0

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from msdiff_dist.diffusion.sampling import Condition, sample
 from msdiff_dist.diffusion.solvers import SamplerConfig
+from msdiff_dist.distributed.precision import bf16_support
 from msdiff_dist.evaluation.prompts import Prompter
 from msdiff_dist.export.weights import Weights
 from msdiff_dist.models.autoencoder import LatentCodec
@@ -29,7 +30,8 @@ class ImageGenerator:
         self._codec = LatentCodec(description.autoencoder, False, device)
         self._process, self._partition = description.process(), description.partition()
         self._latent_shape = description.latent_shape
-        bf16 = description.precision == "bf16" and device.type == "cuda"
+        # On CPUs in fp32 always, so that the images of an export are the same on all of them, up to rounding of fp32.
+        bf16 = description.precision == "bf16" and device.type == "cuda" and bf16_support(device).native
         self._dtype = torch.bfloat16 if bf16 else torch.float32
         self._shared = self._load(build_parts(self._model, [])[0], "shared.")
         self._stages: dict[int, nn.Module] = {}

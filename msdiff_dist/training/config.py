@@ -26,9 +26,9 @@ class TrainConfig:
     checkpoints come first."""
     gradient_accumulation_steps: int = 1
     """Micro batches per optimizer step."""
-    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of forward and backward passes; master weights, optimizer moments and averages are always fp32. `auto`
-    is bf16 where the device computes it natively, else fp32; the run keeps what its first start chose."""
+    is bf16 where the devices of all ranks compute it natively, else fp32; the run keeps what its first start chose."""
     seed: int = 0
     """Seed of first weights, sample order, times and noise."""
     condition_dropout: float = 0.0
@@ -38,7 +38,7 @@ class TrainConfig:
     channels_last: bool = False
     """Memory format of the network's inputs; faster convolutions on most GPUs."""
     threads: int = 0
-    """CPU threads per rank; 0 takes OMP_NUM_THREADS, or else an even share of the cores."""
+    """CPU threads per rank; 0 takes OMP_NUM_THREADS, or else the rank's share of the cores that it may use."""
     timeout_s: float = 1800.0
     """Seconds that a collective may wait for other ranks."""
 

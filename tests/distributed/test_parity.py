@@ -44,7 +44,10 @@ CASES = [
     ("shared", "adamw", 1, 2, 1, ["model.share_encoder=false"]),
     ("two", "adamw", 1, 1, 1, ["stages.boundaries=[]", "model.decoder_channels=[24]"]),
 ]
-SMALL = [f"train.steps={STEPS}", "train.global_batch_size=24", "optimizer.grad_clip=0.3", "checkpoint.every=0"]
+SMALL = [
+    f"train.steps={STEPS}", "train.global_batch_size=24", "train.precision=fp32", "optimizer.grad_clip=0.3",
+    "checkpoint.every=0",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(

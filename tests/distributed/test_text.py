@@ -45,7 +45,7 @@ def text_recipe(folder: Path) -> dict[str, Any]:
         "data": latents | {"context_shape": [8, 8], "latent_dtype": "float32"},
         "encode": {"data": {"shards": str(images), "image_size": 8, "channels": 1}, "dtype": "float32"},
         "text_encoder": {"name": str(tower)},
-        "train": {"steps": 9, "global_batch_size": 12, "condition_dropout": 0.5},
+        "train": {"steps": 9, "global_batch_size": 12, "condition_dropout": 0.5, "precision": "fp32"},
     }
     encode(recipe_from(mapping), folder / "out", nproc=1)
     return mapping

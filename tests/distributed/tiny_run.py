@@ -28,7 +28,7 @@ def recipe_of(optimizer: dict[str, Any], **changes: Any) -> dict[str, Any]:
         },
         "optimizer": optimizer,
         "ema": {"decay": 0.9},
-        "train": {"steps": 100, "global_batch_size": 24, "condition_dropout": 0.1},
+        "train": {"steps": 100, "global_batch_size": 24, "condition_dropout": 0.1, "precision": "fp32"},
         "checkpoint": {"keep_last": 100},
     }  # fmt: skip
     for name, value in changes.items():

@@ -22,7 +22,9 @@ CLASSES = 3
 
 DATA: dict[str, Any] = {"lanes": 4, "shuffle": 3, "num_classes": CLASSES}
 # One thread: on tiny networks more threads are slower.
-TRAIN: dict[str, Any] = {"steps": STEPS, "global_batch_size": BATCH, "condition_dropout": 0.3, "seed": 5, "threads": 1}
+TRAIN: dict[str, Any] = {
+    "steps": STEPS, "global_batch_size": BATCH, "condition_dropout": 0.3, "seed": 5, "threads": 1, "precision": "fp32"
+}  # fmt: skip
 LDM: dict[str, Any] = {
     "family": "ldm", "encoder_channels": 8, "decoder_channels": [12, 8, 4], "channel_mult": [1, 2],
     "num_res_blocks": 1, "attention_downsamples": [2], "num_heads": 2, "norm_groups": 4,

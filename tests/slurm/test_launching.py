@@ -73,8 +73,8 @@ def test_two_nodes_give_the_losses_of_one_machine_and_edits_do_not_reach_a_queue
 ) -> None:
     run, alone, source = tmp_path / "run", tmp_path / "alone", tmp_path / "source"
     shutil.copytree(Path(msdiff_dist.__file__).parent, source / "msdiff_dist")
-    file = cluster_file(sbatch={"hold": True})
-    arguments = [str(RECIPE), "train.steps=12", "--cluster", file, "--run-dir", str(run)]
+    file, changes = cluster_file(sbatch={"hold": True}), ("train.steps=12", "train.precision=fp32")
+    arguments = [str(RECIPE), *changes, "--cluster", file, "--run-dir", str(run)]
     planned = msdiff("launch", *arguments, "--dry-run")[1]
     command = [sys.executable, "-P", "-m", "msdiff_dist.cli.main", "launch", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(source)}
@@ -95,7 +95,7 @@ def test_two_nodes_give_the_losses_of_one_machine_and_edits_do_not_reach_a_queue
 
     assert json.loads(msdiff("jobs", run, "--json")[1])["state"]["state"] == "PENDING"
     slurm.run("scontrol", "release", job)
-    assert msdiff("train", RECIPE, "train.steps=12", "--nproc", 4, "--run-dir", alone)[0] == 0
+    assert msdiff("train", RECIPE, *changes, "--nproc", 4, "--run-dir", alone)[0] == 0
     slurm.wait_job(job, "COMPLETED", "FAILED", "CANCELLED")
     assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
     assert len(losses(run)) == 12

@@ -67,7 +67,7 @@ def tasks_of(job: str) -> Iterator[tuple[int, int]]:
 def test_preemption_and_a_bare_requeue_lose_no_step(
     slurm: SlurmCluster, cluster_file: ClusterFile, msdiff: Msdiff, tmp_path: Path
 ) -> None:
-    run, changes = tmp_path / "run", ("train.steps=120", "checkpoint.every=1000")
+    run, changes = tmp_path / "run", ("train.steps=120", "train.precision=fp32", "checkpoint.every=1000")
     job = start(msdiff, run, *changes, "--cluster", cluster_file(gpus_per_node=1))
     wait_for_step(run, 10)
     preempt(slurm)
@@ -127,7 +127,7 @@ def test_time_limits_preemption_power_cut_and_requeue_in_one_run(
     that.
     """
     run, every, patience = tmp_path / "run", 20, 400
-    changes = ("train.steps=800", "train.global_batch_size=96", f"checkpoint.every={every}")
+    changes = ("train.steps=800", "train.precision=fp32", "train.global_batch_size=96", f"checkpoint.every={every}")
     job = start(msdiff, run, *changes, "--cluster", cluster_file(nodes="1-2", time="0:02:00", signal_delay_s=20))
     wait_for_starts(run, 3, patience)  # two time limits
     assert [s.outcome for s in starts_of(run)[:2]] == ["preempted", "preempted"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from msdiff_dist.apps.train.found_data import FoundData
+from msdiff_dist.distributed.cores import cores, threads_of
 from msdiff_dist.distributed.spawn import RankDiedError, run_ranks
 from msdiff_dist.errors import MsdiffError, TrainingError
 from msdiff_dist.recipe import recipe_from
@@ -39,7 +40,8 @@ def run_local(recipe: dict[str, Any], run_dir: Path, nproc: int, found: FoundDat
     """
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     env = {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # this process keeps the store: rank 0 must not open one
-    env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // nproc))
+    own = cores()
+    env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(threads_of(own, [own] * nproc))
     try:
         return str(run_ranks(_train, nproc, recipe, run_dir, found, preload=PRELOAD, env=env, signals=_SAVING)[0])
     except RankDiedError as e:

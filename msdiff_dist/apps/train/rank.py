@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,9 +14,10 @@ from msdiff_dist.apps.train.found_data import FoundData
 from msdiff_dist.apps.train.loop import Outcome, train
 from msdiff_dist.apps.train.trainer import Trainer
 from msdiff_dist.distributed.agree import on_rank_0
+from msdiff_dist.distributed.cores import threads_per_rank
 from msdiff_dist.distributed.environment import process_group
 from msdiff_dist.distributed.lost_ranks import naming_lost_ranks
-from msdiff_dist.distributed.precision import PrecisionChoice, choose_precision
+from msdiff_dist.distributed.precision import agree_on_precision
 from msdiff_dist.recipe import Recipe, recipe_mapping
 from msdiff_dist.training.preemption import StopRequest
 from msdiff_dist.training.run_folder import RunFolder
@@ -42,12 +42,14 @@ def run_rank(
         "preempted" if a signal ended training early: everything is saved, and the same call resumes it.
     """
     folder = RunFolder(run_dir)
-    torch.set_num_threads(recipe.train.threads or _threads_per_rank())
     with ExitStack() as stack:
         env = stack.enter_context(process_group(recipe.train.timeout_s))
         stack.enter_context(naming_lost_ranks(env))
         stop = stack.enter_context(stop or StopRequest())
-        precision = on_rank_0(lambda: _choose_precision(recipe, folder, env.device))
+        torch.set_num_threads(recipe.train.threads or threads_per_rank())
+        stored = on_rank_0(folder.stored_recipe)
+        so_far = stored["train"]["precision"] if stored else None
+        precision = agree_on_precision(recipe.train.precision, env.device, so_far)
         recipe = replace(recipe, train=replace(recipe.train, precision=precision.precision))
         on_rank_0(lambda: folder.open(recipe_mapping(recipe)))
         stack.callback(folder.close)
@@ -65,18 +67,3 @@ def run_rank(
         for line in (trainer.describe(precision), *warnings, *trainer.notes):
             sinks.say(line)
         return train(trainer, sinks, lambda: stop.requested_at is not None or trainer.saver.failed)
-
-
-def _choose_precision(recipe: Recipe, folder: RunFolder, device: torch.device) -> PrecisionChoice:
-    """The recipe's precision; for `auto` that of the run in the folder, or one that fits rank 0's device."""
-    stored = folder.stored_recipe()
-    return choose_precision(recipe.train.precision, device, stored["train"]["precision"] if stored else None)
-
-
-def _threads_per_rank() -> int:
-    """The value of OMP_NUM_THREADS, which jobs on a cluster set, else an even share of the cores."""
-    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # OpenMP allows a list, one number per level
-    if threads.isdigit() and int(threads):
-        return int(threads)
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-    return max(1, len(os.sched_getaffinity(0)) // local_world)
