@@ -78,7 +78,7 @@ def describe(recipe: Mapping[str, Any], step: int) -> ModelDescription:
     """The description of a recipe's model after `step` optimizer steps.
 
     Args:
-        recipe: a complete recipe as plain data, as checkpoints hold it.
+        recipe: a complete recipe as plain data, as checkpoints hold it, with the precision that the run chose.
     """
     import_extensions(recipe)
     data = from_mapping(DataConfig, recipe["data"], "data")

@@ -18,8 +18,7 @@ def attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, backend: Attention
     """softmax(q k^T / sqrt(D)) v of each head, [B, H, T, D].
 
     Args:
-        backend: `auto` takes `math` for bfloat16 with fewer than 256 keys on a CPU, where it measured up to four times
-            as fast, and otherwise `sdpa`.
+        backend: `auto` takes `math` for bfloat16 with fewer than 256 keys on a CPU, and otherwise `sdpa`.
 
     Raises:
         ConfigError: the installed xformers has no operator for these inputs.
@@ -39,6 +38,9 @@ def attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, backend: Attention
 
 
 def _fastest(q_BHTD: Tensor, k_BHSD: Tensor) -> AttentionBackend:
+    # In bfloat16 torch's fused CPU kernel calls oneDNN six times, forward and backward, for every head of every sample;
+    # `math` calls it once for all of them. With short sequences the calls take longer than their products, on any CPU.
+    # In fp32 the fused kernel makes no such calls, and it was never the slower one, with AVX2 or with AVX-512.
     few_keys = k_BHSD.shape[-2] < 256
     return "math" if q_BHTD.device.type == "cpu" and q_BHTD.dtype == torch.bfloat16 and few_keys else "sdpa"
 

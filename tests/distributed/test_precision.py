@@ -13,8 +13,10 @@ from omegaconf import OmegaConf
 
 from msdiff_dist.apps.train.local import PRELOAD
 from msdiff_dist.apps.train.rank import run_rank
+from msdiff_dist.checkpoint.load import CheckpointReader
 from msdiff_dist.distributed.precision import PrecisionChoice, agree_on_precision, bf16_support
 from msdiff_dist.distributed.spawn import run_ranks
+from msdiff_dist.export.weights import CheckpointWeights
 from msdiff_dist.recipe import recipe_from
 from msdiff_dist.testing import run_distributed
 from tests.distributed.tiny_run import ADAM, recipe_of
@@ -49,6 +51,8 @@ def test_auto_is_written_into_the_run_and_kept(tmp_path: Path) -> None:
     fits = "bf16" if NATIVE else "fp32"
     assert f"in {fits} (this CPU computes bf16" in start(tmp_path / "auto", "auto", 1)
     assert precision_of(tmp_path / "auto") == fits
+    checkpoint = CheckpointReader(tmp_path / "auto/checkpoints/step_00000001")
+    assert CheckpointWeights(checkpoint).description.precision == fits, "samples and exports have it from here"
     start(tmp_path / "fp32", "fp32", 1)
     assert "in fp32 (as the run began)" in start(tmp_path / "fp32", "auto", 2)
     assert precision_of(tmp_path / "fp32") == "fp32"

@@ -26,6 +26,12 @@ def test_shipped_recipes(path: Path) -> None:
         assert any(word in line for line in header), f"the header lacks {word!r}"
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_shipped_recipes_fit_the_machine(path: Path) -> None:
+    train = load_recipe(path).train
+    assert (train.precision, train.threads) == ("auto", 0)
+
+
 def test_overrides_of_every_kind() -> None:
     recipe = load_recipe(
         DEBUG,

@@ -25,7 +25,7 @@ RECIPE: dict[str, Any] = {
         "num_classes": 3,
     },
     "optimizer": {"lr": 1e-4},
-    "train": {"steps": 10, "global_batch_size": 6},
+    "train": {"steps": 10, "global_batch_size": 6, "precision": "fp32"},
 }  # fmt: skip
 
 
