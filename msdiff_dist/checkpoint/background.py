@@ -9,9 +9,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from msdiff_dist.checkpoint.layout import (
@@ -24,6 +22,7 @@ from msdiff_dist.checkpoint.layout import (
 )
 from msdiff_dist.checkpoint.policy import CheckpointConfig, kept
 from msdiff_dist.checkpoint.save import Averages, HostCopy, write_checkpoint
+from msdiff_dist.distributed.object_exchange import own_exchange
 from msdiff_dist.distributed.zero_state import ShardedState
 from msdiff_dist.errors import MsdiffError
 
@@ -50,9 +49,9 @@ class BackgroundSaver:
         self._checkpoints, self._snapshots, self._config = checkpoints, snapshots, config
         self._copy = HostCopy(state, averages)
         self._snapshot_kinds = averages.keys() - {"ema"}
-        # The threads' collectives have a process group of their own: in training's groups they would mix with the
-        # collectives that the main threads issue at the same time, in another order on every rank.
-        self._group: Any = dist.new_group(backend="gloo")
+        # The threads have an exchange of their own: in the main threads' theirs would mix with what these exchange at
+        # the same time, in another order on every rank.
+        self._exchange = own_exchange("saves")
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -97,10 +96,10 @@ class BackgroundSaver:
         try:
             if snapshot:  # first, so that a run resumed from the checkpoint finds every snapshot up to its step
                 chosen = {k: piece for k, piece in pieces.items() if parse_key(k)[0] in self._snapshot_kinds}
-                write_checkpoint(step_folder(self._snapshots, index.step), chosen, index, self._group)
+                write_checkpoint(step_folder(self._snapshots, index.step), chosen, index, self._exchange)
             if checkpoint:
-                write_checkpoint(step_folder(self._checkpoints, index.step), pieces, index, self._group)
-            if checkpoint and dist.get_rank() == 0:
+                write_checkpoint(step_folder(self._checkpoints, index.step), pieces, index, self._exchange)
+            if checkpoint and self._exchange.rank == 0:
                 remove_old(self._checkpoints, self._config)
         except Exception as e:
             self._error = e

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-
-import torch.distributed as dist
 
 from msdiff_dist.checkpoint.layout import complete_checkpoints, remove, remove_leftovers, step_of
 from msdiff_dist.checkpoint.load import CheckpointReader, check_architecture
 from msdiff_dist.checkpoint.tensor_file import CorruptError
+from msdiff_dist.distributed.agree import combined, first_of, main_exchange, on_rank_0
 from msdiff_dist.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -30,23 +30,16 @@ def open_newest_intact(checkpoints: Path, shapes: Shapes, batch_size: int) -> tu
             or all are corrupt.
     """
     notes: list[str] = []
-    found: list[list[Path]] = [[]]
-    if dist.get_rank() == 0:
-        remove_leftovers(checkpoints)
-        found = [complete_checkpoints(checkpoints)]
-    dist.broadcast_object_list(found, src=0)
+    found = on_rank_0(lambda: _complete_ones(checkpoints))
     error: CheckpointError | None = None
-    for folder in reversed(found[0]):
+    for folder in reversed(found):
         reader, error = _opened(folder, shapes, batch_size)
         if error is None:
             return reader, notes
         if not isinstance(error, CorruptError):
-            raise _with_offer(error, found[0][: found[0].index(folder)], shapes, batch_size)
-        aside = _free_name(folder.with_name(f"damaged_{folder.name}"))
+            raise _with_offer(error, found[: found.index(folder)], shapes, batch_size)
+        aside = on_rank_0(partial(_put_aside, folder))
         notes.append(f"{error.value} {error.problem}; the checkpoint was put aside as {aside.name}")
-        dist.barrier()  # a rename under another rank's `_free_name` would give it another name for its note
-        if dist.get_rank() == 0:
-            folder.rename(aside)
     if error:
         raise CheckpointError(
             "checkpoint", str(checkpoints), f"holds no intact checkpoint: {'; '.join(notes)}",
@@ -67,16 +60,14 @@ def _opened(folder: Path, shapes: Shapes, batch_size: int) -> tuple[CheckpointRe
     """The checkpoint and the error of the first rank that raised one, None if none did. Collective."""
     reader: CheckpointReader | None = None
     error: CheckpointError | None = None
-    rank, world = dist.get_rank(), dist.get_world_size()
+    ranks = main_exchange()
     try:
         reader = CheckpointReader(folder)
-        reader.verify(rank, world)
+        reader.verify(ranks.rank, ranks.world_size)
         _check_fits(reader, shapes, batch_size)
     except CheckpointError as e:
         error = e
-    errors: list[CheckpointError | None] = [None] * world
-    dist.all_gather_object(errors, error)
-    return reader, next((e for e in errors if e), None)
+    return reader, combined(error, first_of)
 
 
 def _check_fits(reader: CheckpointReader, shapes: Shapes, batch_size: int) -> None:
@@ -101,6 +92,17 @@ def _with_offer(error: CheckpointError, older: list[Path], shapes: Shapes, batch
         remedy = f"{error.remedy} The newest that fits is {folder.name}: move the newer ones away to resume from it."
         return CheckpointError(error.field, error.value, error.problem, remedy)
     return error
+
+
+def _complete_ones(checkpoints: Path) -> list[Path]:
+    """The complete checkpoints, after what a killed run left beside them is removed. For rank 0 alone."""
+    remove_leftovers(checkpoints)
+    return complete_checkpoints(checkpoints)
+
+
+def _put_aside(folder: Path) -> Path:
+    """Rename a corrupt checkpoint. For rank 0 alone."""
+    return folder.rename(_free_name(folder.with_name(f"damaged_{folder.name}")))
 
 
 def _free_name(path: Path) -> Path:

@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from msdiff_dist.checkpoint.layout import INDEX, CheckpointIndex, key_of, put_in_place
 from msdiff_dist.checkpoint.tensor_file import StoredFile, TensorWriter
+from msdiff_dist.distributed.agree import combined
+from msdiff_dist.distributed.object_exchange import ObjectExchange
 from msdiff_dist.distributed.zero_state import ShardedState
 from msdiff_dist.errors import CheckpointError
 from msdiff_dist.files.atomic import WriteError, aside_of, atomic_write
@@ -76,45 +77,45 @@ class HostCopy:
 
 
 def write_checkpoint(
-    folder: Path, pieces: Mapping[str, Tensor], index: CheckpointIndex, group: dist.ProcessGroup | None = None
+    folder: Path, pieces: Mapping[str, Tensor], index: CheckpointIndex, exchange: ObjectExchange
 ) -> None:
-    """Write the checkpoint `folder`, complete or not at all. Collective in `group` (None: the world).
+    """Write the checkpoint `folder`, complete or not at all. Collective.
 
     Args:
         pieces: this rank's ranges by key, as `HostCopy.take` returns them.
         index: what checkpoint.json is to say; files and world size are filled in. Rank 0's is written.
+        exchange: how the ranks tell each other what they have written.
 
     Raises:
         CheckpointError: on every rank, if any rank could not write.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
     aside = aside_of(folder)
-    # Every rank takes part in all three collectives, whatever failed on it: a rank that raised in between would leave
-    # the others waiting. `error` is a list because `broadcast_object_list` fills one in place.
-    error: list[str | None] = [None]
+    # Every rank takes part in both exchanges, whatever failed on it: a rank that raised in between would leave the
+    # others waiting.
+    error: str | None = None
     stored: StoredFile | None = None
-    if rank == 0:
+    if exchange.rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
-        error = [_attempt(lambda: aside.mkdir(parents=True))]
-    dist.broadcast_object_list(error, src=0, group=group)
-    if error[0] is None and pieces:
+        error = _attempt(lambda: aside.mkdir(parents=True))
+    error = exchange.from_rank_0(error)
+    if error is None and pieces:
         try:
-            stored = _write_pieces(aside / f"rank_{rank:05d}.safetensors", pieces)
+            stored = _write_pieces(aside / f"rank_{exchange.rank:05d}.safetensors", pieces)
         except OSError as e:
-            error = [e.strerror or str(e)]
-    gathered: list[tuple[str | None, StoredFile | None]] = [(None, None)] * world
-    dist.all_gather_object(gathered, (error[0], stored), group=group)
-    outcome: list[str | None] = [next((f"rank {r}: {e}" for r, (e, _) in enumerate(gathered) if e), None)]
-    if rank == 0:
-        if outcome[0] is None:
-            full = replace(index, files=[f for _, f in gathered if f], world_size=world)
-            outcome = [_attempt(lambda: _publish(aside, folder, full.dump()))]
-        if outcome[0]:
+            error = e.strerror or str(e)
+
+    def publish(of_rank: list[tuple[str | None, StoredFile | None]]) -> str | None:
+        failed = next((f"rank {rank}: {e}" for rank, (e, _) in enumerate(of_rank) if e), None)
+        if failed is None:
+            full = replace(index, files=[f for _, f in of_rank if f], world_size=exchange.world_size)
+            failed = _attempt(lambda: _publish(aside, folder, full.dump()))
+        if failed:
             shutil.rmtree(aside, ignore_errors=True)
-    dist.broadcast_object_list(outcome, src=0, group=group)
-    if outcome[0]:
+        return failed
+
+    if failed := exchange.combined((error, stored), publish):
         raise CheckpointError(
-            "checkpoint", str(folder), f"could not be written ({outcome[0]})",
+            "checkpoint", str(folder), f"could not be written ({failed})",
             "Free space or make the folder writable; the checkpoints before it are untouched.",
         )  # fmt: skip
 
@@ -146,12 +147,7 @@ def _attempt(action: Callable[[], None]) -> str | None:
 def gather_shapes(state: Mapping[str, ShardedState]) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of the whole model by name. Collective."""
     own = {prefix + name: shape for prefix, shards in state.items() for name, shape in shards.shapes.items()}
-    gathered: list[dict[str, tuple[int, ...]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, own)
-    merged: dict[str, tuple[int, ...]] = {}
-    for shapes in gathered:
-        merged |= shapes
-    return dict(sorted(merged.items()))
+    return combined(own, lambda every: dict(sorted({n: s for shapes in every for n, s in shapes.items()}.items())))
 
 
 def moment_kinds(state: Mapping[str, ShardedState]) -> list[str]:

@@ -1,39 +1,53 @@
 """What the ranks must agree on: errors, small objects, and sums of numbers in one collective.
 
-All functions are collective: every rank of the job calls them, in the same order. Without a process group they mean
-one rank. Objects travel through the CPU backend and numbers through the device's, so that a step stays on the device.
+All functions are collective: every rank of the job calls them, in the same order, from its main thread. Without a
+process group they mean one rank. Objects travel through the job's store and numbers through the device's process group,
+so that a step stays on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from msdiff_dist.distributed.object_exchange import ObjectExchange
 from msdiff_dist.errors import UserError
 
 T = TypeVar("T")
+R = TypeVar("R")
+
+_exchange: tuple[object, ObjectExchange] | None = None  # of the main thread, with the process group that it belongs to
 
 
-def gathered(own: T) -> list[T]:
-    """Every rank's `own`, in rank order."""
+def main_exchange() -> ObjectExchange:
+    """The exchange that the functions of this module use."""
+    global _exchange
     if not dist.is_initialized():
-        return [own]
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, own)
-    return every
+        return ObjectExchange(dist.HashStore(), 0, 1, "alone")
+    if _exchange is None or _exchange[0] is not dist.group.WORLD:
+        store = dist.distributed_c10d._get_default_store()
+        _exchange = dist.group.WORLD, ObjectExchange(store, dist.get_rank(), dist.get_world_size(), "main")
+    return _exchange[1]
+
+
+def combined(own: T, combine: Callable[[list[T]], R]) -> R:
+    """What rank 0 made of every rank's `own`, in rank order, by `combine`. The other ranks do not call it."""
+    return main_exchange().combined(own, combine)
+
+
+def joined(own: Iterable[T]) -> list[T]:
+    """The elements that the ranks have, in rank order."""
+    return combined(list(own), lambda every: list(chain.from_iterable(every)))
 
 
 def from_rank_0(own: T) -> T:
     """Rank 0's `own`."""
-    if not dist.is_initialized():
-        return own
-    box: list[T] = [own]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return main_exchange().from_rank_0(own)
 
 
 def on_every_rank(action: Callable[[], T]) -> T:
@@ -47,7 +61,7 @@ def on_every_rank(action: Callable[[], T]) -> T:
         result = action()
     except UserError as e:
         error = e
-    first = next((e for e in gathered(error) if e), None)
+    first = combined(error, first_of)
     if first:
         raise first
     return result  # type: ignore[return-value]
@@ -55,8 +69,22 @@ def on_every_rank(action: Callable[[], T]) -> T:
 
 def on_rank_0(action: Callable[[], T]) -> T:
     """Run `action` on rank 0 and return its result on every rank. If it raises UserError, raise that on all."""
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
-    return from_rank_0(on_every_rank(lambda: action() if is_first else None))  # type: ignore[return-value]
+    result: T | None = None
+    error: UserError | None = None
+    if main_exchange().rank == 0:
+        try:
+            result = action()
+        except UserError as e:
+            error = e
+    result, error = from_rank_0((result, error))
+    if error:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def first_of(found: Iterable[T | None]) -> T | None:
+    """The first that is not None."""
+    return next((one for one in found if one is not None), None)
 
 
 def summed(tensor: Tensor) -> Tensor:

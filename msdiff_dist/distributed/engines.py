@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from msdiff_dist.distributed.agree import Agreement
 from msdiff_dist.distributed.device_clock import DeviceClock
-from msdiff_dist.distributed.environment import Groups
+from msdiff_dist.distributed.groups import Groups
 from msdiff_dist.distributed.precision import Precision
 from msdiff_dist.distributed.zero_state import ShardedState
 
@@ -62,12 +62,12 @@ class EngineConfig:
     grad_clip: float
 
 
-class _StageUnit:
-    """The methods that DeepSpeed calls on an `mpu` (model parallel unit, Megatron's term): one stage's group is data
-    parallel, and this rank alone is model parallel."""
+class _Unit:
+    """The methods that DeepSpeed calls on an `mpu` (model parallel unit, Megatron's term): an engine's group is data
+    parallel, and nothing is model parallel."""
 
-    def __init__(self, group: dist.ProcessGroup, alone: dist.ProcessGroup) -> None:
-        self.group, self.alone = group, alone
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         return self.group
@@ -81,8 +81,8 @@ class _StageUnit:
     def get_data_parallel_rank(self) -> int:
         return dist.get_rank(self.group)
 
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self.alone
+    def get_model_parallel_group(self) -> None:
+        return None
 
     def get_model_parallel_world_size(self) -> int:
         return 1
@@ -92,7 +92,7 @@ class _StageUnit:
 
 
 @contextmanager
-def _deepspeed_unit(unit: _StageUnit | None) -> Iterator[None]:
+def _deepspeed_unit(unit: _Unit) -> Iterator[None]:
     """DeepSpeed keeps its `mpu` in one module global: set it around every call of an engine."""
     previous, deepspeed_groups.mpu = deepspeed_groups.mpu, unit
     try:
@@ -124,15 +124,15 @@ class _Engine:
 
     Args:
         zero: ZeRO level.
-        unit: the group; None: all ranks.
+        unit: the group.
     """
 
     def __init__(
-        self, module: nn.Module, optimizer: OptimizerFactory, zero: int, config: EngineConfig, unit: _StageUnit | None
+        self, module: nn.Module, optimizer: OptimizerFactory, zero: int, config: EngineConfig, unit: _Unit
     ) -> None:
         self.unit = unit
         self._norm: Tensor | None = None  # of the gradients of the whole model, at the boundary
-        size = unit.get_data_parallel_world_size() if unit else dist.get_world_size()
+        size = unit.get_data_parallel_world_size()
         # ZeRO 3 knows only the mean over the group: multiplying the loss by the group's size makes it the sum.
         self.loss_scale = float(size) if zero == 3 else 1.0
         settings: dict[str, Any] = {
@@ -268,11 +268,12 @@ class StageParallelEngines:
         self._device = device
         self._is_complete = False  # whether the micro batches of a global batch have all run, and no step followed
         has_parameters = any(True for _ in shared.parameters())
-        self.shared = _Engine(shared, optimizer, config.zero_shared, config, None) if has_parameters else None
+        # The default group itself: without a unit DeepSpeed would make another group of all ranks.
+        world = _Unit(dist.distributed_c10d._get_default_group())
+        self.shared = _Engine(shared, optimizer, config.zero_shared, config, world) if has_parameters else None
         self.stages: dict[int, _Engine] = {}
         for k in sorted(stages):
-            unit = _StageUnit(groups.stage[k], groups.alone)
-            self.stages[k] = _Engine(stages[k], optimizer, config.zero_decoders, config, unit)
+            self.stages[k] = _Engine(stages[k], optimizer, config.zero_decoders, config, _Unit(groups.stage[k]))
 
     def _engines(self) -> list[_Engine]:
         """In the order of their collectives: held stages ascending, then the shared one."""

@@ -6,14 +6,14 @@ import atexit
 import datetime
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from msdiff_dist.distributed.descriptors import raise_descriptor_limit
 from msdiff_dist.errors import UserError
 
 
@@ -34,22 +34,6 @@ class Environment:
     device: torch.device
 
 
-@dataclass(frozen=True)
-class Groups:
-    """The process groups of a run, made once, by every rank in the same order.
-
-    Attributes:
-        stage: for each stage, the group of the ranks that hold it.
-        alone: this rank by itself.
-        routing: all ranks, in a group apart from the default one, so that the exchange of the next micro batch never
-            waits behind a gradient reduction.
-    """
-
-    stage: tuple[dist.ProcessGroup, ...]
-    alone: dist.ProcessGroup
-    routing: dist.ProcessGroup
-
-
 def this_device() -> torch.device:
     """The device of a command that runs in one process: the GPU, if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -65,7 +49,7 @@ def process_group(timeout_s: float) -> Iterator[Environment]:
     """Join the job described by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT: NCCL on GPUs, gloo on CPUs.
 
     Raises:
-        UserError: fewer GPUs on this node than ranks.
+        UserError: fewer GPUs on this node than ranks, or too low a limit on open files.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -73,6 +57,8 @@ def process_group(timeout_s: float) -> Iterator[Environment]:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500" if world > 1 else "0")
     on_gpu = torch.cuda.is_available()
+    keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    raise_descriptor_limit(world, on_gpus=on_gpu, keeps_store=keeps_store)
     if on_gpu:
         if local >= torch.cuda.device_count():
             raise UserError(
@@ -87,7 +73,8 @@ def process_group(timeout_s: float) -> Iterator[Environment]:
     for default in ("default_pg_timeout", "default_pg_nccl_timeout"):
         setattr(dist.distributed_c10d, default, timeout)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",  # objects travel as CPU tensors, on GPU jobs too
+        # One backend, which every group inherits: with gloo beside NCCL each would connect all of its ranks.
+        "nccl" if on_gpu else "gloo",
         rank=rank,
         world_size=world,
         store=store,
@@ -112,20 +99,3 @@ def leave(status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def make_groups(stages_of_rank: Sequence[Sequence[int]], rank: int) -> Groups:
-    """Every group of the run.
-
-    Collective: `new_group` must be called by every rank of the job for every group, in the same order, whether or not
-    the rank is in the group.
-
-    Args:
-        stages_of_rank: the stages that each rank holds, the same on every rank.
-    """
-    num_stages = 1 + max(k for held in stages_of_rank for k in held)
-    holders = [[r for r, held in enumerate(stages_of_rank) if k in held] for k in range(num_stages)]
-    alone: list[Any] = [dist.new_group([r]) for r in range(len(stages_of_rank))]
-    stage: list[Any] = [dist.new_group(ranks) for ranks in holders]
-    routing: Any = dist.new_group(list(range(len(stages_of_rank))))
-    return Groups(tuple(stage), alone[rank], routing)

@@ -11,7 +11,7 @@ from torch import Tensor
 from msdiff_dist.data.corruption import Corruption, check_limit
 from msdiff_dist.diffusion.objective import Objective
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas
-from msdiff_dist.distributed.agree import gathered
+from msdiff_dist.distributed.agree import joined
 from msdiff_dist.distributed.device_clock import DeviceClock
 from msdiff_dist.distributed.engines import ReducedGradients, StageParallelEngines
 from msdiff_dist.distributed.environment import Environment
@@ -129,12 +129,12 @@ class TrainStep:
             return
         stopped = f"at step {batch + 1}; the weights are unchanged, and the last checkpoint remains"
         if not stages:
-            modules = sorted({m for rank in gathered(self._engines.modules_with_bad_gradients()) for m in rank})
+            modules = sorted(set(joined(self._engines.modules_with_bad_gradients())))
             raise TrainingError(f"the gradient norm is not finite (in {', '.join(modules)}) {stopped}")
         own = [i for loss_n, index_n in self._losses for i in index_n[~loss_n.isfinite().cpu().numpy()].tolist()]
-        indices = {i for rank in gathered(own) for i in rank}
+        indices = set(joined(own))
         # A sample's loss is known to the rank that computes it, its key to the rank that read it.
-        key_of = {i: key for rank in gathered(self._feed.keys_of(batch, indices)) for i, key in rank.items()}
+        key_of = dict(joined(self._feed.keys_of(batch, indices).items()))
         keys = [key_of[i] for i in sorted(key_of)]
         more = f" and {len(keys) - _KEYS_NAMED} more" if len(keys) > _KEYS_NAMED else ""
         raise TrainingError(
@@ -148,7 +148,7 @@ class TrainStep:
         Raises:
             DataError: there is more than `max_bad` now.
         """
-        new = {c.place: c for rank in gathered(own) for c in rank if c.place not in self._corruption}
+        new = {c.place: c for c in joined(own) if c.place not in self._corruption}
         for corruption in new.values():
             self._corruption[corruption.place] = corruption
             check_limit(len(self._corruption), self._max_bad, corruption)

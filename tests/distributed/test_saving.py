@@ -18,6 +18,7 @@ from msdiff_dist.checkpoint.layout import INDEX, CheckpointIndex, complete_check
 from msdiff_dist.checkpoint.load import CheckpointReader
 from msdiff_dist.checkpoint.resume import open_newest_intact
 from msdiff_dist.checkpoint.save import write_checkpoint
+from msdiff_dist.distributed.agree import main_exchange
 from msdiff_dist.errors import CheckpointError
 from msdiff_dist.testing import run_distributed
 from tests.distributed.tiny_run import ADAM, open_run, recipe_of
@@ -37,6 +38,7 @@ def write(rank: int, checkpoints: Path, step: int) -> None:
         step_folder(checkpoints, step),
         pieces,
         CheckpointIndex(step=step, batch_size=8, loss=None, recipe={}, shapes=SHAPES, moments=[], world_size=2),
+        main_exchange(),
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from msdiff_dist.checkpoint.load import CheckpointReader
-from msdiff_dist.distributed.agree import gathered
+from msdiff_dist.distributed.agree import combined
 from msdiff_dist.distributed.environment import Environment
 from msdiff_dist.evaluation.generate import ImageGenerator
 from msdiff_dist.evaluation.grid import write_grid
@@ -32,10 +32,13 @@ def write_preview(recipe: Recipe, weights: Path, target: Path, env: Environment)
     if own:
         generator = ImageGenerator(CheckpointWeights(CheckpointReader(weights)), env.device)
         images = job.draw(generator, own)
-    images_of_rank = [found for found in gathered(images) if found is not None]
-    if env.rank == 0:
-        every = torch.empty(job.num, *images_of_rank[0].shape[1:], dtype=torch.uint8)
-        for rank, drawn in enumerate(images_of_rank):  # ranks without images are the last ones
-            every[rank :: env.world_size] = drawn
+
+    def write(images_of_rank: list[Tensor | None]) -> None:
+        drawn = [found for found in images_of_rank if found is not None]  # ranks without images are the last ones
+        every = torch.empty(job.num, *drawn[0].shape[1:], dtype=torch.uint8)
+        for rank, own_images in enumerate(drawn):
+            every[rank :: env.world_size] = own_images
         write_grid(every, target, job.columns(num_classes))
         shutil.rmtree(weights)
+
+    combined(images, write)

@@ -21,9 +21,10 @@ from msdiff_dist.data.fingerprint import check_unchanged, fingerprint_shards
 from msdiff_dist.data.index import Shard
 from msdiff_dist.data.loader import StepLoader
 from msdiff_dist.diffusion.objective import Objective
-from msdiff_dist.distributed.agree import from_rank_0, on_every_rank, on_rank_0
+from msdiff_dist.distributed.agree import from_rank_0, main_exchange, on_every_rank, on_rank_0
 from msdiff_dist.distributed.engines import EngineConfig, StageParallelEngines
-from msdiff_dist.distributed.environment import Environment, Groups, make_groups
+from msdiff_dist.distributed.environment import Environment
+from msdiff_dist.distributed.groups import Groups, make_groups
 from msdiff_dist.distributed.precision import PrecisionChoice
 from msdiff_dist.distributed.router import Router
 from msdiff_dist.errors import MsdiffError
@@ -126,7 +127,7 @@ class Trainer:
         step = self.state.step
         weights = self.folder.samples / f".weights_{step:08d}"
         averages = HostCopy(self.state.shards, self.ema.averages).take(["ema"])
-        write_checkpoint(weights, averages, self.state.index(self.env.world_size))
+        write_checkpoint(weights, averages, self.state.index(self.env.world_size), main_exchange())
         write_preview(self.recipe, weights, self.folder.samples / f"step_{step:08d}.png", self.env)
 
     def describe(self, precision: PrecisionChoice) -> str:
