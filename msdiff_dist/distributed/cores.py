@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from msdiff_dist.distributed.agree import gathered
+from msdiff_dist.distributed.agree import combined, main_exchange
 
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -33,10 +33,9 @@ class Cores:
 
 def threads_per_rank() -> int:
     """The value of OMP_NUM_THREADS, which jobs on a cluster set, else this rank's share of its node. Collective."""
-    own = cores()
-    share = threads_of(own, gathered(own))
+    shares = combined(cores(), lambda every: [threads_of(own, every) for own in every])
     threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # OpenMP allows a list, one number per level
-    return int(threads) if threads.isdigit() and int(threads) else share
+    return int(threads) if threads.isdigit() and int(threads) else shares[main_exchange().rank]
 
 
 def threads_of(own: Cores, processes: Sequence[Cores]) -> int:

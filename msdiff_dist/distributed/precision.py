@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from msdiff_dist.distributed.agree import gathered
+from msdiff_dist.distributed.agree import combined
 
 Precision = Literal["fp32", "bf16"]
 
@@ -61,13 +61,10 @@ def agree_on_precision(asked: Literal["auto"] | Precision, device: torch.device,
         stored: the precision of the run so far, the same on every rank; None for a new run.
     """
     own = bf16_support(device)
-    support_W = gathered(own)
-    precision, why = choose_precision(asked, support_W, stored)
-    emulating = [rank for rank, support in enumerate(support_W) if not support.native]
-    if precision == "fp32" or not emulating:
+    precision, why, where = combined(own, lambda every: (*choose_precision(asked, every, stored), _emulation(every)))
+    if precision == "fp32" or where is None:
         return PrecisionChoice(precision=precision, why=why)
-    factor = max(gathered(1.0 if own.native else emulation_factor(device)))
-    where = str(support_W[0]) if len(emulating) == len(support_W) else _on_ranks(emulating)
+    factor = combined(1.0 if own.native else emulation_factor(device), max)
     warning = f"{where}: a convolution takes {factor:.1f} times as long as in fp32"
     return PrecisionChoice(precision=precision, why=why, warning=warning)
 
@@ -90,6 +87,14 @@ def choose_precision(
     if not emulating or len(emulating) == len(support_W):
         return ("fp32" if emulating else "bf16"), str(support_W[0])
     return "fp32", _on_ranks(emulating)
+
+
+def _emulation(support_W: Sequence[Bf16Support]) -> str | None:
+    """Where bf16 is computed by emulation, in words; None if nowhere."""
+    emulating = [rank for rank, support in enumerate(support_W) if not support.native]
+    if not emulating:
+        return None
+    return str(support_W[0]) if len(emulating) == len(support_W) else _on_ranks(emulating)
 
 
 def _on_ranks(emulating: Sequence[int]) -> str:
