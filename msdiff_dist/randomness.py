@@ -6,7 +6,7 @@ one of two ways, both the same on any number of ranks:
 - by `batch`, the number of the global batch from 0, and a sample's `index` in it: stage, time, noise, augmentation and
   dropped conditions;
 - by `g`, the number of a sample in the stream from 0 (batch * global batch size + index): what loader workers draw when
-  they read a sample, which are mirroring and the autoencoder's posterior.
+  they read a sample, which are mirroring, cropping and the autoencoder's posterior.
 
 Optimizer step n, counted from 1, trains on global batch n - 1. Steps are counted from 1 everywhere else.
 """
@@ -114,6 +114,12 @@ def flips(seed: int, g_n: Ints) -> NDArray[np.bool_]:
 @functools.lru_cache(maxsize=64)
 def _coins(seed: int, block: int) -> NDArray[np.bool_]:
     return generator(seed, "flip", block).random(_FLIPS) < 0.5
+
+
+def crop_position(seed: int, g: int) -> tuple[float, float]:
+    """Where a sample of the stream is cropped: from (0, 0), left and top, to (1, 1), right and bottom."""
+    x, y = generator(seed, "crop", g).random(2).tolist()
+    return x, y
 
 
 def posterior_noise(seed: int, g_n: Ints, shape: Sequence[int]) -> NDArray[np.float32]:

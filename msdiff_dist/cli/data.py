@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from msdiff_dist.cli import choices
@@ -14,6 +15,8 @@ from msdiff_dist.cli.choices import Names, NamingCommand
 
 if TYPE_CHECKING:
     from msdiff_dist.data.make.shard_writer import WrittenDataset
+
+_LISTED = 20  # skipped files
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich", help="Make WebDataset shards to train from, and check them."
@@ -50,20 +53,52 @@ def pack(
     size: Annotated[int | None, typer.Option(min=8, help="Crop to the centre and resize to this many pixels.")] = None,
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples in a shard.")] = 1000,
     max_bad: Annotated[int, typer.Option(min=0, help="Unusable images to skip before giving up.")] = 10,
+    channels: Annotated[
+        Literal["1", "3"] | None, typer.Option(help="1: grey, 3: RGB. Default: RGB if any image has colours.")
+    ] = None,
+    classes: Annotated[
+        bool | None,
+        typer.Option(
+            "--classes/--no-classes", help="Whether sub-folders are classes. Default: if all images are in one."
+        ),
+    ] = None,
+    orientation: Annotated[
+        Literal["exif", "stored"], typer.Option(help="Turn images as their EXIF data says, or not.")
+    ] = "exif",
+    transparency: Annotated[
+        Literal["white", "black", "refuse"], typer.Option(help="Colour behind transparent pixels.")
+    ] = "white",
+    animation: Annotated[
+        Literal["first", "refuse"], typer.Option(help="Take the first frame of animations, or skip them.")
+    ] = "first",
 ) -> None:
     """Write your own images as shards.
 
+    16-bit grey is scaled to 8 bits. Images that cannot be used are skipped and listed with the reason.
+
     [bold]Example:[/bold] msdiff data pack photos --out data/photos --size 256
     """
+    from msdiff_dist.data.image_files import ImageReading
+    from msdiff_dist.data.make.pack import PackOptions
     from msdiff_dist.data.make.pack import pack as pack_folder
 
-    packed = pack_folder(images_dir, out, size, samples_per_shard, max_bad)
+    options = PackOptions(
+        size=size,
+        channels=int(channels) if channels else None,
+        classes=classes,
+        reading=ImageReading(orientation=orientation, transparency=transparency, animation=animation),
+        samples_per_shard=samples_per_shard,
+        max_bad=max_bad,
+    )
+    console = Console(stderr=True)
+    packed = pack_folder(images_dir, out, options, lambda numbers: track(numbers, "packing", console=console))
     _report(packed.dataset)
     if packed.left_out:
-        console = Console(stderr=True)
-        console.print(f"[yellow]skipped {len(packed.left_out)} unusable images:[/yellow]")
-        for path, reason in packed.left_out:
+        console.print(f"[yellow]skipped {len(packed.left_out)} files:[/yellow]")
+        for path, reason in packed.left_out[:_LISTED]:
             console.print(f"  {path}: {reason}", markup=False, highlight=False)
+        if len(packed.left_out) > _LISTED:
+            console.print(f"  and {len(packed.left_out) - _LISTED} more")
 
 
 @app.command()
@@ -103,14 +138,28 @@ def encode(
 
 
 @app.command()
-def check(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of shards.")]) -> None:
+def check(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of shards.")],
+    recipe: Annotated[
+        Path | None, typer.Option(help="Also check that this recipe can train on every sample of the folder.")
+    ] = None,
+) -> None:
     """Read all shards of a folder completely. Exit status 2 at the first corruption, naming shard and sample.
 
-    [bold]Example:[/bold] msdiff data check data/emoji-latents
-    """
-    from msdiff_dist.data.make.check import check_folder
+    With --recipe every sample is decoded as that recipe's `data` asks for it: missing images, captions and classes,
+    classes that are no numbers or too high, and wrong sizes are found before training.
 
-    typer.echo(f"{folder}: {check_folder(folder):,} samples, no corruption")
+    [bold]Example:[/bold] msdiff data check data/emoji --recipe emoji_text2img_3stage.yaml
+    """
+    from msdiff_dist.data.make.check import check_folder, check_for_training
+
+    notes: list[str] = []
+    count = check_folder(folder)
+    if recipe is not None:
+        from msdiff_dist.recipe import load_recipe
+
+        notes = check_for_training(folder, load_recipe(recipe).data)
+    typer.echo("; ".join([f"{folder}: {count:,} samples, no corruption", *notes]))
 
 
 @app.command()

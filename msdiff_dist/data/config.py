@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from msdiff_dist.data.access import Access
+from msdiff_dist.data.image_files import ImageReading
 from msdiff_dist.errors import ConfigError
 
 
@@ -60,6 +61,17 @@ class DataConfig:
     """Height and width of the images, in pixels."""
     channels: int = 3
     """Channels of the images: 1 (grey) or 3 (RGB)."""
+    resize: Literal["cover", "pad"] | None = None
+    """How images of other sizes become squares of `image_size`: `cover` scales the shorter side to it and crops the
+    longer, `pad` scales the longer side and puts black on both sides of the shorter. null: such images are refused."""
+    crop: Literal["center", "random"] = "center"
+    """Where `resize: cover` crops; `random` draws a place at every visit of the sample."""
+    orientation: Literal["exif", "stored"] = "exif"
+    """Turn images as their EXIF data says (`exif`), or take them as stored."""
+    transparency: Literal["white", "black", "refuse"] = "white"
+    """Colour put behind transparent pixels; `refuse`: an image with such pixels is an error."""
+    animation: Literal["first", "refuse"] = "first"
+    """Take the first frame of an animated image, or refuse it."""
     flip: bool = False
     """Mirror half of the images left to right; for latents, take the stored latent of the mirrored image."""
     num_classes: int | None = None
@@ -88,6 +100,8 @@ class DataConfig:
         _at_least("max_bad", self.max_bad, 0)
         if self.num_classes is not None:
             _at_least("num_classes", self.num_classes, 1)
+        if self.crop == "random" and self.resize != "cover":
+            raise ConfigError("crop", self.crop, "has no effect without `resize: cover`", "Set data.resize to `cover`.")
         if self.channels not in (1, 3):
             raise ConfigError("channels", self.channels, "must be 1 (grey) or 3 (RGB)", "Set it to 1 or 3.")
         if self.shards and self.sources:
@@ -111,6 +125,8 @@ class DataConfig:
                 raise ConfigError(
                     "image_size", self.image_size, f"has no meaning for kind {self.kind!r}", "Use data.latent_shape."
                 )
+            if self.resize is not None:
+                raise ConfigError("resize", self.resize, f"has no meaning for kind {self.kind!r}", "Remove it.")
             if self.flip and self.kind == "synthetic":
                 raise ConfigError("flip", True, "has no meaning for kind 'synthetic'", "Remove it.")
         for field in ("latent_shape", "context_shape"):
@@ -127,6 +143,11 @@ class DataConfig:
     def access(self) -> Access:
         """The settings for opening shards."""
         return Access(self.retries, self.allow_pipe)
+
+    @property
+    def reading(self) -> ImageReading:
+        """How image files are read."""
+        return ImageReading(orientation=self.orientation, transparency=self.transparency, animation=self.animation)
 
     @property
     def x_shape(self) -> tuple[int, int, int]:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from msdiff_dist.data.config import DataConfig
+from msdiff_dist.data.image_files import IMAGE_FIELDS, UNREADABLE, fitted, read_image
 from msdiff_dist.data.latent_blocks import Chunk, objects
+from msdiff_dist.data.npy import read_npy
 from msdiff_dist.data.order import Ints
 from msdiff_dist.errors import DataError
-from msdiff_dist.randomness import flips, generator, posterior_noise
+from msdiff_dist.randomness import crop_position, flips, generator, posterior_noise
 
-IMAGE_FIELDS = ("png", "jpg", "jpeg", "webp", "bmp", "ppm", "pgm")
 Array = NDArray[Any]
 _DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("float16"),
@@ -40,14 +39,15 @@ class Samples(NamedTuple):
 
 
 def decode(chunk: Chunk, config: DataConfig, seed: int, g_n: Ints) -> Samples:
-    """Decode n samples, whose global sample numbers g_n decide mirroring and posterior noise.
+    """Decode n samples, whose global sample numbers g_n decide mirroring, cropping and posterior noise.
 
     Raises:
         DataError: a field is missing, corrupt or of the wrong size; names shard, key and field.
     """
     flipped_n = flips(seed, g_n) if config.flip else np.zeros(len(g_n), np.bool_)
     if config.kind == "image":
-        x_nCHW = np.stack([_image(chunk, row, config) for row in range(len(g_n))])
+        at = [crop_position(seed, g) for g in g_n.tolist()] if config.crop == "random" else [(0.5, 0.5)] * len(g_n)
+        x_nCHW = np.stack([_image(chunk, row, config, at[row]) for row in range(len(g_n))])
         x_nCHW[flipped_n] = x_nCHW[flipped_n][..., ::-1]
     else:
         x_nCHW = _latents(chunk, config, flipped_n, seed, g_n)
@@ -78,24 +78,30 @@ def synthesize(config: DataConfig, seed: int, g_n: Ints) -> Samples:
     return Samples(key_n, to_dtype(x_nCHW, config.latent_dtype), label_n, None, context_nTC)
 
 
-def _image(chunk: Chunk, row: int, config: DataConfig) -> Array:
+def _image(chunk: Chunk, row: int, config: DataConfig, crop_at: tuple[float, float]) -> Array:
+    """The image of one sample, uint8 [C, image_size, image_size]. `crop_at`: as for `fitted`."""
     field = next((name for name in IMAGE_FIELDS if name in chunk), "png")
-    data = _column(chunk, field, row)[row]
+    data, size = _column(chunk, field, row)[row], config.image_size
+    assert size is not None
+
+    def check_size(width: int, height: int) -> None:
+        if config.resize is None and (width, height) != (size, size):
+            remedy = f"Set data.resize to `cover` or `pad`, or pack again with `msdiff data pack --size {size}`."
+            if height == width:
+                remedy = f"Set data.image_size to {height}. Or: {remedy}"
+            problem = f"the image of {_sample_name(chunk, row)} is {width}x{height} pixels"
+            raise DataError("data.image_size", size, problem, remedy)
+
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            mode = "L" if config.channels == 1 else "RGB"
-            pixels = np.asarray(image if image.mode == mode else image.convert(mode))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        image = read_image(data, config.reading, check_size)
+    except UNREADABLE as e:
         raise _field_error(
             chunk, row, field, f"is not a readable image ({e})", "Make the shard again without it."
         ) from e
-    height, width = pixels.shape[:2]
-    if (height, width) != (config.image_size, config.image_size):
-        remedy = f"Pack the images again with `msdiff data pack --size {config.image_size}`."
-        if height == width:
-            remedy = f"Set data.image_size to {height}. Or: {remedy}"
-        problem = f"the image of {_sample_name(chunk, row)} is {width}x{height} pixels"
-        raise DataError("data.image_size", config.image_size, problem, remedy)
+    if config.resize is not None and image.size != (size, size):
+        image = fitted(image, size, config.resize, crop_at)
+    mode = "L" if config.channels == 1 else "RGB"
+    pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     return pixels[None] if config.channels == 1 else np.moveaxis(pixels, -1, 0)
 
 
@@ -153,7 +159,7 @@ def _arrays(chunk: Chunk, field: str, shape: tuple[int, ...], setting: str, dtyp
     arrays = []
     for row, content in enumerate(column_n):
         try:
-            arrays.append(np.load(io.BytesIO(content), allow_pickle=False))
+            arrays.append(read_npy(content))
         except (ValueError, OSError, EOFError) as e:
             raise _field_error(chunk, row, field, f"is not a readable .npy array ({e})", "Make the shard again.") from e
         check(row, arrays[-1].shape, arrays[-1].dtype, "efd")

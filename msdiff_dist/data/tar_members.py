@@ -1,7 +1,8 @@
 """Reading tar shards: members, and the samples they make up.
 
 `tarfile` spends more time on a header than PIL on a small image. So plain USTAR and PAX members are parsed here. The
-first header of another kind (GNU long names, sparse files, a compressed archive) hands the rest over to `tarfile`.
+first header of another kind (GNU long names, links, sparse files, a compressed archive) hands the archive over to
+`tarfile`.
 Members are grouped into samples by webdataset's own function.
 
 Bytes of a USTAR header that are used here (POSIX.1-1988): name 0-99, size 124-135 and checksum 148-155 in octal, type
@@ -10,6 +11,7 @@ Bytes of a USTAR header that are used here (POSIX.1-1988): name 0-99, size 124-1
 
 from __future__ import annotations
 
+import itertools
 import lzma
 import re
 import tarfile
@@ -20,6 +22,7 @@ from typing import Any, BinaryIO
 from webdataset.tariterators import group_by_keys
 
 from msdiff_dist.data.access import DEFAULT_ACCESS, Access, open_address
+from msdiff_dist.data.foreign import what_it_is
 from msdiff_dist.data.latent_blocks import BLOCK_FIELD, BlockError, Chunk, block_keys, objects, read_block
 
 OnDuplicate = Callable[[str, str], None]
@@ -84,21 +87,21 @@ def members(stream: BinaryIO, with_data: bool = True) -> Iterator[tuple[str, byt
     Raises:
         TarError: the archive is corrupt or cut short.
     """
-    offset, extended_name = 0, None
+    offset, given, extended_name = 0, 0, None
     while header := stream.read(BLOCK):
         kind = header[156:157]
         if header == bytes(BLOCK):
             return
         if not _checksum_holds(header):
             if offset == 0:  # perhaps a compressed archive
-                yield from _through_tarfile(stream, offset, with_data)
+                yield from _through_tarfile(stream, given, with_data)
                 return
             what = "cut short inside the" if len(header) < BLOCK else "corrupt"
             raise TarError(f"{what} header at byte {offset}")
         # Read here: regular files (0, and NUL of old archives), PAX headers (x), folders (5). A size whose first bit is
         # set is GNU's binary form, for files too large for the octal digits.
         if kind not in b"0\0x5" or header[124] & 0x80:
-            yield from _through_tarfile(stream, offset, with_data)
+            yield from _through_tarfile(stream, given, with_data)
             return
         digits = header[124:136].strip(b" \0") or b"0"
         if not _OCTAL.fullmatch(digits):  # the checksum only says that the header was written so
@@ -117,12 +120,13 @@ def members(stream: BinaryIO, with_data: bool = True) -> Iterator[tuple[str, byt
         if kind == b"x":
             records = dict(_PAX_RECORD.findall(content))
             if not records.keys() <= _PAX_PLAIN:
-                yield from _through_tarfile(stream, offset, with_data)
+                yield from _through_tarfile(stream, given, with_data)
                 return
             extended_name = records.get(b"path")
         else:
             extended_name = None
             if kind != b"5":
+                given += 1
                 yield name, content
         offset += BLOCK + size + padding
     raise TarError("cut short: it has no end mark")
@@ -184,15 +188,28 @@ def _plain_name(header: bytes) -> bytes:
     return name
 
 
-def _through_tarfile(stream: BinaryIO, offset: int, with_data: bool) -> Iterator[tuple[str, bytes]]:
-    """`members` of the rest of an archive, from the header at `offset` on."""
-    stream.seek(offset)
+def _through_tarfile(stream: BinaryIO, given: int, with_data: bool) -> Iterator[tuple[str, bytes]]:
+    """`members` of the whole archive but for the first `given`, which have been yielded already.
+
+    It is read from its start, because a link may lead to any earlier member. Archives of deduplicated copies have hard
+    links in the place of files; as samples they are files like others.
+    """
+    stream.seek(0)
     try:
         with tarfile.open(fileobj=stream, mode="r:*") as archive:
-            for member in archive:
-                if member.isreg():
+            files = (member for member in archive if not member.isdir())
+            for member in itertools.islice(files, given, None):
+                if not (member.isreg() or member.islnk() or member.issym()):
+                    raise TarError(f"member {member.name!r} is a device or pipe, not a file")
+                try:
                     content = archive.extractfile(member)
-                    assert content is not None
-                    yield member.name, content.read() if with_data or member.name.endswith(BLOCK_FIELD) else b""
+                except KeyError as e:
+                    raise TarError(
+                        f"member {member.name!r} is a link to {member.linkname!r}, which is not there"
+                    ) from e
+                assert content is not None
+                yield member.name, content.read() if with_data or member.name.endswith(BLOCK_FIELD) else b""
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as e:
-        raise TarError(str(e)) from e
+        stream.seek(0)
+        what = what_it_is(stream.read(512)) if isinstance(e, tarfile.ReadError) else None
+        raise TarError(what or str(e)) from e

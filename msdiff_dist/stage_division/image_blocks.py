@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,12 +11,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from msdiff_dist.data.image_files import IMAGE_FIELDS, UNREADABLE, ImageReading, read_image
 from msdiff_dist.data.index import find_shards
 from msdiff_dist.data.make.idx import read_idx
-from msdiff_dist.data.make.pack import EXTENSIONS
-from msdiff_dist.data.samples import IMAGE_FIELDS
+from msdiff_dist.data.npy import read_npy
 from msdiff_dist.data.tar_members import TarError, samples
 from msdiff_dist.errors import DataError
 
@@ -102,9 +100,9 @@ def image_sources(path: Path) -> list[BlockSource]:
         rows = _read_idx_images(path)
         groups = [rows[i : i + _ROWS] for i in range(0, len(rows), _ROWS)]
         return [BlockSource(i * _ROWS, len(group), partial(np.asarray, group)) for i, group in enumerate(groups)]
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower().lstrip(".") in EXTENSIONS and p.is_file())
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_FIELDS and p.is_file())
     if not files:
-        raise DataError("--images", str(path), "holds no images", f"Known: {', '.join(sorted(EXTENSIONS))}.")
+        raise DataError("--images", str(path), "holds no images", f"Known: {', '.join(sorted(IMAGE_FIELDS))}.")
     return [
         BlockSource(i, len(files[i : i + _ROWS]), partial(_read_images, files[i : i + _ROWS]))
         for i in range(0, len(files), _ROWS)
@@ -126,8 +124,11 @@ def _flat_sample(raw: dict[str, Any]) -> Samples:
     if latent is None:
         problem = f"sample {raw['__key__']!r} has neither an image nor a latent"
         raise DataError("--data", raw["__url__"], problem, "Name shards of images, or of .npy or .latent.npy arrays.")
-    found: Samples = np.load(io.BytesIO(latent), allow_pickle=False).ravel()
-    return found
+    try:
+        return read_npy(latent).ravel()
+    except (ValueError, OSError, EOFError) as e:
+        name = f"{raw['__key__']} in {raw['__url__']}"
+        raise DataError("--data", name, f"is not a readable .npy array ({e})", "Remove it.") from e
 
 
 def _read_images(files: Sequence[Path]) -> Samples:
@@ -136,10 +137,8 @@ def _read_images(files: Sequence[Path]) -> Samples:
 
 def _pixels(data: bytes, name: str) -> Samples:
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            # Palettes, alpha and CMYK become RGB, so that values are comparable.
-            return np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB")).ravel()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        return np.asarray(read_image(data, ImageReading())).ravel()
+    except UNREADABLE as e:
         raise DataError("--data", name, f"is not a readable image ({e})", "Remove it.") from e
 
 

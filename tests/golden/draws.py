@@ -22,6 +22,7 @@ from msdiff_dist.data.make.pack import pack
 from msdiff_dist.data.tar_members import chunks
 from msdiff_dist.diffusion.processes.vp import VPConfig, VPProcess
 from msdiff_dist.diffusion.sampling import image_generators
+from msdiff_dist.randomness import crop_position
 from msdiff_dist.stage_division.optimal_denoiser import draw_samples, limit_similarities
 from tests.golden.batches import digest
 from tests.golden.cases import write_images
@@ -36,6 +37,7 @@ def draws_record(folder: Path) -> dict[str, Any]:
         "sampling": [g.initial_seed() for g in image_generators(SEED, [0, 1, 9])],
         "test split": " ".join(image.key for image in list(digits(None, "test", 8))[:20]),
         "pack order": _packed(folder),
+        "crop": [list(crop_position(SEED, g)) for g in (0, 1, 9)],
         "encode": digest(encoded["latent.npy"]),
         "encode flipped": digest(encoded["latent_flip.npy"]),
         **_divided(),

@@ -49,6 +49,7 @@ _context = multiprocessing.get_context("fork")
 PURPOSES = {
     "augmentation": "batches_edm_images",
     "condition dropout": "batches_edm_images",
+    "crop": "draws",
     "dropout": "training_vp_latents",
     "encode": "draws",
     "encode flipped": "draws",

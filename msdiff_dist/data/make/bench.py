@@ -28,10 +28,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from msdiff_dist.data.access import is_local
 from msdiff_dist.data.config import DataConfig
+from msdiff_dist.data.image_files import IMAGE_FIELDS
 from msdiff_dist.data.index import Shard
 from msdiff_dist.data.latent_blocks import BLOCK_FIELD
 from msdiff_dist.data.loader import StepLoader, load_index
-from msdiff_dist.data.samples import IMAGE_FIELDS
 from msdiff_dist.data.worker_processes import set_up_worker
 from msdiff_dist.errors import DataError
 
@@ -194,7 +194,7 @@ class _Decoded(IterableDataset[Tensor]):
 
 def _is_sample(extension: str, config: DataConfig) -> bool:
     known = IMAGE_FIELDS if config.kind == "image" else (config.latent_field, BLOCK_FIELD)
-    return extension in known
+    return extension.lower() in known
 
 
 def _decoded(extension: str, content: bytes, config: DataConfig) -> Iterable[Tensor]:

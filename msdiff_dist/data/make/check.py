@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from msdiff_dist.data.access import DEFAULT_ACCESS
+from msdiff_dist.data.config import DataConfig
+from msdiff_dist.data.image_files import IMAGE_FIELDS, UNREADABLE, ImageReading, read_image
 from msdiff_dist.data.index import find_shards
 from msdiff_dist.data.latent_blocks import BLOCK_FIELD, BlockError, block_keys, check_block
 from msdiff_dist.data.make.manifest import (
@@ -20,8 +21,9 @@ from msdiff_dist.data.make.manifest import (
     load_null_context,
     stored_file,
 )
-from msdiff_dist.data.samples import IMAGE_FIELDS
-from msdiff_dist.data.tar_members import TarError, members, samples
+from msdiff_dist.data.npy import read_npy
+from msdiff_dist.data.samples import decode
+from msdiff_dist.data.tar_members import TarError, chunks, members, samples
 from msdiff_dist.errors import DataError
 
 REMEDY = "Copy or make it again."
@@ -44,6 +46,38 @@ def check_folder(folder: Path) -> int:
         problem = "has no manifest.json: it was not encoded to its end"
         raise DataError("DIR", str(folder), problem, "Run the same `msdiff data encode` again.")
     return sum(_check_images(shard.path, shard.num_samples) for shard in find_shards(str(folder)))
+
+
+def check_for_training(folder: Path, config: DataConfig) -> list[str]:
+    """Decode every sample of a folder of shards as a recipe asks for it, and return notes on what is unusual.
+
+    Args:
+        config: the recipe's `data`, whose own shards are not read.
+
+    Raises:
+        DataError: naming the first sample that training would refuse, and how many others it would.
+    """
+    config = replace(config, shards=str(folder), sources=(), max_bad=0)
+    first: DataError | None = None
+    refused, samples_read, empty = 0, 0, 0
+    for shard in find_shards(str(folder)):
+        try:
+            for chunk in chunks(shard.path):
+                rows = len(chunk["__key__"])
+                samples_read += rows
+                try:
+                    decoded = decode(chunk, config, 0, np.arange(rows))
+                except DataError as e:  # blocks hold many samples of one kind, images come one by one
+                    first, refused = first or e, refused + rows
+                    continue
+                if decoded.caption_n is not None:
+                    empty += sum(not caption for caption in decoded.caption_n)
+        except (TarError, OSError) as e:
+            raise DataError("DIR", shard.path, f"is corrupt ({e})", REMEDY) from e
+    if first is not None:
+        problem = f"{first.problem}; training would refuse {refused} of {samples_read} samples"
+        raise DataError(first.field, first.value, problem, first.remedy)
+    return [f"{empty} of {samples_read} captions are empty"] if empty else []
 
 
 def _check_latents(folder: Path, manifest: Manifest) -> int:
@@ -138,10 +172,9 @@ def _check_images(path: str, stated: int) -> int:
 def _decoding_problem(name: str, content: bytes) -> str | None:
     try:
         if name in IMAGE_FIELDS:
-            with Image.open(io.BytesIO(content)) as image:
-                image.load()
+            read_image(content, ImageReading())
         elif name.endswith("npy") and isinstance(content, bytes):
-            np.load(io.BytesIO(content), allow_pickle=False)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as e:
+            read_npy(content)
+    except UNREADABLE as e:
         return f"cannot be decoded ({e})"
     return None

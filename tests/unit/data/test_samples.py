@@ -135,3 +135,26 @@ def test_synthetic_samples_depend_on_seed_and_number_only():
     assert every.context_nTC is not None
     assert every.context_nTC.shape == (100, 2, 4)
     assert set(every.label_n) == set(range(5))
+
+
+def test_images_of_other_sizes_are_made_to_fit():
+    wide = np.zeros((4, 12, 3), np.uint8)
+    wide[:, :4] = 255
+    sample = raw(png=png(wide))
+    centre = decode_one(sample, images(resize="cover"), 0).x_nCHW[0]
+    assert (centre == 0).all()
+    assert decode_one(sample, images(resize="pad"), 0).x_nCHW[0].shape == (3, 4, 4)
+    means = [decode_one(sample, images(resize="cover", crop="random"), g).x_nCHW[0].mean() for g in range(40)]
+    assert min(means) == 0
+    assert max(means) > 200
+    again = [decode_one(sample, images(resize="cover", crop="random"), g).x_nCHW[0].mean() for g in range(40)]
+    assert means == again
+
+
+def test_orientation_and_transparency_are_those_of_the_recipe():
+    clear = io.BytesIO()
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(clear, "png")
+    assert (decode_one(raw(png=clear.getvalue()), images(), 0).x_nCHW == 255).all()
+    assert (decode_one(raw(png=clear.getvalue()), images(transparency="black"), 0).x_nCHW == 0).all()
+    with pytest.raises(DataError, match=r"k7.*transparent pixels"):
+        decode_one(raw(png=clear.getvalue()), images(transparency="refuse"), 0)

@@ -54,7 +54,7 @@ def test_other_kinds_of_members_are_left_to_tarfile():
             member.type, member.linkname = kind, "a.png"
             tar.addfile(member)
     stream.seek(0)
-    assert [name for name, _ in members(stream)] == ["a.png", "c.png"]
+    assert [name for name, _ in members(stream)] == ["a.png", "b.png", "c.png"]
     packed = io.BytesIO(gzip.compress(archive({"a.png": b"1"}, tarfile.USTAR_FORMAT)))
     assert list(members(packed)) == [("a.png", b"1")]
 
@@ -130,3 +130,51 @@ def test_what_comes_twice_is_refused_or_reported_and_skipped(tmp_path):
     assert (found[0]["png"], found[0]["cls"]) == (b"\0", b"\1")
     assert reported == [("a", "its file a.png comes twice"), ("a", "its key comes twice in the shard")]
     assert list(sample_keys(str(path), on_duplicate=lambda *what: None)) == ["a", "b", "c"]
+
+
+def linked(kind: bytes, target: str) -> bytes:
+    """Two files, and two links of this kind: one to the first file, one to `target`."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, link in (("0.png", ""), ("1.png", "0.png"), ("2.png", ""), ("3.png", target)):
+            member = tarfile.TarInfo(name)
+            if link:
+                member.type, member.linkname = kind, link
+                tar.addfile(member)
+            else:
+                member.size = 5
+                tar.addfile(member, io.BytesIO(f"data{name[0]}".encode()))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE], ids=["hard", "symbolic"])
+def test_links_are_files_like_others(kind, tmp_path):
+    path = tmp_path / "0.tar"
+    path.write_bytes(linked(kind, "2.png"))
+    expected = {"0": b"data0", "1": b"data0", "2": b"data2", "3": b"data2"}
+    assert {s["__key__"]: s["png"] for s in samples(str(path))} == expected
+    assert [name for name, _ in members(io.BytesIO(path.read_bytes()), with_data=False)] == [
+        f"{key}.png" for key in expected
+    ]
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE], ids=["hard", "symbolic"])
+def test_a_link_to_nothing_is_named(kind):
+    with pytest.raises(TarError, match=r"'3\.png' is a link to 'gone\.png', which is not there"):
+        list(members(io.BytesIO(linked(kind, "gone.png"))))
+
+
+def test_a_device_is_named():
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        member = tarfile.TarInfo("null")
+        member.type = tarfile.CHRTYPE
+        tar.addfile(member)
+    with pytest.raises(TarError, match="'null' is a device or pipe"):
+        list(members(io.BytesIO(stream.getvalue())))
+
+
+def test_a_pointer_or_page_in_place_of_a_shard_is_named():
+    for content, words in ((b"version https://git-lfs.github.com/spec/v1", "git lfs pull"), (b"<html>" * 200, "HTML")):
+        with pytest.raises(TarError, match=words):
+            list(members(io.BytesIO(content)))
