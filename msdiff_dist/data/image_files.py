@@ -123,8 +123,9 @@ def _of_8_bits(image: Image.Image, stored: Image.Image) -> Image.Image:
             raise ValueError("has 32-bit integer pixels, which have no fixed white: scale them to 8 or 16 bits")
         return _scaled(image, 0, 65535)
     if image.mode == "F":
-        low, high = image.getextrema()
-        if not 0 <= low <= high <= 1:  # type: ignore[operator]
+        values = np.asarray(image)
+        low, high = float(values.min()), float(values.max())
+        if not 0 <= low <= high <= 1:
             raise ValueError(f"has floating-point pixels from {low} to {high}, not in [0, 1]: scale them")
         return _scaled(image, 0, 1)
     if image.mode == "LAB":
@@ -149,7 +150,7 @@ def _opaque(image: Image.Image, behind: Literal["white", "black", "refuse"]) -> 
     """The image in L or RGB, with a colour behind what is transparent."""
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        if rgba.getextrema()[3][0] < 255:  # type: ignore[index]
+        if np.asarray(rgba.getchannel("A")).min() < 255:
             if behind == "refuse":
                 raise ValueError("has transparent pixels")
             rgba = Image.alpha_composite(Image.new("RGBA", image.size, behind), rgba)
