@@ -19,6 +19,8 @@ def train(
 ) -> None:
     """Train a recipe. The same command on the same run folder resumes the run.
 
+    Precision and threads fit the machine where the recipe does not give them; the first line says which precision.
+
     Under torchrun or srun (RANK and WORLD_SIZE set) this process is one rank. Without them --nproc starts the ranks.
 
     Example: msdiff train quickstart.yaml train.steps=300 --nproc 4 --run-dir runs/digits
