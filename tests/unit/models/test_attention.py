@@ -102,3 +102,17 @@ def test_linear_and_convolution_projections_are_the_same_map() -> None:
     x, context = torch.randn(2, 8, 4, 4), torch.randn(2, 3, 6)
     torch.testing.assert_close(by_linear(x, context), by_convolution(x, context))
     assert not torch.allclose(by_linear(x, context), by_linear(x, context.roll(1, 0)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "keys", "chosen"),
+    [(torch.bfloat16, 64, "math"), (torch.bfloat16, 300, "sdpa"), (torch.float32, 64, "sdpa")],
+)
+def test_short_sequences_in_bf16_are_computed_by_plain_products_on_cpus(
+    dtype: torch.dtype, keys: int, chosen: AttentionBackend
+) -> None:
+    """The backends round differently, so their results tell which one it was."""
+    q, k, v = torch.randn(3, 4, 2, keys, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    backends: tuple[AttentionBackend, ...] = ("math", "sdpa")
+    same = [backend for backend in backends if torch.equal(attention(q, k, v), attention(q, k, v, backend))]
+    assert same == [chosen]
