@@ -33,14 +33,15 @@ class ShardedState:
     Args:
         module: the engine's module.
         optimizer: DeepSpeed's ZeRO optimizer over its parameters.
+        publish: gives the network on every rank of the group the weights of the fp32 shards.
 
     Attributes:
         shapes: shape of every whole parameter of the module, by name.
         fragments: where this rank's ranges of the parameters lie. ZeRO's padding belongs to no fragment.
     """
 
-    def __init__(self, module: nn.Module, optimizer: Any) -> None:
-        self._optimizer = optimizer
+    def __init__(self, module: nn.Module, optimizer: Any, publish: Callable[[], None]) -> None:
+        self._optimizer, self._publish = optimizer, publish
         self._is_zero3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
         self.shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in module.named_parameters()}
         self.fragments = tuple(self._find_fragments(module))
@@ -85,24 +86,10 @@ class ShardedState:
             flats[f.flat][where].copy_(read("param", f))
             for kind in moments:
                 self._optimizer.optimizer.state[flats[f.flat]][kind][where].copy_(read(kind, f))
-        self._publish(bool(moments))
+        self._publish()
 
     def _fused(self) -> bool:
         return bool(self._optimizer.optimizer.param_groups[0].get("fused"))
-
-    def _publish(self, has_moments: bool) -> None:
-        """Copy the fp32 weights to the network's parameters on all ranks, as ZeRO does at the end of a step."""
-        opt = self._optimizer
-        if self._is_zero3:
-            for i in range(len(opt.fp16_groups)):
-                opt._reassign_or_swap_out_partitioned_parameters(i)
-            if opt.persistent_parameters:
-                opt.persistent_parameters[0].partition(opt.persistent_parameters)
-                opt.persistent_parameters[0].all_gather(opt.persistent_parameters)
-        else:
-            if has_moments:  # else DeepSpeed links its views of the moments at the first step
-                opt._lazy_init_hp_params_optimizer_state()
-            opt.update_lp_params()
 
     def _find_fragments(self, module: nn.Module) -> Iterator[Fragment]:
         opt = self._optimizer

@@ -54,7 +54,7 @@ def bad_gradients(rank: int, path: Path) -> str:
     """Stage 2's gradients overflow although its losses are finite."""
     run = open_run(rank, 2, recipe_of(ADAM, parallel__placement=[[0], [1, 2]]), path)
     if rank == 1:
-        parameter = next(iter(run.engines.stages[2].engine.module.parameters()))
+        parameter = next(iter(run.engines.stages[2].module.parameters()))
         parameter.register_hook(lambda gradient: gradient * torch.inf)
     with pytest.raises(TrainingError) as caught:
         run.step(1e-4)

@@ -42,8 +42,9 @@ def held_bytes_of_all(rank: int) -> list[int]:
 
 
 def held_bytes(rank: int, precision: Literal["fp32", "bf16"], zero_shared: int, zero_decoders: int) -> int:
-    from msdiff_dist.distributed.engines import EngineConfig, StageParallelEngines
+    from msdiff_dist.distributed.engines import StageParallelEngines
     from msdiff_dist.distributed.groups import make_groups
+    from msdiff_dist.distributed.part_engines import EngineConfig
     from msdiff_dist.training.ema import EmaConfig, ShardedEma
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32

@@ -62,7 +62,5 @@ def trained(
             losses.append(run.step(mapping["optimizer"]["lr"]).loss)
             run.save_if_due(now=run.state.step in stops)
     engines = {"shared.": run.engines.shared, **{f"stages.{k}.": e for k, e in run.engines.stages.items()}}
-    weights = {
-        p + n: v.detach().clone() for p, e in engines.items() if e for n, v in e.engine.module.named_parameters()
-    }
+    weights = {p + n: v.detach().clone() for p, e in engines.items() if e for n, v in e.module.named_parameters()}
     return losses, weights

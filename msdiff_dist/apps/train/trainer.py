@@ -22,9 +22,10 @@ from msdiff_dist.data.index import Shard
 from msdiff_dist.data.loader import StepLoader
 from msdiff_dist.diffusion.objective import Objective
 from msdiff_dist.distributed.agree import from_rank_0, main_exchange, on_every_rank, on_rank_0
-from msdiff_dist.distributed.engines import EngineConfig, StageParallelEngines
+from msdiff_dist.distributed.engines import StageParallelEngines
 from msdiff_dist.distributed.environment import Environment
 from msdiff_dist.distributed.groups import Groups, make_groups
+from msdiff_dist.distributed.part_engines import EngineConfig
 from msdiff_dist.distributed.precision import PrecisionChoice
 from msdiff_dist.distributed.router import Router
 from msdiff_dist.errors import MsdiffError
