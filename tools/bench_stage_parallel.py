@@ -30,6 +30,7 @@ from msdiff_dist.apps.train.trainer import Trainer
 from msdiff_dist.distributed.agree import Agreement
 from msdiff_dist.distributed.engines import ReducedGradients
 from msdiff_dist.distributed.environment import Environment
+from msdiff_dist.distributed.part_engines import PartEngine
 from msdiff_dist.models.multistage_unet import build_model
 from msdiff_dist.recipe import Recipe, load_recipe, recipe_from, recipe_mapping
 from msdiff_dist.testing import run_distributed
@@ -110,11 +111,15 @@ class StageParallel:
 
     def _measured(self, agreement: Agreement) -> ReducedGradients:
         """Measure the gradients when all of them exist: after the backward passes, before the optimizers."""
-        engines = self.run.engines._engines()
-        owned = (g for e in engines for gs in e.optimizer.averaged_gradients.values() for g in gs or ())
-        whole = (p.grad for e in engines for p in e.engine.module.parameters() if p.grad is not None)
+        engines = self._engines()
+        owned = (g for e in engines for g in e.reduced_gradients())
+        whole = (p.grad for e in engines for p in e.module.parameters() if p.grad is not None)
         self.gradient_bytes = size(owned) + size(whole)
         return self.reduce(agreement)
+
+    def _engines(self) -> list[PartEngine]:
+        engines = self.run.engines
+        return [*engines.stages.values(), *([engines.shared] if engines.shared else [])]
 
     def step(self) -> None:
         """One optimizer step. Collective."""
@@ -122,7 +127,7 @@ class StageParallel:
 
     def state_bytes(self) -> int:
         """Bytes of parameters, gradients and optimizer state after a step."""
-        parameters = size(p for e in self.run.engines._engines() for p in e.engine.module.parameters())
+        parameters = size(p for e in self._engines() for p in e.module.parameters())
         shards = size(t for s in self.run.state.shards.values() for t in s.flats())
         moments = size(t for s in self.run.state.shards.values() for m in s.moments() for t in m.values())
         return parameters + self.gradient_bytes + shards + moments

@@ -1,5 +1,5 @@
-"""The parts of a model stepping as one: the shared encoder, over all ranks, and the decoder of each held stage, over the
-ranks that hold it.
+"""The parts of a model stepping as one: the shared encoder, over all ranks, and the decoder of each held stage, over
+the ranks that hold it.
 
 The graph is cut between them. A micro batch runs the shared encoder once, then every held stage on detached features
 (forward, loss, backward, stages ascending), then the gradients of the features go back through the encoder in one

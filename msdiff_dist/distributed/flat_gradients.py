@@ -12,10 +12,15 @@ Both run in the background. Their results are behind methods and properties that
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+# torch 2.14 has new names for these two, and warns of the old ones.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class SumScatter:
@@ -38,7 +43,7 @@ class SumScatter:
             self._work = dist.all_to_all_single(self._received, whole, group=group, async_op=True)
         else:
             self._received = whole.new_empty(whole.numel() // self._size)
-            self._work = dist.reduce_scatter_tensor(self._received, whole, group=group, async_op=True)
+            self._work = _reduce_scatter(self._received, whole, group=group, async_op=True)
 
     def wait(self) -> Tensor:
         """This rank's range of the sum, [n / g]. On a GPU the stream waits, not the process."""
@@ -116,9 +121,7 @@ class FlatPart:
         self.wait_for_weights()
         self._own_weights.copy_(own)
         if dist.get_world_size(self._group) > 1:
-            self._gather = dist.all_gather_into_tensor(
-                self._weights, self._own_weights, group=self._group, async_op=True
-            )
+            self._gather = _all_gather(self._weights, self._own_weights, group=self._group, async_op=True)
 
     def wait_for_weights(self) -> None:
         """Wait until the weights of the other ranks have arrived. On a GPU the stream waits, not the process."""

@@ -180,9 +180,8 @@ class _FlatEngine(PartEngine):
         self._module, self._grad_clip = module, config.grad_clip
         # Without contiguous gradients DeepSpeed's ZeRO 1 sets no hooks on the gradients and allocates no buckets.
         sharding = {"stage": 1, "contiguous_gradients": False, "overlap_comm": False}
-        self._optimizer = _initialize(
-            module, optimizer, config, _Unit(group), {"zero_optimization": sharding}
-        ).optimizer
+        engine = _initialize(module, optimizer, config, _Unit(group), {"zero_optimization": sharding})
+        self._optimizer = engine.optimizer
         self._parts = [
             FlatPart(weights, parameters, group, reduce_each=zero == 2)
             for weights, parameters in zip(self._optimizer.bit16_groups_flat, self._optimizer.bit16_groups, strict=True)

@@ -46,7 +46,7 @@ class Workload:
 
     @property
     def param_bytes(self) -> int:
-        """Bytes of one parameter in forward and backward passes, and of its gradient when it is reduced."""
+        """Bytes of one parameter in forward and backward passes, and when it is gathered."""
         return 2 if self.precision == "bf16" else 4
 
 
@@ -133,17 +133,15 @@ def reduced_bytes(placement: Placement, workload: Workload) -> int:
 
     To reduce P values to their owners, or to gather them from their owners, a group of g ranks sends (g - 1) P values.
     ZeRO 1 reduces once a step and ZeRO 2 once a micro batch; both then gather the new parameters. In every micro batch
-    ZeRO 3 gathers for the forward pass and for the backward pass and reduces once.
+    ZeRO 3 gathers for the forward pass and for the backward pass and reduces once. Gradients are reduced in fp32.
     """
-    rings = _ring_values(placement, workload)
-    return sum((len(group) - 1) * values for group, values in rings) * workload.param_bytes
+    return sum((len(group) - 1) * count for group, count in _ring_bytes(placement, workload))
 
 
 def reduced_between_nodes(placement: Placement, workload: Workload, ranks_per_node: int) -> float:
     """The bytes among `reduced_bytes` that pass between nodes."""
-    rings = _ring_values(placement, workload)
-    between = sum(ring_share_between_nodes(group, ranks_per_node) * values for group, values in rings)
-    return between * workload.param_bytes
+    rings = _ring_bytes(placement, workload)
+    return sum(ring_share_between_nodes(group, ranks_per_node) * count for group, count in rings)
 
 
 def replicated_between_nodes(placement: Placement, workload: Workload, ranks_per_node: int) -> float:
@@ -154,15 +152,16 @@ def replicated_between_nodes(placement: Placement, workload: Workload, ranks_per
     return share * values * workload.param_bytes
 
 
-def _ring_values(placement: Placement, workload: Workload) -> list[tuple[Sequence[int], int]]:
-    """Each group of ranks with the number of values that are reduced or gathered round its ring in a step."""
+def _ring_bytes(placement: Placement, workload: Workload) -> list[tuple[Sequence[int], int]]:
+    """Each group of ranks with the bytes of the values that are reduced or gathered round its ring in a step."""
     accumulation = len(placement.samples_AWK)
 
-    def passes(zero: int) -> int:
-        return {1: 2, 2: accumulation + 1, 3: 3 * accumulation}[zero]
+    def ring(group: Sequence[int], params: int, zero: int) -> tuple[Sequence[int], int]:
+        reductions, gathers = {1: (1, 1), 2: (accumulation, 1), 3: (accumulation, 2 * accumulation)}[zero]
+        return group, params * (4 * reductions + workload.param_bytes * gathers)
 
-    shared = (range(placement.world_size), workload.shared_params * passes(workload.zero_shared))
-    stages = [(placement.group(k), n * passes(workload.zero_decoders)) for k, n in enumerate(workload.stage_params_K)]
+    shared = ring(range(placement.world_size), workload.shared_params, workload.zero_shared)
+    stages = [ring(placement.group(k), n, workload.zero_decoders) for k, n in enumerate(workload.stage_params_K)]
     return [shared, *stages]
 
 
