@@ -161,6 +161,13 @@ class StageParallelEngines:
         )
         return [name for name, e in named.items() if not e.gradient_square_sum().isfinite()]
 
+    def finish(self) -> None:
+        """Wait for all that runs in the background, as must be before the process groups are left."""
+        for engine in self._named().values():
+            engine.wait_for_weights()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
     def _is_complete(self) -> bool:
         """Whether the micro batches of a global batch have all run, and no step has followed."""
         return self._micro_batches == self.config.gradient_accumulation_steps

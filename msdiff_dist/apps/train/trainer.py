@@ -152,6 +152,7 @@ class Trainer:
         try:
             if kind is None or issubclass(kind, MsdiffError):
                 self.saver.finish()
+                self.engines.finish()
         finally:
             self.feed.close(finish=kind is None)
 

@@ -73,6 +73,8 @@ def test_reduced_bytes() -> None:
     stages = 600 + 300 + 90  # every group has two ranks
     assert reduced_bytes(placement, workload()) == 4 * (3 * 1000 * 2 + stages * 2)
     assert reduced_bytes(placement, workload(zero_shared=3, zero_decoders=2)) == 4 * (3 * 1000 * 6 + stages * 3)
+    # Gradients are reduced in fp32, parameters are gathered in the training precision.
+    assert reduced_bytes(placement, workload(precision="bf16")) == (4 + 2) * (3 * 1000 + stages)
     assert reduced_bytes(placed([8, 8, 8], 1), workload(precision="bf16")) == 0
 
 
