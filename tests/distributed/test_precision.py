@@ -19,7 +19,7 @@ from msdiff_dist.distributed.spawn import run_ranks
 from msdiff_dist.export.weights import CheckpointWeights
 from msdiff_dist.recipe import recipe_from
 from msdiff_dist.testing import run_distributed
-from tests.distributed.tiny_run import ADAM, recipe_of
+from tests.distributed.tiny_run import ADAM, open_run, recipe_of
 
 pytestmark = pytest.mark.distributed
 
@@ -83,3 +83,16 @@ def test_one_rank_that_emulates_bf16_decides_for_all() -> None:
     assert (asked.precision, asked.why) == ("bf16", "as the recipe asks")
     assert asked.warning is not None
     assert asked.warning.startswith(f"{reason}: a convolution takes")
+
+
+def losses_and_norms(rank: int, world_size: int, path: Path) -> list[tuple[float, float]]:
+    with open_run(rank, world_size, mapping("bf16", 10), path) as run:
+        outcomes = [run.step(ADAM["lr"]) for _ in range(10)]
+    return [(outcome.loss, outcome.grad_norm) for outcome in outcomes]
+
+
+def test_ranks_in_bf16_agree_with_one(tmp_path: Path) -> None:
+    """Each rank rounds its own gradients to bf16, 2^-9 of an element; their sums are fp32."""
+    one, four = (run_distributed(losses_and_norms, n, n, tmp_path / str(n))[0] for n in (1, 4))
+    assert [loss for loss, _ in four] == pytest.approx([loss for loss, _ in one], rel=1e-4)
+    assert [norm for _, norm in four] == pytest.approx([norm for _, norm in one], rel=2e-3)
