@@ -300,5 +300,8 @@ def _convert_scalar(hint: Any, value: Any, field: str) -> Any:
         return None
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         kind = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}.get(hint, str(hint))
-        raise ConfigError(field, value, f"must be {kind}, not {type(value).__name__}", "Correct its type.")
+        remedy = "Correct its type."
+        if hint is str and isinstance(value, (int, float)):  # YAML reads 0123, 1e5, yes and 24:00:00 as numbers
+            remedy = f'Put it in quotes, as it is to be read: {field.rsplit(".", 1)[-1]}: "...".'
+        raise ConfigError(field, value, f"must be {kind}, not {type(value).__name__}", remedy)
     return value

@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from msdiff_dist.checkpoint.policy import CheckpointConfig
 from msdiff_dist.config import from_mapping, to_mapping, with_current_names
@@ -25,6 +23,7 @@ from msdiff_dist.diffusion.stage_partition import StagePartition, build_partitio
 from msdiff_dist.distributed.placement import ParallelConfig
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.evaluation.grid import PreviewConfig
+from msdiff_dist.files.text import read_yaml
 from msdiff_dist.models.activation_checkpointing import ActivationCheckpointingConfig
 from msdiff_dist.models.autoencoder import AutoencoderConfig
 from msdiff_dist.models.config import ModelConfig
@@ -100,24 +99,16 @@ def read_mapping(path: Path, overrides: Sequence[str], field: str = "RECIPE") ->
     """The content of a YAML file with dotted overrides applied, as plain data.
 
     Raises:
-        ConfigError: the file is missing or not YAML, or an override is not of the form key=value. `field` is what the
-            command line calls the file.
+        ConfigError: the file is missing or not YAML text, or an override is not of the form key=value. `field` is what
+            the command line calls the file.
     """
-    if not path.is_file():
+    if not path.expanduser().exists() and not path.is_symlink():
         raise ConfigError(field, str(path), "no such file", _where_to_get(path))
-    try:
-        loaded = OmegaConf.load(path)
-    except yaml.YAMLError as e:
-        raise ConfigError(field, str(path), f"is not YAML ({' '.join(str(e).split())})", "Correct the file.") from None
     for override in overrides:
         name, equals, _ = override.partition("=")
         if not equals or not name or name.startswith("-"):
             raise ConfigError("override", override, "is not of the form key=value", "Write train.steps=100, say.")
-    try:
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
-        return OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError) as e:
-        raise ConfigError(field, str(path), " ".join(str(e).split()), "Correct the file or the overrides.") from None
+    return read_yaml(path, field, lambda loaded: OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides))))
 
 
 def _where_to_get(path: Path) -> str:

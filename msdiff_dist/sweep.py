@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
 
 from msdiff_dist.config import from_mapping
 from msdiff_dist.errors import ConfigError
+from msdiff_dist.files.text import read_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +57,8 @@ def load_sweep(path: Path) -> SweepConfig | None:
     if not path.is_file():
         return None
     try:
-        loaded = OmegaConf.to_container(OmegaConf.load(path))
-    except (yaml.YAMLError, OSError):
+        loaded = yaml.safe_load(read_text(path, "SWEEP"))
+    except (yaml.YAMLError, ConfigError):
         return None
     if not isinstance(loaded, dict) or not isinstance(loaded.get("recipe"), str):
         return None

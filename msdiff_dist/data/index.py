@@ -187,7 +187,7 @@ def _resolve(pattern: str, indexes: IndexFiles) -> list[str]:
 
 def _resolve_list(path: str, indexes: IndexFiles) -> list[str]:
     try:
-        lines = [line.strip() for line in read_bytes(path, indexes.access).decode().splitlines()]
+        lines = [line.strip() for line in read_bytes(path, indexes.access).decode("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as e:
         raise DataError(FIELD, f"@{path}", f"is not a readable list of shards ({e})", "Correct its path.") from e
     found = []

@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from omegaconf import OmegaConf
-
 from msdiff_dist.config import from_mapping
 from msdiff_dist.errors import ConfigError
+from msdiff_dist.files.text import read_yaml
+from msdiff_dist.launch.gres import gpus, of_one_rank, parse_gres
 from msdiff_dist.shipped import where_to_get
 
-# Without days the first number is hours: sbatch alone would read "90:00" as minutes and seconds.
-_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>[0-5]?\d)(?::(?P<seconds>[0-5]?\d))?")
+# What sbatch takes: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes,
+# days-hours:minutes:seconds.
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d\d?))?(?::(?P<third>\d\d?))?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,8 @@ class ClusterConfig:
     gres: how to ask for GPUs where --gpus-per-node is not accepted, e.g. "gpu:a100:8".
     cpus_per_task, memory_gb: CPUs of each rank (also its OMP_NUM_THREADS), memory of each node (None: the cluster's
         default).
-    time: limit of one start of the job, "[days-]hours:minutes[:seconds]"; the job resumes by itself after it.
+    time: limit of one start of the job, as sbatch reads it: "minutes", "minutes:seconds", "hours:minutes:seconds",
+        "days-hours", "days-hours:minutes[:seconds]". The job resumes by itself after it.
     signal_delay_s: seconds before the limit at which a signal makes the job save and stop.
     exclusive: ask for whole nodes.
     sbatch: any further sbatch options, e.g. {reservation: night, mail-type: FAIL}.
@@ -87,6 +88,8 @@ class ClusterConfig:
             )  # fmt: skip
         if self.gres and not self.gpus_per_node:
             raise ConfigError("gres", self.gres, "needs the number of GPUs too", "Set gpus_per_node.")
+        if self.gres:
+            self._check_gres(self.gres)
         most = self.node_range[1]
         if self.executor == "slurm" and self.shared is None:
             raise ConfigError("shared", None, "is required for SLURM", "Name a folder that every node sees.")
@@ -101,6 +104,16 @@ class ClusterConfig:
                 "time", self.time, f"is not longer than signal_delay_s = {self.signal_delay_s} s: no time to train",
                 "Ask for more time or lower signal_delay_s.",
             )  # fmt: skip
+
+    def _check_gres(self, gres: str) -> None:
+        try:
+            asked = gpus(parse_gres(gres))
+        except ValueError as e:
+            remedy = 'Write "gpu:4" or "gpu:a100:4", several resources with commas between them.'
+            raise ConfigError("gres", gres, f"{e} is no resource", remedy) from None
+        if asked != self.gpus_per_node:
+            problem = f"asks for {asked} GPUs on a node, and gpus_per_node is {self.gpus_per_node}"
+            raise ConfigError("gres", gres, problem, "Make the two numbers equal.")
 
     @property
     def node_range(self) -> tuple[int, int]:
@@ -123,15 +136,19 @@ class ClusterConfig:
 
     @property
     def time_s(self) -> int:
-        """The time limit in seconds."""
+        """The time limit in seconds, read as SLURM reads it."""
         match = _TIME.fullmatch(self.time) if isinstance(self.time, str) else None
         if match is None:
-            unquoted = " (YAML reads 24:00:00 without quotes as a number)" if isinstance(self.time, int) else ""
-            raise ConfigError(
-                "time", self.time, f"is not a time limit{unquoted}", 'Write "[days-]hours:minutes[:seconds]" in quotes.'
-            )
-        days, hours, minutes, seconds = (int(match[name] or 0) for name in ("days", "hours", "minutes", "seconds"))
-        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+            why = " (YAML reads 24:00:00 without quotes as a number)" if isinstance(self.time, int) else ""
+            remedy = 'Write "minutes", "hours:minutes:seconds" or "days-hours" in quotes, as for sbatch --time.'
+            raise ConfigError("time", self.time, f"is not a time limit{why}", remedy)
+        numbers = [int(match[name]) for name in ("first", "second", "third") if match[name]]
+        # Without days, the last number is seconds, but a single one is minutes; with days, the first one is hours.
+        if match["days"] is None:
+            hours, minutes, seconds = ([0, *numbers, 0] if len(numbers) == 1 else [0, 0, *numbers])[-3:]
+        else:
+            hours, minutes, seconds = [*numbers, 0, 0][:3]
+        return ((int(match["days"] or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def load_cluster(name: str, overrides: dict[str, Any] | None = None) -> ClusterConfig:
@@ -144,17 +161,11 @@ def load_cluster(name: str, overrides: dict[str, Any] | None = None) -> ClusterC
         mapping: dict[str, Any] = {"executor": name}
     else:
         path = Path(name)
-        if not path.is_file():
+        if not path.expanduser().exists() and not path.is_symlink():
             command = where_to_get(path) or "msdiff init slurm/gpu"
             remedy = f"`{command}` writes one to edit; `local` and `debug` need none."
             raise ConfigError("--cluster", name, "no such file", remedy)
-        try:
-            loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-        except (yaml.YAMLError, OSError) as e:
-            raise ConfigError("--cluster", name, f"cannot be read: {e}", "Correct the file.") from None
-        if not isinstance(loaded, dict):
-            raise ConfigError("--cluster", name, "is not a mapping of fields", "Write `field: value` lines.")
-        mapping = {str(key): value for key, value in loaded.items()}
+        mapping = read_yaml(path, "--cluster")
     # An error in a field names the option where the value came from one, else the file.
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     try:
@@ -172,8 +183,7 @@ def one_rank(cluster: ClusterConfig) -> ClusterConfig:
         nodes=1,
         tasks_per_node=1,
         gpus_per_node=min(1, cluster.gpus_per_node),
-        # "gpu:a100:8" -> "gpu:a100:1".
-        gres=re.sub(r"\d+$", "1", cluster.gres) if cluster.gres else None,
+        gres=of_one_rank(parse_gres(cluster.gres)) if cluster.gres else None,
         memory_gb=cluster.memory_gb / cluster.ranks_per_node if cluster.memory_gb else None,
         exclusive=False,
     )

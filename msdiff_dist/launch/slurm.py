@@ -11,6 +11,7 @@ from pathlib import Path
 
 from msdiff_dist.errors import ConfigError, UserError, did_you_mean
 from msdiff_dist.launch.cluster import ClusterConfig
+from msdiff_dist.launch.gres import gpus, parse_gres
 
 # States of a job that runs or may still run.
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "STOPPED")
@@ -73,7 +74,9 @@ def _check_nodes(cluster: ClusterConfig, partition: str) -> None:
     nodes = {}  # by name: a node has a line for each of the partitions asked for
     for row in rows:
         name, gres, cpus, memory = row.split("|")
-        nodes[name] = _Node(name=name, gpus=_gpus(gres), cpus=int(cpus.rstrip("+")), memory_mb=int(memory.rstrip("+")))
+        nodes[name] = _Node(
+            name=name, gpus=gpus(parse_gres(gres)), cpus=int(cpus.rstrip("+")), memory_mb=int(memory.rstrip("+"))
+        )
     if cluster.node_range[1] > len(nodes):
         raise ConfigError(
             "nodes", cluster.nodes, f"partition {partition!r} has {len(nodes)} nodes",
@@ -96,11 +99,6 @@ def _check_nodes(cluster: ClusterConfig, partition: str) -> None:
                 f"{len(have)} nodes have as many (the largest has {max(have, default=0)})",
                 "Ask for less, or name another partition.",
             )  # fmt: skip
-
-
-def _gpus(gres: str) -> int:
-    """`gpu:a100:8(S:0-1),lustre:1` -> 8."""
-    return sum(int(n) for n in re.findall(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)", gres))
 
 
 def _check_time(cluster: ClusterConfig, partition: str) -> None:

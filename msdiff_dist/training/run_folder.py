@@ -25,6 +25,7 @@ from msdiff_dist.checkpoint.power_profile import SNAPSHOTS
 from msdiff_dist.config import differences
 from msdiff_dist.errors import RunFolderError
 from msdiff_dist.files.atomic import atomic_write, partial_of, remove_partials, writing
+from msdiff_dist.files.text import read_yaml
 
 # Fields, or prefixes of fields, that may differ when a run is resumed: they say where and how it runs, not what it
 # computes.
@@ -99,8 +100,7 @@ class RunFolder:
         """The resolved recipe of the run in this folder, as plain data; None if there is none yet."""
         if not self.recipe_file.exists():
             return None
-        stored: Any = OmegaConf.to_container(OmegaConf.load(self.recipe_file))
-        return dict(stored)
+        return read_yaml(self.recipe_file, "--run-dir")
 
     def open(self, recipe: Mapping[str, Any]) -> None:
         """Lock the folder for this process, create its subfolders and write the resolved recipe.

@@ -14,6 +14,7 @@ from msdiff_dist.diffusion.denoiser import PredictionType
 from msdiff_dist.diffusion.noise_schedule import ScheduleName
 from msdiff_dist.diffusion.processes.discrete import DiscreteConfig
 from msdiff_dist.errors import CheckpointError, ConfigError
+from msdiff_dist.files.text import read_text
 from msdiff_dist.models.ldm.config import LDMConfig
 
 # LDM's names of schedules and predictions, and ours. Its "linear" is linear in the square root of beta.
@@ -41,11 +42,12 @@ class LdmYaml:
         Raises:
             ConfigError: the file is absent, no YAML, or without a section for the U-Net.
         """
+        text = read_text(path, "--config")
         try:
-            raw = yaml.safe_load(path.read_text())
+            raw = yaml.safe_load(text)
             model = raw["model"]["params"]
             unet = model["unet_config"]["params"]
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as e:
+        except (yaml.YAMLError, KeyError, TypeError) as e:
             raise ConfigError(
                 "--config", str(path), f"is no LDM configuration ({type(e).__name__}: {' '.join(str(e).split())})",
                 "Give the YAML that holds model.params.unet_config.params.",

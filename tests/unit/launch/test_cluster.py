@@ -27,7 +27,15 @@ def test_the_commented_file_has_every_field() -> None:
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("0:05:00", 300), ("24:00:00", 86400), ("2-12:00", 216000), ("1-00:00:01", 86401), ("90:00", 324000)],
+    [
+        ("0:05:00", 300),
+        ("24:00:00", 86400),
+        ("2-12:00", 216000),
+        ("1-00:00:01", 86401),
+        ("90:00", 5400),
+        ("30", 1800),
+        ("2-12", 216000),
+    ],
 )
 def test_time_limits_in_seconds(text: str, seconds: int) -> None:
     assert ClusterConfig(shared="/", time=text, signal_delay_s=1).time_s == seconds
@@ -51,6 +59,9 @@ def test_world_sizes_of_every_number_of_nodes(nodes: int | str, per_node: int, w
         ({"gpus_per_node": -1}, "gpus_per_node"),
         ({"gpus_per_node": 4, "tasks_per_node": 2}, "tasks_per_node"),
         ({"gres": "gpu:4"}, "gres"),
+        ({"gres": "gpu:a100:4", "gpus_per_node": 8}, "gres"),
+        ({"gres": "lustre:1", "gpus_per_node": 1}, "gres"),
+        ({"gres": "gpu::", "gpus_per_node": 1}, "gres"),
         ({"memory_gb": 0.0}, "memory_gb"),
         ({"max_restarts": 0}, "max_restarts"),
         ({"executor": "local", "nodes": 2}, "nodes"),
@@ -82,3 +93,10 @@ def test_one_rank_of_a_cluster_takes_its_share() -> None:
     assert (one.world_sizes, one.gpus_per_node, one.gres, one.memory_gb) == ((1,), 1, "gpu:a100:1", 60)
     assert not one.exclusive
     assert one_rank(ClusterConfig(shared="/", tasks_per_node=4, memory_gb=8)).memory_gb == 2
+
+
+@pytest.mark.parametrize("text", ["environment: {X: 1}", "account: 0123", "qos: yes", "partition: 1e5"])
+def test_numbers_where_text_is_meant(text: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(f"shared: /\n{text}\n")
+    with pytest.raises(ConfigError, match="Put it in quotes"):
+        load_cluster(str(tmp_path / "c.yaml"))

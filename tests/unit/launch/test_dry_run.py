@@ -18,7 +18,10 @@ RECIPE = Path(__file__).parents[3] / "recipes/debug.yaml"
 def test_speed_is_that_of_the_last_start_by_ranks_and_balance(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, cluster = Run(load_recipe(RECIPE), tmp_path), ClusterConfig(executor="local", gpus_per_node=4)
+    run, cluster = (
+        Run(load_recipe(RECIPE, ["train.precision=fp32"]), tmp_path),
+        ClusterConfig(executor="local", gpus_per_node=4),
+    )
     assert "images_per_second" not in plan_report_of(run, cluster, 4)
     for job, ranks, step in (("1", 12, 0), ("2", 2, 5)):
         Diary(tmp_path / "launch/starts.jsonl", job).write_start(ranks, step)
