@@ -25,6 +25,9 @@ class PreviewConfig:
     """Steps between grids; there is one after the last step as well. 0: no grids."""
     num: int = 64
     """Number of images in a grid."""
+    batch_size: int = 16
+    """Images that a rank samples at once, beside the training state in its memory. No more ranks than there are batches
+    read the weights and sample. An image's last bits depend on it."""
     seed: int = 0
     """Seed of the images."""
     prompts: tuple[str, ...] = ()
@@ -37,6 +40,8 @@ class PreviewConfig:
             raise ConfigError("every", self.every, "must not be negative", "Use 0 for no grids.")
         if self.num < 1:
             raise ConfigError("num", self.num, "must be at least 1", "A grid of 64 shows enough.")
+        if self.batch_size < 1:
+            raise ConfigError("batch_size", self.batch_size, "must be at least 1", "Use 16.")
 
 
 def class_labels(index_n: Sequence[int], num_classes: int | None, only: int | None = None) -> Tensor | None:
