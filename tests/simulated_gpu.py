@@ -37,7 +37,7 @@ _READS = {"_local_scalar_dense", "is_nonzero", "equal"}
 _SIZED_BY_VALUES = {"nonzero", "masked_select", "unique_dim", "unique_consecutive", "_unique2", "_unique"}
 _MOVES = {"copy_", "_to_copy", "index", "index_put", "index_put_", "set_", "_foreach_copy_"}
 _HERE = Path(__file__).name
-_LIBRARIES = ("site-packages/torch/", "contextlib.py")
+_LIBRARIES = ("site-packages/torch/", "contextlib.py", "typing_extensions.py")
 
 
 class _Places:

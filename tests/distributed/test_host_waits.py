@@ -24,14 +24,12 @@ def waits(rank: int, world_size: int, mapping: dict[str, Any], path: Path) -> li
     """Where the host waits in the third step; in the first one clocks wait too, and optimizers make their state."""
     gpu = SimulatedGpu()
     env = Environment(rank=rank, local_rank=rank, world_size=world_size, device=GPU)
-    with gpu.active():
-        run = Trainer(recipe_from(mapping), RunFolder(path), env)
+    with gpu.active(), Trainer(recipe_from(mapping), RunFolder(path), env) as run:
         run.step(1e-3)
         run.step(1e-3)
         gpu.waits.clear()
         run.step(1e-3)
-        run.feed.close()
-    return gpu.waits
+        return list(gpu.waits)
 
 
 @pytest.mark.parametrize(
