@@ -17,25 +17,35 @@ def plan(
     ] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes to plan for.")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on each node.")] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="GPU to plan for: a name such as h100-80g, or memory=24,tflops=165,bandwidth=1000."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show which ranks hold which stages, how well the work is balanced, and the bytes on and between ranks.
 
-    State is parameters, optimizer and EMA; gradients and activations come on top. With --nodes it also shows the bytes
-    that pass between nodes, compared with data parallelism with every decoder on every rank.
+    State is parameters, optimizer and averages; the peak is that of a training step, with gradients, activations and
+    buffers. With --nodes it also shows the bytes that pass between nodes, compared with data parallelism with every
+    decoder on every rank. With --gpu it says whether the plan fits, what to change if it does not, the largest micro
+    batch, and how long a step takes at least. Nothing is computed: no GPU is needed.
 
-    Example: msdiff plan celebahq256_ldm_3stage.yaml --world-size 64 --json
+    GPUs: a100-40g, a100-80g, b200, h100-80g, h200-141g, l40s, rtx3090, rtx4090, v100-32g; or GiB of memory, bf16
+    TFLOP/s and GB/s of memory bandwidth. Numbers after a name replace its own: h100-80g,compute_efficiency=0.5.
+
+    Example: msdiff plan celebahq256_ldm_3stage.yaml --nodes 8 --gpus-per-node 8 --gpu h100-80g --json
     """
-    from msdiff_dist.apps.train.plan import plan_run, plan_warnings, workload
+    from msdiff_dist.apps.train.prediction import predict
     from msdiff_dist.distributed.environment import this_device
-    from msdiff_dist.distributed.plan_report import plan_report, render
+    from msdiff_dist.distributed.gpus import parse_gpu
+    from msdiff_dist.distributed.plan_report import render
     from msdiff_dist.recipe import load_recipe
 
     parsed = load_recipe(recipe, overrides or [])
     ranks = _ranks(world_size, nodes, gpus_per_node)
-    run = plan_run(parsed, ranks, gpus_per_node)
     on_gpus = bool(gpus_per_node) or this_device().type == "cuda"
-    report = plan_report(run.placement, workload(parsed, run, on_gpus), plan_warnings(parsed, ranks), gpus_per_node)
+    planned_for = None if gpu is None else parse_gpu(gpu)
+    report = predict(parsed, ranks, on_gpus=on_gpus, ranks_per_node=gpus_per_node, gpu=planned_for)
     if as_json:
         typer.echo(json.dumps(report))
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -11,60 +10,41 @@ import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from msdiff_dist.distributed.engine_costs import Workload, exchanges
+from msdiff_dist.distributed.gpus import Gpu
+from msdiff_dist.distributed.memory import rank_bytes_W
 from msdiff_dist.distributed.placement import Placement
-from msdiff_dist.distributed.precision import Precision
+from msdiff_dist.distributed.step_time import step_time
 from msdiff_dist.distributed.topology import nodes_spanned, ring_share_between_nodes
+from msdiff_dist.models.trace import ModelTrace
 
 MOST_ROWS = 16
 """Ranks that get a row each in the table; in larger worlds neighbours with equal stages share one."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """The model and its training, as far as the cost of a placement depends on them.
-
-    Attributes:
-        cost_K: cost of one sample of each stage, encoder and decoder, in any unit.
-        shared_params: number of parameters of the shared encoder.
-        stage_params_K: number of parameters of each stage's decoder.
-        payload_bytes: bytes of one routed sample, with its label and context.
-        precision: of forward and backward passes.
-        zero_shared, zero_decoders: ZeRO levels of the encoder and of the decoders.
-        moments: numbers that the optimizer keeps for each parameter (AdamW: 2).
-        averages: averages of the weights that are kept.
-    """
-
-    cost_K: Sequence[float]
-    shared_params: int
-    stage_params_K: Sequence[int]
-    payload_bytes: int
-    precision: Precision = "fp32"
-    zero_shared: int = 1
-    zero_decoders: int = 1
-    moments: int = 2
-    averages: int = 1
-
-    @property
-    def param_bytes(self) -> int:
-        """Bytes of one parameter in forward and backward passes, and when it is gathered."""
-        return 2 if self.precision == "bf16" else 4
-
-
 def plan_report(
-    placement: Placement, workload: Workload, warnings: Sequence[str] = (), ranks_per_node: int | None = None
+    placement: Placement,
+    workload: Workload,
+    trace: ModelTrace,
+    *,
+    warnings: Sequence[str] = (),
+    ranks_per_node: int | None = None,
+    gpu: Gpu | None = None,
 ) -> dict[str, Any]:
     """The placement as plain data for JSON; with `ranks_per_node` also the bytes between nodes.
 
     `balance` is the mean over the maximum of the ranks' work. Each of `stages` has its share of the work, the ranks
     that hold it and its samples per global batch. Each of `ranks` has its samples per global batch of each stage held,
-    its `load` (its work over the mean) and its `state_bytes` (see `state_bytes_W`). `bytes_per_step`, over all ranks:
-    `routed`, the payload that is expected to change ranks, and `reduced` (see `reduced_bytes`).
+    its `load` (its work over the mean), its `state_bytes` (what is there between steps) and its `peak_bytes` (see
+    `RankBytes`). `bytes_per_step`, over all ranks: `routed`, the payload that is expected to change ranks, and
+    `reduced` (see `reduced_bytes`). With `gpu`, `step_seconds` and `gpu` are estimates for it, and each rank has its
+    `compute_seconds`.
     """
     samples_WK = placement.samples_WK
     cost_K = np.asarray(workload.cost_K, dtype=float)
     work_K, work_W = samples_WK.sum(axis=0) * cost_K, samples_WK @ cost_K
     load_W = (work_W / work_W.mean()).round(4).tolist()
-    state = state_bytes_W(placement, workload).tolist()
+    bytes_W = rank_bytes_W(placement, workload, trace)
     report: dict[str, Any] = {
         "world_size": placement.world_size,
         "global_batch_size": int(samples_WK.sum()),
@@ -79,7 +59,8 @@ def plan_report(
                 "stages": list(held),
                 "samples": {str(k): n_K[k] for k in held},
                 "load": load_W[rank],
-                "state_bytes": state[rank],
+                "state_bytes": bytes_W[rank].state,
+                "peak_bytes": bytes_W[rank].fields(),
             }
             for rank, (held, n_K) in enumerate(zip(placement.stages_of_rank, samples_WK.tolist(), strict=True))
         ],
@@ -91,6 +72,23 @@ def plan_report(
     }
     if ranks_per_node is not None:
         report["nodes"] = _nodes_report(placement, workload, ranks_per_node)
+    if gpu is not None:
+        seconds = step_time(placement, workload, trace, gpu, ranks_per_node)
+        for rank, compute in zip(report["ranks"], seconds.compute_W.tolist(), strict=True):
+            rank["compute_seconds"] = compute
+        report["step_seconds"] = seconds.step
+        report["gpu"] = {
+            "name": gpu.name,
+            "usable_bytes": gpu.usable_bytes,
+            "fits": max(of_rank.total for of_rank in bytes_W) <= gpu.usable_bytes,
+            "images_per_second": report["global_batch_size"] / seconds.step,
+            "mfu": seconds.utilisation(gpu, workload),
+            "communication_seconds": seconds.communication,
+            "exposed_seconds": seconds.exposed,
+            "optimizer_seconds": seconds.optimizer,
+            "compute_efficiency": gpu.compute_efficiency,
+            "bandwidth_efficiency": gpu.bandwidth_efficiency,
+        }
     return report
 
 
@@ -105,43 +103,18 @@ def _nodes_report(placement: Placement, workload: Workload, ranks_per_node: int)
     }
 
 
-def state_bytes_W(placement: Placement, workload: Workload) -> np.ndarray:
-    """Bytes of parameters, fp32 weights, moments and averages on each rank, [W]; without gradients and activations.
-
-    The fp32 weights, moments and averages are sharded equally over the g ranks of a group; the fp32 weights are a copy
-    apart from the parameters in fp32 training too. Besides, each rank has parameters in the training precision: all of
-    them under ZeRO 1 and 2, one g-th under ZeRO 3.
-    """
-
-    def on_one_rank(params: int, group_size: int, zero: int) -> int:
-        shard = -(-params // group_size)
-        return (params if zero < 3 else shard) * workload.param_bytes + shard * 4 * (
-            1 + workload.moments + workload.averages
-        )
-
-    total_W = np.full(
-        placement.world_size, on_one_rank(workload.shared_params, placement.world_size, workload.zero_shared)
-    )
-    for k, params in enumerate(workload.stage_params_K):
-        group = placement.group(k)
-        total_W[list(group)] += on_one_rank(params, len(group), workload.zero_decoders)
-    return total_W
-
-
 def reduced_bytes(placement: Placement, workload: Workload) -> int:
     """Bytes that all ranks together send in a step to reduce gradients and to gather parameters, by ring algorithms.
 
     To reduce P values to their owners, or to gather them from their owners, a group of g ranks sends (g - 1) P values.
-    ZeRO 1 reduces once a step and ZeRO 2 once a micro batch; both then gather the new parameters. In every micro batch
-    ZeRO 3 gathers for the forward pass and for the backward pass and reduces once. Gradients are reduced in fp32.
     """
-    return sum((len(group) - 1) * count for group, count in _ring_bytes(placement, workload))
+    return sum((len(group) - 1) * values for group, values in _ring_bytes(placement, workload))
 
 
 def reduced_between_nodes(placement: Placement, workload: Workload, ranks_per_node: int) -> float:
     """The bytes among `reduced_bytes` that pass between nodes."""
     rings = _ring_bytes(placement, workload)
-    return sum(ring_share_between_nodes(group, ranks_per_node) * count for group, count in rings)
+    return sum(ring_share_between_nodes(group, ranks_per_node) * values for group, values in rings)
 
 
 def replicated_between_nodes(placement: Placement, workload: Workload, ranks_per_node: int) -> float:
@@ -153,15 +126,14 @@ def replicated_between_nodes(placement: Placement, workload: Workload, ranks_per
 
 
 def _ring_bytes(placement: Placement, workload: Workload) -> list[tuple[Sequence[int], int]]:
-    """Each group of ranks with the bytes of the values that are reduced or gathered round its ring in a step."""
+    """Each group of ranks with the bytes that are reduced or gathered round its ring in a step."""
     accumulation = len(placement.samples_AWK)
 
-    def ring(group: Sequence[int], params: int, zero: int) -> tuple[Sequence[int], int]:
-        reductions, gathers = {1: (1, 1), 2: (accumulation, 1), 3: (accumulation, 2 * accumulation)}[zero]
-        return group, params * (4 * reductions + workload.param_bytes * gathers)
+    def passing(params: int, zero: int) -> int:
+        return sum(e.times * e.bytes for e in exchanges(params, zero, accumulation, workload))
 
-    shared = ring(range(placement.world_size), workload.shared_params, workload.zero_shared)
-    stages = [ring(placement.group(k), n, workload.zero_decoders) for k, n in enumerate(workload.stage_params_K)]
+    shared = (range(placement.world_size), passing(workload.shared_params, workload.zero_shared))
+    stages = [(placement.group(k), passing(n, workload.zero_decoders)) for k, n in enumerate(workload.stage_params_K)]
     return [shared, *stages]
 
 
@@ -199,7 +171,7 @@ def render(report: dict[str, Any], title: str) -> RenderableType:
     stages = Table("stage", "work", "samples", "ranks", title=title)
     for k, stage in enumerate(report["stages"]):
         stages.add_row(str(k), f"{stage['work_share']:.1%}", str(stage["samples"]), _ranges(stage["ranks"]))
-    ranks = Table("rank", "stages", "samples", "load", "state")
+    ranks = Table("rank", "stages", "samples", "load", "state", "activations", "peak")
     for neighbours in _rows(report["ranks"]):
         first = neighbours[0]
         samples = [f"{k}: {_span(r['samples'][str(k)] for r in neighbours)}" for k in first["stages"]]
@@ -209,13 +181,16 @@ def render(report: dict[str, Any], title: str) -> RenderableType:
             "  ".join(samples),
             f"{max(r['load'] for r in neighbours):.2f}",
             size(max(r["state_bytes"] for r in neighbours)),
+            size(max(r["peak_bytes"]["activations"] for r in neighbours)),
+            size(max(r["peak_bytes"]["total"] for r in neighbours)),
         )
     traffic = report["bytes_per_step"]
     lines = [
         f"balance {report['balance']:.1%} of {report['world_size']} ranks, global batch {report['global_batch_size']}",
-        "state: weights, fp32 masters, moments and average of a rank; gradients and activations come on top",
+        "state: weights, fp32 masters, moments and averages of a rank; peak: with gradients, activations and buffers",
         f"each step {size(traffic['routed'])} of samples routed, {size(traffic['reduced'])} reduced and gathered",
         *_node_lines(report),
+        *_gpu_lines(report),
         *(f"[yellow]warning[/] {warning}" for warning in report["warnings"]),
     ]
     return Group(stages, ranks, *lines)
@@ -231,6 +206,27 @@ def _node_lines(report: dict[str, Any]) -> list[str]:
         f"{nodes['count']} nodes of {nodes['ranks_per_node']} ranks; the stages' groups span {spans} of them",
         f"{size(ours)} of these bytes pass between nodes; with every decoder on every rank {size(replicated)} would",
     ]
+
+
+def _gpu_lines(report: dict[str, Any]) -> list[str]:
+    if "gpu" not in report:
+        return []
+    gpu, ranks = report["gpu"], report["ranks"]
+    peak = max(ranks, key=lambda rank: rank["peak_bytes"]["total"])
+    compute = [rank["compute_seconds"] for rank in ranks]
+    lines = [
+        f"{gpu['name']}: {'fits' if gpu['fits'] else '[red]does not fit[/]'}, rank {peak['rank']} needs "
+        f"{size(peak['peak_bytes']['total'])} of {size(gpu['usable_bytes'])}",
+        f"a step takes at least {report['step_seconds']:.3g} s: {gpu['images_per_second']:.3g} img/s, MFU "
+        f"{gpu['mfu']:.0%}; compute {min(compute):.3g}-{max(compute):.3g} s, communication "
+        f"{gpu['communication_seconds']:.2g} s ({gpu['exposed_seconds']:.2g} s not hidden), optimizer "
+        f"{gpu['optimizer_seconds']:.2g} s",
+        f"assumed: {gpu['compute_efficiency']:.0%} of the peak in matrix products, {gpu['bandwidth_efficiency']:.0%} "
+        "of the memory bandwidth; time for data is not counted",
+    ]
+    if "largest_micro_batch" in report:
+        lines.append(f"largest micro batch: {report['largest_micro_batch']} samples a rank")
+    return lines + [f"fits with {remedy}" for remedy in gpu.get("remedies", [])]
 
 
 def _rows(ranks: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

@@ -6,6 +6,7 @@ Ranks are numbered node by node, as torchrun does: rank r is on node r // ranks_
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -18,6 +19,11 @@ MOST_PERMUTED = 6  # up to so many disjoint groups every order on the line is tr
 def nodes_spanned(ranks: Sequence[int], ranks_per_node: int) -> int:
     """Number of nodes on which a group of ranks has members."""
     return len({rank // ranks_per_node for rank in ranks})
+
+
+def most_on_one_node(ranks: Sequence[int], ranks_per_node: int) -> int:
+    """The largest number of a group's ranks that share a node."""
+    return max(Counter(rank // ranks_per_node for rank in ranks).values())
 
 
 def ring_crossings(ranks: Sequence[int], ranks_per_node: int) -> int:

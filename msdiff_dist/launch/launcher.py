@@ -17,9 +17,10 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from msdiff_dist.apps.train.found_data import DataFinder
-from msdiff_dist.apps.train.plan import check_run, plan_run, workload
+from msdiff_dist.apps.train.plan import check_run, plan_run
+from msdiff_dist.apps.train.prediction import predict
 from msdiff_dist.apps.train.warm_start import start_weights
-from msdiff_dist.distributed.plan_report import plan_report, render, size
+from msdiff_dist.distributed.plan_report import render, size
 from msdiff_dist.errors import ConfigError, RunFolderError
 from msdiff_dist.launch.cluster import ClusterConfig, one_rank
 from msdiff_dist.launch.job import CANCELLED_FILE, CommandJob, TrainJob
@@ -104,9 +105,8 @@ def plan_report_of(run: Run, cluster: ClusterConfig, world_size: int) -> dict[st
     The expected speed is the median of the run's last start, scaled by ranks times balance of this plan over ranks
     times balance of that start's plan.
     """
-    plan = plan_run(run.recipe, world_size, cluster.ranks_per_node)
     on_gpus = cluster.gpus_per_node > 0
-    report = plan_report(plan.placement, workload(run.recipe, plan, on_gpus), (), cluster.ranks_per_node)
+    report = predict(run.recipe, world_size, on_gpus=on_gpus, ranks_per_node=cluster.ranks_per_node)
     starts = Diary(run.folder / "launch/starts.jsonl").starts()
     # Steps up to the last start's checkpoint were trained by earlier starts, perhaps on another number of ranks.
     speeds = [
@@ -128,12 +128,10 @@ def show_plan(run: Run, cluster: ClusterConfig) -> None:
         if world_size == cluster.world_sizes[-1]:
             console.print(render(report, run.recipe.name))
         groups = ", ".join(str(len(stage["ranks"])) for stage in report["stages"])
-        state = size(max(rank["state_bytes"] for rank in report["ranks"]))
+        peak = size(max(rank["peak_bytes"]["total"] for rank in report["ranks"]))
         speed = f", {report['images_per_second']:.3g} img/s expected" if "images_per_second" in report else ""
         nodes = f"{world_size // cluster.ranks_per_node} nodes x {cluster.ranks_per_node} ranks"
-        console.print(
-            f"{nodes}: stages on {groups} ranks, balance {report['balance']:.1%}, state {state} a rank{speed}"
-        )
+        console.print(f"{nodes}: stages on {groups} ranks, balance {report['balance']:.1%}, peak {peak} a rank{speed}")
 
 
 def dry_run(runs: Sequence[Run], cluster: ClusterConfig, folder: Path, name: str) -> str | None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from msdiff_dist.distributed.engine_costs import Workload
 from msdiff_dist.distributed.placement import plan
-from msdiff_dist.distributed.plan_report import Workload, state_bytes_W
 from msdiff_dist.testing import run_distributed
 
 pytestmark = pytest.mark.distributed
@@ -81,6 +81,9 @@ def held_bytes(rank: int, precision: Literal["fp32", "bf16"], zero_shared: int, 
 
 
 def test_predicted_state_is_what_the_engines_hold() -> None:
+    from msdiff_dist.distributed.memory import rank_bytes_W
+    from tests.unit.distributed.traces import model_trace
+
     placement = plan(np.array([[6, 6]]), [1.0, 1.0], 3, STAGES_OF_RANK)
     held = run_distributed(held_bytes_of_all, 3)
     for i, (precision, zero_shared, zero_decoders) in enumerate(CONFIGURATIONS):
@@ -94,4 +97,5 @@ def test_predicted_state_is_what_the_engines_hold() -> None:
             zero_decoders=zero_decoders,
         )
         expected = [of_rank[i] for of_rank in held]
-        assert state_bytes_W(placement, workload).tolist() == pytest.approx(expected, rel=0.02)  # padding
+        predicted = [of_rank.state for of_rank in rank_bytes_W(placement, workload, model_trace(2))]
+        assert predicted == pytest.approx(expected, rel=0.02)  # padding

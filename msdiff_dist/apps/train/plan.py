@@ -13,8 +13,8 @@ from msdiff_dist.apps.train.latent_checks import check_latents
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.loader import StepLoader
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas
+from msdiff_dist.distributed.engine_costs import Workload
 from msdiff_dist.distributed.placement import Placement, plan
-from msdiff_dist.distributed.plan_report import Workload
 from msdiff_dist.distributed.precision import expected_precision
 from msdiff_dist.distributed.topology import arrange
 from msdiff_dist.models.flops import ModelCosts, costs
@@ -85,6 +85,9 @@ def workload(recipe: Recipe, run_plan: RunPlan, on_gpus: bool) -> Workload:
         zero_decoders=recipe.parallel.zero_decoders,
         moments=OPTIMIZERS[optimizer.name].moments(optimizer),
         averages=1 + (len(recipe.ema.power.lengths) if recipe.ema.power else 0),
+        latent_values=int(np.prod(recipe.latent_shape)),
+        channels_last=recipe.train.channels_last,
+        on_gpus=on_gpus,
     )
 
 

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from msdiff_dist.cli.main import app
 from msdiff_dist.errors import ConfigError, PlacementError
+from msdiff_dist.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 
@@ -63,3 +64,18 @@ def test_impossible_plans_are_refused() -> None:
         run(recipe, "--world-size", "5000")
     with pytest.raises(ConfigError, match=r"parallel.zero_decoders = 3"):
         run(recipe, "parallel.zero_decoders=3", "--world-size", "3")
+    with pytest.raises(ConfigError, match=r"train.micro_batch_size = 0: must be at least 1"):
+        run(recipe, "train.micro_batch_size=0", "train.global_batch_size=null", "--world-size", "3")
+
+
+def test_plan_for_a_gpu() -> None:
+    recipe = str(RECIPES / "quickstart.yaml")
+    plan = report(recipe, "--nodes", "2", "--gpus-per-node", "2", "--gpu", "rtx4090")
+    assert plan["gpu"]["fits"]
+    assert plan["largest_micro_batch"] > 72 / 4
+    assert plan["step_seconds"] > max(rank["compute_seconds"] for rank in plan["ranks"]) > 0
+    assert plan["lr"] == load_recipe(recipe).optimizer.lr
+    printed = run(recipe, "--world-size", "4", "--gpu", "memory=1.6,tflops=10,bandwidth=100")
+    assert "does not fit" in printed
+    with pytest.raises(ConfigError, match=r"--gpu = 'h100': no GPU of this name is known"):
+        run(recipe, "--world-size", "4", "--gpu", "h100")

@@ -8,16 +8,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from msdiff_dist.distributed.engine_costs import Workload
+from msdiff_dist.distributed.gpus import GPUS
+from msdiff_dist.distributed.memory import rank_bytes_W
 from msdiff_dist.distributed.placement import Placement, StageSets, plan
-from msdiff_dist.distributed.plan_report import (
-    Workload,
-    plan_report,
-    reduced_bytes,
-    render,
-    samples_crossing,
-    state_bytes_W,
-)
+from msdiff_dist.distributed.plan_report import plan_report, reduced_bytes, render, samples_crossing
 from msdiff_dist.distributed.router import Assignment
+from tests.unit.distributed.traces import model_trace
 
 COSTS = [4.0, 2.0, 1.0]
 OVERLAPPING: StageSets = ((0,), (0, 1), (1, 2), (2,))
@@ -38,7 +35,7 @@ def workload(**changes: Any) -> Workload:
 
 def test_report_of_a_placement() -> None:
     placement = placed([8, 8, 8], 3, explicit=((0,), (1,), (2,)))
-    report = plan_report(placement, workload(), ["watch out"])
+    report = plan_report(placement, workload(), model_trace(3), warnings=["watch out"])
     assert json.loads(json.dumps(report)) == report
     assert report["world_size"] == 3
     assert report["global_batch_size"] == 24
@@ -63,7 +60,8 @@ def test_report_of_a_placement() -> None:
 )
 def test_state_bytes(precision: str, zero_shared: int, bytes_of_rank_0: int) -> None:
     placement = placed([8, 8, 8], 4, explicit=OVERLAPPING)
-    state_W = state_bytes_W(placement, workload(precision=precision, zero_shared=zero_shared))
+    bytes_W = rank_bytes_W(placement, workload(precision=precision, zero_shared=zero_shared), model_trace(3))
+    state_W = [of_rank.state for of_rank in bytes_W]
     assert state_W[0] == bytes_of_rank_0
     assert state_W[1] - state_W[0] == 300 * (2 if precision == "bf16" else 4) + 150 * 16
 
@@ -94,9 +92,24 @@ def test_expected_crossings_are_the_mean_of_the_router(quotas: list[int], world_
     assert samples_crossing(placement) == pytest.approx(np.mean(crossings), abs=4 * error + 1e-9)
 
 
+def test_report_for_a_gpu() -> None:
+    placement = placed([8, 8, 8], 3, explicit=((0,), (1,), (2,)))
+    report = plan_report(placement, workload(), model_trace(3), gpu=GPUS["h100-80g"])
+    assert json.loads(json.dumps(report)) == report
+    assert report["gpu"]["fits"]
+    assert 0 < report["gpu"]["mfu"] < 1
+    assert report["gpu"]["images_per_second"] == pytest.approx(24 / report["step_seconds"])
+    assert max(r["compute_seconds"] for r in report["ranks"]) < report["step_seconds"]
+    console = Console(width=80, file=io.StringIO())
+    console.print(render(report, "recipe"))
+    printed = console.file.getvalue()
+    assert "h100-80g: fits" in printed
+    assert all(len(line) <= 80 for line in printed.splitlines())
+
+
 def test_tables_compress_large_worlds() -> None:
     for world_size, rows in [(5, 5), (640, 3)]:
-        report = plan_report(placed([32 * world_size] * 3, world_size), workload())
+        report = plan_report(placed([32 * world_size] * 3, world_size), workload(), model_trace(3))
         console = Console(width=120, file=io.StringIO())
         console.print(render(report, "recipe"))
         lines = console.file.getvalue().splitlines()

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from msdiff_dist.distributed.engine_costs import Workload
 from msdiff_dist.distributed.placement import Placement, plan
 from msdiff_dist.distributed.plan_report import (
-    Workload,
     reduced_between_nodes,
     reduced_bytes,
     replicated_between_nodes,
