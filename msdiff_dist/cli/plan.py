@@ -19,7 +19,7 @@ def plan(
     gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on each node.")] = None,
     gpu: Annotated[
         str | None,
-        typer.Option(help="GPU to plan for: a name such as h100-80g, or memory=24,tflops=165,bandwidth=1000."),
+        typer.Option(help="GPU to plan for: a name such as h100-80g, or numbers, as above."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -31,7 +31,8 @@ def plan(
     batch, and how long a step takes at least. Nothing is computed: no GPU is needed.
 
     GPUs: a100-40g, a100-80g, b200, h100-80g, h200-141g, l40s, rtx3090, rtx4090, v100-32g; or GiB of memory, bf16
-    TFLOP/s and GB/s of memory bandwidth. Numbers after a name replace its own: h100-80g,compute_efficiency=0.5.
+    TFLOP/s and GB/s of memory bandwidth, as memory=24,tflops=165,bandwidth=1000. Numbers after a name replace its own:
+    h100-80g,compute_efficiency=0.5.
 
     Example: msdiff plan celebahq256_ldm_3stage.yaml --nodes 8 --gpus-per-node 8 --gpu h100-80g --json
     """

@@ -226,6 +226,8 @@ def _gpu_lines(report: dict[str, Any]) -> list[str]:
     ]
     if "largest_micro_batch" in report:
         lines.append(f"largest micro batch: {report['largest_micro_batch']} samples a rank")
+    if not gpu["fits"] and not gpu.get("remedies"):
+        lines.append("neither smaller micro batches, bf16, activation checkpointing, ZeRO nor more ranks alone help")
     return lines + [f"fits with {remedy}" for remedy in gpu.get("remedies", [])]
 
 

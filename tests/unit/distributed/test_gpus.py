@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from msdiff_dist.distributed.gpus import GIB, GPUS, parse_gpu
@@ -15,6 +17,15 @@ def test_every_gpu_has_plausible_numbers() -> None:
         assert gpu.fp32_tflops < max(gpu.tflops, gpu.tf32_tflops, gpu.fp32_tflops * 1.01)
         assert gpu.network <= gpu.link
         assert gpu.matrix_flops("fp32", convolution=False) <= gpu.matrix_flops("fp32", convolution=True)
+
+
+def test_help_and_guide_have_every_name() -> None:
+    from msdiff_dist.cli.plan import plan
+
+    guide = (Path(__file__).parents[3] / "docs/guides/planning.md").read_text()
+    for name, gpu in GPUS.items():
+        assert name in str(plan.__doc__)
+        assert f"| `{name}` | {gpu.memory:g} | {gpu.tflops:g} |" in guide
 
 
 def test_numbers() -> None:
