@@ -86,9 +86,15 @@ def workload(recipe: Recipe, run_plan: RunPlan, on_gpus: bool) -> Workload:
         moments=OPTIMIZERS[optimizer.name].moments(optimizer),
         averages=1 + (len(recipe.ema.power.lengths) if recipe.ema.power else 0),
         latent_values=int(np.prod(recipe.latent_shape)),
-        channels_last=recipe.train.channels_last,
+        channels_last=channels_last(recipe, on_gpus),
         on_gpus=on_gpus,
     )
+
+
+def channels_last(recipe: Recipe, on_gpus: bool) -> bool:
+    """Whether the network's activations have the channels of a pixel side by side."""
+    asked = recipe.train.channels_last
+    return on_gpus if asked is None else asked
 
 
 def plan_warnings(recipe: Recipe, world_size: int) -> list[str]:

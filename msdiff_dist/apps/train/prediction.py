@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from msdiff_dist.apps.train.plan import plan_run, plan_warnings, workload
+from msdiff_dist.apps.train.plan import channels_last, plan_run, plan_warnings, workload
 from msdiff_dist.distributed.gpus import Gpu
 from msdiff_dist.distributed.memory import rank_bytes_W
 from msdiff_dist.distributed.plan_report import plan_report
@@ -74,7 +74,7 @@ def model_trace(recipe: Recipe, on_gpus: bool) -> ModelTrace:
         torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32,
         recipe.activation_checkpointing,
         on_gpus=on_gpus,
-        channels_last=recipe.train.channels_last,
+        channels_last=channels_last(recipe, on_gpus),
     )
 
 
