@@ -73,10 +73,11 @@ docs: .venv/docs-ready  ## the documentation site in build/docs/html; warnings a
 	$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[docs]'
 	touch $@
 
-bench: setup  ## speed of reading shards and of routed training on this machine
+bench: setup  ## speed of reading shards, of routed training and of a whole step on this machine
 	test -f data/digits/index.json || $(BIN)/msdiff data prepare digits --out data/digits
 	$(BIN)/msdiff data bench recipes/quickstart.yaml
 	$(BIN)/python tools/bench_stage_parallel.py
+	$(BIN)/python tools/bench_step.py recipes/quickstart.yaml --nproc 2 data.shards=data/digits
 
 clean:  ## remove .venv, builds and caches; data and runs stay
 	rm -rf .venv build dist *.egg-info .coverage .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
