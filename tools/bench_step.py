@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     parser.add_argument("overrides", nargs="*", help="changes to the recipe, as key=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     recipe = load_recipe(args.recipe, ["train.precision=fp32", *args.overrides])
     with tempfile.TemporaryDirectory() as folder:
         of_rank = run_distributed(
