@@ -18,6 +18,7 @@ from torch import Tensor
 
 from msdiff_dist.checkpoint.tensor_file import TensorReader
 from msdiff_dist.errors import CheckpointError
+from msdiff_dist.files.text import read_text
 
 RESIDENT = 1 << 26
 """Bytes of mapped files that may stay in memory before their pages are freed."""
@@ -176,6 +177,36 @@ class RenamedSource(TensorSource):
         return self._base.read(self._names[key])
 
 
+class JoinedSource(TensorSource):
+    """The tensors of several sources together.
+
+    Raises:
+        CheckpointError: two of them have a tensor of one name.
+    """
+
+    def __init__(self, parts: Iterable[TensorSource]) -> None:
+        self._part: dict[str, TensorSource] = {}
+        left_out: dict[str, str] = {}
+        for part in parts:
+            self.files += part.files
+            left_out |= part.left_out
+            for key in part.names():
+                if key in self._part:
+                    first = self._part[key].files[0].name
+                    raise CheckpointError(str(part.files[0]), key, f"is also in {first}", "Keep one of the two files.")
+                self._part[key] = part
+        self.left_out = left_out
+
+    def names(self) -> list[str]:
+        return list(self._part)
+
+    def meta(self, key: str) -> Tensor:
+        return self._part[key].meta(key)
+
+    def read(self, key: str) -> Tensor:
+        return self._part[key].read(key)
+
+
 def under(source: TensorSource, prefix: str) -> RenamedSource:
     """The tensors whose names begin with `prefix`, named without it."""
     return RenamedSource(source, {k.removeprefix(prefix): k for k in source.names() if k.startswith(prefix)})
@@ -187,8 +218,10 @@ def open_source(path: Path) -> TensorSource:
     Raises:
         CheckpointError: `path` is absent, corrupt, of an unknown kind, or a pickle that would run code to load.
     """
+    path = path.expanduser()
     if path.is_dir():
-        return SafetensorsSource(_files_of(path))
+        indexes = sorted(path.glob("*.safetensors.index*.json"))
+        return open_shards(indexes[0]) if indexes else SafetensorsSource([_only_file_of(path)])
     if not path.is_file():
         raise CheckpointError("SRC", str(path), "no such file or folder", "Name an existing checkpoint.")
     if path.suffix == ".safetensors":
@@ -203,6 +236,26 @@ def open_source(path: Path) -> TensorSource:
         "SRC", str(path), f"files ending in {path.suffix or 'nothing'} are not known",
         f"Give .safetensors, .npz or one of {', '.join(PICKLES)}.",
     )  # fmt: skip
+
+
+def open_shards(index: Path) -> TensorSource:
+    """The tensors of a model that is divided into several files, .safetensors or torch's, which `index` names.
+
+    Raises:
+        CheckpointError: the index is not JSON with a weight_map, or a file is missing or corrupt.
+    """
+    text = read_text(index, "SRC", CheckpointError)
+    try:
+        names = sorted({Path(name).name for name in json.loads(text)["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise CheckpointError(str(index), None, f"is no index of weights ({e})", "Fetch it again.") from None
+    paths = [index.parent / name for name in names]
+    for path in paths:
+        if not path.is_file():
+            raise CheckpointError(str(path), None, f"is named by {index.name} and missing", "Add it.")
+    if all(path.suffix == ".safetensors" for path in paths):
+        return SafetensorsSource(paths)
+    return JoinedSource(map(open_source, paths))
 
 
 def load_pickle(path: Path) -> Any:
@@ -249,22 +302,13 @@ def _weights_in(path: Path) -> tuple[Mapping[str, Any], dict[str, str]]:
     return {k: v for k, v in weights.items() if isinstance(v, Tensor)}, left_out
 
 
-def _files_of(folder: Path) -> list[Path]:
-    """The .safetensors files of a folder that belong to one model."""
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if indexes:
-        names = sorted(set(json.loads(indexes[0].read_text())["weight_map"].values()))
-        paths = [folder / name for name in names]
-        for path in paths:
-            if not path.is_file():
-                raise CheckpointError(str(path), None, f"is named by {indexes[0].name} and missing", "Add it.")
-        return paths
+def _only_file_of(folder: Path) -> Path:
     found = sorted(folder.glob("*.safetensors"))
     if len(found) != 1:
         raise CheckpointError(
             "SRC", str(folder), f"holds {len(found)} .safetensors files and no index", "Give the file itself as SRC."
         )
-    return found
+    return found[0]
 
 
 def _corrupt(path: Path, error: Exception) -> CheckpointError:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from msdiff_dist.convert import carried
+from msdiff_dist.convert.formats.diffusers_scheduler import SCHEDULES, read_scheduler
 from msdiff_dist.convert.formats.diffusers_unet import STOCK, diffusers_unet_rules, model_of_stock, stock_config
 from msdiff_dist.convert.formats.ldm import PAPER_BOUNDARIES
 from msdiff_dist.convert.key_map import OursFromTheirs, TheirsFromOurs, check_complete
@@ -26,10 +27,9 @@ from msdiff_dist.convert.model_weights import (
 )
 from msdiff_dist.convert.options import ConvertOptions, given_boundaries
 from msdiff_dist.convert.recognition import refuse_other_formats
-from msdiff_dist.convert.tensor_sources import SafetensorsSource, TensorSource, open_source
+from msdiff_dist.convert.tensor_sources import SafetensorsSource, TensorSource, open_shards, open_source
 from msdiff_dist.convert.writing import write_safetensors
 from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
-from msdiff_dist.diffusion.noise_schedule import ScheduleName
 from msdiff_dist.diffusion.processes.discrete import DiscreteConfig
 from msdiff_dist.errors import CheckpointError, ConfigError
 from msdiff_dist.export.description import ModelDescription
@@ -40,12 +40,6 @@ _CARRIED = Path(carried.__file__).parent
 OWN_CLASS, OWN_MODULE = "MultistageUNet2DModel", "multistage_unet_2d"
 PIPELINE_CLASS, PIPELINE_MODULE = "MultistagePipeline", "multistage_pipeline"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-# Our names of schedules and diffusers'.
-_SCHEDULES: dict[ScheduleName, str] = {
-    "scaled_linear": "scaled_linear",
-    "linear": "linear",
-    "cosine": "squaredcos_cap_v2",
-}
 # Files about the model's licence and use, copied along.
 _NOTES = ("LICENSE*", "NOTICE*", "README.md")
 
@@ -56,13 +50,18 @@ def read_diffusers(folder: Path, options: ConvertOptions) -> ModelWeights:
     Raises:
         CheckpointError: a file is missing, or this package has no such network.
     """
-    if options.weights == "ema":
-        raise CheckpointError("--weights", "ema", "a diffusers folder holds one set of weights", "Remove --weights.")
+    folder = folder.expanduser()
+    unet = _unet_folder(folder, options)
     if not (folder / "model_index.json").exists():
-        return read_unet(json_of(folder / "config.json"), weights_of(folder), options)
+        found = read_unet(json_of(unet / "config.json"), weights_of(unet, options), options)
+        scheduler = folder / "scheduler" / "scheduler_config.json"
+        if unet == folder or not scheduler.exists():
+            return found
+        diffusion = DiffusionConfig(process="discrete", section=read_scheduler(json_of(scheduler), options))
+        return replace(found, description=replace(found.description, diffusion=diffusion), assumed=[])
     index = json_of(folder / "model_index.json")
-    found = read_unet(json_of(folder / "unet" / "config.json"), weights_of(folder / "unet"), options)
-    discrete = _read_scheduler(folder / "scheduler" / "scheduler_config.json", options)
+    found = read_unet(json_of(unet / "config.json"), weights_of(unet, options), options)
+    discrete = read_scheduler(json_of(folder / "scheduler" / "scheduler_config.json"), options)
     vae = next((folder / name for name in ("vae", "vqvae") if (folder / name).is_dir()), None)
     autoencoder, vae_weights, assumptions = _read_autoencoder(vae, index, options)
     for name, value in index.items():
@@ -79,6 +78,20 @@ def read_diffusers(folder: Path, options: ConvertOptions) -> ModelWeights:
         assumed=assumptions,  # not the U-Net's, whose schedule and scale the pipeline states
         notes=[p for pattern in _NOTES for p in sorted(folder.glob(pattern))],
     )
+
+
+def _unet_folder(folder: Path, options: ConvertOptions) -> Path:
+    """The folder of the U-Net: this one, or one inside it; of averaged and last weights, those that are asked for.
+
+    Raises:
+        CheckpointError: the averaged weights are asked for, and there are none.
+    """
+    averaged = folder / "unet_ema"  # diffusers' training scripts write it beside `unet`
+    if options.weights != "raw" and averaged.is_dir():
+        return averaged
+    if options.weights == "ema" and folder.name != averaged.name:
+        raise CheckpointError("--weights", "ema", f"{folder} has no unet_ema folder", "Remove --weights.")
+    return folder / "unet" if (folder / "unet").is_dir() else folder
 
 
 def read_unet(config: Mapping[str, Any], source: TensorSource, options: ConvertOptions) -> ModelWeights:
@@ -158,15 +171,27 @@ def write_diffusers(weights: ModelWeights, folder: Path, metadata: Mapping[str, 
     return written
 
 
-def weights_of(folder: Path) -> TensorSource:
-    """The tensors of one model's folder, in whichever file diffusers writes them to.
+def weights_of(folder: Path, options: ConvertOptions | None = None) -> TensorSource:
+    """The tensors of one model's folder, in whichever files diffusers writes them to.
+
+    Of several variants the one of full precision is taken, and of `non_ema` weights only if the raw ones are asked for.
 
     Raises:
-        CheckpointError: there is no such file.
+        CheckpointError: there are no such files.
     """
-    for name in (WEIGHTS, f"{WEIGHTS}.index.json", "diffusion_pytorch_model.bin"):
-        if (folder / name).exists():
-            return open_source(folder) if name.endswith("index.json") else open_source(folder / name)
+    variants = ["", ".fp16", ".bf16"]
+    if options is not None and options.weights == "raw":
+        variants.insert(0, ".non_ema")
+    stem = "diffusion_pytorch_model"
+    for variant in variants:
+        for suffix in (".safetensors", ".bin"):
+            file = folder / f"{stem}{variant}{suffix}"
+            # diffusers puts the variant of a sharded model at the end of the index's name.
+            index = folder / f"{stem}{suffix}.index{variant}.json"
+            if file.exists():
+                return open_source(file)
+            if index.exists():
+                return open_shards(index)
     found = sorted(folder.glob("*.safetensors"))
     if len(found) != 1:
         raise CheckpointError(
@@ -249,36 +274,13 @@ def _scheduler_config(discrete: DiscreteConfig) -> dict[str, Any]:
         "num_train_timesteps": discrete.timesteps,
         "beta_start": discrete.beta_start,
         "beta_end": discrete.beta_end,
-        "beta_schedule": _SCHEDULES[discrete.schedule],
+        "beta_schedule": SCHEDULES[discrete.schedule],
         "prediction_type": discrete.prediction_type,
         "clip_sample": False,
         "set_alpha_to_one": True,
         "steps_offset": 1,
         "timestep_spacing": "leading",
     }
-
-
-def _read_scheduler(path: Path, options: ConvertOptions) -> DiscreteConfig:
-    config = json_of(path)
-    names = {theirs: ours for ours, theirs in _SCHEDULES.items()}
-    for field in ("rescale_betas_zero_snr", "trained_betas"):
-        if config.get(field):
-            raise CheckpointError(
-                f"scheduler.{field}", "..." if field == "trained_betas" else True,
-                "makes a noise schedule that this package does not have", "Convert a model without it.",
-            )  # fmt: skip
-    if config.get("beta_schedule", "linear") not in names:
-        raise CheckpointError(
-            "scheduler.beta_schedule", config.get("beta_schedule"), "is a noise schedule that this package lacks",
-            f"Convert a model with one of {', '.join(names)}.",
-        )  # fmt: skip
-    return DiscreteConfig(
-        timesteps=config.get("num_train_timesteps", 1000),
-        schedule=names[config.get("beta_schedule", "linear")],
-        beta_start=config.get("beta_start", 0.0001),
-        beta_end=config.get("beta_end", 0.02),
-        prediction_type=options.prediction_type or config.get("prediction_type", "epsilon"),
-    )
 
 
 def _read_autoencoder(

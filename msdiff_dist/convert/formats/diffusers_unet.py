@@ -22,6 +22,8 @@ _OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "
 _IRRELEVANT = {  # fields of config.json that change no output in evaluation: sizes and hints about precision
     "sample_size", "num_train_timesteps", "upcast_attention", "dropout", "addition_embed_type_num_heads",
     "reverse_transformer_layers_per_block", "mid_block_only_cross_attention", "addition_time_embed_dim",
+    # What EMAModel of diffusers adds to the config.json of averaged weights.
+    "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup",
 }  # fmt: skip
 
 

@@ -229,3 +229,91 @@ def test_other_classes_are_refused(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.bin")
     with pytest.raises(CheckpointError, match="FluxTransformer2DModel"):
         read_diffusers(tmp_path, ConvertOptions())
+
+
+def stock() -> Any:
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+
+
+WAYS_TO_SAVE: dict[str, dict[str, Any]] = {
+    "safetensors": {},
+    "torch": {"safe_serialization": False},
+    "fp16 safetensors": {"variant": "fp16"},
+    "fp16 torch": {"variant": "fp16", "safe_serialization": False},
+    "shards": {"max_shard_size": "200KB"},
+    "shards, torch": {"max_shard_size": "200KB", "safe_serialization": False},
+    "shards, fp16": {"max_shard_size": "200KB", "variant": "fp16"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_SAVE)
+def test_every_way_in_which_diffusers_saves_weights(way: str, tmp_path: Path) -> None:
+    unet = stock()
+    unet.save_pretrained(tmp_path / "unet", **WAYS_TO_SAVE[way])
+    found = read_diffusers(tmp_path / "unet", ConvertOptions())
+    assert sum(found.tensors.meta(n).numel() for n in found.tensors.names()) == sum(
+        p.numel() for p in unet.parameters()
+    )
+    convert(tmp_path / "unet", tmp_path / "ours", "diffusers", "msdiff", ConvertOptions())
+    convert(tmp_path / "ours", tmp_path / "theirs", "msdiff", "diffusers", ConvertOptions())
+    again = type(unet).from_pretrained(tmp_path / "theirs/unet")
+    assert all(torch.equal(again.state_dict()[n], p) for n, p in unet.state_dict().items())
+
+
+def test_averaged_weights_of_a_training_script_are_taken_where_there_are_any(tmp_path: Path) -> None:
+    from diffusers import UNet2DModel
+    from diffusers.training_utils import EMAModel
+
+    unet = stock()
+    ema = EMAModel(unet.parameters(), model_cls=UNet2DModel, model_config=unet.config)
+    first = {n: p.detach().clone() for n, p in unet.state_dict().items()}
+    with torch.no_grad():
+        for p in unet.parameters():
+            p.add_(1)
+    ema.save_pretrained(tmp_path / "checkpoint-500/unet_ema")
+    unet.save_pretrained(tmp_path / "checkpoint-500/unet")
+    for weights, expected in (("auto", first), ("ema", first), ("raw", unet.state_dict())):
+        out = tmp_path / weights
+        convert(tmp_path / "checkpoint-500", out, "diffusers", "msdiff", ConvertOptions(weights=weights))
+        convert(out, out / "theirs", "msdiff", "diffusers", ConvertOptions())
+        found = UNet2DModel.from_pretrained(out / "theirs/unet").state_dict()
+        assert all(torch.equal(found[n], value) for n, value in expected.items())
+    convert(tmp_path / "checkpoint-500/unet_ema", tmp_path / "alone", "diffusers", "msdiff", ConvertOptions())
+    assert same_tensors(export_tensors(tmp_path / "alone"), export_tensors(tmp_path / "auto"))
+
+
+def test_weights_without_average_are_told_from_those_with(tmp_path: Path) -> None:
+    unet = stock()
+    unet.save_pretrained(tmp_path / "unet")
+    with torch.no_grad():
+        for p in unet.parameters():
+            p.add_(1)
+    unet.save_pretrained(tmp_path / "unet", variant="non_ema")
+    first = {}
+    for weights in ("auto", "raw"):
+        convert(tmp_path / "unet", tmp_path / weights, "diffusers", "msdiff", ConvertOptions(weights=weights))
+        first[weights] = next(iter(export_tensors(tmp_path / weights).values()))
+    assert torch.equal(first["auto"] + 1, first["raw"])
+    with pytest.raises(CheckpointError, match="no unet_ema folder"):
+        read_diffusers(tmp_path / "unet", ConvertOptions(weights="ema"))
+
+
+def test_a_folder_without_an_index_takes_the_scheduler_that_lies_in_it(tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler
+
+    stock().save_pretrained(tmp_path / "unet")
+    DDIMScheduler(beta_start=0.002, beta_end=0.03, prediction_type="v_prediction").save_pretrained(
+        tmp_path / "scheduler"
+    )
+    found = read_diffusers(tmp_path, ConvertOptions()).description.diffusion.section
+    assert isinstance(found, DiscreteConfig)
+    assert (found.schedule, found.beta_start, found.prediction_type) == ("linear", 0.002, "v_prediction")
