@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from msdiff_dist.recipe import Recipe
 
 
 def plan(
@@ -21,6 +24,10 @@ def plan(
         str | None,
         typer.Option(help="GPU to plan for: a name such as h100-80g, or numbers, as above."),
     ] = None,
+    rehearse: Annotated[
+        bool,
+        typer.Option("--rehearse", help="Run the ranks' engines, and compare what they communicate."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show which ranks hold which stages, how well the work is balanced, and the bytes on and between ranks.
@@ -34,6 +41,10 @@ def plan(
     TFLOP/s and GB/s of memory bandwidth, as memory=24,tflops=165,bandwidth=1000. Numbers after a name replace its own:
     h100-80g,compute_efficiency=0.5.
 
+    With --rehearse it shows instead which collectives the ranks issue in a step, how many and of how many bytes, and
+    whether they complete in whatever order the ranks arrive; status 2 says that they may wait for each other for ever.
+    The engines of every different rank run here, in their full size, one after another in two processes.
+
     Example: msdiff plan celebahq256_ldm_3stage.yaml --nodes 8 --gpus-per-node 8 --gpu h100-80g --json
     """
     from msdiff_dist.apps.train.prediction import predict
@@ -45,6 +56,9 @@ def plan(
     parsed = load_recipe(recipe, overrides or [])
     ranks = _ranks(world_size, nodes, gpus_per_node)
     on_gpus = bool(gpus_per_node) or this_device().type == "cuda"
+    if rehearse:
+        _rehearse(parsed, ranks, gpus_per_node, on_gpus, as_json)
+        return
     planned_for = None if gpu is None else parse_gpu(gpu)
     report = predict(parsed, ranks, on_gpus=on_gpus, ranks_per_node=gpus_per_node, gpu=planned_for)
     if as_json:
@@ -54,6 +68,21 @@ def plan(
     from rich.console import Console
 
     Console().print(render(report, parsed.name))
+
+
+def _rehearse(recipe: Recipe, ranks: int, ranks_per_node: int | None, on_gpus: bool, as_json: bool) -> None:
+    from rich.console import Console
+
+    from msdiff_dist.apps.train.rehearsal import rehearse
+    from msdiff_dist.apps.train.rehearsal_report import render
+
+    report = rehearse(recipe, ranks, ranks_per_node, on_gpus)
+    if as_json:
+        typer.echo(json.dumps(report))
+    else:
+        Console().print(render(report, recipe.name))
+    if not report["orders_agree"]:
+        raise typer.Exit(2)
 
 
 def _ranks(world_size: int | None, nodes: int | None, gpus_per_node: int | None) -> int:

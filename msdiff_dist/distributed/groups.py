@@ -8,6 +8,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+SHARED, ROUTING = "shared", "routing"
+"""What to call the groups of all ranks."""
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -21,6 +24,11 @@ class Groups:
 
     stage: Mapping[int, dist.ProcessGroup]
     routing: dist.ProcessGroup
+
+    def named(self) -> dict[str, dist.ProcessGroup]:
+        """All groups of this rank by what to call them."""
+        named = {f"stage {k}": group for k, group in self.stage.items()}
+        return named | {SHARED: dist.distributed_c10d._get_default_group(), ROUTING: self.routing}
 
 
 def make_groups(stages_of_rank: Sequence[Sequence[int]], rank: int) -> Groups:

@@ -11,16 +11,33 @@ import itertools
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from msdiff_dist.data.corruption import Corruption
-from msdiff_dist.data.loader import StepLoader, StepSamples
+from msdiff_dist.data.loader import StepSamples
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas
 from msdiff_dist.distributed.router import Assignment, Outgoing, PendingBatch, RoutedBatch, Router
 from msdiff_dist.training.ahead import Ahead
 from msdiff_dist.training.draws import Drawing, Draws
+
+
+class Reader(Protocol):
+    """Reads this rank's samples of one global batch after another, as `data.loader.StepLoader` does."""
+
+    def open(self) -> None:
+        """Start to read."""
+
+    def __next__(self) -> StepSamples:
+        """This rank's samples of the next global batch."""
+
+    def source_rank(self, batch: int) -> np.ndarray:
+        """The rank that reads each sample of a global batch, [global_batch_size]."""
+
+    def close(self) -> None:
+        """End reading."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +95,7 @@ class Feed:
 
     def __init__(
         self,
-        loader: StepLoader,
+        loader: Reader,
         quotas: StageQuotas,
         router: Router,
         drawing: Drawing,

@@ -101,6 +101,10 @@ ASSIGNED = [
 
 PRESENT = [
     # module, member, what breaks
+    ("torch.testing._internal.distributed.fake_pg", "FakeStore", "`msdiff plan --rehearse`"),
+    ("torch.utils._python_dispatch", "TorchDispatchMode", "`msdiff plan --rehearse`"),
+    ("torch.distributed", "ProcessGroup.unbox", "`msdiff plan --rehearse`"),
+    ("torch.distributed", "Store.clone", "saves beside training (object_exchange)"),
     ("deepspeed.utils.groups", "mpu", "engines of several groups in one process (distributed.engines)"),
     ("deepspeed.ops", "__compatible_ops__", "quick starts on CPU ranks (distributed.engines)"),
     ("submitit.slurm.slurm", "SlurmExecutor._submitit_command_str", "`msdiff launch --dry-run`"),

@@ -11,6 +11,7 @@ from torch import Tensor
 from msdiff_dist.apps.train.costs import step_petaflops
 from msdiff_dist.apps.train.found_data import FoundData, find_data
 from msdiff_dist.apps.train.latent_checks import check_latents
+from msdiff_dist.apps.train.parts import build_engines, build_feed, build_preparation
 from msdiff_dist.apps.train.plan import plan_run
 from msdiff_dist.apps.train.preview import write_preview
 from msdiff_dist.apps.train.warm_start import start_weights
@@ -25,20 +26,14 @@ from msdiff_dist.distributed.agree import from_rank_0, main_exchange, on_every_r
 from msdiff_dist.distributed.engines import StageParallelEngines
 from msdiff_dist.distributed.environment import Environment
 from msdiff_dist.distributed.groups import Groups, make_groups
-from msdiff_dist.distributed.part_engines import EngineConfig
 from msdiff_dist.distributed.precision import PrecisionChoice
-from msdiff_dist.distributed.router import Router
 from msdiff_dist.errors import MsdiffError
 from msdiff_dist.models.activation_checkpointing import checkpoint_activations
-from msdiff_dist.models.autoencoder import LatentCodec
 from msdiff_dist.models.multistage_unet import build_parts
 from msdiff_dist.recipe import Recipe, recipe_mapping
-from msdiff_dist.training.draws import Drawing
 from msdiff_dist.training.ema import ShardedEma
 from msdiff_dist.training.feed import Feed
 from msdiff_dist.training.metrics import StepOutcome
-from msdiff_dist.training.optimizer import optimizer_factory
-from msdiff_dist.training.prepare import Conditioning, Preparation
 from msdiff_dist.training.run_folder import RunFolder
 from msdiff_dist.training.state import TrainState
 from msdiff_dist.training.step import TrainStep
@@ -66,8 +61,8 @@ class Trainer:
         assert recipe.train.precision != "auto", "the precision is chosen before the run is put together"
         self.recipe, self.folder, self.env = recipe, folder, env
         plan = on_every_rank(lambda: plan_run(recipe, env.world_size, _ranks_per_node()))
-        self.batch_size, self.placement, self._quotas = plan.batch_size, plan.placement, plan.quotas
-        self.step_petaflops = step_petaflops(self._quotas, plan.cost_K)
+        self._plan, self.batch_size, self.placement = plan, plan.batch_size, plan.placement
+        self.step_petaflops = step_petaflops(plan.quotas, plan.cost_K)
         groups = make_groups(self.placement.stages_of_rank, env.rank)
         self.engines = self._build_engines(groups)
         shards = self.engines.state()
@@ -80,13 +75,13 @@ class Trainer:
         index, null_context_TC = self._open_data(found)
         self.feed = self._build_feed(index, groups)
         objective = Objective(recipe.process(), recipe.train.loss)
-        self.prepare = self._build_preparation(objective, null_context_TC)
+        self.prepare = build_preparation(recipe, objective, null_context_TC, env)
         self.train_step = TrainStep(
             self.feed,
             self.prepare,
             objective,
             self.engines,
-            self._quotas,
+            plan.quotas,
             env,
             max_bad=recipe.data.max_bad,
         )
@@ -163,15 +158,7 @@ class Trainer:
         for part in (shared, *stages.values()):
             checkpoint_activations(part, recipe.activation_checkpointing)
             part.to(device)
-        config = EngineConfig(
-            precision="bf16" if recipe.train.precision == "bf16" else "fp32",
-            zero_shared=recipe.parallel.zero_shared,
-            zero_decoders=recipe.parallel.zero_decoders,
-            gradient_accumulation_steps=recipe.train.gradient_accumulation_steps,
-            grad_clip=recipe.optimizer.grad_clip,
-        )
-        optimizer = optimizer_factory(recipe.optimizer, fused=device.type == "cuda")
-        return StageParallelEngines(shared, stages, optimizer, config, groups, device)
+        return build_engines(recipe, shared, stages, groups, device)
 
     def _resume(self) -> list[str]:
         """Restore the newest intact checkpoint, or else the weights of `train.init_from`. Notes for the user."""
@@ -208,34 +195,7 @@ class Trainer:
                 recipe.data, recipe.train.seed, self.batch_size, env.rank, env.world_size, start_batch=step, index=index
             )
         )
-        return Feed(
-            loader,
-            self._quotas,
-            Router(groups.routing, self.placement, env.rank, env.device),
-            Drawing(
-                seed=recipe.train.seed,
-                shape=recipe.latent_shape,
-                condition_dropout=recipe.train.condition_dropout,
-                augmentation=recipe.augmentation,
-                pinned=env.device.type == "cuda",
-            ),
-            seed=recipe.train.seed,
-            accumulation=recipe.train.gradient_accumulation_steps,
-            start_batch=step,
-        )
-
-    def _build_preparation(self, objective: Objective, null_context_TC: Tensor | None) -> Preparation:
-        recipe, env = self.recipe, self.env
-        dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-        null_context = None if null_context_TC is None else null_context_TC.to(env.device, dtype)
-        return Preparation(
-            objective,
-            LatentCodec(recipe.autoencoder, recipe.data.kind != "image", env.device),
-            Conditioning(null_label=recipe.model.num_classes, null_context_TC=null_context),
-            device=env.device,
-            dtype=dtype,
-            memory_format=torch.channels_last if recipe.train.channels_last else torch.contiguous_format,
-        )
+        return build_feed(recipe, self._plan, loader, groups, env, start_batch=step)
 
 
 def _ranks_per_node() -> int | None:
