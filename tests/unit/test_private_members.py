@@ -19,12 +19,13 @@ CALLS = [
     # module, member, arguments it has to take, what breaks
     ("torch.distributed.distributed_c10d", "_get_default_store", [], "naming the ranks that died (lost_ranks)"),
     ("torch", "_foreach_lerp_", ["a", "b", "weight"], "moving averages (training.ema)"),
+    ("torch", "_foreach_norm", ["a", "2", "dtype"], "gradient norms (distributed.part_engines)"),
     ("torch", "_foreach_copy_", ["a", "b"], "averages of a warm start (checkpoint.load)"),
     ("torch._subclasses.fake_tensor", "FakeTensorMode", ["allow_non_fake_inputs="], "memory in plans (models.trace)"),
     ("torch.utils.flop_counter", "sdpa_flop_count", ["query", "key", "value"], "time in plans (models.trace)"),
     ("torch.utils.flop_counter", "sdpa_backward_flop_count", ["gradient", "q", "k", "v"], "time in plans"),
-    ("deepspeed.runtime.engine", "DeepSpeedEngine.backward", ["self", "loss", "scale_wrt_gas="], "every backward"),
-    ("deepspeed.runtime.engine", "DeepSpeedEngine.is_gradient_accumulation_boundary", ["self"], "accumulation"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine.backward", ["self", "loss", "scale_wrt_gas="], "backward, ZeRO 3"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine.step", ["self"], "accumulation and steps, ZeRO 3"),
     ("deepspeed.runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3._get_norm_groups", ["self"], "clipping, ZeRO 3"),
     (
         "deepspeed.runtime.zero.stage3",
@@ -43,24 +44,6 @@ CALLS = [
         "DeepSpeedZeroOptimizer_Stage3._reassign_or_swap_out_partitioned_parameters",
         ["self", "group"],
         "resuming, ZeRO 3",
-    ),
-    (
-        "deepspeed.runtime.zero.stage_1_and_2",
-        "DeepSpeedZeroOptimizer.scaled_global_norm",
-        ["self", "norm_type="],
-        "clipping by the norm over all stages, ZeRO 1 and 2",
-    ),
-    (
-        "deepspeed.runtime.zero.stage_1_and_2",
-        "DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state",
-        ["self"],
-        "resuming, ZeRO 1 and 2",
-    ),
-    (
-        "deepspeed.runtime.zero.stage_1_and_2",
-        "DeepSpeedZeroOptimizer.update_lp_params",
-        ["self"],
-        "resuming, ZeRO 1 and 2",
     ),
     ("submitit.core.job_environment", "JobEnvironment._requeue", ["self", "countdown"], "requeueing (launch.job)"),
     (
@@ -81,8 +64,8 @@ ASSIGNED = [
     (
         "deepspeed.runtime.zero.stage_1_and_2",
         "DeepSpeedZeroOptimizer",
-        ["averaged_gradients", "single_partition_of_fp32_groups", "optimizer"],
-        "norms, averages and checkpoints, ZeRO 1 and 2",
+        ["bit16_groups", "bit16_groups_flat", "single_partition_of_fp32_groups", "optimizer"],
+        "reductions, averages and checkpoints, ZeRO 1 and 2",
     ),
     (
         "deepspeed.runtime.zero.stage3",
@@ -105,8 +88,9 @@ PRESENT = [
     ("torch.utils._python_dispatch", "TorchDispatchMode", "`msdiff plan --rehearse`"),
     ("torch.distributed", "ProcessGroup.unbox", "`msdiff plan --rehearse`"),
     ("torch.distributed", "Store.clone", "saves beside training (object_exchange)"),
-    ("deepspeed.utils.groups", "mpu", "engines of several groups in one process (distributed.engines)"),
-    ("deepspeed.ops", "__compatible_ops__", "quick starts on CPU ranks (distributed.engines)"),
+    ("torch", "Tensor.grad_dtype", "fp32 gradients of bf16 parameters (distributed.flat_gradients)"),
+    ("deepspeed.utils.groups", "mpu", "engines of several groups in one process (distributed.part_engines)"),
+    ("deepspeed.ops", "__compatible_ops__", "quick starts on CPU ranks (distributed.part_engines)"),
     ("submitit.slurm.slurm", "SlurmExecutor._submitit_command_str", "`msdiff launch --dry-run`"),
     ("submitit.core.utils", "FailedJobError", "what SLURM says when it refuses a job"),
     ("diffusers.pipelines.pipeline_utils", "DiffusionPipeline", "exported pipelines"),
