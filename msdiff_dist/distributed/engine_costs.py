@@ -49,8 +49,6 @@ class Workload:
 
 
 _FP32 = 4
-_ZERO3_BUCKET = 500_000_000
-"""Elements of the buffer in which DeepSpeed's ZeRO 3 collects gradients, by its default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +90,8 @@ def engine_bytes(params: int, group_size: int, zero: int, accumulation: int, wor
     in_step = 0 if workload.on_gpus else 2 * _FP32 * shard
     optimizer, averages = _FP32 * shard * (1 + workload.moments), _FP32 * shard * workload.averages
     if zero == 3:
-        # DeepSpeed keeps gathered parameters for their use in the backward pass, and collects gradients in a bucket.
-        # What a CPU never touches of that has no memory.
-        bucket = _ZERO3_BUCKET if workload.on_gpus else min(_ZERO3_BUCKET, params)
+        # DeepSpeed keeps gathered parameters for their use in the backward pass, and collects gradients in a bucket of
+        # the part's size.
         return EngineBytes(
             weights=shard * size,
             optimizer=optimizer,
@@ -103,7 +100,7 @@ def engine_bytes(params: int, group_size: int, zero: int, accumulation: int, wor
             gradients_during=shard * _FP32,
             gradients_after=shard * _FP32,
             gradients_reduced=2 * shard * _FP32,
-            in_passes=(params + bucket) * size,
+            in_passes=2 * params * size,
             in_step=in_step,
         )
     # All gradients of the part lie in one fp32 buffer from the backward pass until they are reduced; the reduction

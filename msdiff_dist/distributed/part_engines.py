@@ -259,8 +259,11 @@ class _Zero3Engine(PartEngine):
         self._unit, self._size = _Unit(group), dist.get_world_size(group)
         self._norm: Tensor | None = None  # of the gradients of the whole model, inside `step`
         settings = {
-            # Every parameter is sharded, however small.
-            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+            "zero_optimization": {
+                "stage": 3,
+                "stage3_param_persistence_threshold": 0,  # every parameter is sharded, however small
+                "reduce_bucket_size": sum(p.numel() for p in module.parameters()),  # by default a gigabyte in bf16
+            },
             "gradient_clipping": config.grad_clip,
             "communication_data_type": "fp32",
             "data_types": {"grad_accum_dtype": "fp32"},
