@@ -22,6 +22,7 @@ from msdiff_dist.diffusion.objective import Objective
 from msdiff_dist.diffusion.process import Process
 from msdiff_dist.diffusion.processes import PROCESSES
 from msdiff_dist.distributed.environment import is_rank_process, process_group, this_device
+from msdiff_dist.distributed.heartbeat import WaitLimits
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.files.atomic import atomic_write
 from msdiff_dist.models.autoencoder import LatentCodec
@@ -42,6 +43,7 @@ from msdiff_dist.stage_division.methods import (
 )
 
 GRADIENT_GRID, GRADIENT_BATCH = 100, 64
+_WAIT_S = 1800.0  # seconds that a rank may wait for the others, which read shares of different sizes
 _COMMENT = "# boundaries found by: "
 # The field in any form YAML allows: a list in brackets, also over several lines, or one item a line after dashes.
 _BOUNDARIES = re.compile(r"boundaries:[ \t]*(?:\[[^\]]*\]|(?:\n[ \t]*-[^\n]*)+)")
@@ -149,7 +151,7 @@ def _divide_data(
     """
     count = sum(source.count for source in sources)
     if is_rank_process():
-        with process_group(timeout_s=1800) as env:
+        with process_group(WaitLimits(step_s=_WAIT_S, start_s=_WAIT_S)) as env:
             blocks = float_blocks(sources, options.value_range, env.device, env.rank, env.world_size)
             return divide_by_optimal_denoiser(process, blocks, count, stages, options), env.rank == 0
     with Progress(console=Console(stderr=True), transient=True) as progress:

@@ -32,6 +32,8 @@ from torch.distributed import TCPStore
 from msdiff_dist.errors import MsdiffError, UserError
 
 _HOST = "127.0.0.1"
+_own_pipe: list[Connection] = []  # of this process, if it is a rank that has not reported yet
+_reporting = threading.Lock()
 _GRACE_S = 2.0  # seconds after a failure in which the other ranks may report their own errors
 
 
@@ -207,8 +209,21 @@ def _passing_on(signals: Sequence[signal.Signals], ranks: Sequence[_Rank]) -> It
             signal.signal(s, handler)
 
 
+def report_error(error: BaseException) -> None:
+    """Report the error of this rank from any thread; nothing if it has reported, or is no rank of `run_ranks`."""
+    _send(_pickled(error, int(os.environ.get("RANK", "0"))))
+
+
+def _send(report: bytes) -> None:
+    """Send this rank's only report. A thread may report a lost rank when the main thread does or has done so."""
+    with _reporting:
+        while _own_pipe:
+            _own_pipe.pop().send_bytes(report)
+
+
 def _rank_main(rank: int, env: Mapping[str, str], call: bytes, pipe: Connection) -> None:
     """Body of one rank's process: call `fn` and report."""
+    _own_pipe.append(pipe)
     threading.Thread(target=_end_with_supervisor, daemon=True).start()
     os.environ.update(env)
     try:
@@ -216,7 +231,7 @@ def _rank_main(rank: int, env: Mapping[str, str], call: bytes, pipe: Connection)
         report, failed = pickle.dumps(_Report(fn(rank, *args))), False
     except BaseException as e:
         report, failed = _pickled(e, rank), True
-    pipe.send_bytes(report)
+    _send(report)
     if failed:
         sys.stdout.flush()
         sys.stderr.flush()

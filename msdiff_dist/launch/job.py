@@ -10,6 +10,7 @@ import os
 import random
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -34,13 +35,14 @@ class TrainJob:
 
     run_dir: the run folder. recipe: path of the resolved recipe in the launch's snapshot. signal_delay_s: seconds
     between the signal to stop and the kill. max_restarts: starts in a row without a new checkpoint, after which the job
-    gives up.
+    gives up. gpus_per_node: GPUs that the job asked for on each node.
     """
 
     run_dir: str
     recipe: str
     signal_delay_s: int
     max_restarts: int
+    gpus_per_node: int = 0
 
     def __call__(self) -> str:
         job = submitit.JobEnvironment()
@@ -52,7 +54,7 @@ class TrainJob:
         try:
             if ranks.rank == 0:
                 self._begin(diary, job, ranks.world_size)
-            outcome, seconds = self._train()
+            outcome, seconds = self._train(diary, ranks.rank)
         except SystemExit:  # from submitit's own signal handler, which has requeued the job
             diary.write_end("stopped by a signal before training began")
             raise
@@ -93,17 +95,23 @@ class TrainJob:
         if why_give_up:
             raise TrainingError(why_give_up)
 
-    def _train(self) -> tuple[str, float | None]:
+    def _train(self, diary: Diary, rank: int) -> tuple[str, float | None]:
         """Train; returns the outcome, and the seconds from the signal to stop until all was saved (None: no signal)."""
         from omegaconf import OmegaConf
 
         from msdiff_dist.apps.train.rank import run_rank
+        from msdiff_dist.distributed.environment import print_error
         from msdiff_dist.recipe import recipe_from
         from msdiff_dist.training.preemption import StopRequest
 
         recipe = recipe_from(OmegaConf.to_container(OmegaConf.load(self.recipe)))
+
+        def lost(error: TrainingError) -> None:
+            print_error(error)
+            diary.write_end(f"rank {rank}: {type(error).__name__}: {error}")
+
         stop = StopRequest()
-        outcome = run_rank(recipe, Path(self.run_dir), stop=stop)
+        outcome = run_rank(recipe, Path(self.run_dir), stop=stop, gpus_per_node=self.gpus_per_node, lost=lost)
         return outcome, None if stop.requested_at is None else time.time() - stop.requested_at
 
     def _warn_if_slow(self, seconds: float | None) -> None:
@@ -122,10 +130,12 @@ class CommandJob:
     """One part of a data job: an `msdiff` command that skips what is already done, so it may be started again.
 
     arguments: the words after `msdiff`. done_file: `FOLDER/parts/00000.done`, written when the command has succeeded.
+    gpus: GPUs that the job asked for.
     """
 
     arguments: tuple[str, ...]
     done_file: str
+    gpus: int = 0
 
     @property
     def done(self) -> bool:
@@ -136,11 +146,23 @@ class CommandJob:
 
     def __call__(self) -> str:
         if not self.done:
+            self._check_gpus()
             subprocess.run([sys.executable, "-m", "msdiff_dist.cli.main", *self.arguments], check=True)
             path = Path(self.done_file)
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(path, self._command)
         return "done"
+
+    def _check_gpus(self) -> None:
+        """Refuse to compute on a CPU what was given a GPU.
+
+        Raises:
+            UserError: fewer GPUs than the job asked for.
+        """
+        from msdiff_dist.distributed.facts import AskedGpus, refused_gpus
+
+        if error := refused_gpus(AskedGpus(self.gpus, "gpus_per_node"), socket.gethostname()):
+            raise error
 
     @property
     def _command(self) -> str:

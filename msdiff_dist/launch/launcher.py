@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import statistics
 import sys
 import time
@@ -20,6 +21,7 @@ from msdiff_dist.apps.train.found_data import DataFinder
 from msdiff_dist.apps.train.plan import check_run, plan_run
 from msdiff_dist.apps.train.prediction import predict
 from msdiff_dist.apps.train.warm_start import start_weights
+from msdiff_dist.distributed.facts import AskedGpus, refused_gpus
 from msdiff_dist.distributed.plan_report import render, size
 from msdiff_dist.errors import ConfigError, RunFolderError
 from msdiff_dist.launch.cluster import ClusterConfig, one_rank
@@ -74,6 +76,7 @@ def check_runs(runs: Sequence[Run], cluster: ClusterConfig) -> None:
         UserError: naming the field and the remedy.
     """
     _check_parallel(cluster, len(runs))
+    _check_gpus(cluster)
     find = DataFinder()
     for run in runs:
         check_run(run.recipe, cluster.world_sizes, find)
@@ -86,6 +89,13 @@ def check_runs(runs: Sequence[Run], cluster: ClusterConfig) -> None:
             "--run-dir", record.run, f"job {record.job_ids[0]} of this run is still active",
             "Wait for it, `msdiff cancel` it, or name another folder.",
         )  # fmt: skip
+
+
+def _check_gpus(cluster: ClusterConfig) -> None:
+    """Without SLURM the job runs on this machine, whose GPUs can be counted now."""
+    here = AskedGpus(cluster.gpus_per_node, "gpus_per_node") if cluster.executor != "slurm" else None
+    if error := refused_gpus(here, socket.gethostname()):
+        raise error
 
 
 def _check_elastic(recipe: Recipe, cluster: ClusterConfig) -> None:
@@ -170,6 +180,7 @@ def launch(runs: Sequence[Run], cluster: ClusterConfig, folder: Path, name: str)
                 recipe=str(snapshot / recipe),
                 signal_delay_s=cluster.signal_delay_s,
                 max_restarts=cluster.max_restarts,
+                gpus_per_node=cluster.gpus_per_node,
             )
         )
     jobs = submit(make_executor(cluster, name, folder, snapshot / "code"), tasks)
@@ -200,11 +211,14 @@ def launch_commands(
     if record and states([record])[0].active:
         raise RunFolderError("--folder", str(folder), "its jobs are still active", "Wait, or `msdiff cancel` them.")
     snapshot = next_snapshot(folder)
-    all_tasks = [CommandJob(tuple(c), str(done_file(folder, i).resolve())) for i, c in enumerate(commands)]
+    all_tasks = [
+        CommandJob(tuple(c), str(done_file(folder, i).resolve()), cluster.gpus_per_node) for i, c in enumerate(commands)
+    ]
     tasks = [task for task in all_tasks if not task.done]
     if not tasks:
         return None
     _check_parallel(cluster, len(tasks))
+    _check_gpus(cluster)
     if cluster.executor == "slurm":
         check_job(cluster, folder, make_executor(cluster, name, folder, snapshot / "code"), len(tasks))
     take_snapshot(snapshot, {"commands.json": json.dumps([list(c) for c in commands], indent=1)})

@@ -39,8 +39,14 @@ class TrainConfig:
     """Memory format of the network's inputs; faster convolutions on most GPUs."""
     threads: int = 0
     """CPU threads per rank; 0 takes OMP_NUM_THREADS, or else the rank's share of the cores that it may use."""
-    timeout_s: float = 1800.0
-    """Seconds that a collective may wait for other ranks."""
+    device: Literal["auto", "cuda"] = "auto"
+    """`cuda` refuses to start where a rank sees no GPU; `auto` trains on CPUs there. Launched jobs that asked for GPUs
+    refuse too."""
+    timeout_s: float = 600.0
+    """Seconds that a rank may wait for the others in a step. The ranks that keep them waiting are named then; a rank
+    whose process or host is gone is named within half a minute."""
+    start_timeout_s: float = 1800.0
+    """The same while the run starts, saves and draws previews; at least `timeout_s`."""
 
     def __post_init__(self) -> None:
         if self.global_batch_size is None and self.micro_batch_size is None:
@@ -51,9 +57,11 @@ class TrainConfig:
                 raise ConfigError(field, value, "must be at least 1", "Give a positive number.")
         if not 0 <= self.condition_dropout < 1:
             raise ConfigError("condition_dropout", self.condition_dropout, "must lie in [0, 1)", "LDM uses 0.1.")
-        if self.threads < 0 or self.timeout_s <= 0:
-            field = "threads" if self.threads < 0 else "timeout_s"
-            raise ConfigError(field, getattr(self, field), "must not be negative", "Leave it out for the default.")
+        if self.threads < 0:
+            raise ConfigError("threads", self.threads, "must not be negative", "Leave it out for the default.")
+        for field in ("timeout_s", "start_timeout_s"):
+            if getattr(self, field) <= 0:
+                raise ConfigError(field, getattr(self, field), "must be above 0", "Leave it out for the default.")
 
     def batch_size(self, world_size: int) -> int:
         """Samples per optimizer step on `world_size` ranks.

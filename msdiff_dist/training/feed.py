@@ -19,6 +19,7 @@ import torch
 from msdiff_dist.data.corruption import Corruption
 from msdiff_dist.data.loader import StepSamples
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas
+from msdiff_dist.distributed.progress import EXCHANGE, READ, Progress
 from msdiff_dist.distributed.router import Assignment, Outgoing, PendingBatch, RoutedBatch, Router
 from msdiff_dist.training.ahead import Ahead
 from msdiff_dist.training.draws import Drawing, Draws
@@ -91,6 +92,7 @@ class Feed:
         seed: seed of stages and times.
         accumulation: micro batches per global batch.
         start_batch: number of the first global batch, from 0, which is the number of steps done before.
+        progress: is told when this rank reads and exchanges samples; None: nobody asks.
     """
 
     def __init__(
@@ -103,11 +105,13 @@ class Feed:
         seed: int,
         accumulation: int,
         start_batch: int,
+        progress: Progress | None = None,
     ) -> None:
         self._loader, self._quotas, self._router, self._drawing = loader, quotas, router, drawing
         self._seed, self._accumulation, self._start_batch = seed, accumulation, start_batch
         self._ahead = Ahead(self._prepared(), depth=1)
         self._micro_batches = self._arrivals()
+        self._progress = progress or Progress()
         self.seconds = FeedSeconds()
         self._under_way: PendingBatch | None = None
         # What this rank read, by number of the global batch: of the one being computed, and of the one exchanged ahead.
@@ -150,6 +154,7 @@ class Feed:
         current, pending = self._start_exchange()
         while True:
             start = time.perf_counter()
+            self._progress.enter(EXCHANGE)
             samples = pending.wait()
             self.seconds.routing += time.perf_counter() - start
             self._under_way = None
@@ -166,6 +171,7 @@ class Feed:
     def _start_exchange(self) -> tuple[_Ready, PendingBatch]:
         """The next micro batch of the thread, and its exchange, which has begun."""
         start = time.perf_counter()
+        self._progress.enter(READ)
         ready = next(self._ahead)
         taken = time.perf_counter()
         self._read = {b: read for b, read in self._read.items() if b == ready.batch - 1} | {ready.batch: ready.read}

@@ -35,7 +35,9 @@ FREE_FIELDS = (
     "train.global_batch_size",  # compared with the checkpoint's batch size, which both fields may give
     "train.micro_batch_size",
     "train.threads",
+    "train.device",
     "train.timeout_s",
+    "train.start_timeout_s",
     "data.workers",
     "data.shards",  # compared by content
     "data.accept_changes",

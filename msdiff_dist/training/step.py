@@ -15,6 +15,7 @@ from msdiff_dist.distributed.agree import joined
 from msdiff_dist.distributed.device_clock import DeviceClock
 from msdiff_dist.distributed.engines import ReducedGradients, StageParallelEngines
 from msdiff_dist.distributed.environment import Environment
+from msdiff_dist.distributed.progress import COMPUTE, REDUCE, UPDATE
 from msdiff_dist.errors import TrainingError
 from msdiff_dist.training.feed import Feed, MicroBatch
 from msdiff_dist.training.metrics import StepOutcome
@@ -65,6 +66,7 @@ class TrainStep:
         self._losses.clear()
         for micro in self._feed.next_batch():
             corruption += micro.corruption
+            self._env.progress.enter(COMPUTE)
             with self._compute_clock:
                 self._forward_backward(micro, loss_sum_K)
         with self._optimizer_clock:
@@ -77,9 +79,11 @@ class TrainStep:
             agreement.add_own("busy", busy, self._env.rank, self._env.world_size)
             agreement.add("stop", float(stop_requested))
             agreement.add("corrupt", float(len(corruption)))
+            self._env.progress.enter(REDUCE)
             gradients = self._engines.reduce(agreement)
             loss_per_stage = (gradients.sums["loss sum"] / torch.from_numpy(self._quota_K)).tolist()
             self._check_finite(micro.batch, loss_per_stage, gradients)
+            self._env.progress.enter(UPDATE)
             gradients.step(lr)
         waited = self._feed.take_seconds()
         return StepOutcome(

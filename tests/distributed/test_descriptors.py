@@ -14,6 +14,7 @@ from msdiff_dist.apps.train.local import PRELOAD
 from msdiff_dist.distributed.descriptors import descriptors_needed
 from msdiff_dist.distributed.environment import process_group
 from msdiff_dist.distributed.groups import make_groups
+from msdiff_dist.distributed.heartbeat import WaitLimits
 from msdiff_dist.distributed.spawn import run_ranks
 from msdiff_dist.errors import UserError
 
@@ -31,7 +32,7 @@ def counts(rank: int, world_size: int) -> tuple[int, int, int]:
     from msdiff_dist.distributed.engines import EngineConfig, StageParallelEngines
 
     before = opened()
-    with process_group(60) as env:
+    with process_group(WaitLimits(step_s=60, start_s=60)) as env:
         groups = make_groups([[0]] * world_size, rank)
         with_groups = opened()
         config = EngineConfig(
@@ -56,7 +57,7 @@ def test_as_many_as_predicted() -> None:
 def refusal(rank: int, limit: int, hard: int) -> str | int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     try:
-        with process_group(60):
+        with process_group(WaitLimits(step_s=60, start_s=60)):
             make_groups([[0]] * int(os.environ["WORLD_SIZE"]), rank)
             return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     except UserError as e:

@@ -7,6 +7,7 @@ import torch
 
 from msdiff_dist.apps.train.local import PRELOAD
 from msdiff_dist.distributed.environment import process_group
+from msdiff_dist.distributed.heartbeat import WaitLimits
 from msdiff_dist.distributed.spawn import run_ranks
 from tests.distributed.test_flat_gradients import check, ranges_of_rank
 
@@ -17,7 +18,7 @@ pytestmark = [
 
 
 def on_gpu(rank: int) -> dict[str, list[float]]:
-    with process_group(60) as environment:
+    with process_group(WaitLimits(step_s=60, start_s=60)) as environment:
         return ranges_of_rank(rank, environment.device)
 
 

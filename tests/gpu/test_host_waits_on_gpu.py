@@ -12,6 +12,7 @@ import torch
 
 from msdiff_dist.apps.train.trainer import Trainer
 from msdiff_dist.distributed.environment import process_group
+from msdiff_dist.distributed.heartbeat import WaitLimits
 from msdiff_dist.distributed.spawn import run_ranks
 from msdiff_dist.recipe import recipe_from, recipe_mapping
 from msdiff_dist.training.run_folder import RunFolder
@@ -22,7 +23,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 def waits(rank: int, mapping: dict[str, Any], path: Path) -> list[str]:
     """What torch says of operations that wait, in the fifth step."""
-    with process_group(300) as env, Trainer(recipe_from(mapping), RunFolder(path), env) as run:
+    with (
+        process_group(WaitLimits(step_s=300, start_s=300)) as env,
+        Trainer(recipe_from(mapping), RunFolder(path), env) as run,
+    ):
         for _ in range(4):
             run.step(1e-3)
         with warnings.catch_warnings(record=True) as caught:

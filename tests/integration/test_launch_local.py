@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 RECIPE = Path(__file__).parents[2] / "recipes/debug.yaml"
 
@@ -30,8 +31,9 @@ def steps_of(run: Path) -> list[int]:
 
 
 def test_a_background_run_is_cancelled_and_resumed(tmp_path: Path) -> None:
-    run = tmp_path / "faces"
-    launch = ("launch", RECIPE, "--cluster", "local", "--gpus-per-node", 2, "--run-dir", run)
+    run, cluster = tmp_path / "faces", tmp_path / "cluster.yaml"
+    cluster.write_text("{executor: local, tasks_per_node: 2}")
+    launch = ("launch", RECIPE, "--cluster", cluster, "--run-dir", run)
     msdiff(tmp_path, *launch, "train.steps=100000", "checkpoint.every=100000")
     end = time.monotonic() + 200
     while len(steps_of(run)) < 3:
@@ -55,3 +57,14 @@ def test_debug_runs_in_this_process(tmp_path: Path) -> None:
     run = tmp_path / "run"
     msdiff(tmp_path, "launch", RECIPE, "train.steps=2", "--cluster", "debug", "--run-dir", run, "--wait")
     assert steps_of(run) == [1, 2]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here GPUs are visible")
+def test_gpus_that_this_machine_does_not_have_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launch = ["launch", str(RECIPE), "--cluster", "local", "--gpus-per-node", "2", "--run-dir", str(run)]
+    done = subprocess.run([sys.executable, "-m", "msdiff_dist.cli.main", *launch], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "gpus_per_node = 2" in done.stderr
+    assert "shows no GPU" in done.stderr
+    assert not run.exists()

@@ -27,10 +27,10 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
 
 @pytest.fixture
 def cluster_file(slurm: SlurmCluster, tmp_path: Path) -> Callable[..., str]:
-    """Writes a cluster file for this cluster: 2 nodes with 2 (fake) GPUs each, with changes."""
+    """Writes a cluster file for this cluster: 2 ranks on each of 2 nodes, with changes. Its GPUs are fake."""
 
     def write(**changes: Any) -> str:
-        fields = {"shared": str(tmp_path), "nodes": 2, "gpus_per_node": 2, "time": "0:10:00", "signal_delay_s": 60}
+        fields = {"shared": str(tmp_path), "nodes": 2, "tasks_per_node": 2, "time": "0:10:00", "signal_delay_s": 60}
         path = tmp_path / "cluster.yaml"
         path.write_text(yaml.safe_dump({**fields, **changes}))
         return str(path)

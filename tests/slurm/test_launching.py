@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slurm
     ("changes", "arguments", "named", "remedy"),
     [
         ({"partition": "man"}, (), "partition = 'man'", "Did you mean 'main'"),
-        ({}, ("--gpus-per-node", 3), "gpus_per_node = 3", "Ask for less"),
+        ({"tasks_per_node": 1}, ("--gpus-per-node", 3), "gpus_per_node = 3", "Ask for less"),
         ({}, ("--nodes", 3), "nodes = '3'", "Ask for fewer"),
         ({"cpus_per_task": 5}, (), "cpus_per_task = 5", "Ask for less"),
         ({"memory_gb": 9}, (), "memory_gb = 9", "Ask for less"),
@@ -120,7 +120,7 @@ def test_a_sweep_is_a_job_array_with_one_table(
     sweep.write_text(
         yaml.safe_dump({"recipe": str(RECIPE), "grid": {"optimizer.lr": [0.001, 1e-09]}, "max_parallel": 2})
     )
-    file = cluster_file(nodes=1, gpus_per_node=0)
+    file = cluster_file(nodes=1, tasks_per_node=1)
     arguments = (sweep, "train.steps=3", "--cluster", file, "--run-dir", folder)
     assert "#SBATCH --array=0-1%2" in msdiff("launch", *arguments, "--dry-run")[1]
     status, printed = msdiff("launch", *arguments, "--wait")
@@ -164,7 +164,7 @@ def test_the_guides_plain_sbatch_file_trains(slurm: SlurmCluster, tmp_path: Path
     guide = (Path(__file__).parents[2] / "slurm/README.md").read_text()
     script = guide[guide.index("#!/bin/bash") :].partition("```")[0]
     for written, here in (
-        ("--ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8", "--ntasks-per-node=1 --gpus-per-node=1"),
+        ("--ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8", "--ntasks-per-node=1"),
         ("--cpus-per-task=8", "--cpus-per-task=1"),
         ("recipes/celebahq256_ldm_3stage.yaml", f"{RECIPE} train.steps=3"),
         ("/shared/runs/faces", str(tmp_path / "run")),

@@ -68,7 +68,7 @@ def test_preemption_and_a_bare_requeue_lose_no_step(
     slurm: SlurmCluster, cluster_file: ClusterFile, msdiff: Msdiff, tmp_path: Path
 ) -> None:
     run, changes = tmp_path / "run", ("train.steps=120", "train.precision=fp32", "checkpoint.every=1000")
-    job = start(msdiff, run, *changes, "--cluster", cluster_file(gpus_per_node=1))
+    job = start(msdiff, run, *changes, "--cluster", cluster_file(tasks_per_node=1))
     wait_for_step(run, 10)
     preempt(slurm)
     wait_for_starts(run, 2)
@@ -110,7 +110,7 @@ def test_a_dead_rank_ends_the_job_quickly(
     slurm: SlurmCluster, cluster_file: ClusterFile, msdiff: Msdiff, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    job = start(msdiff, run, "train.steps=100000", "--cluster", cluster_file(gpus_per_node=1))
+    job = start(msdiff, run, "train.steps=100000", "--cluster", cluster_file(tasks_per_node=1))
     wait_for_step(run, 2)
     os.kill(dict(tasks_of(job))[1], signal.SIGKILL)
     assert slurm.wait_job(job, "COMPLETED", "FAILED", "CANCELLED", timeout_s=40) == "FAILED"

@@ -17,7 +17,8 @@ import pytest
 
 CALLS = [
     # module, member, arguments it has to take, what breaks
-    ("torch.distributed.distributed_c10d", "_get_default_store", [], "naming the ranks that died (lost_ranks)"),
+    ("torch.distributed.distributed_c10d", "_get_default_store", [], "objects between ranks (agree, object_exchange)"),
+    ("torch._C._distributed_c10d", "_dump_nccl_trace", [], "the record of the last collectives (flight_recorder)"),
     ("torch", "_foreach_lerp_", ["a", "b", "weight"], "moving averages (training.ema)"),
     ("torch", "_foreach_norm", ["a", "2", "dtype"], "gradient norms (distributed.part_engines)"),
     ("torch", "_foreach_copy_", ["a", "b"], "averages of a warm start (checkpoint.load)"),

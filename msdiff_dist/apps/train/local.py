@@ -10,7 +10,7 @@ from typing import Any
 
 from msdiff_dist.apps.train.found_data import FoundData
 from msdiff_dist.distributed.cores import cores, threads_of
-from msdiff_dist.distributed.spawn import RankDiedError, run_ranks
+from msdiff_dist.distributed.spawn import RankDiedError, report_error, run_ranks
 from msdiff_dist.errors import MsdiffError, TrainingError
 from msdiff_dist.recipe import recipe_from
 
@@ -57,10 +57,16 @@ def _train(rank: int, recipe: dict[str, Any], run_dir: Path, found: FoundData | 
     with _log(run_dir, rank).open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+
+    def lost(error: TrainingError) -> None:
+        report_error(error)
+        print_error(error)
+
     try:
         from msdiff_dist.apps.train.rank import run_rank  # here, so that what its libraries print is in the log
+        from msdiff_dist.distributed.environment import print_error
 
-        return run_rank(recipe_from(recipe), run_dir, terminal, found=found)
+        return run_rank(recipe_from(recipe), run_dir, terminal, found=found, lost=lost)
     except MsdiffError:
         traceback.print_exc()
         raise

@@ -7,27 +7,34 @@ from collections.abc import Callable
 from typing import Literal
 
 from msdiff_dist.apps.train.trainer import Trainer
+from msdiff_dist.distributed.environment import limit_waits
+from msdiff_dist.distributed.heartbeat import WaitLimits
+from msdiff_dist.distributed.progress import PREVIEW, READ, RECORD
 from msdiff_dist.training.metrics import Meter
 from msdiff_dist.training.sinks import Sinks
 
 Outcome = Literal["finished", "preempted"]
 
 
-def train(trainer: Trainer, sinks: Sinks, stop_requested: Callable[[], bool]) -> Outcome:
+def train(trainer: Trainer, sinks: Sinks, limits: WaitLimits, stop_requested: Callable[[], bool]) -> Outcome:
     """Train from the first step that is not done to the recipe's last. Collective: every rank calls it.
 
     Args:
+        limits: how long ranks may wait for each other in a step, and in previews.
         stop_requested: whether this rank asks all ranks to save and stop.
 
     Returns:
         "preempted" if some rank asked to stop before the last step: everything is saved, and the run can be resumed.
     """
     recipe, meter = trainer.recipe, Meter(trainer.batch_size, trainer.step_petaflops)
-    total = recipe.train.steps
+    total, progress = recipe.train.steps, trainer.env.progress
+    limit_waits(limits.step_s)
     for step in range(trainer.state.step + 1, total + 1):
-        start = time.perf_counter()
+        start, progress.step = time.perf_counter(), step
+        progress.enter(READ)
         lr = recipe.optimizer.lr * recipe.lr_schedule.factor(step, total)
         outcome = trainer.step(lr, stop_requested())
+        progress.enter(RECORD)
         for corruption in outcome.corruption:
             sinks.say(f"skipped: {corruption}")
         sinks.write(meter.measure(step, outcome, lr, time.perf_counter() - start))
@@ -37,7 +44,10 @@ def train(trainer: Trainer, sinks: Sinks, stop_requested: Callable[[], bool]) ->
         if outcome.stop_requested and step < total:
             return "preempted"
         if trainer.preview_is_due():
+            progress.enter(PREVIEW)
+            limit_waits(limits.start_s)
             trainer.preview()
+            limit_waits(limits.step_s)
     images, petaflops = total * trainer.batch_size, total * trainer.step_petaflops
     sinks.say(f"trained {total} steps on {images} images, {petaflops:.4g} PFLOP")
     return "finished"

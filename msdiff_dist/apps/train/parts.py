@@ -55,6 +55,7 @@ def build_feed(
         seed=recipe.train.seed,
         accumulation=recipe.train.gradient_accumulation_steps,
         start_batch=start_batch,
+        progress=env.progress,
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +17,14 @@ from msdiff_dist.apps.train.loop import Outcome, train
 from msdiff_dist.apps.train.trainer import Trainer
 from msdiff_dist.distributed.agree import on_rank_0
 from msdiff_dist.distributed.cores import threads_per_rank
-from msdiff_dist.distributed.environment import process_group
+from msdiff_dist.distributed.environment import print_error, process_group
+from msdiff_dist.distributed.facts import AskedGpus
+from msdiff_dist.distributed.flight_recorder import set_nccl_defaults
+from msdiff_dist.distributed.heartbeat import WaitLimits
 from msdiff_dist.distributed.lost_ranks import naming_lost_ranks
 from msdiff_dist.distributed.precision import agree_on_precision
+from msdiff_dist.distributed.progress import FINISH
+from msdiff_dist.errors import TrainingError
 from msdiff_dist.recipe import Recipe, recipe_mapping
 from msdiff_dist.training.preemption import StopRequest
 from msdiff_dist.training.run_folder import RunFolder
@@ -30,6 +37,8 @@ def run_rank(
     terminal: IO[str] | None = None,
     stop: StopRequest | None = None,
     found: FoundData | None = None,
+    gpus_per_node: int = 0,
+    lost: Callable[[TrainingError], None] = print_error,
 ) -> Outcome:
     """Train `recipe` in `run_dir` as the rank that the environment names, from the newest checkpoint if there is one.
 
@@ -37,13 +46,20 @@ def run_rank(
         terminal: where rank 0 shows its progress; None: standard error.
         stop: records when a signal asked to stop; None: a new one.
         found: the recipe's data, if the command has read them; None: rank 0 reads them.
+        gpus_per_node: GPUs that the job asked for on each node; 0: none by itself.
+        lost: called, from a thread, when a rank is lost or hangs, before this process ends with status 1.
 
     Returns:
         "preempted" if a signal ended training early: everything is saved, and the same call resumes it.
     """
     folder = RunFolder(run_dir)
     with ExitStack() as stack:
-        env = stack.enter_context(process_group(recipe.train.timeout_s))
+        set_nccl_defaults(folder.path / "logs")
+        limits = WaitLimits(
+            step_s=recipe.train.timeout_s, start_s=max(recipe.train.timeout_s, recipe.train.start_timeout_s)
+        )
+        asked = _asked_gpus(recipe, gpus_per_node)
+        env = stack.enter_context(process_group(limits, asked=asked, lost=lost))
         stack.enter_context(naming_lost_ranks(env))
         stop = stack.enter_context(stop or StopRequest())
         torch.set_num_threads(recipe.train.threads or threads_per_rank())
@@ -63,7 +79,20 @@ def run_rank(
                 terminal=terminal or sys.stderr,
             )
             sinks = stack.enter_context(Sinks.of_run(recipe.metrics, context))
-        warnings = [f"warning: {precision.warning}"] if precision.warning else []
-        for line in (trainer.describe(precision), *warnings, *trainer.notes):
+        warnings = [*env.warnings, *([precision.warning] if precision.warning else [])]
+        for line in (trainer.describe(precision), *(f"warning: {w}" for w in warnings), *trainer.notes):
             sinks.say(line)
-        return train(trainer, sinks, lambda: stop.requested_at is not None or trainer.saver.failed)
+        outcome = train(trainer, sinks, limits, lambda: stop.requested_at is not None or trainer.saver.failed)
+        env.progress.enter(FINISH)
+        return outcome
+
+
+def _asked_gpus(recipe: Recipe, gpus_per_node: int) -> AskedGpus | None:
+    """The GPUs that the cluster file, the recipe or the allocation of a SLURM job asks for on each node."""
+    if gpus_per_node:
+        return AskedGpus(gpus_per_node, "gpus_per_node")
+    if recipe.train.device == "cuda":
+        return AskedGpus(1, "train.device=cuda: GPUs per rank")
+    # SLURM sets it in steps whose job was given GPUs.
+    allocated = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    return AskedGpus(1, "GPUs of the SLURM job") if allocated.isdigit() and int(allocated) else None

@@ -27,6 +27,7 @@ from msdiff_dist.distributed.engines import StageParallelEngines
 from msdiff_dist.distributed.environment import Environment
 from msdiff_dist.distributed.groups import Groups, make_groups
 from msdiff_dist.distributed.precision import PrecisionChoice
+from msdiff_dist.distributed.progress import BUILD, OPEN, PLACE, RESTORE, SAVE
 from msdiff_dist.errors import MsdiffError
 from msdiff_dist.models.activation_checkpointing import checkpoint_activations
 from msdiff_dist.models.multistage_unet import build_parts
@@ -60,9 +61,11 @@ class Trainer:
     def __init__(self, recipe: Recipe, folder: RunFolder, env: Environment, found: FoundData | None = None) -> None:
         assert recipe.train.precision != "auto", "the precision is chosen before the run is put together"
         self.recipe, self.folder, self.env = recipe, folder, env
+        env.progress.enter(PLACE)
         plan = on_every_rank(lambda: plan_run(recipe, env.world_size, _ranks_per_node()))
         self._plan, self.batch_size, self.placement = plan, plan.batch_size, plan.placement
         self.step_petaflops = step_petaflops(plan.quotas, plan.cost_K)
+        env.progress.enter(BUILD)
         groups = make_groups(self.placement.stages_of_rank, env.rank)
         self.engines = self._build_engines(groups)
         shards = self.engines.state()
@@ -70,8 +73,10 @@ class Trainer:
         self.state = TrainState(recipe_mapping(recipe), self.batch_size, shards, self.ema.averages)
         # The state is restored before the data are opened: their fingerprint is compared with the checkpoint's, and the
         # feed starts at the checkpoint's step.
+        env.progress.enter(RESTORE)
         self.notes = self._resume()
         self.saver = BackgroundSaver(folder.checkpoints, folder.snapshots, shards, self.ema.averages, recipe.checkpoint)
+        env.progress.enter(OPEN)
         index, null_context_TC = self._open_data(found)
         self.feed = self._build_feed(index, groups)
         objective = Objective(recipe.process(), recipe.train.loss)
@@ -106,6 +111,7 @@ class Trainer:
 
     def save(self, *, checkpoint: bool = True, snapshot: bool = False) -> None:
         """Begin to save the current state; `saver.finish` waits for it."""
+        self.env.progress.enter(SAVE)
         self.saver.save(self.state.index(self.env.world_size), checkpoint=checkpoint, snapshot=snapshot)
 
     def snapshot_is_due(self) -> bool:
