@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,6 +11,10 @@ if TYPE_CHECKING:
     from msdiff_dist.export.timed_model import TimedModel
 
 __version__ = "0.1.0"
+
+# xformers warns of an extension that does not load whenever diffusers imports it, also in commands that use neither.
+# Where a recipe asks for xformers, the check of its extension says so, and `msdiff doctor` does.
+logging.getLogger("xformers").setLevel(logging.ERROR)
 
 
 def load_model(path: Path | str, ema: bool = True) -> TimedModel:

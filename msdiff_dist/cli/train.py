@@ -27,7 +27,7 @@ def train(
     """
     from msdiff_dist.apps.train.plan import check_run
     from msdiff_dist.apps.train.warm_start import start_weights
-    from msdiff_dist.distributed.environment import is_rank_process
+    from msdiff_dist.distributed.environment import is_rank_process, this_device
     from msdiff_dist.recipe import load_recipe, recipe_mapping
     from msdiff_dist.training.run_folder import RunFolder
 
@@ -43,7 +43,7 @@ def train(
 
         outcome: str = run_rank(parsed, folder)
     else:
-        found = check_run(parsed, [nproc])
+        found = check_run(parsed, [nproc], device_type=this_device().type)
         RunFolder(folder).check(recipe_mapping(parsed))
         from msdiff_dist.apps.train.local import run_local
 

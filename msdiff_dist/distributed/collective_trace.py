@@ -61,7 +61,7 @@ class CollectiveTrace(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.calls: list[Call] = []
         self.phase = ""
         self._label: str | None = None

@@ -78,8 +78,11 @@ def check_runs(runs: Sequence[Run], cluster: ClusterConfig) -> None:
     _check_parallel(cluster, len(runs))
     _check_gpus(cluster)
     find = DataFinder()
+    # In a container, or under another Python, the ranks may have other versions of the libraries than this command.
+    same_software = cluster.container is None and cluster.python == sys.executable
+    device_type = "cuda" if cluster.gpus_per_node else "cpu"
     for run in runs:
-        check_run(run.recipe, cluster.world_sizes, find)
+        check_run(run.recipe, cluster.world_sizes, find, device_type=device_type if same_software else None)
         _check_elastic(run.recipe, cluster)
         RunFolder(run.folder).check(recipe_mapping(run.recipe))
         start_weights(run.recipe, RunFolder(run.folder).checkpoints)

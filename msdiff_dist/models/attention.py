@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msdiff_dist.errors import ConfigError
 from msdiff_dist.models.unet_config import AttentionBackend
+from msdiff_dist.models.xformers_attention import check_operators, xformers_attention
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -29,7 +30,7 @@ def attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, backend: Attention
         # Strided inputs would make SDPA leave its fused kernels.
         return F.scaled_dot_product_attention(q_BHTD.contiguous(), k_BHSD.contiguous(), v_BHSD.contiguous())
     if backend == "xformers":
-        return _xformers_attention(q_BHTD, k_BHSD, v_BHSD)
+        return xformers_attention(q_BHTD, k_BHSD, v_BHSD)
     # Scaling q before the product keeps the logits of half-precision inputs in range.
     logits_BHTS = (q_BHTD * q_BHTD.shape[-1] ** -0.5) @ k_BHSD.transpose(-2, -1)
     at_least_fp32 = torch.promote_types(logits_BHTS.dtype, torch.float32)
@@ -46,21 +47,15 @@ def _fastest(q_BHTD: Tensor, k_BHSD: Tensor) -> AttentionBackend:
     return "math" if q_BHTD.device.type == "cpu" and q_BHTD.dtype == torch.bfloat16 and few_keys else "sdpa"
 
 
-def _xformers_attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tensor:
-    q, k, v = (x.transpose(1, 2).contiguous() for x in (q_BHTD, k_BHSD, v_BHSD))  # xformers takes [B, T, H, D]
-    try:
-        from xformers.ops import memory_efficient_attention
+def check_attention(parts: Iterable[nn.Module], dtype: torch.dtype, device: torch.device) -> None:
+    """Check that the backend of every attention layer in `parts` can compute in `dtype` on `device`.
 
-        out: Tensor = memory_efficient_attention(q, k, v).transpose(1, 2)
-        return out
-    except (ImportError, NotImplementedError) as e:
-        kind = f"{q_BHTD.dtype} on {q_BHTD.device.type} with {q_BHTD.shape[-1]} channels per head"
-        raise ConfigError(
-            "model.attention_backend",
-            "xformers",
-            f"the installed xformers has no operator for {kind}",
-            "Use auto or sdpa, or install an xformers that was built for this torch and device.",
-        ) from e
+    Raises:
+        ConfigError: a layer asks for xformers, and the installed one cannot.
+    """
+    layers = (m for part in parts for m in part.modules() if isinstance(m, SelfAttentionBlock | MultiHeadAttention))
+    if head_sizes := {layer.head_channels for layer in layers if layer.backend == "xformers"}:
+        check_operators(sorted(head_sizes), dtype, device)
 
 
 class SelfAttentionBlock(nn.Module):
@@ -81,7 +76,8 @@ class SelfAttentionBlock(nn.Module):
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        self.num_heads, self.backend, self.legacy_order = num_heads, backend, legacy_order
+        self.num_heads, self.head_channels, self.backend = num_heads, channels // num_heads, backend
+        self.legacy_order = legacy_order
         self.norm = nn.GroupNorm(norm_groups, channels, eps=eps)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj_out = zero_init(nn.Linear(channels, channels))
@@ -161,7 +157,7 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, channels: int, context_dim: int, num_heads: int, backend: AttentionBackend) -> None:
         super().__init__()
-        self.num_heads, self.backend = num_heads, backend
+        self.num_heads, self.head_channels, self.backend = num_heads, channels // num_heads, backend
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_dim, channels, bias=False)
         self.to_v = nn.Linear(context_dim, channels, bias=False)

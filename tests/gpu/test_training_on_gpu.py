@@ -30,6 +30,6 @@ def _losses(run: Path, *overrides: str) -> list[float]:
 
 def test_bf16_stays_near_fp32(tmp_path: Path) -> None:
     exact = _losses(tmp_path / "fp32", "train.precision=fp32")
-    for backend in ("sdpa", "math"):
+    for backend in ("sdpa", "math", "xformers"):
         near = _losses(tmp_path / backend, "train.precision=bf16", f"model.attention_backend={backend}")
         assert near == pytest.approx(exact, rel=2e-2)

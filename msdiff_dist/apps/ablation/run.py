@@ -135,7 +135,8 @@ def _trials(config: AblationConfig, name: str, base: Path, out: Path, nproc: int
     try:
         recipe = load_recipe(path, overrides_of(changes))
         config.score.sampler.for_process(recipe.process())
-        plan, found = plan_run(recipe, nproc), check_run(recipe, [nproc], find)
+        plan = plan_run(recipe, nproc)
+        found = check_run(recipe, [nproc], find, device_type=this_device().type)
     except UserError as e:
         raise type(e)(f"variants.{name}: {e.field}", e.value, e.problem, e.remedy) from None
     per_step = step_petaflops(plan.quotas, plan.cost_K)

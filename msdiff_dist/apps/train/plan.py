@@ -18,6 +18,7 @@ from msdiff_dist.distributed.placement import Placement, plan
 from msdiff_dist.distributed.precision import expected_precision
 from msdiff_dist.distributed.topology import arrange
 from msdiff_dist.models.flops import ModelCosts, costs
+from msdiff_dist.models.xformers_attention import check_installation
 from msdiff_dist.recipe import Recipe
 from msdiff_dist.training.optimizer import OPTIMIZERS
 
@@ -106,12 +107,17 @@ def plan_warnings(recipe: Recipe, world_size: int) -> list[str]:
 
 
 def check_run(
-    recipe: Recipe, world_sizes: Sequence[int], find: Callable[[DataConfig], FoundData] = find_data
+    recipe: Recipe,
+    world_sizes: Sequence[int],
+    find: Callable[[DataConfig], FoundData] = find_data,
+    *,
+    device_type: str | None,
 ) -> FoundData:
-    """Check placement, lanes, shards and manifests before any rank starts.
+    """Check placement, attention backend, lanes, shards and manifests before any rank starts.
 
     Args:
         world_sizes: the numbers of ranks on which the run may start.
+        device_type: what the ranks compute on, with what is installed here; None: it is not known what they have.
         find: reads the data, or returns what it has read before.
 
     Returns:
@@ -120,6 +126,8 @@ def check_run(
     Raises:
         UserError: a check failed.
     """
+    if recipe.model.attention_backend == "xformers" and device_type is not None:
+        check_installation(device_type)
     batch_sizes = {world_size: plan_run(recipe, world_size).batch_size for world_size in world_sizes}
     found = find(recipe.data)
     check_latents(recipe, found.manifests)

@@ -30,6 +30,7 @@ from msdiff_dist.distributed.precision import PrecisionChoice
 from msdiff_dist.distributed.progress import BUILD, OPEN, PLACE, RESTORE, SAVE
 from msdiff_dist.errors import MsdiffError
 from msdiff_dist.models.activation_checkpointing import checkpoint_activations
+from msdiff_dist.models.attention import check_attention
 from msdiff_dist.models.multistage_unet import build_parts
 from msdiff_dist.recipe import Recipe, recipe_mapping
 from msdiff_dist.training.ema import ShardedEma
@@ -161,6 +162,8 @@ class Trainer:
         recipe, device = self.recipe, self.env.device
         held = self.placement.stages_of_rank[self.env.rank]
         shared, stages = build_parts(recipe.model, held, recipe.train.seed)
+        dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+        on_every_rank(lambda: check_attention((shared, *stages.values()), dtype, device))
         for part in (shared, *stages.values()):
             checkpoint_activations(part, recipe.activation_checkpointing)
             part.to(device)
