@@ -41,7 +41,8 @@ def check_installation(device_type: str) -> None:
             built.
     """
     if device_type != "cuda":
-        raise _refusal(f"xformers computes on GPUs only, and this run computes on {device_type}")
+        problem = f"xformers computes on GPUs only, and this run computes on {device_type}"
+        raise ConfigError(FIELD, "xformers", problem, "Use auto or sdpa.")
     if problem := extension_problem():
         raise _refusal(f"the installed xformers cannot be used: {problem}")
 
@@ -72,9 +73,11 @@ def extension_problem() -> str | None:
     built = getattr(failure, "build_info", None)
     if built is None:
         return "it was installed without its CUDA extension"
-    cause = f" ({failure.__cause__})" if failure.__cause__ else ""
+    cause: BaseException = failure
+    while cause.__cause__:  # the innermost one names the library that is missing
+        cause = cause.__cause__
     return (
-        f"its CUDA extension does not load beside torch {torch.__version__}{cause}; it was built for torch "
+        f"its CUDA extension does not load beside torch {torch.__version__} ({cause}); it was built for torch "
         f"{built.torch_version}"
     )
 

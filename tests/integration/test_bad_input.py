@@ -7,6 +7,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.integration.conftest import Msdiff
 
@@ -56,6 +57,14 @@ def test_mistakes_in_a_recipe(name: str, msdiff: Msdiff, tmp_path: Path) -> None
     assert ended.output.startswith("error"), ended.output
     for word in words:
         assert word in ended.output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_xformers_without_a_gpu(msdiff: Msdiff, tmp_path: Path) -> None:
+    ended = msdiff("train", DEBUG, "model.attention_backend=xformers", "--run-dir", tmp_path / "run")
+    assert ended.status == 2, ended.output
+    assert "model.attention_backend = 'xformers': xformers computes on GPUs only" in ended.output
     assert not (tmp_path / "run").exists()
 
 
