@@ -84,5 +84,5 @@ class ObjectExchange:
 
 def own_exchange(name: str) -> ObjectExchange:
     """An exchange over a new connection to the job's store, for a thread beside the main one. Every rank makes it."""
-    store = dist.distributed_c10d._get_default_store().clone()
-    return ObjectExchange(store, dist.get_rank(), dist.get_world_size(), name)
+    store: Any = dist.distributed_c10d._get_default_store()  # not all versions of torch give `clone` a type
+    return ObjectExchange(store.clone(), dist.get_rank(), dist.get_world_size(), name)

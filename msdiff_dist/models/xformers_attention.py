@@ -43,8 +43,8 @@ def check_installation(device_type: str) -> None:
     if device_type != "cuda":
         problem = f"xformers computes on GPUs only, and this run computes on {device_type}"
         raise ConfigError(FIELD, "xformers", problem, "Use auto or sdpa.")
-    if problem := extension_problem():
-        raise _refusal(f"the installed xformers cannot be used: {problem}")
+    if reason := extension_problem():
+        raise _refusal(f"the installed xformers cannot be used: {reason}")
 
 
 def check_operators(head_sizes: Iterable[int], dtype: torch.dtype, device: torch.device) -> None:
