@@ -17,6 +17,7 @@ from msdiff_dist.cli import (
     classifier,
     convert,
     data,
+    doctor,
     export,
     extract,
     flops,
@@ -50,6 +51,7 @@ app.add_typer(classifier.app, name="classifier")
 for verb in (
     recipes.recipes,
     init.init,
+    doctor.doctor,
     plan.plan,
     flops.flops,
     train.train,
