@@ -250,6 +250,9 @@ class _GradientsAt(torch.autograd.Function):
         return (None, *(g * grad_outputs[0].to(g.dtype) for g in ctx.saved_tensors), *[None] * ctx.count)
 
 
+_gradients_at: Callable[..., Tensor] = _GradientsAt.apply  # not all versions of torch give it a type
+
+
 class _Zero3Engine(PartEngine):
     """ZeRO 3, by DeepSpeed alone."""
 
@@ -286,7 +289,7 @@ class _Zero3Engine(PartEngine):
             return self._engine(*inputs)
 
     def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor] | None, is_last: bool) -> None:
-        (loss,) = (_GradientsAt.apply(len(outputs), *outputs, *gradients),) if gradients is not None else outputs
+        (loss,) = (_gradients_at(len(outputs), *outputs, *gradients),) if gradients is not None else outputs
         with _deepspeed_unit(self._unit):
             # DeepSpeed takes the mean over the group: multiplying the loss by the group's size makes it the sum.
             self._engine.backward(loss * self._size, scale_wrt_gas=False)
