@@ -211,7 +211,7 @@ class _Recorder(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.events: list[tuple[int, int]] = []
         self.kernels: list[_Kernel] = []
         self._ignored: list[UntypedStorage] = []
