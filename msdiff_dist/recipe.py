@@ -70,6 +70,7 @@ class Recipe:
         _check_conditions(self)
         _check_augmentation(self)
         _check_preview(self)
+        _check_compilation(self)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -205,6 +206,23 @@ def _check_augmentation(recipe: Recipe) -> None:
             "only works on images: a transformed latent is not the latent of a transformed image",
             "Remove the augmentation.",
         )  # fmt: skip
+
+
+def _check_compilation(recipe: Recipe) -> None:
+    if not recipe.train.compile:
+        return
+    for name in ("zero_shared", "zero_decoders"):
+        if getattr(recipe.parallel, name) == 3:
+            raise ConfigError(
+                f"parallel.{name}", 3, "gathers weights in the midst of the forward pass, which cannot be compiled",
+                "Use level 1 or 2, or set train.compile to false.",
+            )  # fmt: skip
+    for name in ("encoder", "decoders"):
+        if getattr(recipe.activation_checkpointing, name):
+            raise ConfigError(
+                f"activation_checkpointing.{name}", True, "cannot be compiled, and the compiler recomputes by itself",
+                "Set it to false, or train.compile.",
+            )  # fmt: skip
 
 
 def _check_preview(recipe: Recipe) -> None:

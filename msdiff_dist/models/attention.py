@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from msdiff_dist.models.group_norm import GroupNorm
 from msdiff_dist.models.unet_config import AttentionBackend
 from msdiff_dist.models.xformers_attention import check_operators, xformers_attention
 
@@ -19,7 +20,8 @@ def attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, backend: Attention
     """softmax(q k^T / sqrt(D)) v of each head, [B, H, T, D].
 
     Args:
-        backend: `auto` takes `math` for bfloat16 with fewer than 256 keys on a CPU, and otherwise `sdpa`.
+        backend: `auto` takes `math` for few keys on a CPU, in bfloat16, and in float32 where oneDNN multiplies float32
+            matrices (`distributed.kernels`); otherwise `sdpa`.
 
     Raises:
         ConfigError: the installed xformers has no operator for these inputs.
@@ -27,8 +29,9 @@ def attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, backend: Attention
     if backend == "auto":
         backend = _fastest(q_BHTD, k_BHSD)
     if backend == "sdpa":
-        # Strided inputs would make SDPA leave its fused kernels.
-        return F.scaled_dot_product_attention(q_BHTD.contiguous(), k_BHSD.contiguous(), v_BHSD.contiguous())
+        if q_BHTD.device.type == "cpu":  # strided inputs would make SDPA leave its fused kernel there
+            q_BHTD, k_BHSD, v_BHSD = q_BHTD.contiguous(), k_BHSD.contiguous(), v_BHSD.contiguous()
+        return F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD)
     if backend == "xformers":
         return xformers_attention(q_BHTD, k_BHSD, v_BHSD)
     # Scaling q before the product keeps the logits of half-precision inputs in range.
@@ -39,12 +42,22 @@ def attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, backend: Attention
 
 
 def _fastest(q_BHTD: Tensor, k_BHSD: Tensor) -> AttentionBackend:
-    # In bfloat16 torch's fused CPU kernel calls oneDNN six times, forward and backward, for every head of every sample;
-    # `math` calls it once for all of them. With short sequences the calls take longer than their products, on any CPU.
-    # In fp32 the fused kernel makes no such calls, and at 16 to 4096 keys it was as fast or faster
-    # with AVX2 and with AVX-512.
-    few_keys = k_BHSD.shape[-2] < 256
-    return "math" if q_BHTD.device.type == "cpu" and q_BHTD.dtype == torch.bfloat16 and few_keys else "sdpa"
+    # With oneDNN's products torch's fused CPU kernel calls it six times, forward and backward, for every head of every
+    # sample; `math` calls it once for all of them. With short sequences the calls take longer than their products.
+    # With MKL's products the fused kernel makes no such calls, and at 16 to 4096 keys it was as fast or faster with
+    # AVX2 and with AVX-512.
+    if q_BHTD.device.type != "cpu":
+        return "sdpa"
+    if q_BHTD.dtype == torch.bfloat16:
+        return "math" if k_BHSD.shape[-2] < 256 else "sdpa"
+    return "math" if k_BHSD.shape[-2] <= 256 and _onednn_multiplies() else "sdpa"
+
+
+# The compiler cannot follow the call, and would break the graph in two here.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _onednn_multiplies() -> bool:
+    """Whether oneDNN, not MKL, multiplies float32 matrices on this CPU."""
+    return torch.get_float32_matmul_precision() == "medium"
 
 
 def check_attention(parts: Iterable[nn.Module], dtype: torch.dtype, device: torch.device) -> None:
@@ -78,7 +91,7 @@ class SelfAttentionBlock(nn.Module):
         super().__init__()
         self.num_heads, self.head_channels, self.backend = num_heads, channels // num_heads, backend
         self.legacy_order = legacy_order
-        self.norm = nn.GroupNorm(norm_groups, channels, eps=eps)
+        self.norm = GroupNorm(norm_groups, channels, eps=eps)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj_out = zero_init(nn.Linear(channels, channels))
 
@@ -113,7 +126,7 @@ class SpatialTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.linear_projections = linear_projections
-        self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)
+        self.norm = GroupNorm(norm_groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear_projections else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerLayer(channels, num_heads, context_dim, backend) for _ in range(depth)

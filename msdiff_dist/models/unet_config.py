@@ -78,7 +78,8 @@ class UNetConfig:
     share_encoder: bool = True
     """One encoder for all stages. false gives every stage a whole U-Net of its own."""
     attention_backend: AttentionBackend = "auto"
-    """How attention is computed. `auto` uses `math` for bf16 with fewer than 256 keys on a CPU, otherwise `sdpa`."""
+    """How attention is computed. `auto` uses `math` for at most 256 keys on a CPU, in bf16 and where oneDNN multiplies
+    fp32 matrices; otherwise `sdpa`."""
     family: str = ""
     """U-Net family."""
 

@@ -35,8 +35,14 @@ class TrainConfig:
     """Probability of training a sample without its class and caption, for classifier-free guidance."""
     loss: Literal["l2", "l1"] = "l2"
     """Error of each output element: squared (`l2`) or absolute (`l1`)."""
-    channels_last: bool = False
-    """Memory format of the network's inputs; faster convolutions on most GPUs."""
+    channels_last: bool | None = None
+    """Whether activations have the channels of a pixel side by side in memory. null: on GPUs, whose convolutions are
+    fastest with it, and not on CPUs."""
+    tf32: bool = False
+    """In fp32 on GPUs, round the factors of matrix products and convolutions to TF32, which has 10 bits of mantissa."""
+    compile: bool = False
+    """Compile encoder and decoders by torch.compile, which takes minutes at the first start. Not with ZeRO 3 or
+    activation checkpointing."""
     threads: int = 0
     """CPU threads per rank; 0 takes OMP_NUM_THREADS, or else the rank's share of the cores that it may use."""
     device: Literal["auto", "cuda"] = "auto"

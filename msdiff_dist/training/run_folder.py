@@ -36,6 +36,8 @@ FREE_FIELDS = (
     "train.micro_batch_size",
     "train.threads",
     "train.device",
+    "train.channels_last",
+    "train.compile",
     "train.timeout_s",
     "train.start_timeout_s",
     "data.workers",

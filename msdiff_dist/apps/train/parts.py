@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from msdiff_dist.apps.train.plan import RunPlan
+from msdiff_dist.apps.train.plan import RunPlan, channels_last
 from msdiff_dist.diffusion.objective import Objective
 from msdiff_dist.distributed.engines import StageParallelEngines
 from msdiff_dist.distributed.environment import Environment
@@ -69,11 +69,12 @@ def build_preparation(
     """
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     null_context = None if null_context_TC is None else null_context_TC.to(env.device, dtype)
+    on_gpu = env.device.type == "cuda"
     return Preparation(
         objective,
         LatentCodec(recipe.autoencoder, recipe.data.kind != "image", env.device),
         Conditioning(null_label=recipe.model.num_classes, null_context_TC=null_context),
         device=env.device,
         dtype=dtype,
-        memory_format=torch.channels_last if recipe.train.channels_last else torch.contiguous_format,
+        memory_format=torch.channels_last if channels_last(recipe, on_gpu) else torch.contiguous_format,
     )

@@ -21,6 +21,7 @@ from msdiff_dist.distributed.environment import print_error, process_group
 from msdiff_dist.distributed.facts import AskedGpus
 from msdiff_dist.distributed.flight_recorder import set_nccl_defaults
 from msdiff_dist.distributed.heartbeat import WaitLimits
+from msdiff_dist.distributed.kernels import choose_kernels
 from msdiff_dist.distributed.lost_ranks import naming_lost_ranks
 from msdiff_dist.distributed.precision import agree_on_precision
 from msdiff_dist.distributed.progress import FINISH
@@ -66,6 +67,7 @@ def run_rank(
         stored = on_rank_0(folder.stored_recipe)
         so_far = stored["train"]["precision"] if stored else None
         precision = agree_on_precision(recipe.train.precision, env.device, so_far)
+        choose_kernels(env.device, recipe.train.tf32)
         recipe = replace(recipe, train=replace(recipe.train, precision=precision.precision))
         on_rank_0(lambda: folder.open(recipe_mapping(recipe)))
         stack.callback(folder.close)

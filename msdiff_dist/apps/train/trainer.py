@@ -31,6 +31,7 @@ from msdiff_dist.distributed.progress import BUILD, OPEN, PLACE, RESTORE, SAVE
 from msdiff_dist.errors import MsdiffError
 from msdiff_dist.models.activation_checkpointing import checkpoint_activations
 from msdiff_dist.models.attention import check_attention
+from msdiff_dist.models.compilation import check_compiler, compile_part, keep_compiled_code
 from msdiff_dist.models.multistage_unet import build_parts
 from msdiff_dist.recipe import Recipe, recipe_mapping
 from msdiff_dist.training.ema import ShardedEma
@@ -164,9 +165,14 @@ class Trainer:
         shared, stages = build_parts(recipe.model, held, recipe.train.seed)
         dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
         on_every_rank(lambda: check_attention((shared, *stages.values()), dtype, device))
+        if recipe.train.compile:
+            on_every_rank(check_compiler)
+            keep_compiled_code(self.folder.path / "compiled")
         for part in (shared, *stages.values()):
             checkpoint_activations(part, recipe.activation_checkpointing)
             part.to(device)
+            if recipe.train.compile and any(True for _ in part.parameters()):
+                compile_part(part)
         return build_engines(recipe, shared, stages, groups, device)
 
     def _resume(self) -> list[str]:

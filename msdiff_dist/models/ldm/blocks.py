@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msdiff_dist.models.attention import SelfAttentionBlock, SpatialTransformer, zero_init
+from msdiff_dist.models.group_norm import GroupNorm
 from msdiff_dist.models.ldm.config import LDMConfig
 
 
@@ -68,35 +69,33 @@ class ResBlock(nn.Module):
         super().__init__()
         self.scale_shift = config.use_scale_shift_norm
         self.resample = {None: nn.Identity(), "up": _Double(), "down": nn.AvgPool2d(2)}[resample]
+        # A norm computes the SiLU after it as well; an identity keeps the places that published checkpoints name.
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(config.norm_groups, in_channels),
-            nn.SiLU(),
+            GroupNorm(config.norm_groups, in_channels, silu=True),
+            nn.Identity(),
             nn.Conv2d(in_channels, out_channels, 3, padding=1),
         )
         self.emb_layers = nn.Sequential(
             nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if self.scale_shift else out_channels)
         )
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(config.norm_groups, out_channels),
-            nn.SiLU(),
+            GroupNorm(config.norm_groups, out_channels, silu=True),
+            nn.Identity(),
             nn.Dropout(config.dropout),
             zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         self.skip_connection = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x_BCHW: Tensor, emb_BE: Tensor) -> Tensor:
-        norm, activation, conv = self.in_layers
-        h = conv(self.resample(activation(norm(x_BCHW))))
-        emb_BC11 = self.emb_layers(emb_BE)[:, :, None, None]
+        norm, _, conv = self.in_layers
+        h = conv(self.resample(norm(x_BCHW)))
+        emb_BC = self.emb_layers(emb_BE)
         if self.scale_shift:
             # Adaptive group normalisation (2105.05233, Sec. 3): the embedding acts after the norm.
-            scale, shift = emb_BC11.chunk(2, dim=1)
-            norm, *rest = self.out_layers
-            h = norm(h) * (1 + scale) + shift
-            for layer in rest:
-                h = layer(h)
+            norm, _, dropout, conv = self.out_layers
+            h = conv(dropout(norm(h, *emb_BC.chunk(2, dim=1))))
         else:
-            h = self.out_layers(h + emb_BC11)
+            h = self.out_layers(h + emb_BC[:, :, None, None])
         out: Tensor = self.skip_connection(self.resample(x_BCHW)) + h
         return out
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from msdiff_dist.models.attention import zero_init
+from msdiff_dist.models.group_norm import GroupNorm
 from msdiff_dist.models.ldm.blocks import ResBlock, UNetBlock, Upsample, attention_block
 from msdiff_dist.models.ldm.config import LDMConfig
 
@@ -36,8 +37,8 @@ class Decoder(nn.Module):
                 )
             self.output_blocks.append(UNetBlock(*layers))
         self.out = nn.Sequential(
-            nn.GroupNorm(config.norm_groups, blocks[-1].out_channels),
-            nn.SiLU(),
+            GroupNorm(config.norm_groups, blocks[-1].out_channels, silu=True),
+            nn.Identity(),
             zero_init(nn.Conv2d(blocks[-1].out_channels, config.out_channels, 3, padding=1)),
         )
 

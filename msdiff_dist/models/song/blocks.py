@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msdiff_dist.models.attention import SelfAttentionBlock
+from msdiff_dist.models.group_norm import GroupNorm
 from msdiff_dist.models.song.config import SongConfig
 from msdiff_dist.randomness import generator
 
@@ -35,8 +36,9 @@ def conv(in_channels: int, out_channels: int, kernel: int = 3, scale: float = 1.
     return initialised(nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2), scale)
 
 
-def group_norm(config: SongConfig, channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(config.groups(channels), channels, eps=_EPS)
+def group_norm(config: SongConfig, channels: int) -> GroupNorm:
+    """A norm with the SiLU that follows it."""
+    return GroupNorm(config.groups(channels), channels, eps=_EPS, silu=True)
 
 
 class TimeFrequencies:
@@ -134,8 +136,8 @@ class SongBlock(nn.Module):
         self.attention = _attention(config, out_channels) if attention else None
 
     def forward(self, x_BCHW: Tensor, emb_BE: Tensor) -> Tensor:
-        h = self.in_conv(self._resampled(F.silu(self.in_norm(x_BCHW))))
-        h = F.silu(self.out_norm(h + self.emb(emb_BE)[:, :, None, None]))
+        h = self.in_conv(self._resampled(self.in_norm(x_BCHW)))
+        h = self.out_norm(h + self.emb(emb_BE)[:, :, None, None])
         h = (self.skip(self._resampled(x_BCHW)) + self.out_conv(self.dropout(h))) * HALF_POWER
         # `SelfAttentionBlock` adds its input already: here the sum is only rescaled.
         out: Tensor = h if self.attention is None else self.attention(h) * HALF_POWER

@@ -35,7 +35,7 @@ class SongDecoder(nn.Module):
             self.output_blocks.append(SongBlocks(*layers))
         self.out = nn.Sequential(
             group_norm(config, blocks[-1].out_channels),
-            nn.SiLU(),
+            nn.Identity(),
             conv(blocks[-1].out_channels, config.out_channels, scale=SILENT),
         )
 
