@@ -26,6 +26,7 @@ class Workload:
         averages: averages of the weights that are kept.
         latent_values: numbers in one latent.
         channels_last: memory format of the network's inputs.
+        tf32: matrix products and convolutions of fp32 factors in TF32.
         on_gpus: training on GPUs, not on CPUs.
     """
 
@@ -40,6 +41,7 @@ class Workload:
     averages: int = 1
     latent_values: int = 0
     channels_last: bool = False
+    tf32: bool = False
     on_gpus: bool = False
 
     @property

@@ -22,7 +22,7 @@ class Gpu:
         name: what the user calls it.
         memory: GiB that programs can allocate.
         tflops: dense bf16 matrix products, TFLOP/s, accumulated in fp32; 0: the GPU has no bf16.
-        tf32_tflops: dense TF32 matrix products; convolutions in fp32 use them where there are any.
+        tf32_tflops: dense TF32 matrix products, where a recipe allows them.
         fp32_tflops: fp32 arithmetic.
         bandwidth: of memory, GB/s.
         link: GB/s of one GPU to the others of its node, one direction.
@@ -59,14 +59,15 @@ class Gpu:
         """Bytes for tensors."""
         return int((self.memory * (1 - self.fragmentation) - self.reserved) * GIB)
 
-    def matrix_flops(self, precision: Precision, convolution: bool) -> float:
+    def matrix_flops(self, precision: Precision, tf32: bool) -> float:
         """Floating-point operations a second of matrix products and convolutions at their peak.
 
-        By torch's defaults convolutions in fp32 are computed in TF32, other matrix products are not.
+        Args:
+            tf32: whether those of fp32 factors are rounded to TF32.
         """
         if precision == "bf16":
             return self.tflops * TERA
-        return max(self.fp32_tflops, self.tf32_tflops if convolution else 0.0) * TERA
+        return max(self.fp32_tflops, self.tf32_tflops if tf32 else 0.0) * TERA
 
 
 def _gpu(

@@ -44,7 +44,7 @@ class StepTime:
 
     def utilisation(self, gpu: Gpu, workload: Workload) -> float:
         """Model FLOPs utilisation: share of the GPUs' peak that the model's own operations make up."""
-        peak = gpu.matrix_flops(workload.precision, convolution=True)
+        peak = gpu.matrix_flops(workload.precision, workload.tf32)
         return self.flops / (self.step * peak * len(self.compute_W))
 
 
@@ -133,10 +133,7 @@ def kernel_seconds(kernels: Kernels, rows: int, gpu: Gpu, workload: Workload) ->
     if not workload.channels_last:
         # Convolutions compute in channels-last: their images are read and written once more on the way in and out.
         bytes_N += 2 * (kernels.layout_bytes_N2 @ at)
-    rates = [
-        gpu.matrix_flops(workload.precision, convolution) * gpu.compute_efficiency for convolution in (False, True)
-    ]
-    arithmetic_N = flops_N / np.where(kernels.is_convolution_N, rates[1], rates[0])
+    arithmetic_N = flops_N / (gpu.matrix_flops(workload.precision, workload.tf32) * gpu.compute_efficiency)
     traffic_N = bytes_N / (gpu.bandwidth * GIGA * gpu.bandwidth_efficiency)
     on_gpu = np.maximum(arithmetic_N, traffic_N).sum() + len(flops_N) * gpu.kernel_us * MICRO
     return float(max(on_gpu, len(flops_N) * gpu.dispatch_us * MICRO))

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +26,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from msdiff_dist.models.activation_checkpointing import ActivationCheckpointingConfig, checkpoint_activations
 from msdiff_dist.models.config import ModelConfig
+from msdiff_dist.models.gpu_operators import compute_as_gpus_do
 from msdiff_dist.models.multistage_unet import build_parts
 
 _ROWS = (2, 3)
@@ -54,13 +55,11 @@ class Kernels:
         bytes_N2: bytes read and written.
         layout_bytes_N2: bytes of a convolution's images: what is read and written once more where they must change
             their memory format for the kernel.
-        is_convolution_N: bool.
     """
 
     flops_N2: np.ndarray
     bytes_N2: np.ndarray
     layout_bytes_N2: np.ndarray
-    is_convolution_N: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +142,7 @@ def trace_model(
         context_tokens: length of the context, where the model takes one.
         dtype: of parameters and inputs.
         on_gpus: trace what runs on a GPU: attention in one fused kernel unless the configuration asks for `math`, and
-            dropout with masks of one byte.
+            what `compute_as_gpus_do` changes.
     """
     backend = config.attention_backend
     if backend == "xformers" or (backend == "auto" and on_gpus):
@@ -155,10 +154,8 @@ def trace_model(
         for part in (shared, *stages.values()):
             _convert(part, dtype, channels_last)
             checkpoint_activations(part, checkpointing)
-            for module in part.modules():
-                if on_gpus and isinstance(module, nn.Dropout) and module.p:
-                    # On a CPU, dropout multiplies by a mask in the precision of its input.
-                    module.forward = partial(_gpu_dropout, probability=module.p)  # type: ignore[method-assign]
+            if on_gpus:
+                compute_as_gpus_do(part)
         recorded = [
             _record(shared, stages, config, latent_size, context_tokens, dtype, n, channels_last) for n in _ROWS
         ]
@@ -188,10 +185,6 @@ def _convert(part: nn.Module, dtype: torch.dtype, channels_last: bool) -> None:
             if channels_last and own.dim() == 4:
                 own = own.contiguous(memory_format=torch.channels_last)
             setattr(module, name, nn.Parameter(own))
-
-
-def _gpu_dropout(x: Tensor, probability: float) -> Tensor:
-    return torch.native_dropout(x, probability, True)[0]
 
 
 class _Kernel(NamedTuple):
@@ -367,6 +360,5 @@ def _affine(recorded: Sequence[_Recorded]) -> PartTrace:
             flops_N2=of_kernels(lambda k: k.flops),
             bytes_N2=of_kernels(lambda k: k.bytes),
             layout_bytes_N2=of_kernels(lambda k: k.layout_bytes),
-            is_convolution_N=np.array([k.name in _CONVOLUTIONS for k in few.kernels], dtype=bool),
         ),
     )

@@ -88,6 +88,7 @@ def workload(recipe: Recipe, run_plan: RunPlan, on_gpus: bool) -> Workload:
         averages=1 + (len(recipe.ema.power.lengths) if recipe.ema.power else 0),
         latent_values=int(np.prod(recipe.latent_shape)),
         channels_last=channels_last(recipe, on_gpus),
+        tf32=recipe.train.tf32,
         on_gpus=on_gpus,
     )
 

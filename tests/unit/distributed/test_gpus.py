@@ -16,7 +16,7 @@ def test_every_gpu_has_plausible_numbers() -> None:
         assert 0.85 * gpu.memory * GIB < gpu.usable_bytes < gpu.memory * GIB
         assert gpu.fp32_tflops < max(gpu.tflops, gpu.tf32_tflops, gpu.fp32_tflops * 1.01)
         assert gpu.network <= gpu.link
-        assert gpu.matrix_flops("fp32", convolution=False) <= gpu.matrix_flops("fp32", convolution=True)
+        assert gpu.matrix_flops("fp32", tf32=False) <= gpu.matrix_flops("fp32", tf32=True)
 
 
 def test_help_and_guide_have_every_name() -> None:
@@ -33,7 +33,7 @@ def test_numbers() -> None:
     assert (gpu.memory, gpu.tflops, gpu.bandwidth, gpu.tf32_tflops) == (24, 165, 1000, 82.5)
     own = parse_gpu("memory=24,tflops=0,fp32_tflops=16,bandwidth=900,reserved=0,fragmentation=0")
     assert own.usable_bytes == 24 * GIB
-    assert own.matrix_flops("fp32", convolution=True) == 16e12
+    assert own.matrix_flops("fp32", tf32=True) == 16e12
 
 
 def test_numbers_after_a_name_replace_its_own() -> None:

@@ -30,7 +30,8 @@ def workload(**changes: Any) -> Workload:
 def test_a_kernel_takes_the_longer_of_arithmetic_and_traffic() -> None:
     much, little = part_trace([], 0, flops=10**9).kernels, part_trace([], 0, flops=1).kernels
     assert kernel_seconds(much, 8, GPU, workload()) == pytest.approx(8e9 / 100e12)
-    assert kernel_seconds(much, 8, GPU, workload(precision="fp32")) == pytest.approx(8e9 / 50e12)  # TF32
+    assert kernel_seconds(much, 8, GPU, workload(precision="fp32", tf32=True)) == pytest.approx(8e9 / 50e12)
+    assert kernel_seconds(much, 8, GPU, workload(precision="fp32")) == pytest.approx(8e9 / 10e12)
     assert kernel_seconds(little, 8, GPU, workload()) == pytest.approx(8 * 10 / 1e12)
     # Images that change their memory format are read and written once more.
     assert kernel_seconds(little, 8, GPU, workload(channels_last=False)) == pytest.approx(8 * (10 + 2 * 4) / 1e12)

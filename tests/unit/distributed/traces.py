@@ -22,7 +22,6 @@ def part_trace(growth: list[tuple[int, int]], forward_events: int, outputs: int 
             flops_N2=np.array([[0, flops]]),
             bytes_N2=np.array([[0, 10]]),
             layout_bytes_N2=np.array([[0, 4]]),
-            is_convolution_N=np.array([True]),
         ),
     )
 

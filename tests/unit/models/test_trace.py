@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from msdiff_dist.models import LDMConfig, ModelConfig, SongConfig
 from msdiff_dist.models.activation_checkpointing import ActivationCheckpointingConfig, checkpoint_activations
+from msdiff_dist.models.group_norm import GroupNorm
 from msdiff_dist.models.multistage_unet import build_parts
 from msdiff_dist.models.trace import ModelTrace, trace_model
 
@@ -154,6 +155,21 @@ def test_fused_attention_is_counted() -> None:
         # The fused kernel computes the products of queries and keys once more in its backward pass.
         ratio = (a.kernels.flops_N2 @ [1, ROWS]).sum() / (b.kernels.flops_N2 @ [1, ROWS]).sum()
         assert 1 <= ratio < 1.1
+
+
+def test_fused_norms_keep_their_input_alone() -> None:
+    kept = {
+        on_gpus: trace_model(LDM, (SIZE, SIZE), TOKENS, torch.float32, KEEP, on_gpus=on_gpus).stages[1].memory(ROWS)
+        for on_gpus in (False, True)
+    }
+    # Every norm with SiLU saves one tensor of its size: without the fused kernel, SiLU keeps its input as well.
+    shared, stages = build_parts(LDM, [1])
+    normed: list[int] = []
+    for module in stages[1].modules():
+        if isinstance(module, GroupNorm) and module.silu:
+            module.register_forward_hook(lambda _, __, out: normed.append(out.nbytes))
+    stages[1](*shared(*inputs_of(LDM)))
+    assert kept[False].kept - kept[True].kept == pytest.approx(sum(normed), rel=0.01)
 
 
 def test_masks_of_dropout_take_one_byte_on_gpus() -> None:
