@@ -11,6 +11,8 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from msdiff_dist.convert.key_map import SAME, Layout, Rule, SplitQKV
 from msdiff_dist.errors import CheckpointError, ConfigError
 from msdiff_dist.models.ldm.config import LDMConfig
@@ -84,6 +86,22 @@ def stock_config(model: LDMConfig) -> dict[str, Any] | str:
         # Under scale and shift the stock class's middle attention has no norm unless this is set.
         "attn_norm_num_groups": model.norm_groups if model.use_scale_shift_norm else None,
     }
+
+
+def stock_network(model: LDMConfig) -> nn.Module:
+    """diffusers' own network of this architecture, with fresh weights, to compare with.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    import diffusers
+
+    config = stock_config(model)
+    if isinstance(config, str):
+        raise ConfigError("model", model.family, f"no class of diffusers computes it: {config}", "Unify its stages.")
+    fields = {name: value for name, value in config.items() if name != "_class_name"}
+    network: nn.Module = getattr(diffusers, config["_class_name"])(**fields)
+    return network
 
 
 def model_of_stock(config: Mapping[str, Any]) -> LDMConfig:

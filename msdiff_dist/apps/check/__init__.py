@@ -1,0 +1,1 @@
+"""The acceptance run of a machine: is what it computes right, does it resume, how fast is it."""
