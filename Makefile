@@ -34,7 +34,7 @@ wheel: setup  ## dist/*.whl, built twice: the same bytes
 	cmp dist/*.whl build/again/*.whl
 	sha256sum dist/*.whl
 
-quickstart: setup  ## train the embedded default on 4 ranks, then sample from it
+quickstart: setup  ## train digits on 4 ranks, then sample from the run
 	test -f data/digits/index.json || $(BIN)/msdiff data prepare digits --out data/digits
 	$(BIN)/msdiff train recipes/quickstart.yaml --nproc 4 --run-dir $(RUN)
 	rm -rf $(RUN)/final && $(BIN)/msdiff sample $(RUN) --num 100 --sampler ddim --eta 1 --clip --steps 50 --guidance 2 --out $(RUN)/final
