@@ -120,7 +120,8 @@ def main() -> None:
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     ours, theirs = (network.to(device, dtype) for network in networks(args.width))
     their_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    theirs = theirs.to(memory_format=their_format)
+    for p in theirs.parameters():
+        p.data = p.data.to(memory_format=their_format) if p.ndim == 4 else p.data
     generator = torch.Generator().manual_seed(1)
     x_BCHW, target_BCHW = (torch.randn(args.batch, 3, args.size, args.size, generator=generator) for _ in range(2))
     t_B = torch.randint(0, 1000, (args.batch,), generator=generator).to(device)
