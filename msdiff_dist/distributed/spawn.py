@@ -27,11 +27,10 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch.distributed import TCPStore
 
+from msdiff_dist.distributed.store_process import HOST, StoreProcess
 from msdiff_dist.errors import MsdiffError, UserError
 
-_HOST = "127.0.0.1"
 _own_pipe: list[Connection] = []  # of this process, if it is a rank that has not reported yet
 _reporting = threading.Lock()
 _GRACE_S = 2.0  # seconds after a failure in which the other ranks may report their own errors
@@ -108,9 +107,9 @@ def run_ranks(
 ) -> list[Any]:
     """Call `fn(rank, *args)` on `world_size` fresh processes and return their results in rank order.
 
-    The ranks have the environment variables that torchrun would set; MASTER_ADDR and MASTER_PORT name a store that this
-    process keeps. `fn`, `args` and the results must be picklable; `fn` must be a function of a module. If this process
-    ends, its ranks are sent SIGTERM.
+    The ranks have the environment variables that torchrun would set; MASTER_ADDR and MASTER_PORT name a store in a
+    process of its own. `fn`, `args` and the results must be picklable; `fn` must be a function of a module. If this
+    process ends, its ranks are sent SIGTERM.
 
     Args:
         preload: modules that are imported once for all ranks, unless there is a GPU.
@@ -128,9 +127,9 @@ def run_ranks(
     if not torch.cuda.is_available():  # a process that may touch CUDA must not fork
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         context.set_forkserver_preload(list(preload))
-    store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
+    store = StoreProcess(context, world_size)
     job = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-    job |= {"MASTER_ADDR": _HOST, "MASTER_PORT": str(store.port), **(env or {})}
+    job |= {"MASTER_ADDR": HOST, "MASTER_PORT": str(store.port), **(env or {})}
     # Pickled here: multiprocessing's own pickler would pass tensors through shared memory.
     call = pickle.dumps((fn, args))
     ranks: list[_Rank] = []
@@ -138,10 +137,11 @@ def run_ranks(
         for rank in range(world_size):
             receiving, sending = context.Pipe(duplex=False)
             own = job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = context.Process(target=_rank_main, args=(rank, own, call, sending))
+            process = context.Process(target=_rank_main, args=(rank, own, call, sending, store.lifeline))
             process.start()
             sending.close()  # the rank now has the only sending end, so the pipe closes when the rank ends
             ranks.append(_Rank(rank, process, receiving))
+        store.release()
         with _passing_on(signals, ranks):
             _watch(ranks, timeout)
         return [r.report.result for r in ranks if r.report]
@@ -150,6 +150,8 @@ def run_ranks(
             r.send(signal.SIGKILL)
         while running := _running(ranks):
             _receive(running, None)
+        store.release()
+        store.join()
 
 
 def _watch(ranks: Sequence[_Rank], timeout: float | None) -> None:
@@ -221,8 +223,8 @@ def _send(report: bytes) -> None:
             _own_pipe.pop().send_bytes(report)
 
 
-def _rank_main(rank: int, env: Mapping[str, str], call: bytes, pipe: Connection) -> None:
-    """Body of one rank's process: call `fn` and report."""
+def _rank_main(rank: int, env: Mapping[str, str], call: bytes, pipe: Connection, lifeline: Connection) -> None:
+    """Body of one rank's process: call `fn` and report. `lifeline` stays open until the process ends."""
     _own_pipe.append(pipe)
     threading.Thread(target=_end_with_supervisor, daemon=True).start()
     os.environ.update(env)

@@ -101,4 +101,4 @@ def test_short_campaign(tmp_path: Path) -> None:
     command = [sys.executable, "tools/fault_campaign.py", str(tmp_path / "campaign"), "--kills", "4", "--steps", "60"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "every step there once, greatest relative difference 0" in done.stdout
+    assert "every step recorded once, greatest relative difference 0" in done.stdout

@@ -21,7 +21,10 @@ DISTRIBUTIONS = {  # of modules that are named otherwise
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }
-OPTIONAL = {"streaming"}  # read beside ours by `msdiff data bench` where it is installed
+OPTIONAL = {
+    "streaming",  # read beside ours by `msdiff data bench` where it is installed
+    "triton",  # comes with torch where that is built for CUDA
+}
 THROUGH_OTHERS = {"torch.utils.tensorboard": "tensorboard"}  # modules that need a distribution they do not depend on
 TOOLS = {"ruff", "mypy", "pytest-cov", "setuptools"}  # run, not imported
 

@@ -117,7 +117,7 @@ def _profile(trainer: Trainer, steps: int) -> Profile:
     """Take `steps` more steps under torch's profiler, and as many while torch reports synchronisations."""
     on_gpu = trainer.env.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:
         for _ in range(steps):
             trainer.step(_LR)
         if on_gpu:

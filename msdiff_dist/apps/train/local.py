@@ -39,7 +39,7 @@ def run_local(recipe: dict[str, Any], run_dir: Path, nproc: int, found: FoundDat
         UserError, TrainingError: the error of the rank that failed first.
     """
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    env = {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # this process keeps the store: rank 0 must not open one
+    env = {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # a process of its own keeps the store: rank 0 must not open one
     own = cores()
     env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(threads_of(own, [own] * nproc))
     try:

@@ -42,8 +42,11 @@ class SongDecoder(nn.Module):
     def forward(self, *features: Tensor) -> Tensor:
         """Output [B, out_channels, H, W] from the features of `SongEncoder.forward`: (emb, *skips[, h])."""
         # A shared middle block's output is the last feature; otherwise the middle reads the last skip.
-        emb_BE, *skips = features
-        h = skips.pop() if self.shared_middle else self.middle_block(skips[-1], emb_BE)
+        emb_BE, skips = features[0], features[1:]
+        if self.shared_middle:
+            h, skips = skips[-1], skips[:-1]
+        else:
+            h = self.middle_block(skips[-1], emb_BE)
         for block, skip in zip(self.output_blocks, reversed(skips), strict=True):
             h = block(torch.cat([h, skip], dim=1), emb_BE)
         out: Tensor = self.out(h)

@@ -7,12 +7,28 @@ with an error at the first that does not agree with float64.
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from triton.runtime import interpreter
 
 from msdiff_dist.models.group_norm_triton import FusedGroupNorm
+
+_patch_tensor = interpreter._patch_lang_tensor
+
+
+def patch_tensor(tensor: Any, scope: Any) -> None:
+    """What the interpreter does to Triton's tensors, and bounds of loops that numpy 2.4 takes too.
+
+    Triton 3.6 makes them of arrays [1] by `int`, which numpy now refuses for all but arrays without dimensions.
+    """
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+interpreter._patch_lang_tensor = patch_tensor
 
 # (shape, groups): groups of 7 channels as in LDM's width 224, several blocks of channels, several chunks of pixels,
 # pixels that fill no block, and single pixels.

@@ -72,7 +72,7 @@ def parts_of(config: ModelConfig, checkpointing: ActivationCheckpointingConfig) 
 def growth(action: Callable[[], object]) -> tuple[int, int, object]:
     """Bytes of torch's allocator at the peak of an action and after it, and what the action returned."""
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         result = action()
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
     live = peak = 0
