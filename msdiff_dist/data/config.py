@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -162,6 +163,14 @@ class DataConfig:
     def x_dtype(self) -> str:
         """Name of the torch dtype of every sample that the loader yields."""
         return "uint8" if self.kind == "image" else self.latent_dtype
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of the tensors of one sample."""
+        sizes = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
+        context = math.prod(self.context_shape) * sizes[self.latent_dtype] if self.context_shape else 0
+        label = 0 if self.num_classes is None else 8
+        return math.prod(self.x_shape) * sizes[self.x_dtype] + context + label
 
 
 def _at_least(field: str, value: int, least: int) -> None:

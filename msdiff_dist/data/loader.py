@@ -7,6 +7,7 @@ communicated: a rank or worker knows which samples of a batch are its own.
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from msdiff_dist.data.latent_blocks import Chunk
 from msdiff_dist.data.mixture import Mixture
 from msdiff_dist.data.order import Ints, StreamOrder, grouped
 from msdiff_dist.data.samples import Samples, decode, synthesize
+from msdiff_dist.data.shared_memory import check_shared_memory
 from msdiff_dist.data.stream import LaneStream, Picked
 from msdiff_dist.data.worker_processes import set_up_worker, start_fork_server
 from msdiff_dist.errors import ConfigError, DataError, UserError
@@ -78,7 +80,7 @@ class StepLoader:
         index: the result of `load_index`; None to load it.
 
     Raises:
-        ConfigError: the lanes cannot be dealt evenly to the ranks.
+        ConfigError: the lanes cannot be dealt evenly to the ranks, or workers have too little shared memory.
         DataError: shards or samples are missing, corrupt or of the wrong kind.
     """
 
@@ -104,6 +106,8 @@ class StepLoader:
         self._world_size = world_size
         lanes = range(rank, config.lanes, world_size)
         self._workers = min(config.workers, len(lanes))
+        if self._workers:
+            check_shared_memory(self._workers, math.ceil(global_batch_size / world_size) * config.sample_bytes)
         self._dataset = _RankDataset(self._schedule, list(lanes), start_batch)
         self._iterator: Iterator[StepSamples | UserError] | None = None
 
