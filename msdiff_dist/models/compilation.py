@@ -8,8 +8,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from msdiff_dist.errors import ConfigError
+
+_CACHE_DIR = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def compile_part(part: nn.Module) -> None:
@@ -24,7 +27,10 @@ def compile_part(part: nn.Module) -> None:
 
 def keep_compiled_code(folder: Path) -> None:
     """Keep what the compiler makes in `folder`, from which later starts take it; TORCHINDUCTOR_CACHE_DIR goes first."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    # Torch sets the variable itself, to a folder below the one for temporary files, once some of its modules are
+    # imported: that value is not the user's.
+    if os.environ.get(_CACHE_DIR) in (None, default_cache_dir()):
+        os.environ[_CACHE_DIR] = str(folder.resolve())
 
 
 def check_compiler() -> None:

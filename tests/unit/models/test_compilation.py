@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.models import LDMConfig, ModelConfig, SongConfig, build_model
-from msdiff_dist.models.compilation import check_compiler, compile_part
+from msdiff_dist.models.compilation import check_compiler, compile_part, keep_compiled_code
 from msdiff_dist.recipe import load_recipe
 
 SMALL = {"encoder_channels": 16, "decoder_channels": (8,), "channel_mult": (1, 2), "num_res_blocks": 1}
@@ -79,3 +82,14 @@ def test_a_machine_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ConfigError, match="no C\\+\\+ compiler"):
         check_compiler()
+
+
+def test_the_place_for_compiled_code_is_the_users_or_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # restored afterwards
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    assert cache_dir() == default_cache_dir(), "torch sets the variable itself"
+    keep_compiled_code(tmp_path / "compiled")
+    assert cache_dir() == str(tmp_path / "compiled")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "shared"))
+    keep_compiled_code(tmp_path / "compiled")
+    assert cache_dir() == str(tmp_path / "shared")
