@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
+
+from msdiff_dist.distributed.cpuinfo import cpuinfo
 
 
 def choose_kernels(device: torch.device, tf32: bool) -> None:
@@ -18,7 +18,7 @@ def choose_kernels(device: torch.device, tf32: bool) -> None:
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = tf32
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    elif mkl_leaves_half_idle(_cpuinfo()):
+    elif mkl_leaves_half_idle(cpuinfo()):
         multiply_by_onednn()
 
 
@@ -50,8 +50,3 @@ def multiply_by_onednn() -> None:
     error = float((a @ b - exact).norm() / exact.norm())
     if error > 1e-6:  # products of bfloat16 differ by 3e-3, those of TF32 by 4e-4
         torch.set_float32_matmul_precision("highest")
-
-
-def _cpuinfo() -> str:
-    listing = Path("/proc/cpuinfo")
-    return listing.read_text() if listing.exists() else ""  # systems other than Linux have none

@@ -11,12 +11,12 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from msdiff_dist.distributed.agree import combined
+from msdiff_dist.distributed.cpuinfo import cpuinfo
 
 Precision = Literal["fp32", "bf16"]
 
@@ -112,11 +112,9 @@ def bf16_support(device: torch.device) -> Bf16Support:
     """Whether `device` computes bf16 natively."""
     if device.type == "cuda":
         return Bf16Support(torch.cuda.get_device_capability(device) >= (8, 0), "this GPU")
-    listing = Path("/proc/cpuinfo")
-    cpuinfo = listing.read_text() if listing.exists() else ""  # systems other than Linux have none
     # Torch knows whether it was built with oneDNN and may use its bf16; oneDNN also accepts CPUs on which it emulates.
     usable = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return Bf16Support(usable and cpu_multiplies_bf16(cpuinfo, os.environ), "this CPU")
+    return Bf16Support(usable and cpu_multiplies_bf16(cpuinfo(), os.environ), "this CPU")
 
 
 def cpu_multiplies_bf16(cpuinfo: str, environment: Mapping[str, str]) -> bool:

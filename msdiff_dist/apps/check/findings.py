@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-Status = Literal["ok", "warning", "problem"]
-_ORDER: tuple[Status, ...] = ("ok", "warning", "problem")
+from msdiff_dist.apps.verdict import Status
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +57,3 @@ class Bench:
     def on_gpu(self) -> bool:
         """Whether a GPU is checked."""
         return self.device.type == "cuda"
-
-
-def worst(findings: list[Finding]) -> Status:
-    """The gravest status; `ok` of none."""
-    return max((f.status for f in findings), key=_ORDER.index, default="ok")

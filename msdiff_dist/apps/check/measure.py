@@ -8,7 +8,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,8 +90,10 @@ def _measured(rank: int, mapping: dict[str, Any], folder: Path, steps: int, prof
     recipe = recipe_from(mapping)
     before = _resident_bytes()
     limits = WaitLimits(step_s=recipe.train.timeout_s, start_s=recipe.train.start_timeout_s)
-    with process_group(limits) as env, Trainer(recipe, RunFolder(folder), env) as trainer:
+    with ExitStack() as stack:
+        env = stack.enter_context(process_group(limits))
         choose_kernels(env.device, recipe.train.tf32)
+        trainer = stack.enter_context(Trainer(recipe, RunFolder(folder), env))
         on_gpu = env.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from msdiff_dist.apps.check.families import families
-from msdiff_dist.apps.check.findings import Bench, Finding, Status, worst
+from msdiff_dist.apps.check.findings import Bench, Finding
 from msdiff_dist.apps.check.operators import operators
 from msdiff_dist.apps.check.runs import failure, layouts, resuming
 from msdiff_dist.apps.check.throughput import throughput
+from msdiff_dist.apps.verdict import Status, worst
+from msdiff_dist.distributed.cpuinfo import cpuinfo
 from msdiff_dist.errors import ConfigError, UserError, did_you_mean
 
 GROUPS: dict[str, Callable[[Bench], Iterator[Finding]]] = {
@@ -46,7 +48,7 @@ class CheckReport:
     @property
     def status(self) -> Status:
         """The gravest of the findings'."""
-        return worst(self.findings)
+        return worst(f.status for f in self.findings)
 
     def fields(self) -> dict[str, Any]:
         """The report as plain data, as `msdiff check --json` writes it."""
@@ -105,10 +107,5 @@ def _check_device(device: torch.device) -> None:
 def _describe(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         return {"kind": "cuda", "name": torch.cuda.get_device_name(device)}
-    names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    names = [line.split(":", 1)[1].strip() for line in cpuinfo().splitlines() if line.startswith("model name")]
     return {"kind": "cpu", "name": names[0] if names else "unknown"}
-
-
-def _cpuinfo() -> list[str]:
-    listing = Path("/proc/cpuinfo")
-    return listing.read_text().splitlines() if listing.exists() else []

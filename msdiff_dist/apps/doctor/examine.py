@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from msdiff_dist.apps.doctor import cluster, devices, limits, software, storage
-from msdiff_dist.apps.doctor.finding import Finding, worst
+from msdiff_dist.apps.doctor.finding import Finding
 from msdiff_dist.apps.doctor.probe import Answers, probe
+from msdiff_dist.apps.verdict import worst
 
 CHECKS: tuple[Callable[[Answers], Iterator[Finding]], ...] = (
     software.check_python,
@@ -51,7 +52,7 @@ def examine(folder: Path) -> list[Finding]:
 def as_mapping(findings: list[Finding]) -> dict[str, Any]:
     """The report as JSON values: `status`, the gravest of all; `checks`; `versions`."""
     return {
-        "status": worst(findings),
+        "status": worst(f.status for f in findings),
         "checks": [asdict(finding) for finding in findings],
         "versions": software.versions(),
     }

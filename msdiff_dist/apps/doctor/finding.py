@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-Status = Literal["ok", "warning", "problem"]
-_RISING: tuple[Status, ...] = ("ok", "warning", "problem")
+from msdiff_dist.apps.verdict import Status
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +40,6 @@ def warning(name: str, found: str, cure: str) -> Finding:
 def problem(name: str, found: str, cure: str) -> Finding:
     """A finding that prevents training of some kind."""
     return Finding(name=name, status="problem", found=found, cure=cure)
-
-
-def worst(findings: Iterable[Finding]) -> Status:
-    """The gravest status; ok of none."""
-    return max((f.status for f in findings), key=_RISING.index, default="ok")
 
 
 @dataclass(frozen=True)
