@@ -16,7 +16,7 @@ def plan(
     recipe: Annotated[Path, typer.Argument(help="Recipe YAML.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, as key=value.")] = None,
     world_size: Annotated[
-        int | None, typer.Option(min=1, help="Ranks to plan for. Or give --nodes and --gpus-per-node.")
+        int | None, typer.Option(min=1, help="Ranks to plan for. Or give --nodes and --gpus-per-node. Default: here.")
     ] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes to plan for.")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on each node.")] = None,
@@ -31,6 +31,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show which ranks hold which stages, how well the work is balanced, and the bytes on and between ranks.
+
+    Without --world-size it plans for this machine: one rank on each GPU, or one on the CPU.
 
     State is parameters, optimizer and averages; the peak is that of a training step, with gradients, activations and
     buffers. With --nodes it also shows the bytes that pass between nodes, compared with data parallelism with every
@@ -54,7 +56,7 @@ def plan(
     from msdiff_dist.recipe import load_recipe
 
     parsed = load_recipe(recipe, overrides or [])
-    ranks = _ranks(world_size, nodes, gpus_per_node)
+    ranks = _ranks(recipe, world_size, nodes, gpus_per_node)
     on_gpus = bool(gpus_per_node) or this_device().type == "cuda"
     if rehearse:
         _rehearse(parsed, ranks, gpus_per_node, on_gpus, as_json)
@@ -85,12 +87,26 @@ def _rehearse(recipe: Recipe, ranks: int, ranks_per_node: int | None, on_gpus: b
         raise typer.Exit(2)
 
 
-def _ranks(world_size: int | None, nodes: int | None, gpus_per_node: int | None) -> int:
+def _ranks(recipe: Path, world_size: int | None, nodes: int | None, gpus_per_node: int | None) -> int:
     from msdiff_dist.errors import ConfigError
 
+    if world_size is None and nodes is None and gpus_per_node is None:
+        return _ranks_here(recipe)
     if world_size is None and nodes is not None and gpus_per_node is not None:
         return nodes * gpus_per_node
     if world_size is None or nodes is not None or gpus_per_node is not None:
         remedy = "Give --world-size, or both --nodes and --gpus-per-node."
         raise ConfigError("--world-size", world_size, "does not say how many ranks to plan for", remedy)
     return world_size
+
+
+def _ranks_here(recipe: Path) -> int:
+    """One rank for each GPU of this machine, or the one that `msdiff train` starts without any. Says so."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    where = f"this machine's {gpus} GPUs" if gpus > 1 else "this machine's GPU" if gpus else "this machine's CPU"
+    command = f"msdiff train {recipe.name}" + (f" --nproc {gpus}" if gpus > 1 else "")
+    # Not on standard output, which may be JSON.
+    typer.echo(f"planned for {where}, as `{command}` uses it; --world-size plans for other ranks", err=True)
+    return max(1, gpus)

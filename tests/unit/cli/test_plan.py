@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from msdiff_dist.cli.main import app
@@ -41,6 +42,18 @@ def test_paper_recipe_balances(world_size: int) -> None:
     assert all(r["state_bytes"] > 0 for r in plan["ranks"])
     assert plan["bytes_per_step"]["routed"] > 0
     assert bool(plan["warnings"]) == (96 % world_size != 0)
+
+
+def test_without_a_number_of_ranks_it_plans_for_this_machine() -> None:
+    result = CliRunner().invoke(app, ["plan", str(RECIPES / "quickstart.yaml"), "--json"])
+    here = max(1, torch.cuda.device_count())
+    assert json.loads(result.stdout)["world_size"] == here
+    (line,) = result.stderr.splitlines()
+    assert "this machine's " + ("GPU" if torch.cuda.is_available() else "CPU") in line
+    assert "msdiff train quickstart.yaml" in line
+    assert result.stdout.strip() == run(str(RECIPES / "quickstart.yaml"), "--world-size", str(here), "--json").strip()
+    with pytest.raises(ConfigError, match=r"Give --world-size, or both --nodes and --gpus-per-node"):
+        run(str(RECIPES / "quickstart.yaml"), "--nodes", "2")
 
 
 def test_work_follows_the_timesteps_where_sampling_is_uniform() -> None:
