@@ -28,6 +28,8 @@ def launch(
 ) -> None:
     """Train a recipe as a cluster job that resumes by itself after time limits, pre-emption and node failures.
 
+    --dry-run needs no cluster: where SLURM's commands are missing, all is checked that does not need them.
+
     Example: msdiff launch cin256_ldm_3stage.yaml --cluster gpu.yaml --nodes 4 --run-dir /shared/runs/cin
     """
     from msdiff_dist.launch import launcher, watch
@@ -38,9 +40,11 @@ def launch(
     folder, runs, parallel = launcher.runs_of(recipe, overrides or [], run_dir)
     asked = dataclasses.replace(asked, max_parallel=parallel or asked.max_parallel)
     if dry_run:
-        text = launcher.dry_run(runs, asked, folder, folder.name)
+        dry = launcher.dry_run(runs, asked, folder, folder.name)
         launcher.show_plan(runs[0], asked)
-        typer.echo(text if text is not None else f"the {asked.executor} executor has no sbatch text")
+        typer.echo(dry.sbatch if dry.sbatch is not None else f"the {asked.executor} executor has no sbatch text")
+        if dry.note:
+            typer.echo(f"note: {dry.note}", err=True)
         return
     records = launcher.launch(runs, asked, folder, folder.name)
     for record in records:

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from msdiff_dist.config import from_mapping
 from msdiff_dist.errors import ConfigError
-from msdiff_dist.files.text import read_yaml
+from msdiff_dist.files.text import read_text, read_yaml
 from msdiff_dist.launch.gres import gpus, of_one_rank, parse_gres
 from msdiff_dist.shipped import where_to_get
 
@@ -166,6 +168,7 @@ def load_cluster(name: str, overrides: dict[str, Any] | None = None) -> ClusterC
             remedy = f"`{command}` writes one to edit; `local` and `debug` need none."
             raise ConfigError("--cluster", name, "no such file", remedy)
         mapping = read_yaml(path, "--cluster")
+        _check_sbatch_numbers(path)
     # An error in a field names the option where the value came from one, else the file.
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     try:
@@ -174,6 +177,22 @@ def load_cluster(name: str, overrides: dict[str, Any] | None = None) -> ClusterC
         where = {"nodes": "--nodes", "gpus_per_node": "--gpus-per-node", "time": "--time"}
         option = where[e.field] if e.field in given else f"{name}: {e.field}"
         raise ConfigError(option, e.value, e.problem, e.remedy) from None
+
+
+def _check_sbatch_numbers(path: Path) -> None:
+    """Refuse options under `sbatch` that YAML reads as another number than the one written.
+
+    It reads 16:30 as 990 and 0123 as 83. Other fields have one type each, but here numbers are as good as text.
+    """
+    root = yaml.compose(read_text(path, "--cluster"), yaml.SafeLoader)
+    sections = [value for key, value in root.value if key.value == "sbatch"] if root is not None else []
+    for section in (node for node in sections if isinstance(node, yaml.MappingNode)):
+        for key, node in section.value:
+            is_number = node.tag == "tag:yaml.org,2002:int"
+            if is_number and not re.fullmatch(r"[-+]?(0|[1-9]\d*)", node.value):
+                problem = "is a number to YAML, and another one than it looks like"
+                remedy = f'Put it in quotes: {key.value}: "{node.value}".'
+                raise ConfigError(f"{path}: sbatch.{key.value}", node.value, problem, remedy)
 
 
 def one_rank(cluster: ClusterConfig) -> ClusterConfig:

@@ -27,8 +27,9 @@ from msdiff_dist.errors import ConfigError, RunFolderError
 from msdiff_dist.launch.cluster import ClusterConfig, one_rank
 from msdiff_dist.launch.job import CANCELLED_FILE, CommandJob, TrainJob
 from msdiff_dist.launch.restarts import Diary
+from msdiff_dist.launch.slurm import has_clients
 from msdiff_dist.launch.snapshot import next_snapshot, take_snapshot
-from msdiff_dist.launch.submit import check_job, make_executor, sbatch_text, submit
+from msdiff_dist.launch.submit import check_folder, check_job, make_executor, sbatch_text, submit
 from msdiff_dist.launch.watch import JobRecord, done_file, last_metrics, register_run, states
 from msdiff_dist.recipe import Recipe, load_recipe, recipe_mapping
 from msdiff_dist.sweep import load_sweep, overrides_of, run_names
@@ -78,8 +79,9 @@ def check_runs(runs: Sequence[Run], cluster: ClusterConfig) -> None:
     _check_parallel(cluster, len(runs))
     _check_gpus(cluster)
     find = DataFinder()
-    # In a container, or under another Python, the ranks may have other versions of the libraries than this command.
-    same_software = cluster.container is None and cluster.python == sys.executable
+    # In a container, under another Python or on a cluster that this machine is no part of, the ranks may have other
+    # versions of the libraries than this command.
+    same_software = cluster.container is None and cluster.python == sys.executable and not _elsewhere(cluster)
     device_type = "cuda" if cluster.gpus_per_node else "cpu"
     for run in runs:
         check_run(run.recipe, cluster.world_sizes, find, device_type=device_type if same_software else None)
@@ -147,12 +149,50 @@ def show_plan(run: Run, cluster: ClusterConfig) -> None:
         console.print(f"{nodes}: stages on {groups} ranks, balance {report['balance']:.1%}, peak {peak} a rank{speed}")
 
 
-def dry_run(runs: Sequence[Run], cluster: ClusterConfig, folder: Path, name: str) -> str | None:
-    """The exact sbatch text that `launch` would submit, after the same checks; None without SLURM. Writes nothing."""
+@dataclass(frozen=True)
+class DryRun:
+    """What `launch` would submit.
+
+    Attributes:
+        sbatch: the exact text for sbatch; None without SLURM.
+        note: what was not checked because this machine is no part of the cluster, "" if all was.
+    """
+
+    sbatch: str | None
+    note: str = ""
+
+
+def dry_run(runs: Sequence[Run], cluster: ClusterConfig, folder: Path, name: str) -> DryRun:
+    """What `launch` would submit, after the same checks. Where there is no SLURM client, those that need none.
+
+    Writes nothing.
+    """
+    if not _elsewhere(cluster):
+        return DryRun(_check(runs, cluster, folder, name))
+    check_runs(runs, cluster)
+    check_folder(cluster, folder)
+    note = (
+        "there is no SLURM client (sbatch) on this machine: partition, nodes and limits are not compared with the "
+        f"cluster's, nor is {cluster.shared} looked for"
+    )
+    return DryRun(sbatch_text(_executor(cluster, name, folder), len(runs)), note)
+
+
+def _elsewhere(cluster: ClusterConfig) -> bool:
+    """Whether the jobs are for a cluster that this machine is no part of."""
+    return cluster.executor == "slurm" and not has_clients()
+
+
+def _executor(cluster: ClusterConfig, name: str, folder: Path) -> submitit.Executor:
+    return make_executor(cluster, name, folder, next_snapshot(folder) / "code")
+
+
+def _check(runs: Sequence[Run], cluster: ClusterConfig, folder: Path, name: str) -> str | None:
+    """Check all that can be checked before submission; the text for sbatch, None without SLURM. Writes nothing."""
     check_runs(runs, cluster)
     if cluster.executor != "slurm":
         return None
-    executor = make_executor(cluster, name, folder, next_snapshot(folder) / "code")
+    executor = _executor(cluster, name, folder)
     check_job(cluster, folder, executor, len(runs))
     return sbatch_text(executor, len(runs))
 
@@ -167,7 +207,7 @@ def launch(runs: Sequence[Run], cluster: ClusterConfig, folder: Path, name: str)
     Raises:
         UserError: naming the field and the remedy.
     """
-    dry_run(runs, cluster, folder, name)
+    _check(runs, cluster, folder, name)
     snapshot = next_snapshot(folder)
     names = ["recipe.yaml"] if len(runs) == 1 else [f"recipe_{i:03d}.yaml" for i in range(len(runs))]
     texts = [OmegaConf.to_yaml(OmegaConf.create(recipe_mapping(run.recipe))) for run in runs]

@@ -44,6 +44,11 @@ class _Node:
     memory_mb: int
 
 
+def has_clients() -> bool:
+    """Whether SLURM's client commands are installed here."""
+    return shutil.which("sbatch") is not None and shutil.which("sinfo") is not None
+
+
 def check_cluster(cluster: ClusterConfig) -> None:
     """Compare what a cluster file asks for with what the cluster has.
 
@@ -51,7 +56,7 @@ def check_cluster(cluster: ClusterConfig) -> None:
         ConfigError: no client, an unknown partition, too few nodes with enough GPUs, CPUs or memory, a time limit that
             the partition does not allow.
     """
-    if shutil.which("sbatch") is None or shutil.which("sinfo") is None:
+    if not has_clients():
         raise ConfigError(
             "--cluster", cluster.executor, "there is no SLURM client (sbatch) on this machine",
             "Run on the cluster's login node, load its SLURM module, or use `--cluster local`.",

@@ -140,18 +140,26 @@ def check_job(cluster: ClusterConfig, folder: Path, executor: submitit.Executor,
         ConfigError, UserError: naming the field and the remedy.
     """
     slurm.check_cluster(cluster)
-    shared = Path(str(cluster.shared)).resolve()
-    if not shared.is_dir():
+    if not Path(str(cluster.shared)).is_dir():
         raise ConfigError("shared", cluster.shared, "no such folder", "Name a folder that every node sees.")
-    if not folder.resolve().is_relative_to(shared):
-        raise ConfigError(
-            "--run-dir", str(folder), f"does not lie under the cluster's shared folder {cluster.shared}",
-            "Name a run folder there: every node must see it.",
-        )  # fmt: skip
+    check_folder(cluster, folder)
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as script:
         script.write(sbatch_text(executor, tasks))
         script.flush()
         slurm.check_submission(Path(script.name))
+
+
+def check_folder(cluster: ClusterConfig, folder: Path) -> None:
+    """Refuse a folder of a run or of data jobs that the nodes of a SLURM cluster do not share.
+
+    Raises:
+        ConfigError: it does not lie under the cluster's shared folder.
+    """
+    if not folder.resolve().is_relative_to(Path(str(cluster.shared)).resolve()):
+        raise ConfigError(
+            "--run-dir", str(folder), f"does not lie under the cluster's shared folder {cluster.shared}",
+            "Name a run folder there: every node must see it.",
+        )  # fmt: skip
 
 
 def submit(executor: submitit.Executor, tasks: Sequence[Task]) -> list[submitit.Job[Any]]:

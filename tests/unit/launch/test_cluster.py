@@ -95,8 +95,43 @@ def test_one_rank_of_a_cluster_takes_its_share() -> None:
     assert one_rank(ClusterConfig(shared="/", tasks_per_node=4, memory_gb=8)).memory_gb == 2
 
 
-@pytest.mark.parametrize("text", ["environment: {X: 1}", "account: 0123", "qos: yes", "partition: 1e5"])
-def test_numbers_where_text_is_meant(text: str, tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text(f"shared: /\n{text}\n")
-    with pytest.raises(ConfigError, match="Put it in quotes"):
-        load_cluster(str(tmp_path / "c.yaml"))
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("environment: {X: 1}", "environment.X"),
+        ("environment: {X: 0.5}", "environment.X"),
+        ("environment: {X: yes}", "environment.X"),
+        ("environment: {X: 0123}", "environment.X"),
+        ("environment: {X: 16:30:00}", "environment.X"),
+        ("account: 0123", "account"),
+        ("account: 1234", "account"),
+        ("qos: yes", "qos"),
+        ("constraint: off", "constraint"),
+        ("partition: 1e5", "partition"),
+        ("interface: 1", "interface"),
+        ("srun: [1]", "srun[0]"),
+        ("setup: [true]", "setup[0]"),
+        ("time: 24:00:00", "time"),
+        ("time: 30", "time"),
+        ("sbatch: {begin: 16:30}", "sbatch.begin"),
+        ("sbatch: {reservation: 0123}", "sbatch.reservation"),
+        ("sbatch: {priority: 1.5}", "sbatch.priority"),
+    ],
+)
+def test_numbers_where_text_is_meant(text: str, field: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"shared: /\n{text}\n")
+    with pytest.raises(ConfigError, match=r"in quotes") as e:
+        load_cluster(str(path))
+    assert e.value.field == f"{path}: {field}"
+
+
+def test_text_in_quotes_and_numbers_where_numbers_are_meant(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "{shared: /, environment: {X: '1', Y: 'yes'}, account: '0123', time: '30', memory_gb: 64,\n"
+        "sbatch: {mem-per-cpu: 4000, begin: '16:30', spread-job: true, mail-type: FAIL}}\n"
+    )
+    cluster = load_cluster(str(path))
+    assert (cluster.environment, cluster.account, cluster.time_s) == ({"X": "1", "Y": "yes"}, "0123", 1800)
+    assert cluster.sbatch == {"mem-per-cpu": 4000, "begin": "16:30", "spread-job": True, "mail-type": "FAIL"}
