@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from msdiff_dist.apps.recipe_for_data import copy_for_data
 from msdiff_dist.checkpoint.layout import INDEX
 from msdiff_dist.config import chosen, to_mapping
 from msdiff_dist.convert.recognition import format_of
@@ -28,15 +29,21 @@ _COMMENTS = {
 _CAPTION_TOKENS = 77  # context length of CLIP's text towers, for models that do not say theirs
 
 
-def init_recipe(name: str | None, source: Path | None, out: Path | None) -> Copied:
+def init_recipe(
+    name: str | None, source: Path | None, out: Path | None, data: str | None = None, size: int | None = None
+) -> Copied:
     """Write the shipped file `name`, or a recipe that continues from the weights of `source`, to `out`.
+
+    Args:
+        data: shards of images that the shipped recipe is made to fit.
+        size: pixels a side, with `data`.
 
     Raises:
         ConfigError: both or neither of the two are given, there is no such file, or `out` exists.
         CheckpointError: `source` holds no model of this package; the error names the command that converts it, if any.
     """
     if name is not None and source is None:
-        return copy_shipped(name, out)
+        return copy_shipped(name, out) if data is None else copy_for_data(name, out, data, size)
     if source is None or name is not None:
         given = "both are given" if name else "neither is given"
         raise ConfigError("NAME", name, f"either NAME or --from is needed, and {given}", "See `msdiff recipes`.")

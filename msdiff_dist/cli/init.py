@@ -17,18 +17,27 @@ def init(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="File to write. Default: NAME.yaml in the current folder.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Shards of your images, whose channels and classes the copy of NAME gets."),
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --data: pixels a side, to which images are scaled. Default: as in NAME."),
+    ] = None,
 ) -> None:
     """Write a recipe to edit: a copy of a shipped one, or one that trains an existing model further.
 
-    Files that a shipped recipe names are copied too. Nothing is overwritten. With --from, the recipe has the model of
-    the export, checkpoint or run and starts from its averaged weights. Convert weights of other programs first
-    (`msdiff convert`).
+    Files that a shipped recipe names are copied too. Nothing is overwritten. With --data, the copy trains on your
+    images, or on latents of them if NAME trains on latents. With --from, the recipe has the model of the export,
+    checkpoint or run and starts from its averaged weights. Convert weights of other programs first (`msdiff convert`).
 
-    Example: msdiff init quickstart --out digits.yaml
+    Examples: msdiff init quickstart --out digits.yaml
+    msdiff init fashion_mnist_3stage --data data/photos --size 64 --out photos.yaml
     """
     from msdiff_dist.apps.init_recipe import init_recipe
 
-    made = init_recipe(name, source, out)
+    made = init_recipe(name, source, out, data, size)
     for path in made.written:
         typer.echo(path)
     for path in made.kept:

@@ -21,6 +21,10 @@ from msdiff_dist.files.atomic import atomic_folder, atomic_write, is_free, writi
 Fields = Mapping[str, bytes]  # file extension -> content
 
 
+DATASET_INFO = "dataset.json"
+"""What a set of shards is called, its licence and its classes; written beside the shards."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
     """What `dataset.json` says about a folder of shards."""
@@ -133,7 +137,7 @@ def write_dataset(
             bytes=_bytes(aside),
             class_counts=dict(sorted(class_counts.items())),
         )
-        (aside / "dataset.json").write_text(json.dumps(_description(written), indent=1, ensure_ascii=False) + "\n")
+        (aside / DATASET_INFO).write_text(json.dumps(_description(written), indent=1, ensure_ascii=False) + "\n")
     return written
 
 
