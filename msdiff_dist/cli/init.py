@@ -32,8 +32,7 @@ def init(
     images, or on latents of them if NAME trains on latents. With --from, the recipe has the model of the export,
     checkpoint or run and starts from its averaged weights. Convert weights of other programs first (`msdiff convert`).
 
-    Examples: msdiff init quickstart --out digits.yaml
-    msdiff init fashion_mnist_3stage --data data/photos --size 64 --out photos.yaml
+    Example: msdiff init fashion_mnist_3stage --data data/photos --size 64 --out photos.yaml
     """
     from msdiff_dist.apps.init_recipe import init_recipe
 
