@@ -33,7 +33,7 @@ from msdiff_dist.files.atomic import atomic_write, remove_partials
 from msdiff_dist.files.folder_claim import FolderClaim
 from msdiff_dist.files.work_share import Part, alone
 from msdiff_dist.models.autoencoder import LatentCodec
-from msdiff_dist.models.text_encoder import TextEncoder
+from msdiff_dist.models.text_encoder import open_text_encoder
 from msdiff_dist.recipe import Recipe, recipe_from, recipe_mapping
 
 _RECORDS = ".encode"
@@ -84,7 +84,7 @@ class _Tools:
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.codec = LatentCodec(recipe.autoencoder, True, device)
-        self.text = TextEncoder(recipe.text_encoder, device) if recipe.text_encoder else None
+        self.text = open_text_encoder(recipe.text_encoder, device) if recipe.text_encoder else None
         posterior = recipe.autoencoder.kind == "kl"
         self.encode_shard = ShardEncoder(
             recipe.encode, _source(recipe), Networks(self.codec.encode, posterior, self.text)

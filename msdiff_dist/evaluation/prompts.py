@@ -9,7 +9,7 @@ from torch import Tensor
 
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.export.description import ModelDescription
-from msdiff_dist.models.text_encoder import TextEncoder
+from msdiff_dist.models.text_encoder import TextEncoder, open_text_encoder
 
 
 class Prompter:
@@ -52,7 +52,7 @@ class Prompter:
                 raise ConfigError("context_shape", None, "is missing from the model's config.json", "Add it there.")
             return torch.zeros(self._shape, device=self._device)
         if prompt not in self._known:
-            self._encoder = self._encoder or TextEncoder(self._config, self._device)
+            self._encoder = self._encoder or open_text_encoder(self._config, self._device)
             if self._shape not in (None, self._encoder.context_shape):
                 raise ConfigError(
                     "text_encoder.name", self._config.name, f"embeds as {list(self._encoder.context_shape)}, the model "

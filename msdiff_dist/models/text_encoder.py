@@ -1,130 +1,79 @@
-"""Maps captions to context embeddings with the frozen text tower of an open_clip model."""
+"""Maps captions to context embeddings with a frozen text encoder: one of open_clip, or that of a Stable Diffusion."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from msdiff_dist.errors import ConfigError, did_you_mean
-from msdiff_dist.models.identity import digest
+from msdiff_dist.errors import ConfigError
+
+_OF_OPEN_CLIP = ("pretrained", "layer", "final_norm", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoderConfig:
-    """A frozen text tower."""
+    """A frozen text encoder."""
 
+    kind: Literal["open_clip", "clip"] = "open_clip"
+    """`open_clip`: a text tower of that library; `clip`: the folders `text_encoder` and `tokenizer` of a Stable
+    Diffusion, as transformers has them. Its context is the output of the last block, normalised."""
     name: str
-    """open_clip model (`ViT-H-14`), `hf-hub:...`, or a model configuration in a .json file."""
+    """open_clip model (`ViT-H-14`), `hf-hub:...`, or a model configuration in a .json file. For kind `clip` the folder
+    that holds `text_encoder` and `tokenizer`."""
     pretrained: str | None = None
-    """Tag or file of the model's weights. null: random weights, the same for the same `seed`."""
+    """Tag or file of an open_clip model's weights. null: random weights, the same for the same `seed`."""
     layer: Literal["last", "penultimate"] = "penultimate"
-    """Block whose output is the context: the last or the one before it."""
+    """Block of an open_clip model whose output is the context: the last or the one before it."""
     final_norm: bool = True
-    """Apply the tower's last normalisation to that output, as Stable Diffusion does to the penultimate block's."""
+    """Apply the open_clip tower's last normalisation to that output, as Stable Diffusion does to the penultimate
+    block's."""
     seed: int = 0
-    """Seed of random weights."""
+    """Seed of an open_clip model's random weights."""
+
+    def __post_init__(self) -> None:
+        if self.kind == "open_clip":
+            return
+        for f in fields(self):
+            if f.name in _OF_OPEN_CLIP and getattr(self, f.name) != f.default:
+                problem = f"has no meaning for kind {self.kind!r}, whose folder says all"
+                raise ConfigError(f.name, getattr(self, f.name), problem, "Remove it.")
 
 
-class TextEncoder:
-    """A text tower with its tokenizer.
+class TextEncoder(ABC):
+    """A frozen text encoder with its tokenizer.
 
     Attributes:
         context_shape: (T, D) of a caption's embedding: number of tokens, width.
-
-    Raises:
-        ConfigError: open_clip does not know the model or cannot load it, its text tower is not open_clip's own
-            transformer, or it has no penultimate layer.
     """
 
-    def __init__(self, config: TextEncoderConfig, device: torch.device) -> None:
-        import open_clip
-
-        name = _registered(config.name)
-        try:
-            with torch.random.fork_rng(devices=[]), _quiet():
-                torch.manual_seed(config.seed)
-                model = open_clip.create_model(name, pretrained=config.pretrained, device="cpu")
-            self._tokenizer = open_clip.get_tokenizer(name)
-        except Exception as e:  # of many kinds: unknown tags, files of other models, no connection
-            field = "pretrained" if config.pretrained else "name"
-            remedy = "Name a tag of this model (open_clip.list_pretrained()) or a file of its weights."
-            raise ConfigError(
-                f"text_encoder.{field}", getattr(config, field), f"cannot be loaded ({e})", remedy
-            ) from None
-        # open_clip keeps the text tower either as `model.text` (CustomTextCLIP) or in the model itself (CLIP).
-        tower = model.text if hasattr(model, "text") else model
-        if not hasattr(tower, "transformer") or not hasattr(tower.transformer, "resblocks"):
-            problem, remedy = "has a text tower that is not open_clip's own", "Choose one without hf_model_name."
-            raise ConfigError("text_encoder.name", config.name, problem, remedy)
-        layers = len(tower.transformer.resblocks)
-        if layers < 2 and config.layer == "penultimate":
-            raise ConfigError("text_encoder.layer", config.layer, "the tower has one layer", "Use last.")
-        model.visual = None
-        self._config, self._device = config, device
-        self._tower = tower.to(device).eval().requires_grad_(False)
-        self._tower_is_model = tower is model
-        self._block = layers - (1 if config.layer == "last" else 2)
-        self.context_shape = (int(tower.context_length), int(tower.token_embedding.embedding_dim))
+    context_shape: tuple[int, int]
 
     @property
+    @abstractmethod
     def identity(self) -> str:
         """A string that differs for encoders whose embeddings differ: a digest of weights, layer and tokenizer."""
-        how = {"layer": self._config.layer, "final_norm": self._config.final_norm, "shape": self.context_shape}
-        return digest(how | {"tokenizer": type(self._tokenizer).__name__}, self._tower.state_dict())
 
-    @torch.no_grad()
+    @abstractmethod
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Context [n, T, D], float32, and mask [n, T], True for the tokens of the caption, both on the CPU."""
-        tokens_nT = self._tokenizer(list(captions))
-        options: dict[str, Any] = {"normalize_intermediates": self._config.final_norm, "intermediates_only": True}
-        tokens = tokens_nT.to(self._device)
-        if self._tower_is_model:
-            found = self._tower.forward_intermediates(text=tokens, text_indices=[self._block], **options)
-        else:
-            found = self._tower.forward_intermediates(tokens, indices=[self._block], output_fmt="NLC", **options)
-        return found["text_intermediates"][0].float().cpu(), self._mask(tokens_nT)
-
-    def _mask(self, tokens_nT: Tensor) -> Tensor:
-        """True up to and with the first end token, or, for tokenizers without one, for all but padding."""
-        end = getattr(self._tokenizer, "eot_token_id", None)
-        if end is None:
-            return tokens_nT != getattr(self._tower, "pad_id", -1)
-        is_end = (tokens_nT == end).long()
-        out: Tensor = is_end.cumsum(1) - is_end == 0  # no end token before this one
-        return out
 
 
-def _registered(name: str) -> str:
-    """The name under which open_clip knows the model. Registers a model configuration given as a .json file."""
-    import open_clip
+def open_text_encoder(config: TextEncoderConfig, device: torch.device) -> TextEncoder:
+    """Load a text encoder.
 
-    if name.endswith(".json"):
-        if not Path(name).is_file():
-            raise ConfigError(
-                "text_encoder.name", name, "does not exist", "Name the configuration of an open_clip model."
-            )
-        open_clip.add_model_config(name)
-        name = Path(name).stem
-    if ":" not in name and name not in open_clip.list_models():
-        raise ConfigError(
-            "text_encoder.name", name, "is not a model of open_clip", did_you_mean(name, open_clip.list_models())
-        )
-    return name
+    Raises:
+        ConfigError: it is not known, or cannot be loaded.
+    """
+    # Either library takes seconds to import, so only the one that is needed is.
+    if config.kind == "clip":
+        from msdiff_dist.models.clip_text import ClipText
 
+        return ClipText(config, device)
+    from msdiff_dist.models.open_clip_text import OpenClipText
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence open_clip's warning about missing weights: random weights are wanted here."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+    return OpenClipText(config, device)

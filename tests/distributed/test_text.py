@@ -13,7 +13,7 @@ from PIL import Image
 
 from msdiff_dist.apps.encode import encode
 from msdiff_dist.data.make.shard_writer import encode_image, write_shard
-from msdiff_dist.models.text_encoder import TextEncoder
+from msdiff_dist.models.text_encoder import open_text_encoder
 from msdiff_dist.randomness import dropped_conditions
 from msdiff_dist.recipe import recipe_from
 from msdiff_dist.testing import run_distributed
@@ -55,7 +55,7 @@ def conditions(rank: int, world_size: int, mapping: dict[str, Any], path: Path) 
     """The loss of one step, and how many contexts of the next two batches were dropped; each context is checked."""
     run = open_run(rank, world_size, mapping, path)
     loss = run.step(1e-3).loss
-    encoder = TextEncoder(run.recipe.text_encoder, torch.device("cpu"))
+    encoder = open_text_encoder(run.recipe.text_encoder, torch.device("cpu"))
     null, dropped = encoder([""])[0][0], 0
     for _ in range(2):
         (batch,) = run.feed.next_batch()

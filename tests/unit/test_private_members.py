@@ -103,7 +103,7 @@ PRESENT = [
     ("diffusers.models.resnet", "ResnetBlock2D", "exported multi-stage models"),
     ("diffusers.models.transformers.transformer_2d", "Transformer2DModel", "exported multi-stage models"),
     ("diffusers.models.upsampling", "Upsample2D", "exported multi-stage models"),
-    ("open_clip.transformer", "TextTransformer.forward_intermediates", "text encoders (models.text_encoder)"),
+    ("open_clip.transformer", "TextTransformer.forward_intermediates", "text encoders (models.open_clip_text)"),
     ("fairscale.nn", "checkpoint_wrapper", "activation checkpointing"),
 ]
 

@@ -12,7 +12,7 @@ from msdiff_dist.data.access import beside
 from msdiff_dist.data.make.manifest import NULL_CONTEXT, Manifest, load_null_context
 from msdiff_dist.errors import ConfigError, DataError
 from msdiff_dist.models.autoencoder import LatentCodec
-from msdiff_dist.models.text_encoder import TextEncoder
+from msdiff_dist.models.text_encoder import open_text_encoder
 from msdiff_dist.recipe import Recipe
 
 
@@ -43,7 +43,7 @@ def check_latents(recipe: Recipe, manifests: Mapping[str, Manifest]) -> Tensor |
                 "data.shards", recipe.data.shards, "have no manifest with the embedding of the empty caption",
                 "Encode them with `msdiff data encode`, or remove text_encoder.",
             )  # fmt: skip
-        identity = TextEncoder(recipe.text_encoder, torch.device("cpu")).identity
+        identity = open_text_encoder(recipe.text_encoder, torch.device("cpu")).identity
         known = [(at, m.text_encoder.identity, m.text_encoder.name) for at, m in found if m.text_encoder]
         _check_identity("text_encoder.name", recipe.text_encoder.name, identity, known)
         at, manifest = found[0]

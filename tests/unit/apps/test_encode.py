@@ -27,7 +27,7 @@ from msdiff_dist.data.make.shard_writer import encode_image, write_index, write_
 from msdiff_dist.data.tar_members import samples
 from msdiff_dist.errors import ConfigError, DataError, UserError
 from msdiff_dist.files.work_share import Part, working
-from msdiff_dist.models.text_encoder import TextEncoder
+from msdiff_dist.models.text_encoder import open_text_encoder
 from msdiff_dist.recipe import recipe_from, recipe_mapping
 
 SIZE = 8
@@ -123,7 +123,7 @@ def test_moments_and_embeddings_are_the_networks_own(images, tmp_path):
     assert (manifest.shape, manifest.context_shape, manifest.moments) == ((2, 8, 8), (8, 8), True)
     trained = recipe_of(images, autoencoder, text, data)
     null = check_latents(trained, find_data(trained.data).manifests)
-    context, _ = TextEncoder(recipe.text_encoder, torch.device("cpu"))(["", "image 3"])
+    context, _ = open_text_encoder(recipe.text_encoder, torch.device("cpu"))(["", "image 3"])
     assert torch.equal(null, context[0].bfloat16())
     step = next(StepLoader(trained.data, 0, 15))
     assert torch.allclose(step.context_nTC[step.keys.index("1-3")].float(), context[1], atol=0.05)

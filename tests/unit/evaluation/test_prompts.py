@@ -11,7 +11,7 @@ from msdiff_dist.errors import ConfigError
 from msdiff_dist.evaluation.prompts import Prompter
 from msdiff_dist.export.description import ModelDescription
 from msdiff_dist.models import LDMConfig
-from msdiff_dist.models.text_encoder import TextEncoder, TextEncoderConfig
+from msdiff_dist.models.text_encoder import TextEncoderConfig, open_text_encoder
 
 CPU = torch.device("cpu")
 
@@ -33,7 +33,7 @@ def prompter_of(context_dim=8, **fields):
 def test_prompts_take_turns_by_number(tower):
     prompter = prompter_of(text_encoder=tower, context_shape=(8, 8))
     context, null = prompter([1, 2, 5], ["a", "b b", "c"])
-    expected, _ = TextEncoder(tower, CPU)(["b b", "c", "c", "", "", ""])
+    expected, _ = open_text_encoder(tower, CPU)(["b b", "c", "c", "", "", ""])
     assert torch.allclose(torch.cat([context, null]), expected, atol=1e-6)
     assert torch.equal(prompter([0, 1], ())[0], null[:2])
 

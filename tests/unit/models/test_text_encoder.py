@@ -10,7 +10,7 @@ import torch
 from open_clip.transformer import text_global_pool
 
 from msdiff_dist.errors import ConfigError
-from msdiff_dist.models.text_encoder import TextEncoder, TextEncoderConfig
+from msdiff_dist.models.text_encoder import TextEncoderConfig, open_text_encoder
 
 CAPTIONS = ["", "a red apple", "two very big dogs!", "x " * 40]
 TEXT = {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3}
@@ -43,7 +43,7 @@ def tower(request, tmp_path):
 
 
 def encoder_of(config, **changes):
-    return TextEncoder(TextEncoderConfig(**{**vars(config), **changes}), torch.device("cpu"))
+    return open_text_encoder(TextEncoderConfig(**{**vars(config), **changes}), torch.device("cpu"))
 
 
 def tokens_of(config):
@@ -109,4 +109,4 @@ def test_random_weights_are_fixed_by_the_seed(tower):
 )
 def test_what_cannot_be_loaded_is_named(changes, message):
     with pytest.raises(ConfigError, match=message):
-        TextEncoder(TextEncoderConfig(**{"name": "ViT-B-32", **changes}), torch.device("cpu"))
+        open_text_encoder(TextEncoderConfig(**{"name": "ViT-B-32", **changes}), torch.device("cpu"))
