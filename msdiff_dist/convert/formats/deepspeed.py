@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from msdiff_dist.checkpoint.layout import INDEX
-from msdiff_dist.convert.formats.diffusers_folder import json_of, read_unet
+from msdiff_dist.convert.formats.diffusers_folder import read_unet
 from msdiff_dist.convert.formats.export_folder import read_run
 from msdiff_dist.convert.formats.ldm import CLASS_TABLE, UNET, read_ldm
+from msdiff_dist.convert.formats.model_folder import json_of
 from msdiff_dist.convert.model_weights import ModelWeights
 from msdiff_dist.convert.options import ConvertOptions
 from msdiff_dist.convert.recognition import format_of

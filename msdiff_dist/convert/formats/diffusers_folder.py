@@ -6,7 +6,6 @@ holds brings its own class and pipeline (`carried/`), which diffusers loads with
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,6 +16,7 @@ from msdiff_dist.convert import carried
 from msdiff_dist.convert.formats.diffusers_scheduler import SCHEDULES, read_scheduler
 from msdiff_dist.convert.formats.diffusers_unet import STOCK, diffusers_unet_rules, model_of_stock, stock_config
 from msdiff_dist.convert.formats.ldm import PAPER_BOUNDARIES
+from msdiff_dist.convert.formats.model_folder import WEIGHTS, json_of, weights_of, write_json
 from msdiff_dist.convert.key_map import OursFromTheirs, TheirsFromOurs, check_complete
 from msdiff_dist.convert.model_weights import (
     AutoencoderWeights,
@@ -27,7 +27,7 @@ from msdiff_dist.convert.model_weights import (
 )
 from msdiff_dist.convert.options import ConvertOptions, given_boundaries
 from msdiff_dist.convert.recognition import refuse_other_formats
-from msdiff_dist.convert.tensor_sources import SafetensorsSource, TensorSource, open_shards, open_source
+from msdiff_dist.convert.tensor_sources import TensorSource
 from msdiff_dist.convert.writing import write_safetensors
 from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
 from msdiff_dist.diffusion.processes.discrete import DiscreteConfig
@@ -39,7 +39,6 @@ from msdiff_dist.models.ldm.config import LDMConfig
 _CARRIED = Path(carried.__file__).parent
 OWN_CLASS, OWN_MODULE = "MultistageUNet2DModel", "multistage_unet_2d"
 PIPELINE_CLASS, PIPELINE_MODULE = "MultistagePipeline", "multistage_pipeline"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Files about the model's licence and use, copied along.
 _NOTES = ("LICENSE*", "NOTICE*", "README.md")
 
@@ -160,44 +159,15 @@ def write_diffusers(weights: ModelWeights, folder: Path, metadata: Mapping[str, 
 
     unet = folder / "unet"
     unet.mkdir(parents=True)
-    _write_json(unet / "config.json", {**config, "sample_size": weights.description.sample_size})
+    write_json(unet / "config.json", {**config, "sample_size": weights.description.sample_size})
     written.files[f"unet/{WEIGHTS}"] = write_safetensors(
         unet / WEIGHTS, TheirsFromOurs(weights.tensors, rules), metadata
     )
     discrete = weights.description.diffusion.settings()
-    _write_json(folder / "scheduler" / "scheduler_config.json", _scheduler_config(discrete))
+    write_json(folder / "scheduler" / "scheduler_config.json", _scheduler_config(discrete))
     has_vae = _write_autoencoder(weights, folder / "vae", written, metadata)
     _write_index(weights.description, folder, config["_class_name"], has_vae)
     return written
-
-
-def weights_of(folder: Path, options: ConvertOptions | None = None) -> TensorSource:
-    """The tensors of one model's folder, in whichever files diffusers writes them to.
-
-    Of several variants the one of full precision is taken, and of `non_ema` weights only if the raw ones are asked for.
-
-    Raises:
-        CheckpointError: there are no such files.
-    """
-    variants = ["", ".fp16", ".bf16"]
-    if options is not None and options.weights == "raw":
-        variants.insert(0, ".non_ema")
-    stem = "diffusion_pytorch_model"
-    for variant in variants:
-        for suffix in (".safetensors", ".bin"):
-            file = folder / f"{stem}{variant}{suffix}"
-            # diffusers puts the variant of a sharded model at the end of the index's name.
-            index = folder / f"{stem}{suffix}.index{variant}.json"
-            if file.exists():
-                return open_source(file)
-            if index.exists():
-                return open_shards(index)
-    found = sorted(folder.glob("*.safetensors"))
-    if len(found) != 1:
-        raise CheckpointError(
-            str(folder), [p.name for p in found], f"holds no {WEIGHTS}", "Name a complete diffusers folder."
-        )
-    return SafetensorsSource(found)
 
 
 def _own_config(model: LDMConfig, weights: ModelWeights) -> dict[str, Any]:
@@ -312,7 +282,7 @@ def _write_autoencoder(weights: ModelWeights, folder: Path, written: Written, me
             written.remarks.append(f"the autoencoder {codec.path} is not in the source: give it to the pipeline as vae")
         return False
     config = {**autoencoder.config, "scaling_factor": weights.description.autoencoder.scale_factor}
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     written.files[f"vae/{WEIGHTS}"] = write_safetensors(folder / WEIGHTS, autoencoder.tensors, metadata)
     written.names |= {f"autoencoder/{k}": [f"vae/{k}"] for k in autoencoder.tensors.names()}
     return True
@@ -341,24 +311,4 @@ def _write_index(description: ModelDescription, folder: Path, unet_class: str, h
             "scale_factor": codec.scale_factor,
             "pixel_shuffle": codec.factor if codec.kind == "space_to_depth" else 1,
         }
-    _write_json(folder / "model_index.json", index)
-
-
-def json_of(path: Path) -> dict[str, Any]:
-    """Content of a JSON file.
-
-    Raises:
-        CheckpointError: it is missing or no JSON.
-    """
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-        return content
-    except FileNotFoundError:
-        raise CheckpointError(str(path), None, "is missing", "Name a complete diffusers folder.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise CheckpointError(str(path), None, f"is no JSON ({e})", "Fetch the folder again.") from None
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(folder / "model_index.json", index)

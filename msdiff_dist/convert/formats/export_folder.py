@@ -12,7 +12,7 @@ from torch import Tensor
 
 from msdiff_dist import __version__
 from msdiff_dist.config import to_mapping
-from msdiff_dist.convert.formats.diffusers_folder import WEIGHTS, weights_of
+from msdiff_dist.convert.formats.model_folder import WEIGHTS, weights_of
 from msdiff_dist.convert.key_map import SAME, OursFromTheirs, Rule, check_complete
 from msdiff_dist.convert.model_weights import AutoencoderWeights, ModelWeights, Written, empty_model
 from msdiff_dist.convert.options import ConvertOptions
