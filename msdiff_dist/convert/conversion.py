@@ -174,8 +174,9 @@ def _kept_metadata(weights: ModelWeights) -> dict[str, str]:
 def _source_files(weights: ModelWeights) -> list[Path]:
     """The files that the tensors come from, each once."""
     files = [*weights.tensors.files]
-    if weights.autoencoder_weights is not None:
-        files += weights.autoencoder_weights.tensors.files
+    for frozen in (weights.autoencoder_weights, weights.text_encoder_weights):
+        if frozen is not None:
+            files += frozen.tensors.files
     return list(dict.fromkeys(files))
 
 

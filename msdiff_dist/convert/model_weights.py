@@ -30,11 +30,30 @@ class AutoencoderWeights:
     """Its tensors under diffusers' names."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderWeights:
+    """A CLIPTextModel as transformers has it, with its tokenizer."""
+
+    config: dict[str, Any]
+    """Content of its config.json."""
+    tensors: TensorSource
+    """Its tensors under the names in its file."""
+    tokenizer: tuple[Path, ...]
+    """The tokenizer's files."""
+    context_shape: tuple[int, int]
+    """Number of tokens of a caption's embedding and their width, (T, D)."""
+
+
+# Beginnings of our names for tensors of the frozen networks, which no edit of the stages changes.
+FROZEN = ("autoencoder/", "text_encoder/")
+
+
 @dataclass(kw_only=True)
 class ModelWeights:
     """A model of any format: its description, its tensors under our names, and what became of each key of the source.
 
-    Our names are those of `MultistageUNet`, and `autoencoder/` before diffusers' names for tensors of the autoencoder.
+    Our names are those of `MultistageUNet`, and those of `FROZEN` before the other libraries' names for tensors of the
+    autoencoder and the text encoder.
     """
 
     description: ModelDescription
@@ -42,6 +61,8 @@ class ModelWeights:
     """The network's tensors under `MultistageUNet`'s names."""
     autoencoder_weights: AutoencoderWeights | None = None
     """The autoencoder, where the source holds it."""
+    text_encoder_weights: TextEncoderWeights | None = None
+    """The text encoder with its tokenizer, where the source holds them."""
     used: dict[str, list[str]] = field(default_factory=dict)
     """For each key of the source that is converted, our names of the tensors that it gives."""
     left_out: dict[str, str] = field(default_factory=dict)

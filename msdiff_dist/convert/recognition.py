@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 from msdiff_dist.errors import CheckpointError
 
@@ -49,3 +51,54 @@ def refuse_other_formats(keys: Iterable[str], wanted: str) -> None:
         )
         raise CheckpointError("--from", wanted, problem, "Name a checkpoint of a diffusion U-Net.")
     raise CheckpointError("--from", wanted, f"the checkpoint is of format {found}", f"Use --from {found}.")
+
+
+# Folders that only pipelines without a network of this package have, with what they are.
+_OTHER_FOLDERS = {
+    "text_encoder_2": "Stable Diffusion XL or newer, whose network takes the embeddings of two text encoders",
+    "transformer": "a diffusion transformer and no U-Net",
+    "prior": "a prior for another pipeline",
+}
+_LORA = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapter_config.json")
+# What U-Nets with more channels than the latents' four take beside them.
+_MORE_INPUTS = {
+    9: "an inpainting model, whose U-Net takes a mask and the latents of the masked image too",
+    8: "an image-editing model, whose U-Net takes the latents of the image to edit too",
+    7: "an upscaling model, whose U-Net takes the small image too",
+    5: "a depth-to-image model, whose U-Net takes a depth map too",
+}
+_TEXT_TO_IMAGE = "Take a text-to-image model of Stable Diffusion 1 or 2."
+
+
+def refuse_other_pipelines(folder: Path) -> None:
+    """Raise if a diffusers folder holds a LoRA or a pipeline whose network this package does not have.
+
+    Raises:
+        CheckpointError: it does; the error names it.
+    """
+    if any((where / name).is_file() for where in (folder, folder / "unet") for name in _LORA):
+        raise CheckpointError(
+            "SRC", str(folder), "holds a LoRA, which is a change of another model's weights",
+            "Apply it in diffusers (load_lora_weights, fuse_lora) and take what save_pretrained then writes.",
+        )  # fmt: skip
+    for name, what in _OTHER_FOLDERS.items():
+        if (folder / name).is_dir():
+            raise CheckpointError("SRC", str(folder), f"holds {what}", _TEXT_TO_IMAGE)
+
+
+def refuse_other_inputs(unet: Mapping[str, Any]) -> None:
+    """Raise if a U-Net of diffusers takes inputs that this package's networks do not.
+
+    Args:
+        unet: its config.json.
+
+    Raises:
+        CheckpointError: it does; the error names the model.
+    """
+    channels = unet.get("in_channels", 4)
+    if unet.get("addition_embed_type") == "text_time":
+        raise CheckpointError(
+            "unet/config.json", "text_time", f"is of {_OTHER_FOLDERS['text_encoder_2']}", _TEXT_TO_IMAGE
+        )
+    if channels != unet.get("out_channels", 4) and channels in _MORE_INPUTS:
+        raise CheckpointError("unet.in_channels", channels, f"is that of {_MORE_INPUTS[channels]}", _TEXT_TO_IMAGE)

@@ -88,11 +88,13 @@ class ExportWeights(Weights):
 
     def __init__(self, folder: Path) -> None:
         description = _read_description(folder / CONFIG)
-        autoencoder = description.autoencoder
-        # The path of an autoencoder that came along with the export is relative to the export's folder.
+        autoencoder, text = description.autoencoder, description.text_encoder
+        # The paths of networks that came along with the export are relative to the export's folder.
         if autoencoder.path and (folder / autoencoder.path).is_dir():
             autoencoder = replace(autoencoder, path=str(folder / autoencoder.path))
-        self.description = replace(description, autoencoder=autoencoder)
+        if text and text.kind == "clip" and (folder / text.name).is_dir():
+            text = replace(text, name=str(folder / text.name))
+        self.description = replace(description, autoencoder=autoencoder, text_encoder=text)
         self._reader = TensorReader(folder / MODEL)
 
     def names(self) -> list[str]:

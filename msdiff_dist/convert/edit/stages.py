@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from msdiff_dist.convert.model_weights import JoinedSource, ModelWeights, empty_model
+from msdiff_dist.convert.model_weights import FROZEN, JoinedSource, ModelWeights, empty_model
 from msdiff_dist.convert.tensor_sources import RenamedSource, TensorSource
 from msdiff_dist.diffusion.config import StagesConfig
 from msdiff_dist.errors import ConfigError
@@ -44,7 +44,7 @@ def extract_stage(weights: ModelWeights, stage: int) -> ModelWeights:
     # The report is about the source's keys: follow each through the new names.
     used, left_out = {}, dict(weights.left_out)
     for key, ours in weights.used.items():
-        kept = [renamed.get(name, name) for name in ours if name in renamed or name.startswith("autoencoder/")]
+        kept = [renamed.get(name, name) for name in ours if name in renamed or name.startswith(FROZEN)]
         if kept:
             used[key] = kept
         else:
@@ -184,12 +184,12 @@ def merge(models: Sequence[ModelWeights], boundaries: Sequence[float]) -> ModelW
         parts.append(RenamedSource(part.tensors, {_merged_name(n, k, shared): n for n in kept}))
         # Sources may have the same keys, so the report has the model's number before them.
         for key, names in part.used.items():
-            # A key gives tensors of the network or of the autoencoder, never of both.
-            of_network = [_merged_name(n, k, shared) for n in names if not n.startswith("autoencoder/")]
+            # A key gives tensors of the network or of a frozen one, never of both.
+            of_network = [_merged_name(n, k, shared) for n in names if not n.startswith(FROZEN)]
             if of_network or k == 0:
                 used[f"{k}:{key}"] = of_network or names
             else:
-                left_out[f"{k}:{key}"] = "the first model's autoencoder is kept"
+                left_out[f"{k}:{key}"] = "the first model's is kept"
         left_out |= {f"{k}:{key}": reason for key, reason in part.left_out.items()}
     model = _merged_model([part.model for part in models], shared)
     return replace(

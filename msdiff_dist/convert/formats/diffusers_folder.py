@@ -1,7 +1,8 @@
 """The format `diffusers`: a folder of one U-Net, or of a pipeline with U-Net, scheduler and autoencoder.
 
-A written pipeline has model_index.json, unet/, scheduler/ and, with an autoencoder, vae/. A model that no stock class
-holds brings its own class and pipeline (`carried/`), which diffusers loads with `trust_remote_code=True`.
+A written pipeline has model_index.json, unet/, scheduler/ and, where the model has them, vae/, text_encoder/ and
+tokenizer/. A model that no stock class holds brings its own class and pipeline (`carried/`), which diffusers loads with
+`trust_remote_code=True`.
 """
 
 from __future__ import annotations
@@ -15,18 +16,27 @@ from typing import Any
 from msdiff_dist.convert import carried
 from msdiff_dist.convert.formats.diffusers_scheduler import SCHEDULES, read_scheduler
 from msdiff_dist.convert.formats.diffusers_unet import STOCK, diffusers_unet_rules, model_of_stock, stock_config
+from msdiff_dist.convert.formats.frozen_networks import (
+    TEXT,
+    TEXT_ENCODER,
+    TOKENIZER,
+    read_autoencoder,
+    read_text_encoder,
+    write_frozen,
+)
 from msdiff_dist.convert.formats.ldm import PAPER_BOUNDARIES
 from msdiff_dist.convert.formats.model_folder import WEIGHTS, json_of, weights_of, write_json
 from msdiff_dist.convert.key_map import OursFromTheirs, TheirsFromOurs, check_complete
 from msdiff_dist.convert.model_weights import (
     AutoencoderWeights,
     ModelWeights,
+    TextEncoderWeights,
     Written,
     empty_model,
     ldm_model,
 )
 from msdiff_dist.convert.options import ConvertOptions, given_boundaries
-from msdiff_dist.convert.recognition import refuse_other_formats
+from msdiff_dist.convert.recognition import refuse_other_formats, refuse_other_inputs, refuse_other_pipelines
 from msdiff_dist.convert.tensor_sources import TensorSource
 from msdiff_dist.convert.writing import write_safetensors
 from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
@@ -34,7 +44,9 @@ from msdiff_dist.diffusion.processes.discrete import DiscreteConfig
 from msdiff_dist.errors import CheckpointError, ConfigError
 from msdiff_dist.export.description import ModelDescription
 from msdiff_dist.models.autoencoder import AutoencoderConfig
+from msdiff_dist.models.config import ModelConfig
 from msdiff_dist.models.ldm.config import LDMConfig
+from msdiff_dist.models.text_encoder import TextEncoderConfig
 
 _CARRIED = Path(carried.__file__).parent
 OWN_CLASS, OWN_MODULE = "MultistageUNet2DModel", "multistage_unet_2d"
@@ -50,30 +62,39 @@ def read_diffusers(folder: Path, options: ConvertOptions) -> ModelWeights:
         CheckpointError: a file is missing, or this package has no such network.
     """
     folder = folder.expanduser()
+    refuse_other_pipelines(folder)
     unet = _unet_folder(folder, options)
-    if not (folder / "model_index.json").exists():
-        found = read_unet(json_of(unet / "config.json"), weights_of(unet, options), options)
-        scheduler = folder / "scheduler" / "scheduler_config.json"
-        if unet == folder or not scheduler.exists():
-            return found
-        diffusion = DiffusionConfig(process="discrete", section=read_scheduler(json_of(scheduler), options))
-        return replace(found, description=replace(found.description, diffusion=diffusion), assumed=[])
-    index = json_of(folder / "model_index.json")
-    found = read_unet(json_of(unet / "config.json"), weights_of(unet, options), options)
-    discrete = read_scheduler(json_of(folder / "scheduler" / "scheduler_config.json"), options)
+    config = json_of(unet / "config.json")
+    has_index, scheduler = (folder / "model_index.json").exists(), folder / "scheduler" / "scheduler_config.json"
+    if not has_index and (unet == folder or not scheduler.exists()):
+        return read_unet(config, weights_of(unet, options), options)
+    refuse_other_inputs(config)
+    index = json_of(folder / "model_index.json") if has_index else {}
+    found = read_unet(config, weights_of(unet, options), options)
+    diffusion = DiffusionConfig(process="discrete", section=read_scheduler(json_of(scheduler), options))
     vae = next((folder / name for name in ("vae", "vqvae") if (folder / name).is_dir()), None)
     autoencoder, vae_weights, assumptions = _read_autoencoder(vae, index, options)
+    text, why_no_text = _read_text(folder, found.model)
+    converted = ["unet", "scheduler", *([vae.name] if vae else []), *([TEXT_ENCODER, TOKENIZER] if text else [])]
     for name, value in index.items():
-        converted = ("_class_name", "unet", "scheduler", vae.name if vae else None)
-        if isinstance(value, list) and value[0] is not None and name not in converted:
-            found.left_out[f"{name}/"] = "a part of the pipeline that is not the network"
+        if isinstance(value, list) and value[0] is not None and name not in ("_class_name", *converted):
+            reason = why_no_text if name in (TEXT_ENCODER, TOKENIZER) else None
+            found.left_out[f"{name}/"] = reason or "a part of the pipeline that is not the network"
     if vae and vae_weights:
         found.used |= {f"{vae.name}/{k}": [f"autoencoder/{k}"] for k in vae_weights.tensors.names()}
-    diffusion = DiffusionConfig(process="discrete", section=discrete)
+    if text:
+        found.used |= {f"{TEXT_ENCODER}/{k}": [f"{TEXT_ENCODER}/{k}"] for k in text.tensors.names()}
     return replace(
         found,
-        description=replace(found.description, diffusion=diffusion, autoencoder=autoencoder),
+        description=replace(
+            found.description,
+            diffusion=diffusion,
+            autoencoder=autoencoder,
+            text_encoder=TextEncoderConfig(kind="clip", name=TEXT) if text else None,
+            context_shape=text.context_shape if text else None,
+        ),
         autoencoder_weights=vae_weights,
+        text_encoder_weights=text,
         assumed=assumptions,  # not the U-Net's, whose schedule and scale the pipeline states
         notes=[p for pattern in _NOTES for p in sorted(folder.glob(pattern))],
     )
@@ -165,8 +186,9 @@ def write_diffusers(weights: ModelWeights, folder: Path, metadata: Mapping[str, 
     )
     discrete = weights.description.diffusion.settings()
     write_json(folder / "scheduler" / "scheduler_config.json", _scheduler_config(discrete))
-    has_vae = _write_autoencoder(weights, folder / "vae", written, metadata)
-    _write_index(weights.description, folder, config["_class_name"], has_vae)
+    written.remarks += _remarks(weights)
+    write_frozen(_scaled(weights), folder / "vae", folder, folder, written, metadata)
+    _write_index(weights, folder, config["_class_name"])
     return written
 
 
@@ -260,55 +282,77 @@ def _read_autoencoder(
     if folder is None:
         kind = "space_to_depth" if shuffle > 1 else "pixel"
         return AutoencoderConfig(kind=kind, factor=shuffle, scale_factor=scale or 1.0), None, []  # type: ignore[arg-type]
-    config = json_of(folder / "config.json")
-    if config.get("_class_name") not in ("AutoencoderKL", "VQModel"):
-        raise CheckpointError(
-            f"{folder.name}/config.json", config.get("_class_name"), "is no autoencoder that this package has",
-            "Convert the U-Net's folder alone.",
-        )  # fmt: skip
+    weights = read_autoencoder(folder)
     assumptions = [] if scale else ["scale factor of latents: the autoencoder's scaling_factor"]
-    scale = scale or config.get("scaling_factor", 0.18215)
-    kind = "vq" if config["_class_name"] == "VQModel" else "kl"
-    weights = AutoencoderWeights(config["_class_name"], config, weights_of(folder))
+    scale = scale or weights.config.get("scaling_factor", 0.18215)
+    kind = "vq" if weights.class_name == "VQModel" else "kl"
     return AutoencoderConfig(kind=kind, path="autoencoder", scale_factor=scale), weights, assumptions  # type: ignore[arg-type]
 
 
-def _write_autoencoder(weights: ModelWeights, folder: Path, written: Written, metadata: Mapping[str, str]) -> bool:
-    """Write the autoencoder, if the model brings it, and add it to `written`; returns whether it does."""
-    autoencoder = weights.autoencoder_weights
-    if autoencoder is None:
-        codec = weights.description.autoencoder
-        if codec.kind in ("kl", "vq"):
-            written.remarks.append(f"the autoencoder {codec.path} is not in the source: give it to the pipeline as vae")
-        return False
-    config = {**autoencoder.config, "scaling_factor": weights.description.autoencoder.scale_factor}
-    write_json(folder / "config.json", config)
-    written.files[f"vae/{WEIGHTS}"] = write_safetensors(folder / WEIGHTS, autoencoder.tensors, metadata)
-    written.names |= {f"autoencoder/{k}": [f"vae/{k}"] for k in autoencoder.tensors.names()}
-    return True
+def _read_text(folder: Path, model: ModelConfig) -> tuple[TextEncoderWeights | None, str]:
+    """The text encoder of a pipeline whose U-Net takes text, or None and the reason."""
+    try:
+        text = read_text_encoder(folder)
+    except CheckpointError as e:
+        return None, f"it {e.problem}" if e.value is None else f"{e.value} {e.problem}"
+    width = text.context_shape[1]
+    if width != model.context_channels:
+        return None, f"its tokens are {width} wide, and the U-Net takes {model.context_channels}"
+    return text, ""
 
 
-def _write_index(description: ModelDescription, folder: Path, unet_class: str, has_vae: bool) -> None:
+def _scaled(weights: ModelWeights) -> ModelWeights:
+    """The same with the scale of latents in the autoencoder's config.json, where diffusers looks for it."""
+    vae = weights.autoencoder_weights
+    if vae is None:
+        return weights
+    config = {**vae.config, "scaling_factor": weights.description.autoencoder.scale_factor}
+    return replace(weights, autoencoder_weights=replace(vae, config=config))
+
+
+def _remarks(weights: ModelWeights) -> list[str]:
+    """What the user has to add to the written pipeline."""
+    codec, text = weights.description.autoencoder, weights.description.text_encoder
+    remarks = []
+    if weights.autoencoder_weights is None and codec.kind in ("kl", "vq"):
+        remarks.append(f"the autoencoder {codec.path} is not in the source: give it to the pipeline as vae")
+    if weights.text_encoder_weights is None and weights.model.takes_context:
+        named = f"the text encoder {text.name}" if text else "a text encoder"
+        remarks.append(f"{named} is not in the source: give the pipeline prompt_embeds instead of a prompt")
+    return remarks
+
+
+def _write_index(weights: ModelWeights, folder: Path, unet_class: str) -> None:
     """Write model_index.json, and the code that the pipeline needs beside diffusers."""
-    codec = description.autoencoder
+    description = weights.description
+    codec, has_vae = description.autoencoder, weights.autoencoder_weights is not None
+    has_text = weights.text_encoder_weights is not None
     own = unet_class == OWN_CLASS
     if own:
         shutil.copy(_CARRIED / f"{OWN_MODULE}.py", folder / "unet")
+    absent = [None, None]
     index: dict[str, Any] = {
         "unet": [OWN_MODULE if own else "diffusers", unet_class],
         "scheduler": ["diffusers", "DDIMScheduler"],
     }
-    # diffusers' own pipeline has no classes, no autoencoder and no scale.
-    pixels = codec.kind == "pixel" and codec.scale_factor == 1
-    if unet_class == "UNet2DModel" and pixels and description.model.num_classes is None:
+    parts = {
+        "vae": ["diffusers", "VQModel" if codec.kind == "vq" else "AutoencoderKL"] if has_vae else absent,
+        "text_encoder": ["transformers", "CLIPTextModel"] if has_text else absent,
+        "tokenizer": ["transformers", "CLIPTokenizer"] if has_text else absent,
+    }
+    plain = description.model.num_classes is None
+    # diffusers' own pipelines have no classes. That of images has neither autoencoder nor scale.
+    if unet_class == "UNet2DModel" and codec.kind == "pixel" and codec.scale_factor == 1 and plain:
         index["_class_name"] = "DDIMPipeline"
+    elif unet_class == "UNet2DConditionModel" and codec.kind == "kl" and has_vae and has_text and plain:
+        index |= {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **parts}
+        index |= dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), absent)
     else:
         shutil.copy(_CARRIED / f"{PIPELINE_MODULE}.py", folder)
-        vae_class = "VQModel" if codec.kind == "vq" else "AutoencoderKL"
         index |= {
             "_class_name": [PIPELINE_MODULE, PIPELINE_CLASS],
-            "vae": ["diffusers", vae_class] if has_vae else [None, None],
             "scale_factor": codec.scale_factor,
             "pixel_shuffle": codec.factor if codec.kind == "space_to_depth" else 1,
+            **parts,
         }
     write_json(folder / "model_index.json", index)

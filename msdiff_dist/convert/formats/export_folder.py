@@ -12,16 +12,16 @@ from torch import Tensor
 
 from msdiff_dist import __version__
 from msdiff_dist.config import to_mapping
-from msdiff_dist.convert.formats.model_folder import WEIGHTS, weights_of
+from msdiff_dist.convert.formats.frozen_networks import AUTOENCODER, TEXT, with_described_networks, write_frozen
 from msdiff_dist.convert.key_map import SAME, OursFromTheirs, Rule, check_complete
-from msdiff_dist.convert.model_weights import AutoencoderWeights, ModelWeights, Written, empty_model
+from msdiff_dist.convert.model_weights import ModelWeights, Written, empty_model
 from msdiff_dist.convert.options import ConvertOptions
 from msdiff_dist.convert.recognition import refuse_other_formats
 from msdiff_dist.convert.tensor_sources import SafetensorsSource, TensorSource
-from msdiff_dist.convert.writing import write_safetensors
 from msdiff_dist.errors import CheckpointError
 from msdiff_dist.export.export import write_tensors
 from msdiff_dist.export.weights import CONFIG, MODEL, CheckpointWeights, open_checkpoint, open_weights
+from msdiff_dist.models.text_encoder import TextEncoderConfig
 
 
 def read_export(folder: Path, options: ConvertOptions) -> ModelWeights:
@@ -40,18 +40,13 @@ def read_export(folder: Path, options: ConvertOptions) -> ModelWeights:
     shapes = dict(empty_model(description.model).named_parameters())
     rules = [Rule(name, (name,), SAME) for name in shapes]
     check_complete(source, rules, {}, shapes, "msdiff")
-    vae = folder / "autoencoder"
-    vae_weights = None
-    if (vae / CONFIG).exists():
-        config = json.loads((vae / CONFIG).read_text())
-        vae_weights = AutoencoderWeights(config["_class_name"], config, weights_of(vae))
-    return ModelWeights(
+    found = ModelWeights(
         description=description,
         tensors=OursFromTheirs(source, rules),
-        autoencoder_weights=vae_weights,
         used={name: [name] for name in shapes},
         notes=sorted(folder.glob("LICENSE*")) + sorted(folder.glob("SOURCE_*")),
     )
+    return with_described_networks(found)
 
 
 def read_run(folder: Path, options: ConvertOptions) -> ModelWeights:
@@ -61,11 +56,12 @@ def read_run(folder: Path, options: ConvertOptions) -> ModelWeights:
         CheckpointError: there is no checkpoint, or it is corrupt.
     """
     weights = CheckpointWeights(open_checkpoint(folder, verify=True), ema=options.weights != "raw")
-    return ModelWeights(
+    found = ModelWeights(
         description=weights.description,
         tensors=CheckpointSource(weights),
         used={name: [name] for name in weights.names()},
     )
+    return with_described_networks(found)
 
 
 class CheckpointSource(TensorSource):
@@ -86,21 +82,16 @@ class CheckpointSource(TensorSource):
 
 
 def write_export(weights: ModelWeights, folder: Path, metadata: Mapping[str, str]) -> Written:
-    """Write an export folder. Its config.json names the autoencoder's folder, if there is one, relative to itself."""
+    """Write an export folder. Its config.json names the frozen networks' folders, if any, relative to itself."""
     folder.mkdir(parents=True, exist_ok=True)
     written = Written(names={k: [k] for k in weights.tensors.names()})
     like = {name: weights.tensors.meta(name) for name in weights.tensors.names()}
     written.files |= write_tensors(folder, like, weights.tensors.read, metadata)
     description = replace(weights.description, version=__version__)
     if weights.autoencoder_weights is not None:
-        description = replace(description, autoencoder=replace(description.autoencoder, path="autoencoder"))
+        description = replace(description, autoencoder=replace(description.autoencoder, path=AUTOENCODER))
+    if weights.text_encoder_weights is not None:
+        description = replace(description, text_encoder=TextEncoderConfig(kind="clip", name=TEXT))
     (folder / CONFIG).write_text(json.dumps(to_mapping(description), indent=1) + "\n")
-    vae = weights.autoencoder_weights
-    if vae is not None:
-        (folder / "autoencoder").mkdir()
-        (folder / "autoencoder" / CONFIG).write_text(json.dumps(vae.config, indent=2) + "\n")
-        written.files[f"autoencoder/{WEIGHTS}"] = write_safetensors(
-            folder / "autoencoder" / WEIGHTS, vae.tensors, metadata
-        )
-        written.names |= {f"autoencoder/{k}": [f"autoencoder/{k}"] for k in vae.tensors.names()}
+    write_frozen(weights, folder / AUTOENCODER, folder / TEXT, folder, written, metadata)
     return written

@@ -44,7 +44,10 @@ def weights_of(
     found = sorted(folder.glob("*.safetensors"))
     if len(found) != 1:
         raise CheckpointError(
-            str(folder), [p.name for p in found], f"holds no {stems[0]}.safetensors", "Name a complete diffusers folder."
+            str(folder),
+            [p.name for p in found],
+            f"holds no {stems[0]}.safetensors",
+            "Name a complete diffusers folder.",
         )
     return SafetensorsSource(found)
 
