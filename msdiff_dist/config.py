@@ -22,8 +22,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, overload
 
-from msdiff_dist.errors import ConfigError, did_you_mean
+from msdiff_dist.errors import ConfigError, collecting, did_you_mean, nearest, raise_all
 from msdiff_dist.registry import Table
+from msdiff_dist.section_checks import build_section
 
 T = TypeVar("T")
 
@@ -83,9 +84,12 @@ def from_mapping(cls: Any, mapping: Any, path: str = "") -> Any:
     Args:
         path: dotted path of the mapping in the recipe, for errors.
 
+    A value that is a ConfigError is an error already: one that could not be read.
+
     Raises:
         ConfigError: a key is unknown or missing, a value has the wrong type, or the dataclass's `__post_init__` refuses
             a value. The error names the dotted path of the field; `__post_init__` names fields relative to itself.
+            A ConfigErrors has all that is wrong, without what only follows from another error.
     """
     if get_origin(cls) is Annotated:
         return _convert(cls, mapping, path)
@@ -96,28 +100,46 @@ def from_mapping(cls: Any, mapping: Any, path: str = "") -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init and not _section(f)}
     sections = dict(_sections(cls))
     hints = typing.get_type_hints(cls, include_extras=True)
-    values, given = {}, {}
+    known = [*fields, *(name for section in sections.values() for name in section.table)]
+    values: dict[str, Any] = {}
+    given: dict[str, Any] = {}
+    errors: list[ConfigError] = []
+    meant: set[str] = set()  # fields that an unknown name probably stands for
     for key, value in mapping.items():
         field = _join(path, str(key))
         if key in fields:
-            values[key] = _convert(hints[key], value, field)
+            with collecting(errors):
+                values[key] = _convert(hints[key], value, field)
         elif any(key in section.table for section in sections.values()):
             given[key] = value
+        elif key in RENAMED:
+            meant.add(RENAMED[key])
+            remedy = f"Write {_join(path, RENAMED[key])}."
+            errors.append(ConfigError(field, value, f"is now called {RENAMED[key]}", remedy))
         else:
-            known = [*fields, *(name for section in sections.values() for name in section.table)]
-            if key in RENAMED:
-                raise ConfigError(field, value, f"is now called {RENAMED[key]}", f"Write {_join(path, RENAMED[key])}.")
-            raise ConfigError(field, value, "is not a known field", did_you_mean(str(key), known))
+            meant.update(nearest(str(key), known))
+            errors.append(ConfigError(field, value, "is not a known field", did_you_mean(str(key), known)))
     for name, section in sections.items():
-        chosen = values.get(section.named_by, fields[section.named_by].default)
-        values[name] = _chosen_section(section, chosen, given, path)
+        named_by = fields[section.named_by]
+        if named_by.name not in values and named_by.name in mapping:
+            continue  # what it names is unknown, and is an error already
+        with collecting(errors):
+            chosen = values.get(named_by.name, named_by.default)
+            values[name] = _chosen_section(section, chosen, given, path)
     for name, f in fields.items():
-        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise ConfigError(_join(path, name), None, "is required and missing", f"Add `{name}:` to the recipe.")
-    try:
-        return cls(**values)
-    except ConfigError as e:
-        raise ConfigError(_join(path, e.field), e.value, e.problem, e.remedy) from None
+        if name not in mapping and name not in meant and _default(f) is dataclasses.MISSING:
+            problem, remedy = "is required and missing", f"Add `{name}:` to the recipe."
+            errors.append(ConfigError(_join(path, name), None, problem, remedy))
+    unusable = {
+        name
+        for name in [*fields, *sections]
+        if name not in values
+        and (name in mapping or name in meant or name in sections or _default(fields[name]) is dataclasses.MISSING)
+    }
+    built = build_section(cls, values, hints, unusable)
+    errors += [e.within(f"{path}." if path else "") for e in built.errors]
+    raise_all(errors)
+    return built.value
 
 
 def with_current_names(mapping: Any) -> Any:
@@ -238,6 +260,8 @@ def _join(path: str, name: str) -> str:
 
 def _convert(hint: Any, value: Any, field: str) -> Any:
     """`value` as the type `hint`, checked in depth; `field` is its dotted path, for errors."""
+    if isinstance(value, ConfigError):
+        raise value
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
@@ -257,13 +281,28 @@ def _convert(hint: Any, value: Any, field: str) -> Any:
         if origin is tuple and not (len(args) == 2 and args[1] is Ellipsis):
             if len(value) != len(args):
                 raise ConfigError(field, value, f"must have {len(args)} entries", f"Give {len(args)}.")
-            return tuple(_convert(a, v, f"{field}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
-        return origin(_convert(args[0], v, f"{field}[{i}]") for i, v in enumerate(value))
+            return tuple(
+                _convert_all([(a, v, f"{field}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True))])
+            )
+        return origin(_convert_all([(args[0], v, f"{field}[{i}]") for i, v in enumerate(value)]))
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(field, value, "must be a mapping", "Indent its entries.")
-        return {_convert(args[0], k, field): _convert(args[1], v, _join(field, str(k))) for k, v in value.items()}
+        keys = _convert_all([(args[0], k, field) for k in value])
+        return dict(
+            zip(keys, _convert_all([(args[1], v, _join(field, str(k))) for k, v in value.items()]), strict=True)
+        )
     return _convert_scalar(hint, value, field)
+
+
+def _convert_all(entries: list[tuple[Any, Any, str]]) -> list[Any]:
+    """The entries (type, value, dotted path) of a list or mapping, converted, or the errors of all of them."""
+    converted, errors = [], list[ConfigError]()
+    for hint, value, field in entries:
+        with collecting(errors):
+            converted.append(_convert(hint, value, field))
+    raise_all(errors)
+    return converted
 
 
 def _convert_annotated(args: tuple[Any, ...], value: Any, field: str) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
 
 
 class MsdiffError(Exception):
@@ -19,11 +20,25 @@ class UserError(MsdiffError):
         value: the value found there.
         problem: what is wrong with it, as a clause.
         remedy: what to do, as an imperative sentence.
+
+    Attributes:
+        place: where the value was given, `recipe.yaml:12` or `on the command line`; None if that is not known.
     """
+
+    place: str | None = None
 
     def __init__(self, field: str, value: Any, problem: str, remedy: str) -> None:
         self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
         super().__init__(f"{field} = {value!r}: {problem}. {remedy}")
+
+    def __str__(self) -> str:
+        return f"{self.place}: {super().__str__()}" if self.place else super().__str__()
+
+    def within(self, prefix: str) -> Self:
+        """The same error, with `prefix` before the field's name."""
+        error = type(self)(f"{prefix}{self.field}", self.value, self.problem, self.remedy)
+        error.place = self.place
+        return error
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions pickle by `args`, the message alone. These cross processes, so all four are passed, and notes too.
@@ -32,6 +47,57 @@ class UserError(MsdiffError):
 
 class ConfigError(UserError):
     """A field of a recipe, or an option of a command, has a wrong value or contradicts another."""
+
+    @property
+    def errors(self) -> tuple[ConfigError, ...]:
+        """Each error by itself: one, unless this is a `ConfigErrors`."""
+        return (self,)
+
+
+class ConfigErrors(ConfigError):  # noqa: N818 - it is several
+    """Several fields are wrong. `field`, `value`, `problem` and `remedy` are those of the first error.
+
+    Args:
+        errors: two or more.
+    """
+
+    def __init__(self, errors: Sequence[ConfigError]) -> None:
+        first = errors[0]
+        super().__init__(first.field, first.value, first.problem, first.remedy)
+        self._errors = tuple(errors)
+
+    @property
+    def errors(self) -> tuple[ConfigError, ...]:
+        return self._errors
+
+    def within(self, prefix: str) -> Self:
+        return type(self)([e.within(prefix) for e in self._errors])
+
+    def __str__(self) -> str:
+        return "\n  ".join([f"{len(self._errors)} errors", *map(str, self._errors)])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._errors,), self.__dict__
+
+
+@contextmanager
+def collecting(errors: list[ConfigError]) -> Iterator[None]:
+    """Put the ConfigError that ends the block, or each of several in one, into `errors`, and go on after the block."""
+    try:
+        yield
+    except ConfigError as e:
+        errors.extend(e.errors)
+
+
+def raise_all(errors: Iterable[ConfigError]) -> None:
+    """Raise these errors as one, each problem of a field once; return if there are none.
+
+    Raises:
+        ConfigError: the only one, or a ConfigErrors of several.
+    """
+    different = list({(e.field, repr(e.value), e.problem, e.place): e for e in errors}.values())
+    if different:
+        raise different[0] if len(different) == 1 else ConfigErrors(different)
 
 
 class DataError(UserError):
@@ -54,8 +120,13 @@ class TrainingError(MsdiffError):
     """Training stopped: a loss that is not finite, a rank that died."""
 
 
+def nearest(word: str, choices: Iterable[str]) -> list[str]:
+    """The choice that `word` is probably meant to be, alone; empty if none is like it."""
+    return difflib.get_close_matches(word, sorted(choices), n=1, cutoff=0.6)
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """`Did you mean 'x'?` for the nearest choice, else the list of choices."""
     known = sorted(choices)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    near = nearest(word, known)
     return f"Did you mean {near[0]!r}?" if near else f"Choose from: {', '.join(known)}."

@@ -5,12 +5,10 @@ Each dataclass checks its own fields; this file checks what fields of different 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
-
-from omegaconf import OmegaConf
 
 from msdiff_dist.checkpoint.policy import CheckpointConfig
 from msdiff_dist.config import from_mapping, to_mapping, with_current_names
@@ -21,9 +19,9 @@ from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig, build_pr
 from msdiff_dist.diffusion.process import Process
 from msdiff_dist.diffusion.stage_partition import StagePartition, build_partition
 from msdiff_dist.distributed.placement import ParallelConfig
-from msdiff_dist.errors import ConfigError
+from msdiff_dist.errors import ConfigError, collecting, raise_all
 from msdiff_dist.evaluation.grid import PreviewConfig
-from msdiff_dist.files.text import read_yaml
+from msdiff_dist.files.text import Document, Override, read_document
 from msdiff_dist.models.activation_checkpointing import ActivationCheckpointingConfig
 from msdiff_dist.models.autoencoder import AutoencoderConfig
 from msdiff_dist.models.config import ModelConfig
@@ -65,12 +63,17 @@ class Recipe:
     processes, solvers, optimizers and metric sinks."""
 
     def __post_init__(self) -> None:
-        _check_stages(self)
-        _check_shapes(self)
-        _check_conditions(self)
-        _check_augmentation(self)
-        _check_preview(self)
-        _check_compilation(self)
+        raise_all(_contradictions(self, ()))
+
+    @classmethod
+    def contradictions(cls, values: Mapping[str, Any], unusable: Collection[str]) -> list[ConfigError]:
+        """What `from_mapping` can say of the sections `values`, or of their defaults, where others are unusable."""
+        recipe = object.__new__(cls)
+        for f in fields(cls):
+            if f.name not in unusable:
+                default = f.default if f.default_factory is MISSING else f.default_factory()
+                object.__setattr__(recipe, f.name, values.get(f.name, default))
+        return _contradictions(recipe, unusable)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -87,29 +90,25 @@ class Recipe:
         return build_partition(self.stages, self.process())
 
 
-def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path | str, overrides: Sequence[str | Override] = ()) -> Recipe:
     """Read a recipe file, apply dotted overrides (`train.steps=100`, `stages.boundaries=[442,631]`) and check it.
 
     Raises:
-        ConfigError: the file is missing or not YAML, or a field is unknown, missing, mistyped or contradictory.
+        ConfigError: the file is missing or not YAML, or fields are unknown, missing, mistyped or contradictory: all of
+            them, each with its line.
     """
-    return recipe_from(read_mapping(Path(path), overrides))
+    return read_mapping(Path(path), overrides).parsed(recipe_from)
 
 
-def read_mapping(path: Path, overrides: Sequence[str], field: str = "RECIPE") -> Any:
-    """The content of a YAML file with dotted overrides applied, as plain data.
+def read_mapping(path: Path, overrides: Sequence[str | Override], field: str = "RECIPE") -> Document:
+    """The content of a YAML file with dotted overrides applied.
 
     Raises:
-        ConfigError: the file is missing or not YAML text, or an override is not of the form key=value. `field` is what
-            the command line calls the file.
+        ConfigError: the file is missing or not a mapping in YAML. `field` is what the command line calls it.
     """
     if not path.expanduser().exists() and not path.is_symlink():
         raise ConfigError(field, str(path), "no such file", _where_to_get(path))
-    for override in overrides:
-        name, equals, _ = override.partition("=")
-        if not equals or not name or name.startswith("-"):
-            raise ConfigError("override", override, "is not of the form key=value", "Write train.steps=100, say.")
-    return read_yaml(path, field, lambda loaded: OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides))))
+    return read_document(path, field, overrides)
 
 
 def _where_to_get(path: Path) -> str:
@@ -143,6 +142,16 @@ def recipe_mapping(recipe: Recipe) -> dict[str, Any]:
     return content
 
 
+def _contradictions(recipe: Recipe, unusable: Collection[str]) -> list[ConfigError]:
+    """The errors of every check that reads no unusable section."""
+    errors: list[ConfigError] = []
+    for check, sections in _CHECKS.items():
+        if not any(section in unusable for section in sections):
+            with collecting(errors):
+                check(recipe)
+    return errors
+
+
 def _check_stages(recipe: Recipe) -> None:
     recipe.partition()
     stages, decoders = recipe.stages.num_stages, recipe.model.num_stages
@@ -156,29 +165,40 @@ def _check_stages(recipe: Recipe) -> None:
 
 def _check_shapes(recipe: Recipe) -> None:
     channels, height, width = recipe.latent_shape
-    if recipe.model.in_channels != channels or recipe.model.out_channels != channels:
-        name = "in_channels" if recipe.model.in_channels != channels else "out_channels"
-        raise ConfigError(
-            f"model.{name}", getattr(recipe.model, name), f"the data has {channels} channels", f"Set it to {channels}."
-        )
+    errors = [
+        ConfigError(f"model.{name}", number, f"the data has {channels} channels", f"Set it to {channels}.")
+        for name in ("in_channels", "out_channels")
+        if (number := getattr(recipe.model, name)) != channels
+    ]
     try:
         recipe.model.check_latent_size(height, width)
     except ConfigError as e:
-        raise ConfigError(f"model.{e.field}", e.value, e.problem, e.remedy) from None
+        errors.append(e.within("model."))
+    raise_all(errors)
 
 
-def _check_conditions(recipe: Recipe) -> None:
+def _check_classes(recipe: Recipe) -> None:
     data, model = recipe.data, recipe.model
     if data.num_classes != model.num_classes:
         raise ConfigError(
             "model.num_classes", model.num_classes, f"differs from data.num_classes = {data.num_classes}",
             "Give both the same number of classes, or neither.",
         )  # fmt: skip
+
+
+def _check_context(recipe: Recipe) -> None:
+    data, model = recipe.data, recipe.model
     if model.context_channels != (data.context_shape[1] if data.context_shape else None):
         raise ConfigError(
             "model.context_dim", model.context_channels, f"does not fit data.context_shape = {data.context_shape}",
             "Make context_dim the width of the stored context tokens, or leave both out.",
         )  # fmt: skip
+
+
+def _check_condition_dropout(recipe: Recipe) -> None:
+    data, model = recipe.data, recipe.model
+    if data.num_classes is not None or data.context_shape is not None:
+        return  # the model takes them, or is refused because it does not
     if recipe.train.condition_dropout and not (model.takes_context or model.takes_label):
         raise ConfigError(
             "train.condition_dropout", recipe.train.condition_dropout, "the model has no condition to drop",
@@ -211,18 +231,23 @@ def _check_augmentation(recipe: Recipe) -> None:
 def _check_compilation(recipe: Recipe) -> None:
     if not recipe.train.compile:
         return
-    for name in ("zero_shared", "zero_decoders"):
-        if getattr(recipe.parallel, name) == 3:
-            raise ConfigError(
-                f"parallel.{name}", 3, "gathers weights in the midst of the forward pass, which cannot be compiled",
-                "Use level 1 or 2, or set train.compile to false.",
-            )  # fmt: skip
-    for name in ("encoder", "decoders"):
-        if getattr(recipe.activation_checkpointing, name):
-            raise ConfigError(
-                f"activation_checkpointing.{name}", True, "cannot be compiled, and the compiler recomputes by itself",
-                "Set it to false, or train.compile.",
-            )  # fmt: skip
+    sharded = [
+        ConfigError(
+            f"parallel.{name}", 3, "gathers weights in the midst of the forward pass, which cannot be compiled",
+            "Use level 1 or 2, or set train.compile to false.",
+        )
+        for name in ("zero_shared", "zero_decoders")
+        if getattr(recipe.parallel, name) == 3
+    ]  # fmt: skip
+    checkpointed = [
+        ConfigError(
+            f"activation_checkpointing.{name}", True, "cannot be compiled, and the compiler recomputes by itself",
+            "Set it to false, or train.compile.",
+        )
+        for name in ("encoder", "decoders")
+        if getattr(recipe.activation_checkpointing, name)
+    ]  # fmt: skip
+    raise_all([*sharded, *checkpointed])
 
 
 def _check_preview(recipe: Recipe) -> None:
@@ -231,4 +256,17 @@ def _check_preview(recipe: Recipe) -> None:
     try:
         recipe.preview.sampler.for_process(recipe.process())
     except ConfigError as e:
-        raise ConfigError(f"preview.sampler.{e.field}", e.value, e.problem, e.remedy) from None
+        raise e.within("preview.sampler.") from None
+
+
+_CHECKS: dict[Callable[[Recipe], None], tuple[str, ...]] = {
+    _check_stages: ("stages", "diffusion", "model"),
+    _check_shapes: ("data", "autoencoder", "model"),
+    _check_classes: ("data", "model"),
+    _check_context: ("data", "model"),
+    _check_condition_dropout: ("train", "data", "model"),
+    _check_augmentation: ("augmentation", "data", "autoencoder", "model"),
+    _check_preview: ("preview", "diffusion"),
+    _check_compilation: ("train", "parallel", "activation_checkpointing"),
+}
+"""The checks of what fields must have in common, and the sections that each reads."""

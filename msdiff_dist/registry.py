@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from msdiff_dist.errors import ConfigError, did_you_mean
+from msdiff_dist.errors import ConfigError, collecting, did_you_mean, raise_all
 
 T = TypeVar("T")
 GROUP = "msdiff_dist.extensions"
@@ -77,14 +77,22 @@ def import_extensions(mapping: Any) -> None:
         ConfigError: one is no module's name, or cannot be imported here.
     """
     listed = mapping.get("extensions") if isinstance(mapping, Mapping) else None
+    errors: list[ConfigError] = []
     for name in listed if isinstance(listed, (list, tuple)) else ():
-        if not all(part.isidentifier() for part in str(name).split(".")):
-            raise ConfigError("extensions", name, "is not the name of a module", "Write it as my_package.my_module.")
-        try:
-            importlib.import_module(str(name))
-        except ImportError as e:
-            remedy = "Install its package where this runs, or put its folder on PYTHONPATH."
-            raise ConfigError("extensions", name, f"cannot be imported ({e})", remedy) from e
+        with collecting(errors):
+            if not isinstance(name, ConfigError):  # one is reported when the recipe is built
+                _import_extension(str(name))
+    raise_all(errors)
+
+
+def _import_extension(name: str) -> None:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ConfigError("extensions", name, "is not the name of a module", "Write it as my_package.my_module.")
+    try:
+        importlib.import_module(name)
+    except ImportError as e:
+        remedy = "Install its package where this runs, or put its folder on PYTHONPATH."
+        raise ConfigError("extensions", name, f"cannot be imported ({e})", remedy) from e
 
 
 _asked_installed = False

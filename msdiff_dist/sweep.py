@@ -13,7 +13,8 @@ import yaml
 
 from msdiff_dist.config import from_mapping
 from msdiff_dist.errors import ConfigError
-from msdiff_dist.files.text import read_text
+from msdiff_dist.files.text import Override, read_document, read_text
+from msdiff_dist.files.yaml_places import Places
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +34,13 @@ class SweepConfig:
     max_parallel: int | None = None
 
     def __post_init__(self) -> None:
+        if self.max_parallel is not None and self.max_parallel < 1:
+            raise ConfigError("max_parallel", self.max_parallel, "must be at least 1", "Raise it.")
         if not self.grid and not self.runs:
             raise ConfigError("grid", {}, "the sweep has no runs", "Give `grid` or `runs`.")
         for name, values in self.grid.items():
             if not values:
                 raise ConfigError(f"grid.{name}", values, "has no values", "List at least one.")
-        if self.max_parallel is not None and self.max_parallel < 1:
-            raise ConfigError("max_parallel", self.max_parallel, "must be at least 1", "Raise it.")
 
     @property
     def changes(self) -> list[dict[str, Any]]:
@@ -48,21 +49,42 @@ class SweepConfig:
         return [*(dict(zip(self.grid, values, strict=True)) for values in combinations), *self.runs]
 
 
-def load_sweep(path: Path) -> SweepConfig | None:
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep file that was read: what it says, and where it says so."""
+
+    config: SweepConfig
+    places: Places
+
+    def overrides(self) -> list[list[Override]]:
+        """For each run, its changes to the recipe, each with its place in the file."""
+        changes, combinations = self.config.changes, len(self.config.changes) - len(self.config.runs)
+        parents = ["grid" if i < combinations else f"runs[{i - combinations}]" for i in range(len(changes))]
+        return [
+            [Override(text, self.places.of(f"{parent}.{key}")) for key, text in zip(c, overrides_of(c), strict=True)]
+            for c, parent in zip(changes, parents, strict=True)
+        ]
+
+
+def load_sweep(path: Path) -> Sweep | None:
     """The sweep in a YAML file; None if the file is missing, not YAML, or something else, such as a recipe.
 
     Raises:
-        ConfigError: it is a sweep with a wrong field.
+        ConfigError: it is a sweep with wrong fields; all are named.
     """
     if not path.is_file():
         return None
     try:
-        loaded = yaml.safe_load(read_text(path, "SWEEP"))
-    except (yaml.YAMLError, ConfigError):
+        loaded = yaml.compose(read_text(path, "SWEEP"), yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError, ConfigError):
         return None
-    if not isinstance(loaded, dict) or not isinstance(loaded.get("recipe"), str):
+    is_sweep = isinstance(loaded, yaml.MappingNode) and any(
+        key.value == "recipe" and isinstance(value, yaml.ScalarNode) for key, value in loaded.value
+    )
+    if not is_sweep:
         return None
-    return from_mapping(SweepConfig, {str(key): value for key, value in loaded.items()})
+    document = read_document(path, "SWEEP")
+    return Sweep(document.parsed(lambda mapping: from_mapping(SweepConfig, mapping)), document.places)
 
 
 def overrides_of(change: dict[str, Any]) -> list[str]:

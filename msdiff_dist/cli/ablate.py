@@ -31,8 +31,8 @@ def ablate(
     from msdiff_dist.files.work_share import Part
 
     share = Part(part, parts)
-    config, folder = load_ablation(sweep, overrides or []), out or Path("runs") / sweep.stem
-    trials = plan_ablation(config, sweep.parent, folder, nproc)
+    (config, places), folder = load_ablation(sweep, overrides or []), out or Path("runs") / sweep.stem
+    trials = plan_ablation(config, places, sweep.parent, folder, nproc)
     if dry_run:
         for t in share.share(trials):
             petaflops = t.step_petaflops * t.steps[-1]

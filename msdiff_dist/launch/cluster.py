@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +13,9 @@ from typing import Any, Literal
 import yaml
 
 from msdiff_dist.config import from_mapping
-from msdiff_dist.errors import ConfigError
-from msdiff_dist.files.text import read_text, read_yaml
+from msdiff_dist.errors import ConfigError, raise_all
+from msdiff_dist.files.text import Document, read_document, read_text
+from msdiff_dist.files.yaml_places import Places
 from msdiff_dist.launch.gres import gpus, of_one_rank, parse_gres
 from msdiff_dist.shipped import where_to_get
 
@@ -94,7 +96,7 @@ class ClusterConfig:
             self._check_gres(self.gres)
         most = self.node_range[1]
         if self.executor == "slurm" and self.shared is None:
-            raise ConfigError("shared", None, "is required for SLURM", "Name a folder that every node sees.")
+            raise ConfigError("shared", None, "is required for executor `slurm`", "Name a folder that every node sees.")
         if self.executor != "slurm" and most > 1:
             raise ConfigError("nodes", self.nodes, f"the {self.executor} executor has one node", "Set nodes to 1.")
         if self.executor == "debug" and self.ranks_per_node > 1:
@@ -159,28 +161,37 @@ def load_cluster(name: str, overrides: dict[str, Any] | None = None) -> ClusterC
     Raises:
         ConfigError: no such file, not YAML, an unknown field, a value that makes no sense.
     """
+    # An error in a field names the option where the value came from one, else the file and the line.
+    options = {"nodes": "--nodes", "gpus_per_node": "--gpus-per-node", "time": "--time"}
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
     if name in ("local", "debug"):
-        mapping: dict[str, Any] = {"executor": name}
+        document = Document({"executor": name}, Places(name), [])
     else:
         path = Path(name)
         if not path.expanduser().exists() and not path.is_symlink():
             command = where_to_get(path) or "msdiff init slurm/gpu"
             remedy = f"`{command}` writes one to edit; `local` and `debug` need none."
             raise ConfigError("--cluster", name, "no such file", remedy)
-        mapping = read_yaml(path, "--cluster")
-        _check_sbatch_numbers(path)
-    # An error in a field names the option where the value came from one, else the file.
-    given = {key: value for key, value in (overrides or {}).items() if value is not None}
-    try:
-        return from_mapping(ClusterConfig, {**mapping, **given})
-    except ConfigError as e:
-        where = {"nodes": "--nodes", "gpus_per_node": "--gpus-per-node", "time": "--time"}
-        option = where[e.field] if e.field in given else f"{name}: {e.field}"
-        raise ConfigError(option, e.value, e.problem, e.remedy) from None
+        document = read_document(path, "--cluster")
+        document.errors.extend(_sbatch_numbers(path))
+
+    def build(mapping: dict[str, Any]) -> ClusterConfig:
+        try:
+            config: ClusterConfig = from_mapping(ClusterConfig, {**mapping, **given})
+        except ConfigError as e:
+            raise_all(
+                ConfigError(options[one.field], one.value, one.problem, one.remedy) if one.field in given else one
+                for one in e.errors
+            )
+            raise
+        return config
+
+    document.places.elsewhere.update((option, "") for option in options.values())  # an option is its own place
+    return document.parsed(build)
 
 
-def _check_sbatch_numbers(path: Path) -> None:
-    """Refuse options under `sbatch` that YAML reads as another number than the one written.
+def _sbatch_numbers(path: Path) -> Iterator[ConfigError]:
+    """An error for each option under `sbatch` that YAML reads as another number than the one written.
 
     It reads 16:30 as 990 and 0123 as 83. Other fields have one type each, but here numbers are as good as text.
     """
@@ -192,7 +203,7 @@ def _check_sbatch_numbers(path: Path) -> None:
             if is_number and not re.fullmatch(r"[-+]?(0|[1-9]\d*)", node.value):
                 problem = "is a number to YAML, and another one than it looks like"
                 remedy = f'Put it in quotes: {key.value}: "{node.value}".'
-                raise ConfigError(f"{path}: sbatch.{key.value}", node.value, problem, remedy)
+                yield ConfigError(f"sbatch.{key.value}", node.value, problem, remedy)
 
 
 def one_rank(cluster: ClusterConfig) -> ClusterConfig:

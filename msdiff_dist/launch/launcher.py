@@ -23,7 +23,7 @@ from msdiff_dist.apps.train.prediction import predict
 from msdiff_dist.apps.train.warm_start import start_weights
 from msdiff_dist.distributed.facts import AskedGpus, refused_gpus
 from msdiff_dist.distributed.plan_report import render, size
-from msdiff_dist.errors import ConfigError, RunFolderError
+from msdiff_dist.errors import ConfigError, RunFolderError, collecting, raise_all
 from msdiff_dist.launch.cluster import ClusterConfig, one_rank
 from msdiff_dist.launch.job import CANCELLED_FILE, CommandJob, TrainJob
 from msdiff_dist.launch.restarts import Diary
@@ -32,7 +32,7 @@ from msdiff_dist.launch.snapshot import next_snapshot, take_snapshot
 from msdiff_dist.launch.submit import check_folder, check_job, make_executor, sbatch_text, submit
 from msdiff_dist.launch.watch import JobRecord, done_file, last_metrics, register_run, states
 from msdiff_dist.recipe import Recipe, load_recipe, recipe_mapping
-from msdiff_dist.sweep import load_sweep, overrides_of, run_names
+from msdiff_dist.sweep import load_sweep, run_names
 from msdiff_dist.training.run_folder import RunFolder
 
 
@@ -61,13 +61,12 @@ def runs_of(path: Path, overrides: Sequence[str], folder: Path | None) -> tuple[
         folder = folder or Path("runs") / recipe.name
         return folder, [Run(recipe, folder)], None
     folder = folder or Path("runs") / path.stem
-    base = path.parent / sweep.recipe
-    names = run_names(sweep.changes)
-    runs = [
-        Run(load_recipe(base, [*overrides, *overrides_of(change)]), folder / name)
-        for change, name in zip(sweep.changes, names, strict=True)
-    ]
-    return folder, runs, sweep.max_parallel
+    base, errors, runs = path.parent / sweep.config.recipe, list[ConfigError](), []
+    for name, changes in zip(run_names(sweep.config.changes), sweep.overrides(), strict=True):
+        with collecting(errors):
+            runs.append(Run(load_recipe(base, [*overrides, *changes]), folder / name))
+    raise_all(errors)
+    return folder, runs, sweep.config.max_parallel
 
 
 def check_runs(runs: Sequence[Run], cluster: ClusterConfig) -> None:

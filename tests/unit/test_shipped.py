@@ -37,7 +37,7 @@ def test_a_copy_says_the_same(file: Shipped, tmp_path: Path, monkeypatch: pytest
     if file.kind == "cluster":
         assert load_cluster(str(out)) == load_cluster(str(file.path))
     elif file.kind == "ablation":
-        mine, original = load_ablation(out, []), load_ablation(file.path, [])
+        (mine, _), (original, _) = load_ablation(out, []), load_ablation(file.path, [])
         assert (mine.budget, mine.score, mine.changes) == (original.budget, original.score, original.changes)
         pairs = [(mine.recipe, original.recipe)]
         for name, variant in mine.variants.items():

@@ -22,13 +22,15 @@ from msdiff_dist.checkpoint.layout import complete_checkpoints, step_folder, ste
 from msdiff_dist.checkpoint.policy import CheckpointConfig
 from msdiff_dist.config import from_mapping, to_mapping
 from msdiff_dist.distributed.environment import this_device
-from msdiff_dist.errors import ConfigError, RunFolderError, TrainingError, UserError
+from msdiff_dist.errors import ConfigError, RunFolderError, TrainingError, UserError, collecting, raise_all
 from msdiff_dist.evaluation.feature_classifier import load_classifier
 from msdiff_dist.evaluation.frechet import ScoreConfig, Scorer
 from msdiff_dist.evaluation.generate import ImageGenerator
 from msdiff_dist.export.weights import open_weights
 from msdiff_dist.files.atomic import atomic_write
 from msdiff_dist.files.digest import sha256_of
+from msdiff_dist.files.text import Override
+from msdiff_dist.files.yaml_places import Places
 from msdiff_dist.recipe import Recipe, load_recipe, read_mapping, recipe_mapping
 from msdiff_dist.sweep import overrides_of
 from msdiff_dist.training.run_folder import RunFolder
@@ -102,43 +104,53 @@ class Trial:
         return {int(k): v for k, v in stored["scores"].items()} if stored.get("settings") == settings else {}
 
 
-def load_ablation(path: Path, overrides: list[str]) -> AblationConfig:
-    """Read an ablation file and apply dotted overrides (`budget=0.01`).
+def load_ablation(path: Path, overrides: list[str]) -> tuple[AblationConfig, Places]:
+    """Read an ablation file and apply dotted overrides (`budget=0.01`); also returns where each field was given.
 
     Raises:
-        ConfigError: naming the field.
+        ConfigError: naming every wrong field and its line.
     """
-    return from_mapping(AblationConfig, read_mapping(path, overrides, "SWEEP"))
+    document = read_mapping(path, overrides, "SWEEP")
+    return document.parsed(lambda mapping: from_mapping(AblationConfig, mapping)), document.places
 
 
-def plan_ablation(config: AblationConfig, base: Path, out: Path, nproc: int) -> list[Trial]:
+def plan_ablation(config: AblationConfig, places: Places, base: Path, out: Path, nproc: int) -> list[Trial]:
     """All runs, those of the first seed first, each checked as far as is possible without training.
 
     Args:
+        places: where the ablation file gives its fields.
         base: folder that recipe paths are relative to.
 
     Raises:
-        UserError: naming the variant and the field.
+        UserError: naming the variant and the field; of recipes, every wrong field of every variant.
     """
     shape = load_classifier(Path(config.score.classifier)).info.image_shape
-    find = DataFinder()
-    trials = [t for name in config.variants for t in _trials(config, name, base, out, nproc, find)]
+    find, trials, errors = DataFinder(), list[Trial](), list[ConfigError]()
+    for name in config.variants:
+        with collecting(errors):
+            trials += _trials(config, places, name, base, out, nproc, find)
+    raise_all(errors)
     for trial in trials:
         _check_image_shape(trial, shape, config.score.classifier)
         _check_folder(trial, score_settings(config.score))
     return sorted(trials, key=lambda t: config.seeds.index(t.seed))
 
 
-def _trials(config: AblationConfig, name: str, base: Path, out: Path, nproc: int, find: DataFinder) -> Iterator[Trial]:
+def _trials(
+    config: AblationConfig, places: Places, name: str, base: Path, out: Path, nproc: int, find: DataFinder
+) -> Iterator[Trial]:
     changes = {**config.changes, **config.variants[name]}
     path = base / str(changes.pop("recipe", config.recipe))
+    given = [f"variants.{name}.{key}" if key in config.variants[name] else f"changes.{key}" for key in changes]
     try:
-        recipe = load_recipe(path, overrides_of(changes))
+        recipe = load_recipe(
+            path, [Override(o, places.of(at)) for o, at in zip(overrides_of(changes), given, strict=True)]
+        )
         config.score.sampler.for_process(recipe.process())
         plan = plan_run(recipe, nproc)
         found = check_run(recipe, [nproc], find, device_type=this_device().type)
     except UserError as e:
-        raise type(e)(f"variants.{name}: {e.field}", e.value, e.problem, e.remedy) from None
+        raise e.within(f"variants.{name}: ") from None
     per_step = step_petaflops(plan.quotas, plan.cost_K)
     # Rounded down, but a budget of exactly n steps must not lose one to the rounding of the division.
     last = int(config.budget / per_step * (1 + 1e-9))

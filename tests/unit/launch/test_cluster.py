@@ -123,7 +123,7 @@ def test_numbers_where_text_is_meant(text: str, field: str, tmp_path: Path) -> N
     path.write_text(f"shared: /\n{text}\n")
     with pytest.raises(ConfigError, match=r"in quotes") as e:
         load_cluster(str(path))
-    assert e.value.field == f"{path}: {field}"
+    assert (e.value.field, e.value.place) == (field, f"{path}:2")
 
 
 def test_text_in_quotes_and_numbers_where_numbers_are_meant(tmp_path: Path) -> None:

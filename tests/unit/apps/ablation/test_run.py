@@ -16,7 +16,7 @@ ABLATIONS = sorted((Path(__file__).parents[4] / "recipes/ablations").glob("*.yam
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
 def test_ablation_plans(path: Path, tmp_path: Path) -> None:
     classifier = tmp_path / "classifier.safetensors"
-    config = load_ablation(path, [f"score.classifier={classifier}", "seeds=[0]"])
+    config, places = load_ablation(path, [f"score.classifier={classifier}", "seeds=[0]"])
     data = load_recipe(path.parent / config.recipe).data
     size = config.changes.get("data.image_size", data.image_size)
     shape = (data.channels, size, size)
@@ -24,7 +24,7 @@ def test_ablation_plans(path: Path, tmp_path: Path) -> None:
     config.changes.update({"data.kind": "synthetic", "data.shards": [], "data.image_size": None, "data.flip": False})
     config.changes["data.latent_shape"] = list(shape)  # random numbers in the place of images that are not here
     config.changes["model.num_res_blocks"] = 1  # as deep as they are, they take long to count
-    trials = plan_ablation(config, path.parent, tmp_path / "out", 1)
+    trials = plan_ablation(config, places, path.parent, tmp_path / "out", 1)
     assert [t.variant for t in trials] == list(config.variants)
     for trial in trials:
         assert 0 <= config.budget - trial.step_petaflops * trial.steps[-1] < trial.step_petaflops
