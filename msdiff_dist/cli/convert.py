@@ -38,6 +38,9 @@ def convert(
     weights: Annotated[Weights, typer.Option(help="Averaged or last weights; auto: averaged if there are any.")] = (
         Weights.auto
     ),
+    key: Annotated[
+        str | None, typer.Option(help="Place of the network in a file that holds several, as state_dict.ema.")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="LDM's YAML, which is preferred to assumptions and compared with the tensors.")
     ] = None,
@@ -52,6 +55,9 @@ def convert(
     scale_factor: Annotated[float | None, typer.Option(help="Factor on latents.")] = None,
     no_null_class: Annotated[
         bool, typer.Option("--no-null-class", help="The other format's class embedding has no row for dropped classes.")
+    ] = False,
+    no_model_ema: Annotated[
+        bool, typer.Option("--no-model-ema", help="Write LDM's file without the second copy that its samplers read.")
     ] = False,
 ) -> None:
     """Convert weights between formats without rounding, with a report of every key: conversion_report.json.
@@ -74,6 +80,8 @@ def convert(
         prediction_type=None if prediction is None else prediction.value,
         scale_factor=scale_factor,
         null_class=not no_null_class,
+        key=key,
+        model_ema=not no_model_ema,
     )
     report = run(src, dst, from_format, to_format, options)
     left_out = sum("left_out" in entry for entry in report["keys"].values())

@@ -152,8 +152,8 @@ def _check_used(options: ConvertOptions, from_format: str, to_format: str) -> No
     """
     plain = to_format == PLAIN  # writes every tensor as it is, so there is nothing to choose
     used = set() if plain else {*FORMATS[from_format].read_options, *FORMATS[to_format].write_options}
-    # The flag --no-null-class says the opposite of the field.
-    given = {FLAGS[name]: not value if name == "null_class" else value for name, value in options.given().items()}
+    # A flag --no-... says the opposite of its field.
+    given = {FLAGS[name]: not value if value is False else value for name, value in options.given().items()}
     taken = [flag for name, flag in FLAGS.items() if name in used]
     if not plain:
         taken.append("--stage")

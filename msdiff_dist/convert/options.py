@@ -6,16 +6,18 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from msdiff_dist.convert.networks import Wanted
 from msdiff_dist.errors import CheckpointError, ConfigError
 
 OptionName = Literal[
-    "weights", "config", "num_heads", "head_channels", "norm_groups", "boundaries", "prediction_type", "scale_factor",
-    "null_class",
+    "weights", "key", "config", "num_heads", "head_channels", "norm_groups", "boundaries", "prediction_type",
+    "scale_factor", "null_class", "model_ema",
 ]  # fmt: skip
 """An option that a format may take. `stage` is none of them: it applies to every format that is read."""
 
 FLAGS: dict[OptionName, str] = {
     "weights": "--weights",
+    "key": "--key",
     "config": "--config",
     "num_heads": "--heads",
     "head_channels": "--head-channels",
@@ -24,6 +26,7 @@ FLAGS: dict[OptionName, str] = {
     "prediction_type": "--prediction",
     "scale_factor": "--scale-factor",
     "null_class": "--no-null-class",
+    "model_ema": "--no-model-ema",
 }
 """What each option is called on the command line."""
 
@@ -57,6 +60,8 @@ class ConvertOptions:
         scale_factor: the factor that latents are multiplied by before they enter the network.
         null_class: whether the other format's table of classes ends in the row of the dropped class. If not, a row of
             zeros is added on reading, and the last row removed on writing.
+        key: place of the network in a file that holds several, such as `state_dict.ema`.
+        model_ema: whether LDM's files are written with the weights a second time, as averages.
     """
 
     weights: Literal["auto", "ema", "raw"] = "auto"
@@ -69,6 +74,8 @@ class ConvertOptions:
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     scale_factor: float | None = None
     null_class: bool = True
+    key: str | None = None
+    model_ema: bool = True
 
     def __post_init__(self) -> None:
         if self.num_heads is not None and self.head_channels is not None:
@@ -78,6 +85,10 @@ class ConvertOptions:
         """The options of formats that differ from their defaults, with their values."""
         changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         return {name: value for name, value in changed.items() if name in FLAGS}
+
+    def wanted(self, format_name: str) -> Wanted:
+        """Which network of a file to take, of the given format."""
+        return Wanted(weights=self.weights, key=self.key, format=format_name)
 
     def heads(self) -> HeadsRule | None:
         """The rule for attention heads that `num_heads` or `head_channels` gives; None where neither is given."""

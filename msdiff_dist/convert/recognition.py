@@ -27,6 +27,14 @@ def format_of(keys: Iterable[str]) -> str | None:
     return next((name for name, known in FORMATS.items() if any(k.startswith(known.prefixes) for k in names)), None)
 
 
+def begins_network(name: str) -> bool:
+    """Whether a tensor's name is one by which a network is recognised, of this package or another one."""
+    from msdiff_dist.convert.formats import FORMATS  # as above
+
+    known = (*(format_.prefixes for format_ in FORMATS.values()), *(prefixes for _, prefixes in _OTHERS))
+    return any(name.startswith(prefixes) for prefixes in known)
+
+
 def refuse_other_formats(keys: Iterable[str], wanted: str) -> None:
     """Raise unless the names of a checkpoint's tensors are those of the `wanted` format.
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
-import re
 import weakref
 import zipfile
 from abc import ABC, abstractmethod
@@ -17,13 +15,28 @@ import torch
 from torch import Tensor
 
 from msdiff_dist.checkpoint.tensor_file import TensorReader
+from msdiff_dist.convert.networks import (
+    Network,
+    Taken,
+    Wanted,
+    beside,
+    chosen,
+    left_out,
+    mappings_in,
+    networks_in,
+    taken,
+)
+from msdiff_dist.convert.pickles.torch_file import TorchFile
+from msdiff_dist.convert.pickles.values import HarmError, PickleError, Shell, tensor_of
+from msdiff_dist.data.foreign import what_it_is
 from msdiff_dist.errors import CheckpointError
 from msdiff_dist.files.text import read_text
 
 RESIDENT = 1 << 26
 """Bytes of mapped files that may stay in memory before their pages are freed."""
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-"""Suffixes of files that `torch.save` wrote."""
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
+"""Suffixes of files that `torch.save` or `pickle.dump` wrote."""
+_HOLDERS = ("state_dict", "model", "module", "")  # places of weights where no network is recognised
 
 
 class TensorSource(ABC):
@@ -35,6 +48,8 @@ class TensorSource(ABC):
     """Metadata in the headers of the files."""
     left_out: Mapping[str, str] = {}
     """Content of the files that is no weights: its name, and what it is."""
+    taken: Taken | None = None
+    """Which of the file's networks these tensors are; None where no network was recognised."""
 
     @abstractmethod
     def names(self) -> list[str]:
@@ -126,34 +141,53 @@ class NpzSource(TensorSource):
 
 
 class TorchSource(TensorSource):
-    """The weights of a torch checkpoint, mapped from its file.
+    """The weights of a torch checkpoint or pickle, mapped from its file.
 
-    Pages that were read stay in memory as long as their mapping, so the file is mapped anew after every `RESIDENT`
-    bytes. A tensor that was returned earlier keeps its own mapping.
+    Pages that were read stay in memory as long as their mapping, so they are freed after every `RESIDENT` bytes.
 
     Raises:
-        CheckpointError: the file is corrupt, would run code to load, or holds no state dict.
+        CheckpointError: the file is corrupt, holds no weights, or several networks of which none is named.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, wanted: Wanted | None = None) -> None:
+        wanted = wanted or Wanted()
         self.files = (path,)
-        self._tensors, self.left_out = _weights_in(path)
-        self._meta = {k: v.to("meta") for k, v in self._tensors.items()}
-        self._mapped, self._resident = zipfile.is_zipfile(path), 0  # other files were read whole (see `load_pickle`)
+        self._file = _opened(path)
+        content = self._file.content
+        mappings = mappings_in(content)
+        networks = networks_in(mappings)
+        network = chosen(networks, wanted, path.name)
+        if network is None:
+            if not mappings:
+                found = content.name if isinstance(content, Shell) else type(content).__name__
+                raise CheckpointError(str(path), found, "holds no state dict", "Save a state dict.")
+            holder = next((p for p in _HOLDERS if p in mappings), max(mappings, key=lambda p: len(mappings[p])))
+            network = Network(key=holder, tensors={k: k for k in mappings[holder]}, holder=holder)
+        values = mappings[network.holder]
+        self._tensors = {inside: values[name] for inside, name in network.tensors.items()}
+        self._meta: dict[str, Tensor] = {}
+        for name, value in self._tensors.items():
+            tensor = tensor_of(value)
+            if tensor is not None:
+                self._meta[name] = tensor.to("meta")
+        self._resident = 0
+        self.left_out = left_out(content, network, networks, values)
+        self.taken = taken(network, networks)
 
     def names(self) -> list[str]:
         return list(self._meta)
 
     def meta(self, key: str) -> Tensor:
-        out: Tensor = self._meta[key]
-        return out
+        return self._meta[key]
 
     def read(self, key: str) -> Tensor:
-        if self._mapped and self._resident > RESIDENT:
-            self._tensors, self._resident = _weights_in(self.files[0])[0], 0
+        if self._resident > RESIDENT:
+            self._file.free_pages()
+            self._resident = 0
         self._resident += self._meta[key].nbytes
-        out: Tensor = self._tensors[key]
-        return out
+        tensor = tensor_of(self._tensors[key])
+        assert tensor is not None
+        return tensor
 
 
 class RenamedSource(TensorSource):
@@ -166,6 +200,7 @@ class RenamedSource(TensorSource):
     def __init__(self, base: TensorSource, names: Mapping[str, str]) -> None:
         self._base, self._names = base, names
         self.files, self.metadata, self.left_out = base.files, base.metadata, base.left_out
+        self.taken = base.taken
 
     def names(self) -> list[str]:
         return list(self._names)
@@ -212,26 +247,27 @@ def under(source: TensorSource, prefix: str) -> RenamedSource:
     return RenamedSource(source, {k.removeprefix(prefix): k for k in source.names() if k.startswith(prefix)})
 
 
-def open_source(path: Path) -> TensorSource:
-    """The tensors of a file, or of a folder with one .safetensors file or with several and an index.
+def open_source(path: Path, wanted: Wanted | None = None) -> TensorSource:
+    """The tensors of a file's network, or of a folder with one .safetensors file or with several and an index.
+
+    Args:
+        wanted: which network, where the file holds several.
 
     Raises:
-        CheckpointError: `path` is absent, corrupt, of an unknown kind, or a pickle that would run code to load.
+        CheckpointError: `path` is absent, corrupt or of an unknown kind, or no one network is wanted.
     """
-    path = path.expanduser()
+    path, wanted = path.expanduser(), wanted or Wanted()
     if path.is_dir():
         indexes = sorted(path.glob("*.safetensors.index*.json"))
-        return open_shards(indexes[0]) if indexes else SafetensorsSource([_only_file_of(path)])
+        return _network_of(open_shards(indexes[0]) if indexes else SafetensorsSource([_only_file_of(path)]), wanted)
     if not path.is_file():
         raise CheckpointError("SRC", str(path), "no such file or folder", "Name an existing checkpoint.")
-    if path.suffix == ".safetensors":
-        return SafetensorsSource([path])
+    if path.suffix == ".safetensors" or (path.suffix in PICKLES and _is_safetensors(path)):
+        return _network_of(SafetensorsSource([path]), wanted)
     if path.suffix == ".npz":
-        return NpzSource(path)
+        return _network_of(NpzSource(path), wanted)
     if path.suffix in PICKLES:
-        return TorchSource(path)
-    if path.suffix == ".pkl":
-        raise code_refused(path, "a Python pickle")
+        return TorchSource(path, wanted)
     raise CheckpointError(
         "SRC", str(path), f"files ending in {path.suffix or 'nothing'} are not known",
         f"Give .safetensors, .npz or one of {', '.join(PICKLES)}.",
@@ -259,47 +295,52 @@ def open_shards(index: Path) -> TensorSource:
 
 
 def load_pickle(path: Path) -> Any:
-    """Content of a torch checkpoint: tensors, mapped from the file, and plain containers. No code of the file is run.
+    """Content of a torch checkpoint or a pickle: tensors, mapped from the file, plain containers, and shells.
 
-    Training programs store objects of their own classes too (callbacks, loss scalers). The classes in `_INERT` are
-    replaced by `Shell`; any other is an error.
+    No code is run: objects of other classes are `pickles.values.Shell`.
 
     Raises:
-        CheckpointError: the file is corrupt, or it would run code to load.
+        CheckpointError: the file is corrupt, of another kind, or was made to do harm.
     """
-    mapped = zipfile.is_zipfile(path)  # torch before 1.6 wrote another container, which cannot be mapped
+    return _opened(path).content
+
+
+def _opened(path: Path) -> TorchFile:
     try:
-        with torch.serialization.safe_globals(_shells()):
-            return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
-    except pickle.UnpicklingError as e:
-        # torch names the class in its message only, in one of these wordings.
-        found = re.search(r"GLOBAL ([\w.]+)|([\w.]+) was not an allowed global", str(e))
-        if found is None:
-            raise _corrupt(path, e) from None
-        raise code_refused(path, found[1] or found[2]) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, IndexError) as e:
+        return TorchFile(path)
+    except HarmError as e:
+        raise CheckpointError(
+            str(path), str(e), "is a function that the file asks to call when it is opened, to run code of its own; "
+            "nothing of it was run", "Do not open it with other programs; get the weights as .safetensors.",
+        ) from None  # fmt: skip
+    except PickleError as e:
+        with path.open("rb") as file:
+            what = what_it_is(file.read(512))
+        if what and not what.startswith("is a ZIP"):
+            raise CheckpointError(str(path), None, what, "Fetch the checkpoint itself.") from None
         raise _corrupt(path, e) from None
+    except OSError as e:
+        raise CheckpointError("SRC", str(path), e.strerror or str(e), "Name a file that can be read.") from None
 
 
-def code_refused(path: Path, what: str) -> CheckpointError:
-    """The error for a checkpoint that would run code of its own when read; `what` is that code's name."""
-    return CheckpointError(
-        str(path), what, "reading it means running code that came with it, so it is not read",
-        "Where you trust it, load it with the program that wrote it and save its state dict with "
-        "safetensors.torch.save_file; then convert that file.",
-    )  # fmt: skip
+def _network_of(source: TensorSource, wanted: Wanted) -> TensorSource:
+    """The tensors of one network of `source`, under their names inside it; all where none is recognised."""
+    names = {name: name for name in source.names()}
+    networks = networks_in({"": names})
+    network = chosen(networks, wanted, source.files[0].name)
+    if network is None or network.tensors == names:
+        return source
+    out = RenamedSource(source, network.tensors)
+    out.left_out = {**source.left_out, **beside(network, networks, names)}
+    out.taken = taken(network, networks)
+    return out
 
 
-def _weights_in(path: Path) -> tuple[Mapping[str, Any], dict[str, str]]:
-    """The weights of a torch checkpoint, and its other content as in `TensorSource.left_out`."""
-    content = load_pickle(path)
-    if not isinstance(content, Mapping):
-        raise CheckpointError(str(path), type(content).__name__, "holds no state dict", "Save a state dict.")
-    inside = next((n for n in ("state_dict", "model", "module") if isinstance(content.get(n), Mapping)), None)
-    weights = content if inside is None else content[inside]
-    left_out = {str(name): "state of the training, no weights" for name in content if inside and name != inside}
-    left_out |= {str(name): "no tensor" for name, value in weights.items() if not isinstance(value, Tensor)}
-    return {k: v for k, v in weights.items() if isinstance(v, Tensor)}, left_out
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file of another suffix is a .safetensors file: its header's length, then the header as JSON."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
 
 
 def _only_file_of(folder: Path) -> Path:
@@ -314,32 +355,3 @@ def _only_file_of(folder: Path) -> Path:
 def _corrupt(path: Path, error: Exception) -> CheckpointError:
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     return CheckpointError(str(path), None, f"is corrupt or cut short ({reason})", "Fetch or copy it again.")
-
-
-class Shell:
-    """Stands for a class that a checkpoint names. It keeps the fields as they were stored and does nothing."""
-
-    fields: dict[str, Any]
-    """The object's attributes, by name."""
-
-    def __init__(self, *args: Any) -> None:
-        pass
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.fields = state
-
-
-# Classes in checkpoints of Lightning and DeepSpeed that hold settings or places, and no code that a conversion needs.
-_INERT = (
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.utils.tensor_fragment.fragment_address",
-)
-
-
-def _shells() -> list[Any]:
-    """For `torch.serialization.safe_globals`: a class of its own for every name that a pickle may contain."""
-    return [(type("Shell", (Shell,), {}), name) for name in _INERT]

@@ -44,10 +44,10 @@ class Format:
 
 
 _LDM_READ: tuple[OptionName, ...] = (
-    "weights", "config", "num_heads", "head_channels", "prediction_type", "scale_factor", "null_class",
+    "weights", "key", "config", "num_heads", "head_channels", "prediction_type", "scale_factor", "null_class",
 )  # fmt: skip
-_LDM_WRITE: tuple[OptionName, ...] = ("weights", "null_class")
-_SONG_READ: tuple[OptionName, ...] = ("weights", "norm_groups", "boundaries")
+_LDM_WRITE: tuple[OptionName, ...] = ("model_ema", "null_class")
+_SONG_READ: tuple[OptionName, ...] = ("weights", "key", "norm_groups", "boundaries")
 
 FORMATS: Table[Format] = Table(
     "format",
@@ -59,7 +59,9 @@ FORMATS: Table[Format] = Table(
             prefixes=("en_modules.", "all_modules.", "module.en_modules.", "module.all_modules."),
         ),
         "official-ldm": Format(  # after official-scoresde, whose checkpoints have names in de_modules too
-            read=lambda path, options: read_ldm(open_source(path), options, multistage=True),
+            read=lambda path, options: read_ldm(
+                open_source(path, options.wanted("official-ldm")), options, multistage=True
+            ),
             write=lambda weights, path, options, metadata: write_ldm_file(weights, path, options, metadata, True),
             read_options=(*_LDM_READ, "boundaries"),
             write_options=_LDM_WRITE,
@@ -67,7 +69,7 @@ FORMATS: Table[Format] = Table(
             read_tensors=lambda source, options: read_ldm(source, options, multistage=True),
         ),
         "ldm": Format(
-            read=lambda path, options: read_ldm(open_source(path), options),
+            read=lambda path, options: read_ldm(open_source(path, options.wanted("ldm")), options),
             write=write_ldm_file,
             read_options=_LDM_READ,
             write_options=_LDM_WRITE,
@@ -87,7 +89,7 @@ FORMATS: Table[Format] = Table(
             prefixes=("down_blocks.", "conv_in."),
         ),
         "official-edm": Format(
-            read=lambda path, options: read_edm(open_source(path), options),
+            read=lambda path, options: read_edm(open_source(path, options.wanted("official-edm")), options),
             write=lambda weights, path, options, metadata: write_edm(weights, path, metadata),
             read_options=_SONG_READ,
             prefixes=("model.enc.", "enc.", "model.decs.", "decs."),

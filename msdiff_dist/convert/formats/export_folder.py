@@ -20,7 +20,7 @@ from msdiff_dist.convert.recognition import refuse_other_formats
 from msdiff_dist.convert.tensor_sources import SafetensorsSource, TensorSource
 from msdiff_dist.errors import CheckpointError
 from msdiff_dist.export.export import write_tensors
-from msdiff_dist.export.weights import CONFIG, MODEL, CheckpointWeights, open_checkpoint, open_weights
+from msdiff_dist.export.weights import CONFIG, MODEL, CheckpointWeights, ExportWeights, open_checkpoint
 from msdiff_dist.models.text_encoder import TextEncoderConfig
 
 
@@ -34,7 +34,12 @@ def read_export(folder: Path, options: ConvertOptions) -> ModelWeights:
         raise CheckpointError(
             "SRC", str(folder), f"has no {CONFIG}", "Name a folder made by `msdiff export` or `msdiff convert`."
         )
-    description = open_weights(folder, ema=options.weights != "raw").description
+    description = ExportWeights(folder).description
+    if options.weights not in ("auto", description.weights):
+        raise CheckpointError(
+            "--weights", options.weights, f"{folder} holds {description.weights} weights only",
+            "Remove --weights, or export the others with `msdiff export`.",
+        )  # fmt: skip
     source = SafetensorsSource([folder / MODEL])
     refuse_other_formats(source.names(), "msdiff")
     shapes = dict(empty_model(description.model).named_parameters())

@@ -31,6 +31,7 @@ from msdiff_dist.convert.key_map import (
     check_complete,
 )
 from msdiff_dist.convert.model_weights import JoinedSource, ModelWeights, Written, empty_model, ldm_model
+from msdiff_dist.convert.networks import note
 from msdiff_dist.convert.options import ConvertOptions, given_boundaries
 from msdiff_dist.convert.recognition import refuse_other_formats
 from msdiff_dist.convert.tensor_sources import MemorySource, RenamedSource, TensorSource, under
@@ -128,6 +129,9 @@ def read_ldm(source: TensorSource, options: ConvertOptions, multistage: bool = F
     # The network is read either from its last weights or from their averages, which have names of their own.
     raw_rules = ldm_unet_rules(model, multistage, options.null_class)
     use_ema = _use_ema(source, options, what)
+    if use_ema and options.weights == "auto":
+        assumed.append("weights: the averages (model_ema); give --weights raw for the last ones")
+    assumed += note(source.taken, options.weights)
     rules = _ema_rules(raw_rules) if use_ema else raw_rules
     discrete, assumptions = _schedule(source, options, yaml_config)
     assumed += assumptions
@@ -154,7 +158,7 @@ def read_ldm(source: TensorSource, options: ConvertOptions, multistage: bool = F
         stages=StagesConfig(boundaries=boundaries),
         autoencoder=AutoencoderConfig(scale_factor=scale, **(first_stage.config_fields() if first_stage else {})),
         sample_size=yaml_config.sample_size() if yaml_config else None,
-        weights="ema" if use_ema else "raw",
+        weights="ema" if use_ema or (source.taken is not None and source.taken.averaged) else "raw",
     )
     return ModelWeights(
         description=description,
@@ -201,7 +205,7 @@ def write_ldm_file(
     """Write our weights as LDM's state dict, in .safetensors or .ckpt.
 
     It holds the U-Net, the schedule's tables, and the autoencoder if there is one. The U-Net is written twice, as last
-    and as averaged weights, because LDM's samplers take the averaged ones; with `options.weights` "raw" only as last.
+    and as averaged weights, because LDM's samplers take the averaged ones; without `options.model_ema` only as last.
 
     Raises:
         CheckpointError: LDM has no such model, or the file's suffix is neither.
@@ -213,7 +217,7 @@ def write_ldm_file(
     parts: list[TensorSource] = [TheirsFromOurs(weights.tensors, rules), tables, scale]
     names = {r.ours: list(r.theirs) for r in rules}
     added = dict.fromkeys([*tables.names(), "scale_factor"], "from the noise schedule and the autoencoder's scale")
-    if options.weights != "raw":
+    if options.model_ema:
         # A table of classes stays outside the U-Net, and LDM does not average it.
         averaged = [r for r in _ema_rules(rules) if r.theirs[0].startswith(EMA)]
         counters = {f"{EMA}decay": torch.tensor(0.9999), f"{EMA}num_updates": torch.tensor(0, dtype=torch.int32)}
@@ -296,7 +300,9 @@ def _inferred_model(
 
 
 def _use_ema(source: TensorSource, options: ConvertOptions, what: str) -> bool:
-    """Whether to convert the averaged weights; they are asked for, or there and not declined."""
+    """Whether to convert LDM's averages beside the network; they are asked for, or there and not declined."""
+    if source.taken is not None and source.taken.averaged:
+        return False  # the tensors under the network's own names are averages
     present = any(k.startswith(EMA) for k in source.names())
     if options.weights == "ema" and not present:
         raise CheckpointError(

@@ -27,6 +27,7 @@ from msdiff_dist.convert.key_map import (
     rule,
 )
 from msdiff_dist.convert.model_weights import JoinedSource, ModelWeights, Written, empty_model
+from msdiff_dist.convert.networks import note
 from msdiff_dist.convert.options import ConvertOptions, given_boundaries
 from msdiff_dist.convert.recognition import refuse_other_formats
 from msdiff_dist.convert.tensor_sources import MemorySource, RenamedSource, TensorSource
@@ -71,10 +72,11 @@ def read_edm(source: TensorSource, options: ConvertOptions) -> ModelWeights:
         CheckpointError: it is of another network, incomplete, or has unexpected keys.
     """
     refuse_other_formats(source.names(), "official-edm")
-    if options.weights == "raw":
-        raise CheckpointError(
-            "--weights", "raw", "EDM's network pickles hold the averaged weights only", "Remove --weights."
-        )
+    # EDM's program saves networks as averages alone. Other files say at the network's place if it is the last one.
+    averaged = source.taken is None or source.taken.averaged or not source.taken.key
+    if options.weights not in ("auto", "ema" if averaged else "raw"):
+        kind = "averaged" if averaged else "last"
+        raise CheckpointError("--weights", options.weights, f"the file holds {kind} weights only", "Remove --weights.")
     if not any(k.startswith(PREFIX) for k in source.names()):
         source = RenamedSource(source, {PREFIX + k: k for k in source.names()})
     names = source.names()
@@ -100,14 +102,14 @@ def read_edm(source: TensorSource, options: ConvertOptions) -> ModelWeights:
         diffusion=DiffusionConfig(process="edm", section=EDMConfig()),
         stages=StagesConfig(boundaries=boundaries),
         sample_size=size,
-        weights="ema",
+        weights="ema" if averaged else "raw",
     )
     return ModelWeights(
         description=description,
         tensors=OursFromTheirs(source, rules),
         used={k: [r.ours] for r in rules for k in r.theirs},
         left_out={**source.left_out, **filters},
-        assumed=[*assumed, *assumptions],
+        assumed=[*assumed, *assumptions, *note(source.taken, options.weights)],
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from msdiff_dist.convert.formats.song import checked_song, groups_of, recognising
 from msdiff_dist.convert.key_map import Layout, OursFromTheirs, Rule, TheirsFromOurs, check_complete, rule
 from msdiff_dist.convert.model_weights import ModelWeights, Written, empty_model
+from msdiff_dist.convert.networks import note
 from msdiff_dist.convert.options import ConvertOptions, given_boundaries
 from msdiff_dist.convert.recognition import refuse_other_formats
 from msdiff_dist.convert.tensor_sources import (
@@ -93,7 +94,7 @@ def read_scoresde(path: Path, options: ConvertOptions) -> ModelWeights:
         tensors=OursFromTheirs(source, rules),
         used={k: [r.ours] for r in rules for k in r.theirs},
         left_out=left_out,
-        assumed=[*assumed, *assumptions],
+        assumed=[*assumed, *assumptions, *note(source.taken, options.weights)],
     )
 
 
@@ -184,7 +185,9 @@ def _opened(path: Path, options: ConvertOptions) -> tuple[TensorSource, bool]:
     Raises:
         CheckpointError: averages are asked for and there are none, or the file cannot be read.
     """
-    source = open_source(path)
+    source = open_source(path, options.wanted("official-scoresde"))
+    if source.taken is not None and source.taken.averaged:
+        return RenamedSource(source, {k.removeprefix("module."): k for k in source.names()}), True
     averages = _averages(path, source)
     if averages is None and options.weights == "ema":
         raise CheckpointError(
@@ -205,9 +208,10 @@ def _averages(path: Path, source: TensorSource) -> dict[str, Tensor] | None:
     Raises:
         CheckpointError: the list does not fit the parameters' shapes.
     """
-    content: Any = load_pickle(path) if path.suffix in PICKLES else {}
-    shadow = (content.get("ema") or {}).get("shadow_params") if isinstance(content.get("ema"), Mapping) else None
-    if shadow is None:
+    content: Any = load_pickle(path) if path.suffix in PICKLES else None
+    ema = content.get("ema") if isinstance(content, dict) else None
+    shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
+    if not isinstance(shadow, list) or not all(isinstance(t, Tensor) for t in shadow):
         return None
     # The list has no names. Only as many averages as parameters, of the same shapes in the same order, can be paired.
     names = [k for k in source.names() if k.removeprefix("module.") not in BUFFERS]

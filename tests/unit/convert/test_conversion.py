@@ -116,7 +116,7 @@ def test_options_that_contradict(tmp_path: Path, make_export: Any, options: dict
             "msdiff",
             "ldm",
             {"num_heads": 2},
-            r"--heads = 2.*Remove it; --weights, --no-null-class, --stage can",
+            r"--heads = 2.*Remove it; --weights, --no-null-class, --no-model-ema, --stage can",
         ),
         ("ldm", "msdiff", {"boundaries": (442.0,)}, "--boundaries"),
         ("official-edm", "msdiff", {"null_class": False}, "--no-null-class = True"),

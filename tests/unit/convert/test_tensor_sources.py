@@ -101,15 +101,9 @@ def test_folders_of_parts_need_every_part(tmp_path: Path) -> None:
 def test_pickles_with_code_are_refused_and_not_run(tmp_path: Path) -> None:
     path, target = tmp_path / "evil.ckpt", tmp_path / "ran"
     torch.save({"state_dict": {"a": torch.ones(1)}, "x": Payload(target)}, path)
-    with pytest.raises(CheckpointError, match=r"system.*safetensors"):
+    with pytest.raises(CheckpointError, match=r"system.*nothing of it was run"):
         open_source(path)
     assert not target.exists()
-
-
-def test_python_pickles_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "network.pkl").write_bytes(b"\x80\x04.")
-    with pytest.raises(CheckpointError, match="pickle"):
-        open_source(tmp_path / "network.pkl")
 
 
 @pytest.mark.parametrize("name", ["x.ckpt", "x.safetensors", "x.npz"])

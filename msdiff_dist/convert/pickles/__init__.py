@@ -1,0 +1,1 @@
+"""Files that Python's pickle and `torch.save` wrote, read as data: nothing that they name is imported or called."""
