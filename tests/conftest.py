@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
 from typing import Any
 
 import pytest
@@ -10,6 +14,10 @@ from xdist.scheduler import LoadScopeScheduling
 
 settings.register_profile("project", deadline=None)  # machines differ and are shared: no test asserts a time
 settings.load_profile("project")
+
+# `msdiff train` and `msdiff launch` remember run folders below it: not in the home folder of whoever runs the tests.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="msdiff-state-")
+atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 SLURM = "tests/slurm/"
 # Folders whose files take minutes, and of which the first mostly waits: they come first, lest one worker end long

@@ -15,7 +15,7 @@ def cancel(
 
     Example: msdiff cancel runs/cin
     """
-    from msdiff_dist.launch import watch
+    from msdiff_dist.launch import known_runs, watch
 
-    folder = watch.find_run(run)
+    folder = known_runs.find_run(run)
     typer.echo(f"{folder}: {watch.cancel(folder, now)}")

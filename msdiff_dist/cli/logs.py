@@ -8,7 +8,7 @@ import typer
 
 
 def logs(
-    run: Annotated[str, typer.Argument(help="Run folder, or the name of a launched run.")],
+    run: Annotated[str, typer.Argument(help="Run folder, or the name of a run.")],
     rank: Annotated[int | None, typer.Option(min=0, help="Only this rank.")] = None,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Print new lines as they are written (rank 0's unless --rank).")
@@ -19,8 +19,8 @@ def logs(
 
     Example: msdiff logs runs/cin --rank 3 -f
     """
-    from msdiff_dist.launch import watch
+    from msdiff_dist.launch import known_runs, run_logs
 
-    folder = watch.find_run(run)
-    for text in watch.log_texts(folder, rank, lines, follow):
+    folder = known_runs.find_run(run)
+    for text in run_logs.log_texts(folder, rank, lines, follow):
         typer.echo(text, nl=False)

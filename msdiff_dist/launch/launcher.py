@@ -26,11 +26,14 @@ from msdiff_dist.distributed.plan_report import render, size
 from msdiff_dist.errors import ConfigError, RunFolderError, collecting, raise_all
 from msdiff_dist.launch.cluster import ClusterConfig, one_rank
 from msdiff_dist.launch.job import CANCELLED_FILE, CommandJob, TrainJob
+from msdiff_dist.launch.known_runs import register_run
+from msdiff_dist.launch.plain_run import last_metrics
+from msdiff_dist.launch.record import JobRecord, done_file
 from msdiff_dist.launch.restarts import Diary
 from msdiff_dist.launch.slurm import has_clients
 from msdiff_dist.launch.snapshot import next_snapshot, take_snapshot
 from msdiff_dist.launch.submit import check_folder, check_job, make_executor, sbatch_text, submit
-from msdiff_dist.launch.watch import JobRecord, done_file, last_metrics, register_run, states
+from msdiff_dist.launch.watch import states
 from msdiff_dist.recipe import Recipe, load_recipe, recipe_mapping
 from msdiff_dist.sweep import load_sweep, run_names
 from msdiff_dist.training.run_folder import RunFolder

@@ -1,4 +1,4 @@
-"""Launched runs on the terminal: the table of `msdiff jobs` and the live view of `msdiff attach`."""
+"""Runs on the terminal: the table of `msdiff jobs` and the live view of `msdiff attach`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from rich.live import Live
 from rich.table import Table
 
 from msdiff_dist.errors import RunFolderError
-from msdiff_dist.launch.watch import RunStatus, last_metrics, run_statuses
+from msdiff_dist.launch.plain_run import last_metrics
+from msdiff_dist.launch.watch import RunStatus, run_statuses
+from msdiff_dist.terminal import Lines, duration
 
 _COLUMNS = ("run", "job", "state", "nodes", "step", "img/s", "ETA", "restarts", "loss")
 
@@ -23,7 +25,7 @@ def show(statuses: Sequence[RunStatus]) -> None:
     """Print a table with one line for each run."""
     console = Console()
     if not statuses:
-        console.print("no launched runs; `msdiff launch` starts one")
+        console.print("no runs; `msdiff train` and `msdiff launch` start them")
         return
     if not console.is_terminal:  # rich would assume 80 columns and cut the cells of a pipe or log
         console = Console(width=200)
@@ -35,15 +37,14 @@ def _table(statuses: Sequence[RunStatus]) -> Table:
     table = Table(*_COLUMNS, box=None, pad_edge=False, title=None, caption=f"in {common}", caption_justify="left")
     for s in statuses:
         step = f"{s.step or 0}/{s.total_steps}" if s.total_steps is not None else ""
-        state = f"{s.state.state} ({s.state.reason})" if s.state.reason else s.state.state
         table.add_row(
             os.path.relpath(s.run, common),
             s.job_id,
-            state,
+            _state(s),
             s.state.nodes,
             step,
             f"{s.images_per_second:.0f}" if s.images_per_second is not None else "",
-            _duration(s.eta_s) if s.eta_s is not None else "",
+            duration(s.eta_s) if s.eta_s is not None else "",
             str(s.restarts) if s.restarts is not None else "",
             f"{s.loss:.4f}" if s.loss is not None else "",
         )
@@ -56,16 +57,17 @@ def as_json(status: RunStatus) -> str:
 
 
 def live(run: Path) -> None:
-    """Show a run's status and last steps, every second or two, until its job has ended.
+    """Show a run's status and last steps until it has ended: every second or two on a terminal, else as lines.
 
     Raises:
-        RunFolderError: nothing was launched in `run`.
+        RunFolderError: no run has begun in `run`.
     """
     if not run_statuses([run]):
-        raise RunFolderError("RUN", str(run), "nothing was launched there", "See `msdiff jobs`.")
+        raise RunFolderError("RUN", str(run), "no run has begun there", "See `msdiff jobs`.")
     console = Console()
     if not console.is_terminal:
-        console = Console(width=200)
+        _lines(run)
+        return
     with Live(console=console, auto_refresh=False) as view:
         while True:
             statuses = run_statuses([run])
@@ -73,6 +75,37 @@ def live(run: Path) -> None:
             if not statuses[0].state.active:
                 return
             time.sleep(2 if statuses[0].step is None else 1)
+
+
+def _lines(run: Path) -> None:
+    """Print a line now and then while the run goes on, and one at its end."""
+    lines, shown = Lines(), None
+    while True:
+        (status,) = run_statuses([run])
+        if not status.state.active or (status.step != shown and lines.due()):
+            print(_line(status), flush=True)
+            shown = status.step
+        if not status.state.active:
+            return
+        time.sleep(1)
+
+
+def _line(status: RunStatus) -> str:
+    words = [_state(status)]
+    if status.total_steps is not None:
+        words.append(f"step {status.step or 0}/{status.total_steps}")
+    if status.loss is not None:
+        words.append(f"loss {status.loss:.4f}")
+    if status.images_per_second is not None:
+        words.append(f"{status.images_per_second:.0f} img/s")
+    if status.eta_s is not None:
+        words.append(f"ETA {duration(status.eta_s)}")
+    return "  ".join(words)
+
+
+def _state(status: RunStatus) -> str:
+    state = status.state
+    return f"{state.state} ({state.reason})" if state.reason else state.state
 
 
 def _live_view(run: Path, statuses: Sequence[RunStatus]) -> Table:
@@ -85,10 +118,3 @@ def _live_view(run: Path, statuses: Sequence[RunStatus]) -> Table:
         steps.add_row(str(m["step"]), f"{m['loss']:.4f}", stages, norm, lr, f"{m['images_per_second']:.0f}")
     view.add_row(steps)
     return view
-
-
-def _duration(seconds: float) -> str:
-    minutes, whole = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    return f"{days}-{hours:02d}:{minutes:02d}:{whole:02d}" if days else f"{hours}:{minutes:02d}:{whole:02d}"

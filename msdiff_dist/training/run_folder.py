@@ -15,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -70,6 +71,7 @@ class RunFolder:
         self.snapshots = path / SNAPSHOTS
         self.samples = path / "samples"
         self.logs = path / "logs"
+        self._lock_file = path / ".lock"
         self._lock: IO[str] | None = None
 
     def check(self, recipe: Mapping[str, Any]) -> None:
@@ -115,13 +117,11 @@ class RunFolder:
         self.check(recipe)
         with writing("--run-dir", self.path, RunFolderError):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            self._lock = self._lock_file.open("w")
+            if not _locked(self._lock):
                 self.close()
                 problem, remedy = "is in use by another running process", "Wait for it, or name another folder."
-                raise RunFolderError("--run-dir", str(self.path), problem, remedy) from None
+                raise RunFolderError("--run-dir", str(self.path), problem, remedy)
             remove_partials(self.path, [self.recipe_file.name, self.metrics_file.name])
             # Before the subfolders: a folder with those and without a recipe would be refused, so a kill in between
             # would lock the same command out.
@@ -130,6 +130,17 @@ class RunFolder:
                 folder.mkdir(exist_ok=True)
             for leftover in self.samples.glob(".*"):  # weights and unfinished grids of a preview when a kill came
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+    def in_use(self) -> bool:
+        """Whether a process holds the folder's lock, on this host or another."""
+        if not self._lock_file.exists():
+            return False
+        with self._lock_file.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
 
     def close(self) -> None:
         """Unlock the folder."""
@@ -150,3 +161,14 @@ class RunFolder:
             if step <= after_step:
                 kept.append(line + "\n")
         atomic_write(self.metrics_file, "".join(kept))
+
+
+def _locked(file: IO[str]) -> bool:
+    """Lock a file for this process; False if another process keeps it locked."""
+    for _ in range(10):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.02)  # `in_use` of a process that watches the run holds it for a moment
+    return False

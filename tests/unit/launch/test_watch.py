@@ -11,21 +11,13 @@ from pathlib import Path
 import pytest
 
 from msdiff_dist.errors import RunFolderError
+from msdiff_dist.launch.known_runs import find_run, known_runs, register_run, runs_in
+from msdiff_dist.launch.plain_run import last_metrics
+from msdiff_dist.launch.record import JobRecord
 from msdiff_dist.launch.restarts import Diary
+from msdiff_dist.launch.run_logs import log_texts, rank_logs
 from msdiff_dist.launch.tables import show
-from msdiff_dist.launch.watch import (
-    JobRecord,
-    cancel,
-    find_run,
-    known_runs,
-    last_metrics,
-    log_texts,
-    rank_logs,
-    register_run,
-    run_statuses,
-    runs_in,
-    states,
-)
+from msdiff_dist.launch.watch import cancel, run_statuses, states
 
 
 @pytest.fixture
