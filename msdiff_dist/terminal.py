@@ -10,6 +10,7 @@ from typing import IO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 T = TypeVar("T")
@@ -141,7 +142,7 @@ class _Column(ProgressColumn):
     """What `LongWork.text` says, beside the bar."""
 
     def __init__(self, text: Callable[[], str]) -> None:
-        super().__init__()
+        super().__init__(Column(no_wrap=True))
         self._text = text
 
     def render(self, task: Task) -> Text:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
-from rich.progress import Progress
 
 from msdiff_dist.checkpoint.layout import CheckpointIndex, find_checkpoint
 from msdiff_dist.checkpoint.load import CheckpointReader
@@ -41,6 +40,7 @@ from msdiff_dist.stage_division.methods import (
     float_blocks,
     plot,
 )
+from msdiff_dist.terminal import LongWork, track
 
 GRADIENT_GRID, GRADIENT_BATCH = 100, 64
 _WAIT_S = 1800.0  # seconds that a rank may wait for the others, which read shares of different sizes
@@ -152,18 +152,29 @@ def _divide_data(
     count = sum(source.count for source in sources)
     if is_rank_process():
         with process_group(WaitLimits(step_s=_WAIT_S, start_s=_WAIT_S)) as env:
-            blocks = float_blocks(sources, options.value_range, env.device, env.rank, env.world_size)
-            return divide_by_optimal_denoiser(process, blocks, count, stages, options), env.rank == 0
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-
-        def track(blocks: Iterable[Any], count: int) -> Iterator[Any]:
-            task = progress.add_task("data", total=count)
-            for first, rows in blocks:
-                yield first, rows
-                progress.advance(task, len(rows))
-
-        blocks = float_blocks(sources, options.value_range, this_device(), track=track)
+            share = sum(source.count for source in sources[env.rank :: env.world_size])
+            with _passes(share) if env.rank == 0 else nullcontext() as work:
+                counted = _counting(work)
+                blocks = float_blocks(sources, options.value_range, env.device, env.rank, env.world_size, counted)
+                return divide_by_optimal_denoiser(process, blocks, count, stages, options), env.rank == 0
+    with _passes(count) as work:
+        blocks = float_blocks(sources, options.value_range, this_device(), track=_counting(work))
         return divide_by_optimal_denoiser(process, blocks, count, stages, options), True
+
+
+def _passes(count: int) -> LongWork:
+    """Of the optimal denoiser over the data: one draws samples, one denoises them."""
+    return LongWork("passing over", 2 * count, "samples")
+
+
+def _counting(work: LongWork | None) -> Callable[[Iterable[Any]], Iterable[Any]]:
+    def counted(blocks: Iterable[Any]) -> Iterator[Any]:
+        for first, rows in blocks:
+            yield first, rows
+            if work:
+                work.advance(len(rows))
+
+    return counted
 
 
 def _divide_gradients(request: ClusterRequest) -> tuple[Division, str]:
@@ -187,9 +198,8 @@ def _divide_gradients(request: ClusterRequest) -> tuple[Division, str]:
     label, context = (None if c is None else c.to(device) for c in (samples.label_n, samples.context_nTC))
     objective = Objective(process, recipe.train.loss)
     grid = clock_grid(process, GRADIENT_GRID).tolist()
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        times = progress.track(grid, description="gradients")
-        affinity = gradient_affinity(shared, decoders, objective, partition, x0, eps, times, label, context)
+    times = track(grid, "gradients at", "times")
+    affinity = gradient_affinity(shared, decoders, objective, partition, x0, eps, times, label, context)
     return divide_by_affinity(process, affinity, request.stages), recipe.diffusion.process
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import signal
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.queues import SimpleQueue
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from safetensors.torch import save
 
 from msdiff_dist.config import to_mapping
@@ -35,6 +35,7 @@ from msdiff_dist.files.work_share import Part, alone
 from msdiff_dist.models.autoencoder import LatentCodec
 from msdiff_dist.models.text_encoder import open_text_encoder
 from msdiff_dist.recipe import Recipe, recipe_from, recipe_mapping
+from msdiff_dist.terminal import LongWork
 
 _RECORDS = ".encode"
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl: a signal for this process when its parent ends
@@ -137,41 +138,55 @@ def _encode_shards(
     out: Path,
     nproc: int,
 ) -> None:
-    """Encode the shards whose numbers are `missing`, with a progress bar."""
-    if nproc == 1 and not torch.cuda.is_available():
-        for i in track(missing, description="encoding", transient=True):
-            _encode_one(tools, i, shards[i], fingerprints[i], out)
-        return
-    # Not fork: CUDA does not work in a fork of a process that has used it. Each process takes a device off the queue.
-    context = multiprocessing.get_context("forkserver")
-    devices: SimpleQueue[str] = context.SimpleQueue()
-    for i in range(nproc):
-        devices.put(f"cuda:{i % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
-    own = cores()
-    start = (recipe_mapping(recipe), devices, threads_of(own, [own] * nproc))
-    with ProcessPoolExecutor(nproc, context, _start_process, start) as pool:
-        futures = [pool.submit(_encode_here, i, shards[i], fingerprints[i], out) for i in missing]
-        done = 0
-        try:
-            for future in track(as_completed(futures), "encoding", len(futures), transient=True):
-                future.result()
-                done += 1
-        except BrokenProcessPool:
-            problem = f"an encoding process died; {done} shards were finished"
-            raise MsdiffError(f"{problem}. Give the same command again to resume") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+    """Encode the shards whose numbers are `missing`, and show how far that is."""
+    with LongWork("encoding", sum(shards[i].num_samples for i in missing), "images") as work:
+        if nproc == 1 and not torch.cuda.is_available():
+            tools.encode_shard.encoded = work.advance
+            for i in missing:
+                _encode_one(tools, i, shards[i], fingerprints[i], out)
+            return
+        # Not fork: CUDA does not work in a fork of a process that has used it.
+        context = multiprocessing.get_context("forkserver")
+        devices: SimpleQueue[str] = context.SimpleQueue()  # each process takes one
+        for i in range(nproc):
+            devices.put(f"cuda:{i % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
+        own, encoded = cores(), context.Value("q", 0)
+        start = (recipe_mapping(recipe), devices, threads_of(own, [own] * nproc), encoded)
+        with ProcessPoolExecutor(nproc, context, _start_process, start) as pool:
+            pending = {pool.submit(_encode_here, i, shards[i], fingerprints[i], out) for i in missing}
+            done = shown = 0
+            try:
+                while pending:
+                    ended, pending = wait(pending, 1.0, FIRST_COMPLETED)
+                    for future in ended:
+                        future.result()
+                        done += 1
+                    now = encoded.value
+                    work.advance(now - shown)
+                    shown = now
+            except BrokenProcessPool:
+                problem = f"an encoding process died; {done} shards were finished"
+                raise MsdiffError(f"{problem}. Give the same command again to resume") from None
+            finally:
+                pool.shutdown(cancel_futures=True)
 
 
 _process_tools: _Tools | None = None  # of this encoding process, made when it starts
 
 
-def _start_process(recipe: dict[str, Any], devices: SimpleQueue[str], threads: int) -> None:
+def _start_process(recipe: dict[str, Any], devices: SimpleQueue[str], threads: int, encoded: Synchronized[int]) -> None:
+    """Body of an encoding process's start. `encoded` counts the images of all processes."""
     global _process_tools
     # The process ends with the command; finished shards stay, and the unfinished one is encoded again.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     torch.set_num_threads(threads)
     _process_tools = _Tools(recipe_from(recipe), torch.device(devices.get()))
+
+    def count(images: int) -> None:
+        with encoded.get_lock():
+            encoded.value += images
+
+    _process_tools.encode_shard.encoded = count
 
 
 def _encode_here(number: int, shard: Shard, fingerprint: str, out: Path) -> None:

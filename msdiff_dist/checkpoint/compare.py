@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from msdiff_dist.checkpoint.load import CheckpointReader
+from msdiff_dist.terminal import track
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +35,9 @@ class TensorDifference:
 
 def compare(a: CheckpointReader, b: CheckpointReader) -> Iterator[TensorDifference]:
     """The differences of all tensors that both hold in the same shape. Memory holds one tensor of each at a time."""
-    for kind in sorted({*a.kinds} & {*b.kinds}):
-        for name, shape in a.index.shapes.items():
-            if b.index.shapes.get(name) == shape:
-                x, y = a.tensor(kind, name), b.tensor(kind, name)
-                max_abs = float((x - y).abs().nan_to_num(torch.inf).max())
-                yield TensorDifference(kind=kind, name=name, max_abs=max_abs, scale=float(x.abs().max()))
+    common = [name for name, shape in a.index.shapes.items() if b.index.shapes.get(name) == shape]
+    both = [(kind, name) for kind in sorted({*a.kinds} & {*b.kinds}) for name in common]
+    for kind, name in track(both, "comparing", "tensors"):
+        x, y = a.tensor(kind, name), b.tensor(kind, name)
+        max_abs = float((x - y).abs().nan_to_num(torch.inf).max())
+        yield TensorDifference(kind=kind, name=name, max_abs=max_abs, scale=float(x.abs().max()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from msdiff_dist.checkpoint.save import Averages
 from msdiff_dist.checkpoint.tensor_file import TensorReader, check_content, check_size, corrupt
 from msdiff_dist.distributed.zero_state import Fragment, ShardedState
 from msdiff_dist.errors import CheckpointError
+from msdiff_dist.terminal import LongWork
 
 
 class CheckpointReader:
@@ -58,8 +60,11 @@ class CheckpointReader:
         Raises:
             CorruptError: naming the first file that differs.
         """
-        for stored in self.index.files[part::parts]:
-            check_content(self.folder / stored.name, stored)
+        mine = self.index.files[part::parts]
+        # Of several ranks one shows it.
+        with LongWork("checking", sum(f.size for f in mine), "MB") if part == 0 else nullcontext() as work:
+            for stored in mine:
+                check_content(self.folder / stored.name, stored, work.advance if work else lambda size: None)
 
     def names(self, prefix: str = "") -> list[str]:
         """Parameters whose names begin with `prefix`."""

@@ -14,7 +14,7 @@ import json
 import mmap
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -196,14 +196,17 @@ def check_size(path: Path, stored: StoredFile) -> None:
         raise corrupt(path, problem)
 
 
-def check_content(path: Path, stored: StoredFile) -> None:
+def check_content(path: Path, stored: StoredFile, read: Callable[[int], object] = lambda size: None) -> None:
     """Compare a file's content with the checksum in the index.
+
+    Args:
+        read: called with the number of bytes that were read, many times.
 
     Raises:
         CorruptError: it differs, or the file is missing.
     """
     check_size(path, stored)
-    if sha256_of(path) != stored.sha256:
+    if sha256_of(path, read) != stored.sha256:
         raise corrupt(path, "its content changed since it was written (sha256 differs)")
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from msdiff_dist.cli import choices
@@ -91,7 +90,7 @@ def pack(
         max_bad=max_bad,
     )
     console = Console(stderr=True)
-    packed = pack_folder(images_dir, out, options, lambda numbers: track(numbers, "packing", console=console))
+    packed = pack_folder(images_dir, out, options)
     _report(packed.dataset)
     if packed.left_out:
         console.print(f"[yellow]skipped {len(packed.left_out)} files:[/yellow]")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from msdiff_dist.convert.writing import appearing, write_safetensors
 from msdiff_dist.errors import ConfigError, did_you_mean
 from msdiff_dist.files.atomic import atomic_write
 from msdiff_dist.files.digest import sha256_of
+from msdiff_dist.terminal import LongWork
 
 REPORT = "conversion_report.json"
 """File name of the report: what became of every key, and what was assumed."""
@@ -74,7 +75,7 @@ def write(
     _check_known("--to", to_format, writable())
     writer = FORMATS[to_format].write
     assert writer is not None
-    digests = {path.name: sha256_of(path) for path in _source_files(weights)}
+    digests = _digests(_source_files(weights))
     metadata = {
         **_kept_metadata(weights),
         "converter": f"msdiff_dist {__version__}",
@@ -107,7 +108,7 @@ def _plain(src: Path, dst: Path, from_format: str) -> dict[str, Any]:
     with appearing(dst) as aside:
         digest = write_safetensors(aside, source, {"converter": f"msdiff_dist {__version__}"})
     report = {
-        "source": {"path": str(src), "format": from_format, "sha256": {p.name: sha256_of(p) for p in source.files}},
+        "source": {"path": str(src), "format": from_format, "sha256": _digests(source.files)},
         "result": {"path": str(dst), "format": PLAIN, "sha256": {dst.name: digest}},
         "keys": {k: {"to": [k]} for k in source.names()} | {k: {"left_out": v} for k, v in source.left_out.items()},
         "assumed": [],
@@ -178,6 +179,12 @@ def _source_files(weights: ModelWeights) -> list[Path]:
         if frozen is not None:
             files += frozen.tensors.files
     return list(dict.fromkeys(files))
+
+
+def _digests(files: Sequence[Path]) -> dict[str, str]:
+    """The SHA-256 of each file, by its name."""
+    with LongWork("reading", sum(path.stat().st_size for path in files), "MB") as work:
+        return {path.name: sha256_of(path, work.advance) for path in files}
 
 
 def _check_known(option: str, name: str, known: Iterable[str]) -> None:

@@ -16,6 +16,7 @@ from msdiff_dist.convert.tensor_sources import PICKLES, RESIDENT, TensorSource
 from msdiff_dist.errors import CheckpointError
 from msdiff_dist.files.atomic import atomic_path, writing
 from msdiff_dist.files.digest import sha256_of
+from msdiff_dist.terminal import LongWork
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -25,9 +26,14 @@ def write_safetensors(path: Path, source: TensorSource, metadata: Mapping[str, s
     """Write all of `source` as one .safetensors file, holding one tensor at a time; returns the file's sha256."""
     # Widest elements first, as safetensors' own writer does: tensors then start at multiples of their element sizes.
     keys = sorted(source.names(), key=lambda k: (-source.meta(k).element_size(), k))
-    with TensorWriter(path, {k: source.meta(k) for k in keys}, {"format": "pt", **metadata}) as writer:
+    like = {key: source.meta(key) for key in keys}
+    with (
+        TensorWriter(path, like, {"format": "pt", **metadata}) as writer,
+        LongWork("writing", sum(meta.nbytes for meta in like.values()), "MB") as work,
+    ):
         for key in keys:
             writer.write(key, source.read(key))
+            work.advance(like[key].nbytes)
     return writer.stored.sha256
 
 

@@ -28,6 +28,7 @@ from msdiff_dist.data.access import (
 from msdiff_dist.data.corruption import Corruption, CorruptionReport
 from msdiff_dist.data.tar_members import TarError, sample_keys
 from msdiff_dist.errors import DataError
+from msdiff_dist.terminal import track
 
 FIELD = "data.shards"
 INDEX_NAME = "index.json"
@@ -117,7 +118,7 @@ def read_index(
             there are no samples.
     """
     indexes, shards = indexes or IndexFiles(), []
-    for path in paths:
+    for path in track([*paths], "counting samples in", "shards"):
         at = beside(path, INDEX_NAME)
         entry = indexes.entries(at).get(base_name(path))
         shards.append(

@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -23,6 +21,7 @@ from msdiff_dist.errors import CheckpointError, ConfigError, DataError
 from msdiff_dist.files.atomic import atomic_write
 from msdiff_dist.pixels import to_model_range
 from msdiff_dist.randomness import generator
+from msdiff_dist.terminal import track
 
 _KEY = "feature_classifier"
 _HELD_OUT = 10  # one image in ten measures the accuracy
@@ -99,7 +98,7 @@ def train_classifier(data: DataConfig, steps: int, batch_size: int = 128, seed: 
         model = FeatureClassifier(ClassifierInfo(image_shape=data.x_shape, classes=data.num_classes))
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in track(range(steps), description="classifier", console=Console(stderr=True), transient=True):
+    for _ in track(range(steps), "training the classifier", "steps"):
         rows = train[torch.from_numpy(rng.integers(len(train), size=batch_size))]
         optimizer.zero_grad()
         F.cross_entropy(model(x[rows]), y[rows]).backward()

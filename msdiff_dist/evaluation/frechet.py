@@ -20,6 +20,7 @@ from msdiff_dist.errors import ConfigError, DataError
 from msdiff_dist.evaluation.feature_classifier import load_classifier
 from msdiff_dist.evaluation.generate import ImageGenerator
 from msdiff_dist.evaluation.sampling_job import SamplingJob
+from msdiff_dist.terminal import LongWork
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +97,18 @@ class Scorer:
             )
         self._reference = fit(reference)
 
-    def __call__(self, generator: ImageGenerator, seed: int) -> float:
-        """Score of the images with numbers 0 to `pictures` - 1 that `generator` makes with `seed`."""
+    def __call__(self, generator: ImageGenerator, seed: int, what: str = "sampling") -> float:
+        """Score of the images with numbers 0 to `pictures` - 1 that `generator` makes with `seed`.
+
+        Args:
+            what: is done, in words, for the progress that is shown.
+        """
         job = SamplingJob(
             num=self.config.pictures, seed=seed, sampler=self.config.sampler, batch_size=self.config.batch_size
         )
-        images = (job.draw(generator, index_n) for index_n in job.batches)
-        return frechet_distance(fit(self.features(images)), self._reference)
+        with LongWork(what, job.num, "images") as work:
+            images = (job.draw(generator, index_n, work) for index_n in job.batches)
+            return frechet_distance(fit(self.features(images)), self._reference)
 
     @torch.no_grad()
     def features(self, batches: Iterable[Tensor]) -> np.ndarray:

@@ -5,14 +5,15 @@ The shared encoder is loaded at once, each decoder when sampling first reaches i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from msdiff_dist.diffusion.sampling import Condition, sample
+from msdiff_dist.diffusion.sampling import Condition, sample, sampler_times
 from msdiff_dist.diffusion.solvers import SamplerConfig
 from msdiff_dist.distributed.precision import bf16_support
 from msdiff_dist.evaluation.prompts import Prompter
@@ -44,6 +45,7 @@ class ImageGenerator:
         seed: int,
         label_n: Tensor | None = None,
         prompts: Sequence[str] = (),
+        called: Callable[[], object] = lambda: None,
     ) -> Tensor:
         """The uint8 images [n, C, H, W] with the numbers `index_n`.
 
@@ -52,6 +54,7 @@ class ImageGenerator:
         Args:
             label_n: int64 class of each image, for a model with classes.
             prompts: image i has prompt i modulo their number; if there are none, the caption is empty.
+            called: called after each of the `calls` of the network.
 
         Raises:
             ConfigError: there are prompts, but the model takes none.
@@ -60,8 +63,14 @@ class ImageGenerator:
         null = None if label_n is None else torch.full_like(label_n, self._model.num_classes or 0)
         context, null_context = self._prompter(index_n, prompts)
         unconditional = Condition(None if null is None else null.to(self._device), null_context)
+
+        def network(*inputs: Any) -> Tensor:
+            output = self._network(*inputs)
+            called()
+            return output
+
         x0 = sample(
-            self._network,
+            network,
             self._process,
             self._partition,
             sampler,
@@ -73,6 +82,10 @@ class ImageGenerator:
             unconditional=None if null is None and null_context is None else unconditional,
         )
         return self._codec.to_images(x0)
+
+    def calls(self, sampler: SamplerConfig) -> int:
+        """How often the network is called for a batch of images."""
+        return len(sampler_times(self._process, self._partition, sampler))
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raise what a call would raise for these prompts, before anything is sampled."""

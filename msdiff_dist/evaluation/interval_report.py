@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,10 +79,12 @@ def interval_report(
     scorer = Scorer(score, device)
     inside, outside = ImageGenerator(weights, device), ImageGenerator(others, device)
 
-    def scored(generator: ImageGenerator) -> float:
-        return scorer(generator, seed)
-
     edges = [partition.interval(k) for k in range(partition.num_stages)]
+    number = itertools.count(1)
+
+    def scored(generator: ImageGenerator) -> float:
+        return scorer(generator, seed, f"score {next(number)} of {len(edges) + 2}: sampling")
+
     scores = tuple(IntervalScore(lo, hi, scored(SplicedGenerator(inside, outside, lo, hi))) for lo, hi in edges)
     report = IntervalReport(unit=process.unit, reference=scored(outside), run=scored(inside), intervals=scores)
     with writing("--out", out, RunFolderError), atomic_folder(out) as aside:

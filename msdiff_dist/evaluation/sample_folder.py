@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from rich.progress import track
 from torch import Tensor
 
 from msdiff_dist.distributed.environment import this_device
@@ -27,6 +26,7 @@ from msdiff_dist.export.weights import open_weights
 from msdiff_dist.files.atomic import atomic_write, remove_partials
 from msdiff_dist.files.folder_claim import FolderClaim
 from msdiff_dist.files.work_share import Part, alone
+from msdiff_dist.terminal import LongWork
 
 _RECORD = "sampling.json"
 _GRID = "grid.png"
@@ -72,12 +72,13 @@ def sample_run(
     with claim.held(job.settings(weights), part, names), ThreadPoolExecutor(_WRITERS) as writers:
         before = sum(path.exists() for path in paths)
         remove_partials(out, [paths[i].name for index_n in mine for i in index_n])
-        for index_n in track(mine, description="sampling", transient=True):
-            if all(paths[i].exists() for i in index_n):
-                continue
-            # A whole batch is sampled even if one image is missing: its last bits depend on the batch.
-            images = job.draw(generator, index_n)
-            list(writers.map(_write, images, [paths[i] for i in index_n]))
+        # A whole batch is sampled even if one image is missing: its last bits depend on the batch.
+        missing = [index_n for index_n in mine if not all(paths[i].exists() for i in index_n)]
+        total, to_make = (sum(map(len, batches)) for batches in (mine, missing))
+        with LongWork("sampling", total, "images", done=total - to_make) as work:
+            for index_n in missing:
+                images = job.draw(generator, index_n, work)
+                list(writers.map(_write, images, [paths[i] for i in index_n]))
         # Several processes may end at once: one at a time checks whether all images are there and writes the grid.
         with alone(out / _LOCKS):
             complete = all(path.exists() for path in paths)

@@ -15,6 +15,7 @@ from msdiff_dist.errors import ConfigError
 from msdiff_dist.evaluation.generate import ImageGenerator
 from msdiff_dist.evaluation.grid import class_labels
 from msdiff_dist.export.weights import Weights
+from msdiff_dist.terminal import LongWork
 
 _WIDEST_GRID = 20  # largest number of classes that get a column each
 
@@ -78,14 +79,20 @@ class SamplingJob:
         """Numbers of the images of each batch."""
         return [range(i, min(i + self.batch_size, self.num)) for i in range(0, self.num, self.batch_size)]
 
-    def draw(self, generator: ImageGenerator, index_n: Sequence[int]) -> Tensor:
+    def draw(self, generator: ImageGenerator, index_n: Sequence[int], work: LongWork | None = None) -> Tensor:
         """The images with the numbers `index_n`, uint8 [n, C, H, W].
+
+        Args:
+            work: counts images; each call of the network makes a part of them.
 
         Raises:
             ConfigError: there is no such class, or there are prompts for a model that takes none.
         """
         labels = class_labels(index_n, generator.num_classes, self.class_)
-        return generator(index_n, self.sampler, self.seed, labels, self.prompts)
+        if work is None:
+            return generator(index_n, self.sampler, self.seed, labels, self.prompts)
+        share = len(index_n) / generator.calls(self.sampler)
+        return generator(index_n, self.sampler, self.seed, labels, self.prompts, lambda: work.advance(share))
 
     def columns(self, num_classes: int | None) -> int | None:
         """Number of columns of the grid, one per class; None: a square grid."""

@@ -28,6 +28,7 @@ from msdiff_dist.errors import CheckpointError
 from msdiff_dist.export.posthoc import open_posthoc
 from msdiff_dist.export.weights import CONFIG, MODEL, CheckpointWeights, open_checkpoint
 from msdiff_dist.files.atomic import atomic_folder, writing
+from msdiff_dist.terminal import LongWork
 
 _METADATA = {"format": "pt"}  # Hugging Face's loaders look for it; "pt" is PyTorch
 
@@ -88,10 +89,12 @@ def write_tensors(
             )
             for file, held in files.items()
         }
+        work = stack.enter_context(LongWork("writing", sum(like[name].nbytes for name in names), "MB"))
         for name in names:
             tensor = read(name)
             writers[MODEL].write(name, tensor)
             writers[_module_file(name)].write(name, tensor)
+            work.advance(like[name].nbytes)
     return {file: writer.stored.sha256 for file, writer in writers.items()}
 
 

@@ -154,18 +154,18 @@ def float_blocks(
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
-    track: Callable[[Iterable[Any], int], Iterable[Any]] = lambda blocks, count: blocks,
+    track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Blocks:
     """A data set as float64 blocks on a device.
 
     Args:
         rank, world_size: the share of the data, see `DataBlocks`.
-        track: wraps each pass over (blocks, number of samples), for a progress bar.
+        track: wraps each pass over the blocks, to show progress.
     """
     data = DataBlocks(sources, rank, world_size)
 
     def blocks() -> Iterator[tuple[int, Tensor]]:
-        for first, rows in track(data, data.count):
+        for first, rows in track(data):
             values = torch.tensor(rows).to(device).double()
             if rows.dtype == np.uint8:
                 values = unit(values) if value_range == "01" else centred(values)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from msdiff_dist.registry import Table
+from msdiff_dist.terminal import Lines, duration
 from msdiff_dist.training.metrics import StepMetrics
 from msdiff_dist.training.run_folder import RunFolder
 
@@ -89,7 +90,7 @@ class TensorBoard:
 
 
 class Terminal:
-    """A progress bar on a terminal; in a log file, a line for every twentieth of the run."""
+    """A progress bar on a terminal; in a log file, a line for every twentieth of the run, and now and then between."""
 
     def __init__(self, context: SinkContext) -> None:
         self._is_terminal = context.terminal.isatty()
@@ -107,13 +108,24 @@ class Terminal:
         done = context.first_step
         self._task = self._bar.add_task("train", total=self._total, completed=done, loss=float("nan"), rate=0.0)
         self._bar.start()
+        self._lines = Lines()
+        self._first: tuple[int, float] | None = None  # step that was written first, and when
 
     def write(self, metrics: StepMetrics) -> None:
         """Move the bar; in a log file, print the line if one is due."""
         step, rate = metrics.step, metrics.images_per_second
         self._bar.update(self._task, completed=step, loss=metrics.loss, rate=rate)
-        if not self._is_terminal and (step % max(1, self._total // 20) == 0 or step == self._total):
-            self.say(f"step {step}/{self._total}  loss {metrics.loss:.4f}  {rate:.0f} img/s")
+        # The first step is not timed: it takes longer than the others.
+        self._first = self._first or (step, self._lines.elapsed)
+        due = step % max(1, self._total // 20) == 0 or step == self._total
+        if not self._is_terminal and (due or self._lines.due()):
+            self._lines.written()
+            self.say(f"step {step}/{self._total}  loss {metrics.loss:.4f}  {rate:.0f} img/s{self._eta(step)}")
+
+    def _eta(self, step: int) -> str:
+        assert self._first is not None
+        steps, seconds = step - self._first[0], self._lines.elapsed - self._first[1]
+        return f"  ETA {duration((self._total - step) * seconds / steps)}" if steps > 0 and step < self._total else ""
 
     def say(self, text: str) -> None:
         """Print one line, above the bar."""

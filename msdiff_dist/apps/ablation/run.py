@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,6 +35,7 @@ from msdiff_dist.files.text import Override
 from msdiff_dist.files.yaml_places import Places
 from msdiff_dist.recipe import Recipe, load_recipe, read_mapping, recipe_mapping
 from msdiff_dist.sweep import overrides_of
+from msdiff_dist.terminal import duration
 from msdiff_dist.training.run_folder import RunFolder
 
 
@@ -221,7 +224,11 @@ def run_ablation(
         return
     device = this_device()
     scorer = Scorer(config.score, device)
-    for trial in open_trials:
+    begun = time.monotonic()
+    for number, trial in enumerate(open_trials):
+        left = (time.monotonic() - begun) / number * (len(open_trials) - number) if number else None
+        rest = "" if left is None else f"  ETA of all {duration(left)}"
+        print(f"run {number + 1}/{len(open_trials)}: {trial.variant}, seed {trial.seed}{rest}", file=sys.stderr)
         scores = trial.scores(settings)
         missing = [s for s in trial.steps if s not in scores]
         if not all(step_folder(trial.checkpoints, s).is_dir() for s in missing):
@@ -232,7 +239,7 @@ def run_ablation(
                 )
         for step in missing:
             generator = ImageGenerator(open_weights(trial.folder, step), device)
-            scores[step] = scorer(generator, trial.seed)
+            scores[step] = scorer(generator, trial.seed, f"scoring step {step}: sampling")
             # Written after each score: a kill then costs one score at most.
             stored = {"settings": settings, "scores": {str(k): scores[k] for k in sorted(scores)}}
             atomic_write(trial.folder / "scores.json", json.dumps(stored, indent=1) + "\n")

@@ -34,6 +34,7 @@ from msdiff_dist.data.latent_blocks import BLOCK_FIELD
 from msdiff_dist.data.loader import StepLoader, load_index
 from msdiff_dist.data.worker_processes import set_up_worker
 from msdiff_dist.errors import DataError
+from msdiff_dist.terminal import track
 
 Batches = Any  # an iterator of batches
 _ROUNDS = 3
@@ -70,10 +71,9 @@ def bench(config: DataConfig, batch_size: int, seconds: float) -> list[Speed]:
         running = {name: start() for name, start in _readers(config, batch_size, index, shards, stack).items()}
         # The readers take turns, so that a slow spell of the machine does not fall on one of them alone.
         best = dict.fromkeys(running, 0.0)
-        for _ in range(_ROUNDS):
-            for name, batches in running.items():
-                rate = _rate(batches, config.workers, batch_size, seconds) / max(config.workers, 1)
-                best[name] = max(best[name], rate)
+        for name in track([*running] * _ROUNDS, "measuring", "turns"):
+            rate = _rate(running[name], config.workers, batch_size, seconds) / max(config.workers, 1)
+            best[name] = max(best[name], rate)
         running["msdiff"].close()
     return [Speed(name, rate, rate * per_sample / 1e6 if known_size else float("nan")) for name, rate in best.items()]
 

@@ -25,6 +25,7 @@ from msdiff_dist.data.npy import read_npy
 from msdiff_dist.data.samples import decode
 from msdiff_dist.data.tar_members import TarError, chunks, members, samples
 from msdiff_dist.errors import DataError
+from msdiff_dist.terminal import LongWork, track
 
 REMEDY = "Copy or make it again."
 
@@ -45,7 +46,9 @@ def check_folder(folder: Path) -> int:
     if (folder / ".encode").is_dir():
         problem = "has no manifest.json: it was not encoded to its end"
         raise DataError("DIR", str(folder), problem, "Run the same `msdiff data encode` again.")
-    return sum(_check_images(shard.path, shard.num_samples) for shard in find_shards(str(folder)))
+    shards = find_shards(str(folder))
+    with LongWork("checking", sum(shard.num_samples for shard in shards), "samples") as work:
+        return sum(_check_images(shard.path, shard.num_samples, work) for shard in shards)
 
 
 def check_for_training(folder: Path, config: DataConfig) -> list[str]:
@@ -60,20 +63,23 @@ def check_for_training(folder: Path, config: DataConfig) -> list[str]:
     config = replace(config, shards=str(folder), sources=(), max_bad=0)
     first: DataError | None = None
     refused, samples_read, empty = 0, 0, 0
-    for shard in find_shards(str(folder)):
-        try:
-            for chunk in chunks(shard.path):
-                rows = len(chunk["__key__"])
-                samples_read += rows
-                try:
-                    decoded = decode(chunk, config, 0, np.arange(rows))
-                except DataError as e:  # blocks hold many samples of one kind, images come one by one
-                    first, refused = first or e, refused + rows
-                    continue
-                if decoded.caption_n is not None:
-                    empty += sum(not caption for caption in decoded.caption_n)
-        except (TarError, OSError) as e:
-            raise DataError("DIR", shard.path, f"is corrupt ({e})", REMEDY) from e
+    shards = find_shards(str(folder))
+    with LongWork("decoding", sum(shard.num_samples for shard in shards), "samples") as work:
+        for shard in shards:
+            try:
+                for chunk in chunks(shard.path):
+                    rows = len(chunk["__key__"])
+                    samples_read += rows
+                    work.advance(rows)
+                    try:
+                        decoded = decode(chunk, config, 0, np.arange(rows))
+                    except DataError as e:  # blocks hold many samples of one kind, images come one by one
+                        first, refused = first or e, refused + rows
+                        continue
+                    if decoded.caption_n is not None:
+                        empty += sum(not caption for caption in decoded.caption_n)
+            except (TarError, OSError) as e:
+                raise DataError("DIR", shard.path, f"is corrupt ({e})", REMEDY) from e
     if first is not None:
         problem = f"{first.problem}; training would refuse {refused} of {samples_read} samples"
         raise DataError(first.field, first.value, problem, first.remedy)
@@ -86,7 +92,7 @@ def _check_latents(folder: Path, manifest: Manifest) -> int:
     if extra:
         raise DataError("DIR", str(folder / extra[0]), "is not in the manifest", "Remove it, or encode again.")
     keys: dict[str, str] = {}  # of all samples so far, with the shard that holds them
-    for file in manifest.shards:
+    for file in track(manifest.shards, "checking", "shards"):
         path = folder / file.name
         if not path.is_file():
             raise DataError("DIR", str(path), "is missing", REMEDY)
@@ -152,7 +158,7 @@ def _check_one_block(path: Path, first: int, content: bytes, manifest: Manifest)
     return keys
 
 
-def _check_images(path: str, stated: int) -> int:
+def _check_images(path: str, stated: int, work: LongWork) -> int:
     last, count = None, 0
     try:
         for raw in samples(path):
@@ -161,6 +167,7 @@ def _check_images(path: str, stated: int) -> int:
                 if problem:
                     raise DataError("DIR", path, f"field {name!r} of sample {raw['__key__']!r} {problem}", REMEDY)
             last, count = raw["__key__"], count + 1
+            work.advance()
     except (TarError, OSError) as e:
         where = f"after sample {last!r}" if last is not None else "before its first sample"
         raise DataError("DIR", path, f"is corrupt {where} ({e})", REMEDY) from e

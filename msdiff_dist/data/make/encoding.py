@@ -113,6 +113,9 @@ class ShardEncoder:
 
     Args:
         source: where the images are and what is read with them.
+
+    Attributes:
+        encoded: called with the number of images that were encoded, after each batch.
     """
 
     def __init__(self, config: EncodeConfig, source: DataConfig, networks: Networks) -> None:
@@ -120,6 +123,7 @@ class ShardEncoder:
         # Images are decoded unmirrored: latents of mirrored ones are made here. To be embedded, captions are read.
         captions = source.captions or networks.embed is not None
         self._source = replace(source, flip=False, captions=captions)
+        self.encoded: Callable[[int], object] = lambda images: None
 
     def __call__(self, number: int, shard: Shard, mark: str, target: Path) -> ShardRecord:
         """Write the latents of shard `number` of the source, of fingerprint `mark`, to `target`.
@@ -176,7 +180,7 @@ class ShardEncoder:
         """The content of a block: samples first, first + 1, ... of shard `number`."""
         dtype = getattr(torch, self._config.dtype)
         images = torch.from_numpy(np.concatenate([row.x_nCHW for row in rows]))
-        latents, drawn = self._latents(images, "encode", number, first)
+        latents, drawn = self._latents(images, "encode", number, first, self.encoded)
         totals.add(drawn)
         tensors = {"latent.npy": latents.to(dtype)}
         if self._config.flip:
@@ -190,9 +194,20 @@ class ShardEncoder:
             tensors["context_mask.npy"] = torch.cat([mask for _, mask in parts])
         return pack_block([row.key_n[0] for row in rows], tensors, captions)
 
-    def _latents(self, images: Tensor, purpose: str, number: int, first: int) -> tuple[Tensor, Tensor]:
+    def _latents(
+        self,
+        images: Tensor,
+        purpose: str,
+        number: int,
+        first: int,
+        count: Callable[[int], object] = lambda images: None,
+    ) -> tuple[Tensor, Tensor]:
         """(what is stored, sampled latents) of images first, first + 1, ... of shard `number`."""
-        encoded = torch.cat([self._networks.encode(images[i]) for i in self._batches(len(images))])
+        batches = []
+        for rows in self._batches(len(images)):
+            batches.append(self._networks.encode(images[rows]))
+            count(len(batches[-1]))
+        encoded = torch.cat(batches)
         if not self._networks.posterior:
             return encoded, encoded
         mean, log_variance = encoded.chunk(2, dim=1)

@@ -14,6 +14,7 @@ from msdiff_dist.data.loader import load_index
 from msdiff_dist.data.samples import Samples, decode
 from msdiff_dist.data.tar_members import TarError, chunks
 from msdiff_dist.errors import ConfigError, DataError
+from msdiff_dist.terminal import LongWork
 
 _BATCH = 1000
 
@@ -30,15 +31,18 @@ def read_images(config: DataConfig) -> Iterator[tuple[Tensor, Tensor | None]]:
     config = replace(config, flip=False, captions=False, context_shape=None)
     # No seed or sample number is needed: without flip, decoding draws nothing.
     read: list[Samples] = []
-    for path in (shard.path for shards in load_index(config) for shard in shards):
-        try:
-            for chunk in chunks(path, config.access):
-                read.append(decode(chunk, config, 0, np.zeros(len(chunk["__key__"]), np.int64)))
-                if len(read) == _BATCH:
-                    yield _batch(read)
-                    read = []
-        except (TarError, OSError) as e:
-            raise DataError("data.shards", path, f"is corrupt ({e})", "Copy or make the shard again.") from e
+    shards = [shard for source in load_index(config) for shard in source]
+    with LongWork("reading", sum(shard.num_samples for shard in shards), "images") as work:
+        for path in (shard.path for shard in shards):
+            try:
+                for chunk in chunks(path, config.access):
+                    read.append(decode(chunk, config, 0, np.zeros(len(chunk["__key__"]), np.int64)))
+                    work.advance(len(chunk["__key__"]))
+                    if len(read) == _BATCH:
+                        yield _batch(read)
+                        read = []
+            except (TarError, OSError) as e:
+                raise DataError("data.shards", path, f"is corrupt ({e})", "Copy or make the shard again.") from e
     if read:
         yield _batch(read)
 

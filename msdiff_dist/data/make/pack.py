@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from msdiff_dist.data.make.shard_writer import (
 )
 from msdiff_dist.errors import DataError
 from msdiff_dist.randomness import generator
+from msdiff_dist.terminal import track
 
 _GREY_MODES = ("1", "L", "LA", "La", "I", "F")  # and I;16 in several byte orders
 _CAPTION = ".txt"
@@ -80,11 +81,11 @@ class _Folder:
     left_out: list[tuple[Path, str]] = field(default_factory=list)
     unusable: int = 0
 
-    def samples(self, progress: Callable[[Iterable[int]], Iterable[int]]) -> Iterator[tuple[str, Fields]]:
+    def samples(self) -> Iterator[tuple[str, Fields]]:
         """(key, fields) of every usable image; the others are added to `left_out`."""
         number = itertools.count()
         order: list[int] = generator(0, "pack order").permutation(len(self.images)).tolist()
-        for i in progress(order):
+        for i in track(order, "packing", "images"):
             path = self.images[i]
             try:
                 fields = self._fields(path)
@@ -133,19 +134,11 @@ class _Folder:
         return "png", encode_image(image), image.size
 
 
-def pack(
-    images: Path,
-    out: Path,
-    options: PackOptions | None = None,
-    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
-) -> Packed:
+def pack(images: Path, out: Path, options: PackOptions | None = None) -> Packed:
     """Write a folder of images as shards, in a fixed shuffled order.
 
     If every image lies in a sub-folder, the top sub-folders are classes. A `NAME.txt` beside `NAME.jpg` is its
     caption; if one image has one, all must. Hidden files and folders are skipped.
-
-    Args:
-        progress: is given the numbers of the images, and gives them on while they are packed.
 
     Raises:
         DataError: no images, some in class folders and some beside them, more than `max_bad` unusable ones, or `out` is
@@ -170,7 +163,7 @@ def pack(
         left_out=left_out,
     )
     info = DatasetInfo(name=images.resolve().name, licence="not stated", origin="msdiff data pack", classes=classes)
-    dataset = write_dataset(out, info, folder.samples(progress), itertools.repeat(options.samples_per_shard))
+    dataset = write_dataset(out, info, folder.samples(), itertools.repeat(options.samples_per_shard))
     return Packed(dataset, folder.left_out)
 
 
@@ -217,7 +210,7 @@ def _mode(images: Sequence[Path], channels: int | None) -> str:
     """L or RGB. Only headers are read; files without a readable one do not count, and are reported when packed."""
     if channels is not None:
         return "L" if channels == 1 else "RGB"
-    for path in images:
+    for path in track(images, "reading headers of", "images"):
         try:
             with opened(path) as image:
                 if image.mode not in _GREY_MODES and not image.mode.startswith("I;16"):

@@ -10,6 +10,7 @@ from msdiff_dist.data.make.datasets.fashion_mnist import FASHION_MNIST
 from msdiff_dist.data.make.datasets.labelled_image import Dataset, LabelledImage, Split
 from msdiff_dist.data.make.shard_writer import WrittenDataset, check_output, even_sizes, write_dataset
 from msdiff_dist.registry import Table
+from msdiff_dist.terminal import track
 
 __all__ = ["DATASETS", "Dataset", "LabelledImage", "Split", "prepare"]
 
@@ -31,6 +32,6 @@ def prepare(
     """
     known = DATASETS.choose("DATASET", name)
     check_output(out)
-    images = list(known.images(source, split, size or known.size))
-    samples = ((image.key, image.fields()) for image in images)
+    images = list(track(known.images(source, split, size or known.size), "reading", "images"))
+    samples = ((image.key, image.fields()) for image in track(images, "writing", "images"))
     return write_dataset(out, known.info, samples, even_sizes(len(images), shards))
