@@ -80,6 +80,9 @@ class _Classifier(nn.Module):
         size: height and width to which images are resized, bilinearly and with antialiasing, without cropping.
     """
 
+    _mean: Tensor
+    _std: Tensor
+
     def __init__(
         self, trunk: nn.Module, head: nn.Module | None, size: int, colours: tuple[tuple[float, ...], ...]
     ) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from msdiff_dist.diffusion.sampling import Condition, sample, sampler_times
 from msdiff_dist.diffusion.solvers import SamplerConfig
 from msdiff_dist.distributed.precision import bf16_support
+from msdiff_dist.errors import CheckpointError
 from msdiff_dist.evaluation.prompts import Prompter
 from msdiff_dist.export.weights import Weights
 from msdiff_dist.models.autoencoder import LatentCodec
@@ -58,6 +59,7 @@ class ImageGenerator:
 
         Raises:
             ConfigError: there are prompts, but the model takes none.
+            CheckpointError: the images are not finite.
         """
         # The class after the last stands for a dropped label.
         null = None if label_n is None else torch.full_like(label_n, self._model.num_classes or 0)
@@ -81,6 +83,11 @@ class ImageGenerator:
             condition=Condition(None if label_n is None else label_n.to(self._device), context),
             unconditional=None if null is None and null_context is None else unconditional,
         )
+        if not torch.isfinite(x0).all():
+            raise CheckpointError(
+                "RUN", self._weights.description.name, "makes images that are not numbers (NaN or infinity)",
+                "Sample an earlier checkpoint: the training diverged.",
+            )  # fmt: skip
         return self._codec.to_images(x0)
 
     def calls(self, sampler: SamplerConfig) -> int:

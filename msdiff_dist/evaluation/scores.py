@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from msdiff_dist.errors import ConfigError, DataError
-from msdiff_dist.evaluation.frechet import Gaussian, fit, frechet_distance
+from msdiff_dist.evaluation.frechet import Gaussian, frechet_distance_of
 from msdiff_dist.randomness import generator
 from msdiff_dist.registry import Table
 
@@ -78,7 +78,6 @@ class Metric:
     Attributes:
         compute: the values by name.
         least: number of images below which the values say little.
-        better: which values are better.
         drawn: what the bootstrap computes instead, where `compute` already averages over draws.
         draws: of the bootstrap.
         most: images in a draw. If there are more, the standard deviation is scaled by the root of the draw's share.
@@ -87,16 +86,15 @@ class Metric:
 
     compute: Compute
     least: int
-    better: str = "lower"
     drawn: Compute | None = None
-    draws: int = 40
+    draws: int = 20
     most: int | None = None
     needs: tuple[str, ...] = ()
 
 
 def fid(images: ScoredImages, reference: Reference) -> dict[str, float]:
     """Fréchet distance (1706.08500, Eq. 6) of the normal distributions fitted to both sets of features."""
-    return {"fid": frechet_distance(fit(images.features_ND), reference.gaussian)}
+    return {"fid": frechet_distance_of(images.features_ND, reference.gaussian)}
 
 
 def kid(images: ScoredImages, reference: Reference) -> dict[str, float]:
@@ -158,7 +156,8 @@ def mind(images: ScoredImages, reference: Reference) -> dict[str, float]:
 def _quantiles(projected_NP: Array, at_Q: Array) -> Array:
     """Values of the inverse of each column's empirical distribution function, [Q, P]."""
     ordered = np.sort(projected_NP, axis=0)
-    return ordered[np.minimum((at_Q * len(ordered)).astype(int), len(ordered) - 1)]
+    values: Array = ordered[np.minimum((at_Q * len(ordered)).astype(int), len(ordered) - 1)]
+    return values
 
 
 def clip(images: ScoredImages, reference: Reference) -> dict[str, float]:
@@ -177,10 +176,10 @@ METRICS: Table[Metric] = Table(
     {
         "fid": Metric(compute=fid, least=10_000),
         "kid": Metric(compute=kid, drawn=_kid_of_one_subset, least=1000, most=_SUBSET_SIZE),
-        "prdc": Metric(compute=prdc, least=1000, better="higher", draws=10, most=_MOST_NEIGHBOURS),
-        "is": Metric(compute=inception_score, least=5000, better="higher", needs=("logits_NK",)),
-        "mind": Metric(compute=mind, least=1000, draws=20),
-        "clip": Metric(compute=clip, least=100, better="higher", needs=("text_NE",)),
+        "prdc": Metric(compute=prdc, least=1000, draws=10, most=_MOST_NEIGHBOURS),
+        "is": Metric(compute=inception_score, least=5000, needs=("logits_NK",)),
+        "mind": Metric(compute=mind, least=1000),
+        "clip": Metric(compute=clip, least=100, needs=("text_NE",)),
     },
 )
 """What `msdiff evaluate --metrics` computes from features, by name."""

@@ -1,0 +1,1 @@
+"""`msdiff evaluate` and `msdiff compare`: how good images are, in named feature spaces."""

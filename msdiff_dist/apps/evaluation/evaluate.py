@@ -1,0 +1,224 @@
+"""`msdiff evaluate`: images of a model, or of a folder, scored against reference images in one feature space."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from msdiff_dist.apps.evaluation.sampling import sample_images
+from msdiff_dist.apps.evaluation.subject import Subject, open_subject, with_prompts
+from msdiff_dist.config import to_mapping
+from msdiff_dist.data.config import DataConfig
+from msdiff_dist.distributed.environment import this_device
+from msdiff_dist.errors import ConfigError, DataError
+from msdiff_dist.evaluation.clip_model import DEFAULT_MODEL, ClipModel
+from msdiff_dist.evaluation.feature_spaces import FeatureSpace, clip_space, load_feature_space
+from msdiff_dist.evaluation.image_sets import ImageFolder, ImageSet, ShardImages
+from msdiff_dist.evaluation.reference import Features, features_of, read_npz, reference_of, write_npz
+from msdiff_dist.evaluation.sampling_job import SamplingJob
+from msdiff_dist.evaluation.scores import METRICS, Reference, Score, ScoredImages, score
+from msdiff_dist.files.work_share import Part
+
+RECORDS = "evaluations.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRequest:
+    """The options of `msdiff evaluate`.
+
+    Attributes:
+        subject: run, checkpoint, export or folder of images.
+        metrics: names in `METRICS`.
+        features: name of a feature space, or a classifier's file. feature_weights: file of its weights.
+        clip_model: name or configuration of the CLIP model, for the space `clip` and the metric of that name.
+        job: the images to sample.
+        reference: shards, a folder of images or an .npz file; None: what the run was trained on.
+        ema: use the averaged weights.
+        samples: folder for the images; None: one of the subject's own.
+        nproc: sampling processes on this machine. part: share of the images that this command samples.
+        statistics: file to which the reference's mean and covariance are written.
+    """
+
+    subject: Path
+    job: SamplingJob
+    metrics: tuple[str, ...] = ("fid", "kid")
+    features: str = "mobilenet"
+    feature_weights: Path | None = None
+    clip_model: str = DEFAULT_MODEL
+    reference: str | None = None
+    ema: bool = True
+    samples: Path | None = None
+    nproc: int = 1
+    part: Part = field(default_factory=Part)
+    statistics: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.metrics:
+            METRICS.choose("--metrics", name)
+        if "clip" in self.metrics and self.features != "clip":
+            raise ConfigError("--metrics", "clip", "is computed by the network of --features clip", "Add that option.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Scores with everything that they depend on.
+
+    Attributes:
+        record: as a line of `evaluations.jsonl` has it.
+        notes: sentences on what weakens the scores.
+        file: the `evaluations.jsonl` that it was added to; None for a folder of images.
+    """
+
+    scores: dict[str, Score]
+    record: dict[str, Any]
+    notes: tuple[str, ...]
+    file: Path | None
+
+
+def evaluate(request: EvaluationRequest) -> Evaluation | None:
+    """Sample what is missing, compute features and scores, and add them to the subject's `evaluations.jsonl`.
+
+    Returns None while images of other parts are missing.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: what was asked for does not fit together or is missing.
+    """
+    subject = open_subject(request.subject, request.ema)
+    # Before anything is sampled: weights that are missing are found now.
+    space, clip = _space(request)
+    reference_images = _reference_images(request, subject)
+    job, folder = request.job, subject.path
+    if subject.weights is not None:
+        job = with_prompts(job, subject.weights, reference_images).resolved(subject.weights.description.process())
+        folder = request.samples or subject.sampled_into(job)
+        if not sample_images(request.subject, folder, job, request.ema, request.nproc, request.part):
+            return None
+    elif request.part.of > 1:
+        raise ConfigError("--parts", request.part.of, "there is nothing to sample: these are images", "Leave it out.")
+    own = ImageFolder(folder, "SUBJECT", job.num if subject.weights is not None else None)
+    features = features_of(own, space, "SUBJECT", _shown("features of the images"))
+    reference, about_reference = _reference(request, reference_images, space, features)
+    images = ScoredImages(features_ND=features.features_ND, logits_NK=features.logits_NK, **_text(clip, job, features))
+    scores = {key: found for name in request.metrics for key, found in score(name, images, reference, job.seed).items()}
+    if request.statistics is not None:
+        write_npz(request.statistics, reference, space, about_reference["num"] or 0)
+    num = len(features.features_ND)
+    notes = tuple(_notes(request.metrics, num, space))
+    record = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **subject.described(),
+        "metrics": {key: found.value for key, found in scores.items()},
+        "intervals": {key: [found.low, found.high] for key, found in scores.items()},
+        "features": {"name": space.name, "digest": space.identity, "weights": space.weights},
+        "num": num,
+        "image_shape": list(features.image_shape),
+        "seed": job.seed if subject.weights is not None else None,
+        "sampler": to_mapping(job.sampler) if subject.weights is not None else None,
+        "reference": about_reference,
+        "versions": _versions(),
+        "notes": list(notes),
+    }
+    file = subject.home / RECORDS if subject.weights is not None else None
+    if file is not None:
+        with file.open("a") as lines:  # one write of one line: several commands at once do not mix theirs
+            lines.write(json.dumps(record) + "\n")
+    return Evaluation(scores=scores, record=record, notes=notes, file=file)
+
+
+def _space(request: EvaluationRequest) -> tuple[FeatureSpace, ClipModel | None]:
+    device = this_device()
+    if request.features != "clip":
+        return load_feature_space(request.features, request.feature_weights, device), None
+    clip = ClipModel(request.feature_weights, request.clip_model, device)
+    return clip_space(clip, request.feature_weights), clip
+
+
+def _reference_images(request: EvaluationRequest, subject: Subject) -> DataConfig | None:
+    """How reference images are read from shards: those that `--reference` names, or those of the training."""
+    if request.reference is not None:
+        trained_on = subject.images or DataConfig(shards=request.reference, image_size=1)
+        return replace(trained_on, shards=request.reference, sources=())
+    if subject.images is None:
+        raise ConfigError(
+            "--reference", None, "is needed: it is not known which images this was trained on",
+            "Give shards, a folder of images or an .npz file.",
+        )  # fmt: skip
+    return subject.images
+
+
+def _reference(
+    request: EvaluationRequest, config: DataConfig | None, space: FeatureSpace, features: Features
+) -> tuple[Reference, dict[str, Any]]:
+    """The reference, and what the record says of it."""
+    name = request.reference
+    images: ImageSet
+    if name is not None and name.endswith(".npz"):
+        found = read_npz(Path(name), space)
+        if isinstance(found, Reference):
+            return found, {"name": name, "key": None, "num": None}
+        images = found
+    elif name is not None and _is_image_folder(Path(name)):
+        images = ImageFolder(Path(name), "--reference")
+    else:
+        assert config is not None
+        channels, height, _ = features.image_shape
+        images = ShardImages(replace(config, channels=channels, image_size=height))
+        name = name or str(config.shards or [source.shards for source in config.sources])
+    assert name is not None
+    reference, found_features = reference_of(images, space, name, _shown("features of the reference"))
+    if found_features.image_shape != features.image_shape:
+        raise DataError(
+            "--reference", name, f"has images {list(found_features.image_shape)}, and the subject "
+            f"{list(features.image_shape)} [channels, height, width]", "Compare images of one shape.",
+        )  # fmt: skip
+    return reference, {"name": name, "key": images.key, "num": len(found_features.features_ND)}
+
+
+def _is_image_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.glob("*.tar"))
+
+
+def _text(clip: ClipModel | None, job: SamplingJob, features: Features) -> dict[str, Any]:
+    """Embeddings of the images and of their prompts, for scores of text."""
+    if clip is None or not job.prompts:
+        return {}
+    prompts = [job.prompts[i % len(job.prompts)] for i in range(len(features.features_ND))]
+    return {"image_text_NE": features.features_ND, "text_NE": np.asarray(clip.text(prompts))}
+
+
+def _notes(metrics: Iterable[str], num: int, space: FeatureSpace) -> Iterable[str]:
+    for name in metrics:
+        if num < METRICS[name].least:
+            yield f"{name} of {num} images says little: {METRICS[name].least} or more are usual"
+    if "fid" in metrics and num <= space.width:
+        yield (
+            f"fid of {num} images in {space.width} features is biased upwards: their covariance has not full rank. It "
+            "compares with scores of the same number only; kid is not biased"
+        )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("msdiff-dist", "torch", "torchvision", "torch-fidelity", "prdc"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _shown(what: str) -> Any:
+    def shown(batches: Iterable[Tensor]) -> Iterable[Tensor]:
+        return track(batches, description=what, console=Console(stderr=True), transient=True)
+
+    return shown
