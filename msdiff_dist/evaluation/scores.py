@@ -143,14 +143,19 @@ def mind(images: ScoredImages, reference: Reference) -> dict[str, float]:
     """
     a_ND, b_MD = images.features_ND, _features(reference)
     width = a_ND.shape[1]
-    directions_DP = generator(0, "mind directions").standard_normal((width, _DIRECTIONS))
-    directions_DP /= np.linalg.norm(directions_DP, axis=0)
+    directions_DP = mind_directions(width)
+    directions_DP = directions_DP / np.linalg.norm(directions_DP, axis=0)
     quantiles = (np.arange(max(len(a_ND), len(b_MD))) + 0.5) / max(len(a_ND), len(b_MD))
     total = 0.0
     for columns in np.array_split(np.arange(_DIRECTIONS), 16):  # in parts, to hold little memory
         a, b = (_quantiles(x @ directions_DP[:, columns], quantiles) for x in (a_ND, b_MD))
         total += float(((a - b) ** 2).mean(axis=0).sum())
     return {"mind": width * total / _DIRECTIONS}
+
+
+def mind_directions(width: int) -> Array:
+    """The fixed directions of `mind`, [D, P], of any length."""
+    return generator(0, "mind directions").standard_normal((width, _DIRECTIONS))
 
 
 def _quantiles(projected_NP: Array, at_Q: Array) -> Array:
@@ -202,7 +207,7 @@ def score(name: str, images: ScoredImages, reference: Reference, seed: int = 0) 
     size = min(count, metric.most or count)
     drawn: dict[str, list[float]] = {key: [] for key in values}
     for draw in range(metric.draws):
-        chosen = generator(seed, "bootstrap", draw).integers(0, count, size)
+        chosen = bootstrap_draw(seed, draw, count, size)
         for key, value in (metric.drawn or metric.compute)(images.rows(chosen), reference).items():
             drawn[key].append(value)
     scale = 1.96 * (size / count) ** 0.5
@@ -210,6 +215,11 @@ def score(name: str, images: ScoredImages, reference: Reference, seed: int = 0) 
         key: Score(value, value - scale * float(np.std(drawn[key])), value + scale * float(np.std(drawn[key])))
         for key, value in values.items()
     }
+
+
+def bootstrap_draw(seed: int, draw: int, count: int, size: int) -> NDArray[np.int64]:
+    """Numbers of the images of one draw of the bootstrap: `size` of `count`, with replacement."""
+    return generator(seed, "bootstrap", draw).integers(0, count, size)
 
 
 def _features(reference: Reference) -> Array:

@@ -22,6 +22,7 @@ from msdiff_dist.data.make.pack import pack
 from msdiff_dist.data.tar_members import chunks
 from msdiff_dist.diffusion.processes.vp import VPConfig, VPProcess
 from msdiff_dist.diffusion.sampling import image_generators
+from msdiff_dist.evaluation.scores import bootstrap_draw, mind_directions
 from msdiff_dist.randomness import crop_position
 from msdiff_dist.stage_division.optimal_denoiser import draw_samples, limit_similarities
 from tests.golden.batches import digest
@@ -40,6 +41,8 @@ def draws_record(folder: Path) -> dict[str, Any]:
         "crop": [list(crop_position(SEED, g)) for g in (0, 1, 9)],
         "encode": digest(encoded["latent.npy"]),
         "encode flipped": digest(encoded["latent_flip.npy"]),
+        "bootstrap": bootstrap_draw(SEED, 1, 100, 12).tolist(),
+        "mind directions": mind_directions(3)[:, 0].tolist(),
         **_divided(),
     }
 

@@ -48,6 +48,7 @@ _context = multiprocessing.get_context("fork")
 # The record that notices a change of the purpose. Every purpose in the package must be here or in UNRECORDED.
 PURPOSES = {
     "augmentation": "batches_edm_images",
+    "bootstrap": "draws",
     "condition dropout": "batches_edm_images",
     "crop": "draws",
     "dropout": "training_vp_latents",
@@ -55,6 +56,7 @@ PURPOSES = {
     "encode flipped": "draws",
     "flip": "batches_discrete_images",
     "fourier frequencies": "training_edm_images",
+    "mind directions": "draws",
     "noise": "batches_edm_images",
     "optimal denoiser": "draws",
     "optimal denoiser times": "draws",
