@@ -26,6 +26,7 @@ from msdiff_dist.models.activation_checkpointing import ActivationCheckpointingC
 from msdiff_dist.models.autoencoder import AutoencoderConfig
 from msdiff_dist.models.config import ModelConfig
 from msdiff_dist.models.families import FAMILIES
+from msdiff_dist.models.freezing import Freezing, freezing
 from msdiff_dist.models.text_encoder import TextEncoderConfig
 from msdiff_dist.registry import import_extensions
 from msdiff_dist.shipped import where_to_get
@@ -84,6 +85,10 @@ class Recipe:
     def process(self) -> Process:
         """The diffusion process."""
         return build_process(self.diffusion)
+
+    def freezing(self) -> Freezing:
+        """The parameters that do not train, and the stages whose samples are trained on."""
+        return freezing(self.model, self.train.freeze)
 
     def partition(self) -> StagePartition:
         """The stages, in the process's own time."""
@@ -250,6 +255,20 @@ def _check_compilation(recipe: Recipe) -> None:
     raise_all([*sharded, *checkpointed])
 
 
+def _check_freezing(recipe: Recipe) -> None:
+    stages = recipe.freezing().stages
+    placed = () if recipe.parallel.placement == "auto" else enumerate(recipe.parallel.placement)
+    raise_all(
+        ConfigError(
+            f"parallel.placement[{rank}]", list(held), f"holds stage {k}, whose samples train nothing",
+            f"Leave {k} out, or take stages.{k} or shared from train.freeze.",
+        )
+        for rank, held in placed
+        for k in held
+        if 0 <= k < recipe.model.num_stages and k not in stages
+    )  # fmt: skip
+
+
 def _check_preview(recipe: Recipe) -> None:
     if not recipe.preview.every:
         return
@@ -268,5 +287,6 @@ _CHECKS: dict[Callable[[Recipe], None], tuple[str, ...]] = {
     _check_augmentation: ("augmentation", "data", "autoencoder", "model"),
     _check_preview: ("preview", "diffusion"),
     _check_compilation: ("train", "parallel", "activation_checkpointing"),
+    _check_freezing: ("train", "model", "parallel"),
 }
 """The checks of what fields must have in common, and the sections that each reads."""

@@ -84,7 +84,9 @@ def read_steps(name: str, folder: Path) -> Steps:
         try:
             entry = json.loads(line)
             values = {f: entry[f] if isinstance(entry[f], list) else [entry[f]] for f in FIELDS}
-            steps[int(entry["step"])] = {f: [float(v) for v in row] for f, row in values.items()}
+            # The loss of a stage without samples is null.
+            numbers = {f: [math.nan if v is None else float(v) for v in row] for f, row in values.items()}
+            steps[int(entry["step"])] = numbers
         except (ValueError, KeyError, TypeError) as e:
             problem = f"line {number} of metrics.jsonl is not the record of a step ({e!r})"
             raise UserError(name, str(folder), problem, "Name the folder of a run.") from None

@@ -36,7 +36,12 @@ class TensorDifference:
 def compare(a: CheckpointReader, b: CheckpointReader) -> Iterator[TensorDifference]:
     """The differences of all tensors that both hold in the same shape. Memory holds one tensor of each at a time."""
     common = [name for name, shape in a.index.shapes.items() if b.index.shapes.get(name) == shape]
-    both = [(kind, name) for kind in sorted({*a.kinds} & {*b.kinds}) for name in common]
+    both = [
+        (kind, name)
+        for kind in sorted({*a.kinds} & {*b.kinds})
+        for name in common
+        if a.holds(kind, name) and b.holds(kind, name)  # frozen parameters have no moments
+    ]
     for kind, name in track(both, "comparing", "tensors"):
         x, y = a.tensor(kind, name), b.tensor(kind, name)
         max_abs = float((x - y).abs().nan_to_num(torch.inf).max())

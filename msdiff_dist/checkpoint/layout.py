@@ -7,7 +7,8 @@ checkpoints/step_00000100/
 KIND is `param` (fp32 weights), an optimizer moment (`exp_avg`, `exp_avg_sq`, `momentum_buffer`), `ema`, or, with
 `ema.power`, `ema_LENGTH`; a folder `ema_snapshots/step_XXXXXXXX` has the same layout and holds the kinds `ema_LENGTH`
 alone. NAME is the parameter's name in the whole model, and START is the index of the range's first element in the
-flattened parameter. So nothing depends on world size, ZeRO level or placement. The position in the data is the step:
+flattened parameter. Frozen parameters have no moments, and their averages are their weights. So nothing depends on
+world size, ZeRO level or placement. The position in the data is the step:
 the next sample's number in the stream is step x batch_size.
 
 A folder named `step_*` is complete. Folders of other names may lie beside it:
@@ -51,6 +52,8 @@ class CheckpointIndex:
         world_size: how many ranks wrote the checkpoint.
         files: the tensor files, with their sizes, checksums and keys.
         data: fingerprint of the data set's shards, by source.
+        optimizer_began: by prefix of the parameter names, the step at which the optimizer of a part began of which
+            something was frozen before. Those of other parts began with the run.
         format: version of this layout.
     """
 
@@ -63,11 +66,15 @@ class CheckpointIndex:
     world_size: int
     files: list[StoredFile] = field(default_factory=list)
     data: list[list[str]] = field(default_factory=list)
+    optimizer_began: dict[str, int] = field(default_factory=dict)
     format: int = FORMAT
 
     def dump(self) -> str:
         """The index as JSON text."""
-        return json.dumps(asdict(self), indent=1)
+        content = asdict(self)
+        if not self.optimizer_began:  # a key that earlier versions do not know
+            del content["optimizer_began"]
+        return json.dumps(content, indent=1)
 
     @staticmethod
     def load(folder: Path) -> CheckpointIndex:
@@ -104,6 +111,11 @@ def parse_key(key: str) -> tuple[str, str, int]:
     kind, rest = key.split("/", 1)
     name, start = rest.rsplit("@", 1)
     return kind, name, int(start)
+
+
+def part_of(name: str) -> str:
+    """Prefix of the names of all parameters of the part that holds the parameter `name`: `shared.`, `stages.1.`."""
+    return ".".join([*name.split(".")[: 2 if name.startswith("stages.") else 1], ""])
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:

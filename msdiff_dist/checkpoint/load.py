@@ -18,7 +18,8 @@ from torch import Tensor
 from msdiff_dist.checkpoint.layout import CheckpointIndex, parse_key
 from msdiff_dist.checkpoint.save import Averages
 from msdiff_dist.checkpoint.tensor_file import TensorReader, check_content, check_size, corrupt
-from msdiff_dist.distributed.zero_state import Fragment, ShardedState
+from msdiff_dist.distributed.frozen_weights import Fragment
+from msdiff_dist.distributed.zero_state import ShardedState
 from msdiff_dist.errors import CheckpointError
 from msdiff_dist.terminal import LongWork
 
@@ -70,6 +71,10 @@ class CheckpointReader:
         """Parameters whose names begin with `prefix`."""
         return [n for n in self.index.shapes if n.startswith(prefix)]
 
+    def holds(self, kind: str, name: str) -> bool:
+        """Whether there is any of that kind of a parameter: frozen ones have no moments."""
+        return bool(self._pieces.get((kind, name)))
+
     def read_range(self, kind: str, name: str, start: int, numel: int) -> Tensor:
         """Elements [start, start + numel) of the flattened `kind` of parameter `name`, float32.
 
@@ -116,10 +121,16 @@ def check_architecture(reader: CheckpointReader, shapes: Mapping[str, tuple[int,
         )  # fmt: skip
 
 
-def restore(reader: CheckpointReader, state: Mapping[str, ShardedState], averages: Averages) -> None:
+def restore(
+    reader: CheckpointReader, state: Mapping[str, ShardedState], averages: Averages, began: Mapping[str, int]
+) -> None:
     """Put weights, moments and averages of a checkpoint into this rank's shards.
 
     Collective: once the shards are filled, the network's own weights are gathered from them.
+
+    Args:
+        began: by prefix of the parameter names, the step at which the part's optimizer began. One that begins at the
+            checkpoint's own step has no moments.
 
     Raises:
         CorruptError: an element is missing.
@@ -129,7 +140,8 @@ def restore(reader: CheckpointReader, state: Mapping[str, ShardedState], average
         def read(kind: str, f: Fragment, prefix: str = prefix) -> Tensor:
             return reader.read_range(kind, prefix + f.name, f.start, f.numel)
 
-        shards.restore(read, reader.index.moments, reader.index.step)
+        steps = reader.index.step - began.get(prefix, 0)
+        shards.restore(read, reader.index.moments if steps else [], steps)
         for kind, average in averages.items():
             for f in shards.fragments:
                 average[prefix][f.flat][f.offset : f.offset + f.numel].copy_(read(kind, f))
@@ -150,4 +162,5 @@ def start_from(
 
         shards.restore(read, moments=[], optimizer_steps=0)
         for average in averages.values():
-            torch._foreach_copy_(average[prefix], [f.detach() for f in shards.flats()])
+            for values, flat in zip(average[prefix], shards.flats(), strict=True):
+                values.copy_(flat.detach())

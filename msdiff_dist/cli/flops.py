@@ -46,6 +46,8 @@ def flops(
         table.add_row(f"decoder {k}", interval, _millions(part.params), f"{part.macs / GIGA:.2f}", both)
     table.add_section()
     table.add_row("total", "", _millions(counted.total_params), "", "")
+    if counted.trained_params < counted.total_params:
+        table.add_row("trained", "", _millions(counted.trained_params), "", "")
     table.add_row("mean, by interval", "", "", "", f"{report.gmacs(report.interval_K):.2f}")
     table.add_row("mean, in training", "", "", "", f"{report.gmacs(report.training_K):.2f}")
     table.add_row(f"mean, in {report.evaluations} sampling calls", "", "", "", f"{report.gmacs(report.sampling_K):.2f}")

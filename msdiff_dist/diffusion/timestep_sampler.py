@@ -37,30 +37,46 @@ class StageQuotas:
     """Draws stratified times: every global batch holds the same number of samples of each stage.
 
     Attributes:
-        probability_K: probability of each stage in the objective (`stages.sampling`).
-        quotas_K: int64, samples of each stage in a global batch; each is at least one, and they sum to the batch.
+        probability_K: probability of each stage in the objective (`stages.sampling`). With `stages`, that of each given
+            that the sample is in one of them.
+        quotas_K: int64, samples of each stage in a global batch; each is at least one, and they sum to the batch. 0 for
+            those that are not among `stages`.
         importance_K: probability_k / (quota_k / B), the constant loss weight of each stage. With it the mean over the
             global batch is an unbiased estimate of the objective although quotas are rounded to whole numbers.
+
+    Args:
+        stages: the stages to draw; None: all.
 
     Raises:
         ConfigError: the global batch is smaller than the number of stages.
     """
 
     def __init__(
-        self, process: Process, partition: StagePartition, sampling: StageSampling, global_batch_size: int
+        self,
+        process: Process,
+        partition: StagePartition,
+        sampling: StageSampling,
+        global_batch_size: int,
+        stages: Sequence[int] | None = None,
     ) -> None:
         self._process, self._partition = process, partition
         self.probability_K = stage_probabilities(process, partition, sampling)
-        self.quotas_K = stage_quotas(self.probability_K, global_batch_size)
-        self.importance_K = self.probability_K * global_batch_size / self.quotas_K
+        drawn = np.full(partition.num_stages, True)
+        if stages is not None and len(stages) < partition.num_stages:
+            drawn = np.isin(np.arange(partition.num_stages), stages)
+            self.probability_K = np.where(drawn, self.probability_K, 0) / self.probability_K[drawn].sum()
+        self.quotas_K = np.zeros(partition.num_stages, np.int64)
+        self.quotas_K[drawn] = stage_quotas(self.probability_K[drawn], global_batch_size)
+        with np.errstate(invalid="ignore"):  # 0 / 0 of stages that are not drawn
+            self.importance_K = np.nan_to_num(self.probability_K * global_batch_size / self.quotas_K)
 
     def micro_quotas(self, accumulation_steps: int) -> np.ndarray:
-        """Samples of each stage in each micro batch, int64 [A, K], none below one.
+        """Samples of each stage in each micro batch, int64 [A, K], none below one; 0 of stages that are not drawn.
 
         Raises:
             ConfigError: a stage has fewer samples than there are micro batches.
         """
-        fewest = self.quotas_K.argmin()
+        fewest = np.where(self.quotas_K > 0, self.quotas_K, self.quotas_K.max()).argmin()
         if self.quotas_K[fewest] < accumulation_steps:
             problem = f"stage {fewest} has only {self.quotas_K[fewest]} samples in a global batch"
             remedy = f"Use at most {self.quotas_K[fewest]}, or a larger train.global_batch_size."

@@ -11,6 +11,18 @@ from dataclasses import dataclass
 from msdiff_dist.distributed.precision import Precision
 
 
+@dataclass(frozen=True)
+class PartSize:
+    """Number of parameters of an encoder or decoder, and of those of them that do not train."""
+
+    params: int
+    frozen: int = 0
+
+    @property
+    def trained(self) -> int:
+        return self.params - self.frozen
+
+
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """The model and its training, as far as the cost of a placement depends on them.
@@ -19,6 +31,7 @@ class Workload:
         cost_K: cost of one sample of each stage, encoder and decoder, in any unit.
         shared_params: number of parameters of the shared encoder.
         stage_params_K: number of parameters of each stage's decoder.
+        shared_frozen, stage_frozen_K: how many of them do not train; empty: none.
         payload_bytes: bytes of one routed sample, with its label and context.
         precision: of forward and backward passes.
         zero_shared, zero_decoders: ZeRO levels of the encoder and of the decoders.
@@ -34,6 +47,8 @@ class Workload:
     shared_params: int
     stage_params_K: Sequence[int]
     payload_bytes: int
+    shared_frozen: int = 0
+    stage_frozen_K: Sequence[int] = ()
     precision: Precision = "fp32"
     zero_shared: int = 1
     zero_decoders: int = 1
@@ -43,6 +58,17 @@ class Workload:
     channels_last: bool = False
     tf32: bool = False
     on_gpus: bool = False
+
+    @property
+    def shared(self) -> PartSize:
+        """The shared encoder."""
+        return PartSize(self.shared_params, self.shared_frozen)
+
+    @property
+    def stages(self) -> list[PartSize]:
+        """The decoders."""
+        frozen = self.stage_frozen_K or [0] * len(self.stage_params_K)
+        return [PartSize(params, count) for params, count in zip(self.stage_params_K, frozen, strict=True)]
 
     @property
     def param_bytes(self) -> int:
@@ -80,29 +106,34 @@ class EngineBytes:
     in_step: int
 
 
-def engine_bytes(params: int, group_size: int, zero: int, accumulation: int, workload: Workload) -> EngineBytes:
+def engine_bytes(part: PartSize, group_size: int, zero: int, accumulation: int, workload: Workload) -> EngineBytes:
     """What one engine keeps on a rank.
+
+    Frozen parameters are there in the training precision alone: whole, or with a ZeRO 3 engine of others sharded as
+    these. In bf16 training their fp32 weights are sharded over the ranks' host memory.
 
     The fp32 weights, moments and averages are sharded equally over the g ranks of a group; the fp32 weights are a copy
     apart from the parameters in fp32 training too. Besides, each rank has parameters in the training precision: all of
     them under ZeRO 1 and 2, one g-th under ZeRO 3.
     """
-    size, shard = workload.param_bytes, -(-params // group_size)
+    size, params = workload.param_bytes, part.trained
+    shard, frozen_shard = -(-params // group_size), -(-part.frozen // group_size)
+    aside = 0 if workload.on_gpus or workload.precision == "fp32" else _FP32 * frozen_shard
     # torch's unfused Adam makes a denominator and a quotient, each as large as the shard.
     in_step = 0 if workload.on_gpus else 2 * _FP32 * shard
     optimizer, averages = _FP32 * shard * (1 + workload.moments), _FP32 * shard * workload.averages
-    if zero == 3:
+    if zero == 3 and params:
         # DeepSpeed keeps gathered parameters for their use in the backward pass, and collects gradients in a bucket of
         # the part's size.
         return EngineBytes(
-            weights=shard * size,
+            weights=(shard + frozen_shard) * size + aside,
             optimizer=optimizer,
             averages=averages,
             gradients_before=shard * _FP32,
             gradients_during=shard * _FP32,
             gradients_after=shard * _FP32,
             gradients_reduced=2 * shard * _FP32,
-            in_passes=2 * params * size,
+            in_passes=2 * part.params * size,
             in_step=in_step,
         )
     # All gradients of the part lie in one fp32 buffer from the backward pass until they are reduced; the reduction
@@ -114,7 +145,7 @@ def engine_bytes(params: int, group_size: int, zero: int, accumulation: int, wor
     more, reduces_each = accumulation > 1, zero == 2 and group_size > 1
     kept = own if more and reduces_each else 0
     return EngineBytes(
-        weights=params * size,
+        weights=part.params * size + aside,
         optimizer=optimizer,
         averages=averages,
         gradients_before=(whole + (received + kept if reduces_each else 0)) if more else 0,
@@ -139,16 +170,18 @@ class Exchange:
     times: int
 
 
-def exchanges(params: int, zero: int, accumulation: int, workload: Workload) -> tuple[Exchange, Exchange]:
+def exchanges(part: PartSize, zero: int, accumulation: int, workload: Workload) -> tuple[Exchange, Exchange]:
     """What one engine reduces, and what it gathers, in a step of `accumulation` micro batches.
 
     ZeRO 1 reduces once a step and ZeRO 2 once a micro batch; both then gather the new parameters. In every micro batch
-    ZeRO 3 gathers for the forward pass and for the backward pass and reduces once. Gradients are reduced in fp32.
+    ZeRO 3 gathers for the forward pass and for the backward pass and reduces once. Gradients are reduced in fp32. What
+    is frozen is neither reduced nor gathered, except under ZeRO 3 where other parameters of the part train.
     """
+    gathered = part.params if zero == 3 and part.trained else part.trained
     reductions, gathers = {1: (1, 1), 2: (accumulation, 1), 3: (accumulation, 2 * accumulation)}[zero]
     return (
-        Exchange(bytes=params * _FP32, times=reductions),
-        Exchange(bytes=params * workload.param_bytes, times=gathers),
+        Exchange(bytes=part.trained * _FP32, times=reductions),
+        Exchange(bytes=gathered * workload.param_bytes, times=gathers),
     )
 
 

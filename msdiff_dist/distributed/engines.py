@@ -20,12 +20,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from msdiff_dist.distributed.agree import Agreement
 from msdiff_dist.distributed.device_clock import DeviceClock
-from msdiff_dist.distributed.groups import Groups
+from msdiff_dist.distributed.groups import Groups, all_ranks
 from msdiff_dist.distributed.part_engines import EngineConfig, OptimizerFactory, PartEngine, make_engine
 from msdiff_dist.distributed.zero_state import ShardedState
 
@@ -55,7 +54,8 @@ class StageParallelEngines:
     """The shared engine and the engines of the stages this rank holds, stepping as one model.
 
     Args:
-        shared: maps the network's inputs to a tuple of features, batch first. It may have no parameters.
+        shared: maps the network's inputs to a tuple of features, batch first. It may have no parameters. Here and in
+            the stages, parameters that require no gradient are frozen.
         stages: for each held stage, the module that maps (a row range of) those features to the output.
         optimizer: makes a torch optimizer for a list of parameters; called once per engine.
         groups: this rank's process groups.
@@ -83,7 +83,7 @@ class StageParallelEngines:
         self._device = device
         self._micro_batches = 0  # of the current global batch that have run
         has_parameters = any(True for _ in shared.parameters())
-        world = dist.distributed_c10d._get_default_group()
+        world = all_ranks()
         self.shared = make_engine(shared, optimizer, config.zero_shared, config, world) if has_parameters else None
         self.stages: dict[int, PartEngine] = {}
         for k in sorted(stages):
@@ -94,6 +94,10 @@ class StageParallelEngines:
         then the shared part."""
         named = {f"stages.{k}.": engine for k, engine in self.stages.items()}
         return named | ({"shared.": self.shared} if self.shared else {})
+
+    def _trained(self) -> dict[str, PartEngine]:
+        """Those of `_named` that train; every rank has one."""
+        return {prefix: engine for prefix, engine in self._named().items() if engine.trains}
 
     def state(self) -> dict[str, ShardedState]:
         """This rank's fp32 shards, by the prefix of their parameter names in the whole model."""
@@ -111,7 +115,9 @@ class StageParallelEngines:
         is_last = self._micro_batches + 1 == self.config.gradient_accumulation_steps
         if self.shared:
             self.shared.wait_for_weights()  # outside of the clock, which counts this rank's own computing
-        with self.forward_clock:
+        # Nothing of a frozen encoder is kept for a backward pass: its features need no gradients.
+        trains_shared = self.shared is not None and self.shared.trains
+        with self.forward_clock, torch.set_grad_enabled(trains_shared):
             features = (self.shared or self._shared_module)(*inputs)
         # Cut the graph: each stage computes on leaves of its own, and the gradients that arrive there are collected in
         # one buffer per feature. Every row belongs to exactly one stage, so each row of a buffer is written once.
@@ -130,7 +136,7 @@ class StageParallelEngines:
                 else:
                     gradient[rows[k]].copy_(leaf_grad)
         # One backward of the encoder for all stages, last of all on every rank, over the world.
-        if self.shared:
+        if self.shared and trains_shared:
             self.shared.backward([features[i] for i in differentiable], gradients, is_last)
         self._micro_batches += 1
 
@@ -144,7 +150,7 @@ class StageParallelEngines:
         assert self._is_complete(), "micro batches are missing from the global batch"
         agreement = Agreement(self._device)
         agreement.add(
-            "gradient square sum", torch.stack([e.gradient_square_sum() for e in self._named().values()]).sum()
+            "gradient square sum", torch.stack([e.gradient_square_sum() for e in self._trained().values()]).sum()
         )
         return agreement
 
@@ -156,10 +162,8 @@ class StageParallelEngines:
 
     def modules_with_bad_gradients(self) -> list[str]:
         """Names of the modules of which a gradient element on this rank is not finite, after the reduction."""
-        named = {f"stage {k}": e for k, e in self.stages.items()} | (
-            {"the shared part": self.shared} if self.shared else {}
-        )
-        return [name for name, e in named.items() if not e.gradient_square_sum().isfinite()]
+        bad = [prefix for prefix, e in self._trained().items() if not e.gradient_square_sum().isfinite()]
+        return ["the shared part" if prefix == "shared." else f"stage {prefix.split('.')[1]}" for prefix in bad]
 
     def finish(self) -> None:
         """Wait for all that runs in the background, as must be before the process groups are left."""
@@ -174,6 +178,6 @@ class StageParallelEngines:
 
     def _step(self, lr: float, norm: float) -> None:
         # The shared part first, whose new weights the next forward pass needs first.
-        for engine in reversed(self._named().values()):
+        for engine in reversed(self._trained().values()):
             engine.step(lr, norm)
         self._micro_batches = 0

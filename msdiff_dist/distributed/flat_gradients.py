@@ -65,6 +65,9 @@ class FlatPart:
         parameters: views of `weights`; they need not cover it.
         reduce_each: reduce after every micro batch and keep this rank's range alone (ZeRO 2), instead of keeping the
             whole gradient until the last one (ZeRO 1).
+
+    Attributes:
+        own_weights: this rank's range of `weights`, [n / g].
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class FlatPart:
         size, rank = dist.get_world_size(group), dist.get_rank(group)
         self._weights, self._parameters, self._group = weights, parameters, group
         self._reduce_each = reduce_each and size > 1
-        self._own_weights = weights.chunk(size)[rank]
+        self.own_weights = weights.chunk(size)[rank]
         self._whole: Tensor | None = None  # this rank's own gradients of all weights, [n]
         self._reduction: SumScatter | None = None
         self._gradient: Tensor | None = None  # sums over the group of this rank's range, [n / g]
@@ -119,9 +122,9 @@ class FlatPart:
     def publish(self, own: Tensor) -> None:
         """Give all ranks the new weights of this rank's range, [n / g] fp32, in the background."""
         self.wait_for_weights()
-        self._own_weights.copy_(own)
+        self.own_weights.copy_(own)
         if dist.get_world_size(self._group) > 1:
-            self._gather = _all_gather(self._weights, self._own_weights, group=self._group, async_op=True)
+            self._gather = _all_gather(self._weights, self.own_weights, group=self._group, async_op=True)
 
     def wait_for_weights(self) -> None:
         """Wait until the weights of the other ranks have arrived. On a GPU the stream waits, not the process."""

@@ -28,11 +28,16 @@ class Groups:
     def named(self) -> dict[str, dist.ProcessGroup]:
         """All groups of this rank by what to call them."""
         named = {f"stage {k}": group for k, group in self.stage.items()}
-        return named | {SHARED: dist.distributed_c10d._get_default_group(), ROUTING: self.routing}
+        return named | {SHARED: all_ranks(), ROUTING: self.routing}
+
+
+def all_ranks() -> dist.ProcessGroup:
+    """The default group, of all ranks."""
+    return dist.distributed_c10d._get_default_group()
 
 
 def make_groups(stages_of_rank: Sequence[Sequence[int]], rank: int) -> Groups:
-    """A group for each stage and one for routing: as many as there are stages, however many ranks.
+    """A group for each stage that a rank holds, and one for routing: as many as there are stages, however many ranks.
 
     Collective: `new_group` is called on every rank for every group, in the same order, whether or not the rank is in
     it. There it returns at once. (With `use_local_synchronization` other ranks need not call it. But torch then names a
@@ -44,6 +49,6 @@ def make_groups(stages_of_rank: Sequence[Sequence[int]], rank: int) -> Groups:
     """
     num_stages = 1 + max(k for held in stages_of_rank for k in held)
     holders = [[r for r, held in enumerate(stages_of_rank) if k in held] for k in range(num_stages)]
-    stage: list[Any] = [dist.new_group(ranks) for ranks in holders]
+    stage: list[Any] = [dist.new_group(ranks) if ranks else None for ranks in holders]
     routing: Any = dist.new_group(list(range(len(stages_of_rank))))
     return Groups({k: stage[k] for k in stages_of_rank[rank]}, routing)

@@ -69,12 +69,14 @@ def _rank_bytes(
     rows_AK: np.ndarray, world_size: int, groups: Sequence[int], workload: Workload, trace: ModelTrace
 ) -> RankBytes:
     held, accumulation = np.flatnonzero(rows_AK[0]).tolist(), len(rows_AK)
-    shared = engine_bytes(workload.shared_params, world_size, workload.zero_shared, accumulation, workload)
+    shared = engine_bytes(workload.shared, world_size, workload.zero_shared, accumulation, workload)
     stages = {
-        k: engine_bytes(workload.stage_params_K[k], groups[k], workload.zero_decoders, accumulation, workload)
-        for k in held
+        k: engine_bytes(workload.stages[k], groups[k], workload.zero_decoders, accumulation, workload) for k in held
     }
     engines = [shared, *stages.values()]
+    # The weights of stages that no rank computes, fp32, of which every rank keeps a range in host memory.
+    without = [part for part, ranks in zip(workload.stages, groups, strict=True) if not ranks]
+    aside = sum(4 * -(-part.params // world_size) for part in without)
     moments = [
         moment
         for rows_K in np.unique(rows_AK, axis=0)
@@ -82,7 +84,7 @@ def _rank_bytes(
     ]
     peak = max(moments, key=lambda moment: moment.total)
     return RankBytes(
-        weights=sum(e.weights for e in engines),
+        weights=sum(e.weights for e in engines) + (0 if workload.on_gpus else aside),
         gradients=peak.gradients,
         optimizer=sum(e.optimizer for e in engines),
         averages=sum(e.averages for e in engines),

@@ -22,6 +22,7 @@ from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 
 from msdiff_dist.distributed.flat_gradients import FlatPart
+from msdiff_dist.distributed.frozen_weights import keep_in_zero3, keep_whole, trained_parameters, zero3_ranges
 from msdiff_dist.distributed.precision import Precision
 from msdiff_dist.distributed.zero_state import ShardedState
 
@@ -50,6 +51,11 @@ class EngineConfig:
     zero_decoders: int
     gradient_accumulation_steps: int
     grad_clip: float
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations in forward and backward passes."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
 class _Unit:
@@ -94,7 +100,12 @@ def _deepspeed_unit(unit: _Unit) -> Iterator[None]:
 def make_engine(
     module: nn.Module, optimizer: OptimizerFactory, zero: int, config: EngineConfig, group: dist.ProcessGroup
 ) -> PartEngine:
-    """The engine of `module` over `group`, under ZeRO level `zero`. Collective in the group."""
+    """The engine of `module` over `group`, under ZeRO level `zero`. Collective in the group.
+
+    The parameters that require no gradient are frozen; a module of which all are has no DeepSpeed engine.
+    """
+    if not trained_parameters(module):
+        return _FrozenEngine(module, config, group)
     if zero == 3:
         return _Zero3Engine(module, optimizer, config, group)
     return _FlatEngine(module, optimizer, zero, config, group)
@@ -102,6 +113,9 @@ def make_engine(
 
 class PartEngine(ABC):
     """A part of the model, sharded over a group. Gradients are sums over the group."""
+
+    trains = True
+    """Whether it has gradients, a reduction and an optimizer."""
 
     @property
     @abstractmethod
@@ -163,9 +177,41 @@ def _initialize(
     }
     with _deepspeed_unit(unit):
         engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer(list(module.parameters())), config=settings, mpu=unit
+            model=module, optimizer=optimizer(trained_parameters(module)), config=settings, mpu=unit
         )
     return engine
+
+
+class _FrozenEngine(PartEngine):
+    """A part that does not train, whole on every rank. Gradients pass through it to its inputs."""
+
+    trains = False
+
+    def __init__(self, module: nn.Module, config: EngineConfig, group: dist.ProcessGroup) -> None:
+        self._frozen = keep_whole(module, group, config.dtype)
+        self._module = module.to(config.dtype)
+
+    @property
+    def module(self) -> nn.Module:
+        return self._module
+
+    def wait_for_weights(self) -> None:
+        return
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self._module(*inputs)
+
+    def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor] | None, is_last: bool) -> None:
+        torch.autograd.backward(outputs, gradients)
+
+    def reduced_gradients(self) -> list[Tensor]:
+        return []
+
+    def step(self, lr: float, norm: float) -> None:
+        return
+
+    def state(self) -> ShardedState:
+        return ShardedState(self._module, None, lambda: None, self._frozen)
 
 
 class _FlatEngine(PartEngine):
@@ -178,6 +224,7 @@ class _FlatEngine(PartEngine):
         self, module: nn.Module, optimizer: OptimizerFactory, zero: int, config: EngineConfig, group: dist.ProcessGroup
     ) -> None:
         self._module, self._grad_clip = module, config.grad_clip
+        self._frozen = keep_whole(module, group, config.dtype)
         # Without contiguous gradients DeepSpeed's ZeRO 1 sets no hooks on the gradients and allocates no buckets.
         sharding = {"stage": 1, "contiguous_gradients": False, "overlap_comm": False}
         engine = _initialize(module, optimizer, config, _Unit(group), {"zero_optimization": sharding})
@@ -224,7 +271,7 @@ class _FlatEngine(PartEngine):
         self._publish()
 
     def state(self) -> ShardedState:
-        return ShardedState(self._module, self._optimizer, self._publish)
+        return ShardedState(self._module, self._optimizer, self._publish, self._frozen)
 
     def _publish(self) -> None:
         """Give all ranks the network's weights of this rank's fp32 weights."""
@@ -265,13 +312,16 @@ class _Zero3Engine(PartEngine):
             "zero_optimization": {
                 "stage": 3,
                 "stage3_param_persistence_threshold": 0,  # every parameter is sharded, however small
-                "reduce_bucket_size": sum(p.numel() for p in module.parameters()),  # by default a gigabyte in bf16
+                # By default a gigabyte in bf16.
+                "reduce_bucket_size": sum(p.numel() for p in trained_parameters(module)),
             },
             "gradient_clipping": config.grad_clip,
             "communication_data_type": "fp32",
             "data_types": {"grad_accum_dtype": "fp32"},
         }
+        masters = zero3_ranges(module, group) if config.precision == "bf16" else None
         self._engine = _initialize(module, optimizer, config, self._unit, settings)
+        self._frozen = keep_in_zero3(module, group, masters)
         # DeepSpeed asks a method of its optimizer for the norm by which it clips, and would take that of this engine's
         # gradients alone.
         self._engine.optimizer._get_norm_groups = self._whole_norm
@@ -308,7 +358,7 @@ class _Zero3Engine(PartEngine):
         self._norm = None
 
     def state(self) -> ShardedState:
-        return ShardedState(self._engine.module, self._engine.optimizer, self._publish)
+        return ShardedState(self._engine.module, self._engine.optimizer, self._publish, self._frozen)
 
     def _whole_norm(self) -> list[Tensor]:
         assert self._norm is not None, "DeepSpeed asks for the norm inside `step` only"

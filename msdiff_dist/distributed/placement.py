@@ -96,7 +96,7 @@ def plan(
 
     Args:
         micro_quotas_AK: number of samples of each stage in each micro batch. The micro batches' numbers of one stage
-            differ by one at most.
+            differ by one at most. A stage without samples has no ranks.
         cost_K: cost of one sample of each stage (encoder and its decoder), in any unit.
         explicit: the stages that every rank is to hold; None: they are chosen.
 
@@ -106,10 +106,14 @@ def plan(
     quotas_AK, cost = np.asarray(micro_quotas_AK), np.asarray(cost_K, dtype=float)
     assert np.ptp(quotas_AK, axis=0).max() <= 1
     assert (cost > 0).all()
+    computed = quotas_AK.any(axis=0)
+    samples_WK = np.zeros((world_size, len(cost)), dtype=np.int64)
     if explicit is None:
-        samples_WK = _choose(quotas_AK, cost, world_size)
+        _check_size(quotas_AK, world_size)
+        samples_WK[:, computed] = _choose(quotas_AK[:, computed], cost[computed], world_size)
     else:
-        samples_WK = _shared_among_holders(quotas_AK, cost, _checked(explicit, quotas_AK, world_size))
+        holds_WK = _checked(explicit, quotas_AK, world_size)
+        samples_WK[:, computed] = _shared_among_holders(quotas_AK[:, computed], cost[computed], holds_WK[:, computed])
     stages_of_rank = tuple(tuple(k for k, n in enumerate(n_K) if n) for n_K in samples_WK.tolist())
     return Placement(stages_of_rank, _micro_samples(samples_WK, quotas_AK))
 
@@ -119,18 +123,19 @@ def _balance(samples_WK: np.ndarray, cost_K: np.ndarray) -> float:
     return float(work_W.mean() / work_W.max())
 
 
-def _choose(quotas_AK: np.ndarray, cost_K: np.ndarray, world_size: int) -> np.ndarray:
-    """Samples per rank and stage, [W, K]: disjoint groups where they balance well enough, else the line."""
-    # `least` is the least number of samples of a stage that a rank can hold: one in each micro batch.
-    least, quotas, costs = len(quotas_AK), quotas_AK.sum(axis=0).tolist(), cost_K.tolist()
+def _check_size(quotas_AK: np.ndarray, world_size: int) -> None:
+    """Raise PlacementError if the batch is too small for the ranks."""
+    least = len(quotas_AK)
+    of_stage = {k: q for k, q in enumerate(quotas_AK.sum(axis=0).tolist()) if q}
+    quotas = [*of_stage.values()]
     capacity = sum(q // least for q in quotas)
     if min(quotas) < least:
-        k = quotas.index(min(quotas))
+        k = min(of_stage, key=lambda k: of_stage[k])
         raise PlacementError(
             "train.global_batch_size",
             sum(quotas),
-            f"gives stage {k} {quotas[k]} samples for {least} micro batches",
-            f"Make it at least {-(-sum(quotas) * least // max(quotas[k], 1))}, or accumulate less.",
+            f"gives stage {k} {of_stage[k]} samples for {least} micro batches",
+            f"Make it at least {-(-sum(quotas) * least // of_stage[k])}, or accumulate less.",
         )
     if world_size > capacity:
         raise PlacementError(
@@ -139,6 +144,12 @@ def _choose(quotas_AK: np.ndarray, cost_K: np.ndarray, world_size: int) -> np.nd
             f"is too small: {world_size} ranks need at least one sample each in each of {least} micro batches",
             f"Make it at least {world_size * least + len(quotas) * (least - 1)}, or use at most {capacity} ranks.",
         )
+
+
+def _choose(quotas_AK: np.ndarray, cost_K: np.ndarray, world_size: int) -> np.ndarray:
+    """Samples per rank and stage, [W, K]: disjoint groups where they balance well enough, else the line."""
+    # `least` is the least number of samples of a stage that a rank can hold: one in each micro batch.
+    least, quotas, costs = len(quotas_AK), quotas_AK.sum(axis=0).tolist(), cost_K.tolist()
     # A line balances best, but its ranks at the edges of stages hold two decoders: that is more memory, and they take
     # part in the collectives of two groups. Disjoint groups have no such ranks and are taken where they cost little.
     line = _line(quotas, costs, least, world_size)
@@ -319,7 +330,7 @@ def _checked(explicit: StageSets, quotas_AK: np.ndarray, world_size: int) -> np.
             )
         holds_WK[rank, list(held)] = True
     for k, (size, quota) in enumerate(zip(holds_WK.sum(axis=0), quotas_AK.min(axis=0), strict=True)):
-        if size == 0:
+        if size == 0 and quotas_AK[:, k].any():
             raise PlacementError(
                 field,
                 [list(held) for held in explicit],

@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from msdiff_dist.distributed.engine_costs import Workload, exchanges
+from msdiff_dist.distributed.engine_costs import PartSize, Workload, exchanges
 from msdiff_dist.distributed.gpus import Gpu
 from msdiff_dist.distributed.memory import rank_bytes_W
 from msdiff_dist.distributed.placement import Placement
@@ -34,7 +34,8 @@ def plan_report(
     """The placement as plain data for JSON; with `ranks_per_node` also the bytes between nodes.
 
     `balance` is the mean over the maximum of the ranks' work. Each of `stages` has its share of the work, the ranks
-    that hold it and its samples per global batch. Each of `ranks` has its samples per global batch of each stage held,
+    that hold it and its samples per global batch. `frozen`: how many parameters of the shared part and of each stage
+    do not train; None if all do. Each of `ranks` has its samples per global batch of each stage held,
     its `load` (its work over the mean), its `state_bytes` (what is there between steps) and its `peak_bytes` (see
     `RankBytes`). `bytes_per_step`, over all ranks: `routed`, the payload that is expected to change ranks, and
     `reduced` (see `reduced_bytes`). With `gpu`, `step_seconds` and `gpu` are estimates for it, and each rank has its
@@ -68,6 +69,7 @@ def plan_report(
             "routed": round(samples_crossing(placement) * workload.payload_bytes),
             "reduced": reduced_bytes(placement, workload),
         },
+        "frozen": _frozen(workload),
         "warnings": list(warnings),
     }
     if ranks_per_node is not None:
@@ -90,6 +92,18 @@ def plan_report(
             "bandwidth_efficiency": gpu.bandwidth_efficiency,
         }
     return report
+
+
+def _frozen(workload: Workload) -> dict[str, Any] | None:
+    parts = [workload.shared, *workload.stages]
+    if not any(part.frozen for part in parts):
+        return None
+    return {
+        "shared": workload.shared.frozen,
+        "stages": [part.frozen for part in workload.stages],
+        "parameters": sum(part.params for part in parts),
+        "trained": sum(part.trained for part in parts),
+    }
 
 
 def _nodes_report(placement: Placement, workload: Workload, ranks_per_node: int) -> dict[str, Any]:
@@ -120,7 +134,7 @@ def reduced_between_nodes(placement: Placement, workload: Workload, ranks_per_no
 def replicated_between_nodes(placement: Placement, workload: Workload, ranks_per_node: int) -> float:
     """Bytes between nodes if every rank held every decoder and all gradients were averaged once a step."""
     # A ring all-reduce is a reduction to the owners and a gathering from them: two passes.
-    values = 2 * (workload.shared_params + sum(workload.stage_params_K))
+    values = 2 * (workload.shared.trained + sum(part.trained for part in workload.stages))
     share = ring_share_between_nodes(range(placement.world_size), ranks_per_node)
     return share * values * workload.param_bytes
 
@@ -129,11 +143,15 @@ def _ring_bytes(placement: Placement, workload: Workload) -> list[tuple[Sequence
     """Each group of ranks with the bytes that are reduced or gathered round its ring in a step."""
     accumulation = len(placement.samples_AWK)
 
-    def passing(params: int, zero: int) -> int:
-        return sum(e.times * e.bytes for e in exchanges(params, zero, accumulation, workload))
+    def passing(part: PartSize, zero: int) -> int:
+        return sum(e.times * e.bytes for e in exchanges(part, zero, accumulation, workload))
 
-    shared = (range(placement.world_size), passing(workload.shared_params, workload.zero_shared))
-    stages = [(placement.group(k), passing(n, workload.zero_decoders)) for k, n in enumerate(workload.stage_params_K)]
+    shared = (range(placement.world_size), passing(workload.shared, workload.zero_shared))
+    stages = [
+        (placement.group(k), passing(part, workload.zero_decoders))
+        for k, part in enumerate(workload.stages)
+        if placement.group(k)
+    ]
     return [shared, *stages]
 
 
@@ -189,11 +207,23 @@ def render(report: dict[str, Any], title: str) -> RenderableType:
         f"balance {report['balance']:.1%} of {report['world_size']} ranks, global batch {report['global_batch_size']}",
         "state: weights, fp32 masters, moments and averages of a rank; peak: with gradients, activations and buffers",
         f"each step {size(traffic['routed'])} of samples routed, {size(traffic['reduced'])} reduced and gathered",
+        *_frozen_lines(report),
         *_node_lines(report),
         *_gpu_lines(report),
         *(f"[yellow]warning[/] {warning}" for warning in report["warnings"]),
     ]
     return Group(stages, ranks, *lines)
+
+
+def _frozen_lines(report: dict[str, Any]) -> list[str]:
+    if not report["frozen"]:
+        return []
+    frozen, stages = report["frozen"], report["stages"]
+    lines = [f"{frozen['trained'] / 1e6:.2f} M of {frozen['parameters'] / 1e6:.2f} M parameters train"]
+    without = [str(k) for k, stage in enumerate(stages) if not stage["ranks"]]
+    if without:
+        lines.append(f"no samples are drawn of stage {', '.join(without)}: they would train nothing")
+    return lines
 
 
 def _node_lines(report: dict[str, Any]) -> list[str]:

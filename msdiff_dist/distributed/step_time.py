@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from msdiff_dist.distributed.engine_costs import Workload, exchanges, optimizer_traffic
+from msdiff_dist.distributed.engine_costs import PartSize, Workload, exchanges, optimizer_traffic
 from msdiff_dist.distributed.gpus import GIGA, MICRO, Gpu
 from msdiff_dist.distributed.placement import Placement
 from msdiff_dist.distributed.topology import most_on_one_node, nodes_spanned
@@ -70,26 +70,25 @@ def step_time(
     accumulation = len(placement.samples_AWK)
     compute_W, behind_W, encoder_W = _passes(placement, workload, trace, gpu)
 
-    def of_engine(params: int, group: Sequence[int], zero: int) -> _EngineSeconds:
+    def of_engine(part: PartSize, group: Sequence[int], zero: int) -> _EngineSeconds:
         reduction, gather = (
-            e.times * ring_seconds(e.bytes, group, gpu, per_node)
-            for e in exchanges(params, zero, accumulation, workload)
+            e.times * ring_seconds(e.bytes, group, gpu, per_node) for e in exchanges(part, zero, accumulation, workload)
         )
-        traffic = optimizer_traffic(-(-params // len(group)), workload)
+        traffic = optimizer_traffic(-(-part.trained // len(group)), workload)
         return _EngineSeconds(reduction, gather, traffic / (gpu.bandwidth * GIGA * gpu.bandwidth_efficiency))
 
-    shared = of_engine(workload.shared_params, world, workload.zero_shared)
-    stages = [
-        of_engine(params, placement.group(k), workload.zero_decoders)
-        for k, params in enumerate(workload.stage_params_K)
-    ]
+    shared = of_engine(workload.shared, world, workload.zero_shared)
+    stages = {
+        k: of_engine(workload.stages[k], placement.group(k), workload.zero_decoders)
+        for k in sorted({k for held in placement.stages_of_rank for k in held})
+    }
     reduction_W, gather_W, optimizer_W = (
         np.array([sum(getattr(stages[k], kind) for k in held) for held in placement.stages_of_rank])
         for kind in ("reduction", "gather", "optimizer")
     )
     until_shared = float((compute_W + np.maximum(reduction_W - behind_W, 0)).max()) + shared.reduction
     optimizer = float(optimizer_W.max()) + shared.optimizer
-    weights = max(shared.gather, float((gather_W - encoder_W / 3).max()))
+    weights = max(shared.gather, float((gather_W - encoder_W).max()))
     return StepTime(
         compute_W=compute_W,
         communication=float((reduction_W + gather_W).max()) + shared.reduction + shared.gather,
@@ -103,7 +102,9 @@ def _passes(
     placement: Placement, workload: Workload, trace: ModelTrace, gpu: Gpu
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Seconds of every rank, [W] each: of all passes; of what follows in a micro batch on the first stage; of the
-    encoder in a micro batch."""
+    encoder's forward pass in a micro batch."""
+    # A backward pass is two thirds of a pass. A frozen encoder has none.
+    backward = 2 / 3 if workload.shared.trained else 0.0
     known: dict[tuple[int, int], float] = {}
 
     def seconds(part: int, rows: int) -> float:
@@ -120,9 +121,8 @@ def _passes(
             encoder = seconds(-1, sum(rows_K))
             _, *later = stages = [seconds(k, n) for k, n in enumerate(rows_K) if n]
             compute_W[rank] += encoder + sum(stages)
-            # A backward pass is two thirds of a pass.
-            behind_W[rank] += (sum(later) + encoder * 2 / 3) / accumulation
-            encoder_W[rank] += encoder / accumulation
+            behind_W[rank] += (sum(later) + encoder * backward) / accumulation
+            encoder_W[rank] += encoder * (1 - backward) / accumulation
     return compute_W, behind_W, encoder_W
 
 

@@ -9,8 +9,6 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-import numpy as np
-
 from msdiff_dist.distributed.placement import Placement
 
 MOST_PERMUTED = 6  # up to so many disjoint groups every order on the line is tried, which is 720 orders
@@ -48,21 +46,24 @@ def arrange(placement: Placement, ranks_per_node: int, params_K: Sequence[int]) 
     finds the same one.
 
     Args:
-        params_K: number of parameters of each stage's decoder.
+        params_K: number of parameters of each stage's decoder that train.
     """
     if placement.world_size <= ranks_per_node:
         return placement
 
     def crossing(candidate: Placement) -> float:
-        shares = [ring_share_between_nodes(candidate.group(k), ranks_per_node) for k in range(candidate.num_stages)]
-        return float(np.dot(shares, params_K))
+        return sum(
+            ring_share_between_nodes(group, ranks_per_node) * params
+            for group, params in zip(map(candidate.group, range(candidate.num_stages)), params_K, strict=True)
+            if group
+        )
 
     return min(_orders(placement), key=crossing)
 
 
 def _orders(placement: Placement) -> Iterator[Placement]:
     """The placement with its ranks in the orders to be tried, the present one first."""
-    groups = [placement.group(k) for k in range(placement.num_stages)]
+    groups = [group for group in map(placement.group, range(placement.num_stages)) if group]
     if all(len(held) == 1 for held in placement.stages_of_rank) and len(groups) <= MOST_PERMUTED:
         orders: Iterable[list[int]] = (list(itertools.chain(*order)) for order in itertools.permutations(groups))
     else:

@@ -8,46 +8,41 @@ public interface to this; the private members that are used here are checked by 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True, kw_only=True)
-class Fragment:
-    """A range of a parameter on this rank: `numel` elements from `start` of the flattened parameter `name`. They lie at
-    `offset` in the rank's flat tensor number `flat`."""
-
-    name: str
-    start: int
-    numel: int
-    flat: int
-    offset: int
+from msdiff_dist.distributed.frozen_weights import Fragment, FrozenShards
 
 
 class ShardedState:
-    """The flat fp32 tensors of one engine on this rank, and the fragments in them.
+    """The flat fp32 tensors of one part on this rank, and the fragments in them.
 
     Args:
         module: the engine's module.
-        optimizer: DeepSpeed's ZeRO optimizer over its parameters.
+        optimizer: DeepSpeed's ZeRO optimizer over its parameters; None: none of them trains.
         publish: gives the network on every rank of the group the weights of the fp32 shards.
+        frozen: the parameters that do not train.
 
     Attributes:
         shapes: shape of every whole parameter of the module, by name.
-        fragments: where this rank's ranges of the parameters lie. ZeRO's padding belongs to no fragment.
+        trained: names of the parameters that train.
+        fragments: where this rank's ranges of these lie. ZeRO's padding belongs to no fragment.
+        frozen: the others, which have no moments, and whose averages are the weights themselves.
     """
 
-    def __init__(self, module: nn.Module, optimizer: Any, publish: Callable[[], None]) -> None:
-        self._optimizer, self._publish = optimizer, publish
+    def __init__(self, module: nn.Module, optimizer: Any, publish: Callable[[], None], frozen: FrozenShards) -> None:
+        self._optimizer, self._publish, self.frozen = optimizer, publish, frozen
         self._is_zero3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
         self.shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in module.named_parameters()}
+        self.trained = tuple(n for n, p in module.named_parameters() if p.requires_grad)
         self.fragments = tuple(self._find_fragments(module))
 
     def flats(self) -> list[Tensor]:
-        """The fp32 weights: the 1-D tensors that the optimizer updates in place."""
+        """The fp32 weights that train: the 1-D tensors that the optimizer updates in place."""
+        if self._optimizer is None:
+            return []
         if self._is_zero3:
             return list(self._optimizer.fp32_partitioned_groups_flat)
         return list(self._optimizer.single_partition_of_fp32_groups)
@@ -86,7 +81,10 @@ class ShardedState:
             flats[f.flat][where].copy_(read("param", f))
             for kind in moments:
                 self._optimizer.optimizer.state[flats[f.flat]][kind][where].copy_(read(kind, f))
+        for f in self.frozen.fragments:
+            self.frozen.flats[f.flat][f.offset : f.offset + f.numel].copy_(read("param", f))
         self._publish()
+        self.frozen.publish()
 
     def _fused(self) -> bool:
         return bool(self._optimizer.optimizer.param_groups[0].get("fused"))
@@ -95,6 +93,8 @@ class ShardedState:
         opt = self._optimizer
         parameters: Iterator[tuple[str, Any]] = module.named_parameters()
         for name, p in parameters:
+            if not p.requires_grad:
+                continue
             if self._is_zero3:  # each parameter is cut into equal ranges, one per rank
                 flat, offset, numel = opt.grad_position[opt.get_param_id(p)]
                 start = opt._get_param_partition_rank(p) * numel

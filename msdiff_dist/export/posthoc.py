@@ -22,6 +22,7 @@ from msdiff_dist.checkpoint.load import CheckpointReader
 from msdiff_dist.checkpoint.power_profile import LONGEST, SNAPSHOTS, exponent, fit, kind_of
 from msdiff_dist.errors import CheckpointError
 from msdiff_dist.export.weights import CheckpointWeights
+from msdiff_dist.models.freezing import freezing
 
 _OPEN_FILES = 512  # by all snapshots together; a process may often open no more than 1024
 _POOR_FIT = 0.05  # distance of the fitted profile, relative to the wanted one's norm, from which a warning is given
@@ -48,12 +49,17 @@ class PosthocWeights(CheckpointWeights):
             for (reader, held_length), coefficient in zip(sources, coefficients_n, strict=True)
         ]
         self.description = replace(self.description, ema_length=length)
+        patterns = self.reader.index.recipe["train"].get("freeze", ())  # runs of earlier versions have none
+        self._frozen = freezing(self.description.model, tuple(patterns)).names
 
     def tensor(self, name: str) -> Tensor:
         shape = self.reader.index.shapes[name]
         return self.read_range(name, 0, math.prod(shape)).view(shape)
 
     def read_range(self, name: str, start: int, numel: int) -> Tensor:
+        if name in self._frozen:  # every average is the weights, and the coefficients add up to 1 only nearly
+            reader, kind, _ = self._terms[-1]
+            return reader.read_range(kind, name, start, numel)
         # Coefficients of both signs cancel each other in part, so the sum is made in float64.
         total = torch.zeros(numel, dtype=torch.float64)
         for reader, kind, coefficient in self._terms:

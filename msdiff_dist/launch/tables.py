@@ -113,7 +113,7 @@ def _live_view(run: Path, statuses: Sequence[RunStatus]) -> Table:
     view.add_row(_table(statuses))
     steps = Table("step", "loss", "loss of each stage", "grad norm", "lr", "img/s", box=None, pad_edge=False)
     for m in last_metrics(run)[-8:]:
-        stages = " ".join(f"{loss:.4f}" for loss in m["loss_per_stage"])
+        stages = " ".join("-" if loss is None else f"{loss:.4f}" for loss in m["loss_per_stage"])
         norm, lr = f"{m['grad_norm']:.3g}", f"{m['lr']:.3g}"
         steps.add_row(str(m["step"]), f"{m['loss']:.4f}", stages, norm, lr, f"{m['images_per_second']:.0f}")
     view.add_row(steps)

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from msdiff_dist.models.activation_checkpointing import ActivationCheckpointingConfig, checkpoint_activations
 from msdiff_dist.models.config import ModelConfig
+from msdiff_dist.models.freezing import freezing
 from msdiff_dist.models.gpu_operators import compute_as_gpus_do
 from msdiff_dist.models.multistage_unet import build_parts
 
@@ -132,6 +133,7 @@ def trace_model(
     *,
     on_gpus: bool,
     channels_last: bool = False,
+    freeze: tuple[str, ...] = (),
 ) -> ModelTrace:
     """Trace the parts of a model as the training step runs them: the graph is cut between encoder and decoders.
 
@@ -143,6 +145,8 @@ def trace_model(
         dtype: of parameters and inputs.
         on_gpus: trace what runs on a GPU: attention in one fused kernel unless the configuration asks for `math`, and
             what `compute_as_gpus_do` changes.
+        freeze: what does not train (`train.freeze`). Of a stage whose samples train nothing only the forward pass is
+            traced.
     """
     backend = config.attention_backend
     if backend == "xformers" or (backend == "auto" and on_gpus):
@@ -156,6 +160,7 @@ def trace_model(
             checkpoint_activations(part, checkpointing)
             if on_gpus:
                 compute_as_gpus_do(part)
+        freezing(config, freeze).apply(shared, stages)
         recorded = [
             _record(shared, stages, config, latent_size, context_tokens, dtype, n, channels_last) for n in _ROWS
         ]
@@ -300,8 +305,9 @@ def _record(
     label = torch.empty(rows, dtype=torch.int64) if config.takes_label else None
     augment = torch.empty(rows, config.augment_labels) if config.augment_labels else None
     inputs = [x_BCHW, torch.empty(rows), context, label, augment]
-    features: Sequence[Tensor] = shared(*inputs)
-    recorded = [_record_pass(shared, inputs)]
+    with torch.set_grad_enabled(any(p.requires_grad for p in shared.parameters())):
+        features: Sequence[Tensor] = shared(*inputs)
+        recorded = [_record_pass(shared, inputs)]
     for stage in stages.values():
         recorded.append(_record_pass(stage, [f.detach().requires_grad_(f.requires_grad) for f in features]))
     return recorded
@@ -316,13 +322,14 @@ def _record_pass(part: nn.Module, inputs: Sequence[Tensor | None]) -> _Recorded:
         out = part(*inputs)
         outputs = [out] if isinstance(out, Tensor) else [f for f in out if f.requires_grad]
         forward_events = len(recorder.events)
-    output_bytes = sum(_bytes(f) for f in outputs) if parameters else 0
+    output_bytes = sum(_bytes(f) for f in outputs)
     if isinstance(out, Tensor):  # a stage: its loss is computed in fp32, and its output is not kept
         with recorder:
             loss = out.float().square().sum()
             del out, outputs
-            loss.backward()
-    elif parameters:  # the shared part: the features stay alive, since the training step holds them
+            if loss.requires_grad:
+                loss.backward()
+    elif outputs:  # the shared part: the features stay alive, since the training step holds them
         gradients = [torch.empty_like(f) for f in outputs]
         recorder.ignore(gradients)
         with recorder:

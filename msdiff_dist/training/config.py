@@ -24,6 +24,10 @@ class TrainConfig:
     init_from: str | None = None
     """Export, or checkpoint (its averages), whose weights training starts from instead of random ones. The run's own
     checkpoints come first."""
+    freeze: tuple[str, ...] = ()
+    """What does not train: parameters and modules by name (`shared`, `stages.0`, `stages.1.out`), or by patterns with
+    `*`, `?` and `[...]` (`stages.*.out.*`; `*` matches dots too). If the shared part is among them, a stage without
+    trained parameters has no ranks, and its samples are not drawn."""
     gradient_accumulation_steps: int = 1
     """Micro batches per optimizer step."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -82,7 +82,9 @@ class EmaConfig:
 
 
 class ShardedEma:
-    """The averages of every fp32 shard on this rank, beginning with copies of the weights.
+    """The averages of every fp32 shard that trains on this rank, beginning with copies of the weights.
+
+    Averages of frozen weights are these weights, and are not kept.
 
     Args:
         state: fp32 shards by prefix of the parameter names, as `StageParallelEngines.state` returns them.
@@ -110,4 +112,5 @@ class ShardedEma:
         weights |= {kind: 1 - (1 - 1 / step) ** (gamma + 1) for kind, gamma in self._exponents.items()}
         for kind, weight in weights.items():
             for prefix, state in self._state.items():
-                torch._foreach_lerp_(self.averages[kind][prefix], [f.detach() for f in state.flats()], weight)
+                if flats := [f.detach() for f in state.flats()]:  # none of a frozen part, whose averages never change
+                    torch._foreach_lerp_(self.averages[kind][prefix], flats, weight)

@@ -20,7 +20,7 @@ class StepOutcome:
 
     Attributes:
         loss: the objective over the global batch.
-        loss_per_stage: mean loss of each stage's samples, before importance weights.
+        loss_per_stage: mean loss of each stage's samples, before importance weights; None for a stage without samples.
         grad_norm: norm of the gradient of the whole model, before clipping.
         stop_requested: whether some rank was asked to stop.
         busy_W: each rank's seconds of forward computation.
@@ -30,7 +30,7 @@ class StepOutcome:
     """
 
     loss: float
-    loss_per_stage: list[float]
+    loss_per_stage: list[float | None]
     grad_norm: float
     stop_requested: bool
     busy_W: list[float]
@@ -50,7 +50,7 @@ class StepMetrics:
     Attributes:
         step: number of the optimizer step, counted from 1.
         loss: the objective over the global batch.
-        loss_per_stage: mean loss of each stage's samples, before importance weights.
+        loss_per_stage: mean loss of each stage's samples, before importance weights; None for a stage without samples.
         grad_norm: norm of the gradient of the whole model, before clipping.
         lr: learning rate of the step.
         images_seen: samples trained on so far, this step included.
@@ -64,7 +64,7 @@ class StepMetrics:
 
     step: int
     loss: float
-    loss_per_stage: list[float]
+    loss_per_stage: list[float | None]
     grad_norm: float
     lr: float
     images_seen: int

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from msdiff_dist.checkpoint.layout import CheckpointIndex
+from msdiff_dist.checkpoint.layout import CheckpointIndex, part_of
 from msdiff_dist.checkpoint.load import CheckpointReader, restore, start_from
 from msdiff_dist.checkpoint.save import Averages, gather_shapes, moment_kinds
 from msdiff_dist.data.fingerprint import Fingerprint
@@ -23,6 +23,7 @@ class TrainState:
         batch_size: the global batch size.
         shards: fp32 weights and optimizer moments on this rank, by prefix of their parameter names.
         averages: averages of the weights on this rank.
+        frozen: names of the parameters that do not train.
 
     Attributes:
         step: optimizer steps done. Global batches 0 to step - 1 have been trained on, so it is the position in the data
@@ -33,14 +34,20 @@ class TrainState:
     """
 
     def __init__(
-        self, recipe: Mapping[str, Any], batch_size: int, shards: Mapping[str, ShardedState], averages: Averages
+        self,
+        recipe: Mapping[str, Any],
+        batch_size: int,
+        shards: Mapping[str, ShardedState],
+        averages: Averages,
+        frozen: Collection[str] = (),
     ) -> None:
         self.shards, self.averages = shards, averages
         self.step = 0
         self.loss_average = LossAverage()
         self.fingerprint: Fingerprint = []
         self.shapes = gather_shapes(shards)
-        self._recipe, self._batch_size = dict(recipe), batch_size
+        self._recipe, self._batch_size, self._frozen = dict(recipe), batch_size, frozen
+        self._optimizer_began: dict[str, int] = {}
 
     def index(self, world_size: int) -> CheckpointIndex:
         """The index of a checkpoint of the current state."""
@@ -53,11 +60,20 @@ class TrainState:
             moments=moment_kinds(self.shards),
             world_size=world_size,
             data=self.fingerprint,
+            optimizer_began=self._optimizer_began,
         )
 
     def restore(self, checkpoint: CheckpointReader) -> None:
-        """Take over the state that the checkpoint holds. Collective."""
-        restore(checkpoint, self.shards, self.averages)
+        """Take over the state that the checkpoint holds. Collective.
+
+        The optimizer of a part begins anew if the checkpoint lacks moments of a parameter that now trains: one counter
+        of steps serves the whole part, and with moments of zero Adam's steps would be too large at a later count.
+        """
+        self._optimizer_began = dict(checkpoint.index.optimizer_began)
+        for name in self.shapes.keys() - {*self._frozen}:
+            if not all(checkpoint.holds(kind, name) for kind in checkpoint.index.moments):
+                self._optimizer_began[part_of(name)] = checkpoint.index.step
+        restore(checkpoint, self.shards, self.averages, self._optimizer_began)
         self.step, self.loss_average.value = checkpoint.index.step, checkpoint.index.loss
         self.fingerprint = checkpoint.index.data
 

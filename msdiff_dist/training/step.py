@@ -81,7 +81,8 @@ class TrainStep:
             agreement.add("corrupt", float(len(corruption)))
             self._env.progress.enter(REDUCE)
             gradients = self._engines.reduce(agreement)
-            loss_per_stage = (gradients.sums["loss sum"] / torch.from_numpy(self._quota_K)).tolist()
+            sums_and_quotas = zip(gradients.sums["loss sum"].tolist(), self._quota_K.tolist(), strict=True)
+            loss_per_stage = [total / quota if quota else None for total, quota in sums_and_quotas]
             self._check_finite(micro.batch, loss_per_stage, gradients)
             self._env.progress.enter(UPDATE)
             gradients.step(lr)
@@ -114,12 +115,12 @@ class TrainStep:
         torch.manual_seed(micro.drawn.module_seed)
         self._engines.forward_backward(batch.inputs, micro.rows, loss)
 
-    def _global_mean(self, loss_per_stage: list[float]) -> float:
+    def _global_mean(self, loss_per_stage: list[float | None]) -> float:
         """The objective over the global batch, in which stages weigh as in the recipe, not as their rounded quotas."""
         parts = zip(self._importance_K, loss_per_stage, self._quota_K, strict=True)
-        return float(sum(w * mean * quota for w, mean, quota in parts)) / self._batch_size
+        return float(sum(w * mean * quota for w, mean, quota in parts if mean is not None)) / self._batch_size
 
-    def _check_finite(self, batch: int, loss_per_stage: list[float], gradients: ReducedGradients) -> None:
+    def _check_finite(self, batch: int, loss_per_stage: list[float | None], gradients: ReducedGradients) -> None:
         """Stop training if a loss or the gradient norm is not finite.
 
         Collective where it raises: the decision is made from sums that are the same on every rank, and only then do the
@@ -128,7 +129,7 @@ class TrainStep:
         Raises:
             TrainingError: on every rank, naming the samples with bad losses, or else the modules with bad gradients.
         """
-        stages = [k for k, mean in enumerate(loss_per_stage) if not math.isfinite(mean)]
+        stages = [k for k, mean in enumerate(loss_per_stage) if mean is not None and not math.isfinite(mean)]
         if not stages and gradients.norm.isfinite():
             return
         stopped = f"at step {batch + 1}; the weights are unchanged, and the last checkpoint remains"

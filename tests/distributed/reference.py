@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
+from msdiff_dist.checkpoint.power_profile import exponent
 from msdiff_dist.data.loader import StepLoader
 from msdiff_dist.diffusion.augmentation import draw_transforms, transformed
 from msdiff_dist.diffusion.loss import sample_losses
@@ -24,28 +26,48 @@ class ReferenceRun:
     Attributes:
         losses, grad_norms: one number per step.
         state, ema: weights and their averages after the last step, by parameter name.
+        first: the weights before the first step.
+        power: by length, the averages of `ema.power`.
     """
 
     losses: list[float]
     grad_norms: list[float]
     state: dict[str, torch.Tensor]
     ema: dict[str, torch.Tensor]
+    first: dict[str, torch.Tensor]
+    power: dict[float, dict[str, torch.Tensor]]
 
 
-def train_reference(recipe: Recipe, steps: int, model: torch.nn.Module | None = None) -> ReferenceRun:
+def train_reference(
+    recipe: Recipe,
+    steps: int,
+    model: torch.nn.Module | None = None,
+    is_frozen: Callable[[str], bool] = lambda name: False,
+) -> ReferenceRun:
     """Train `recipe` for `steps` steps.
 
     Args:
         model: the model to train; None: the recipe's own, with its first weights.
+        is_frozen: whether the parameter of a name does not train.
     """
     seed, B = recipe.train.seed, recipe.train.batch_size(1)
     model, process = model or build_model(recipe.model, seed), recipe.process()
     parameters = list(model.parameters())
-    optimizer = optimizer_factory(recipe.optimizer, fused=False)(parameters)
-    quotas = StageQuotas(process, recipe.partition(), recipe.stages.sampling, B)
+    for name, p in model.named_parameters():
+        p.requires_grad_(not is_frozen(name))
+    training = [p for p in parameters if p.requires_grad]
+    optimizer = optimizer_factory(recipe.optimizer, fused=False)(training)
+    trained_parts = {tuple(name.split(".")[:2]) for name, p in model.named_parameters() if p.requires_grad}
+    drawn = [k for k in range(recipe.stages.num_stages) if ("stages", str(k)) in trained_parts]
+    if any(part == "shared" for part, _ in trained_parts):
+        drawn = list(range(recipe.stages.num_stages))
+    quotas = StageQuotas(process, recipe.partition(), recipe.stages.sampling, B, drawn)
     codec = LatentCodec(recipe.autoencoder, recipe.data.kind != "image", torch.device("cpu"))
     loader = StepLoader(recipe.data, seed, B)
     ema = [p.detach().clone() for p in parameters]
+    first = {name: p.detach().clone() for name, p in model.named_parameters()}
+    lengths = recipe.ema.power.lengths if recipe.ema.power else ()
+    power = {length: {name: torch.zeros_like(p) for name, p in first.items()} for length in lengths}
     losses, norms = [], []
     for step in range(steps):
         batch, draw = next(loader), quotas.draw(seed, step)
@@ -67,14 +89,18 @@ def train_reference(recipe: Recipe, steps: int, model: torch.nn.Module | None = 
         optimizer.zero_grad()
         loss.backward()
         clip = recipe.optimizer.grad_clip or float("inf")
-        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, clip)))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(training, clip)))
         for group in optimizer.param_groups:
             group["lr"] = recipe.optimizer.lr * recipe.lr_schedule.factor(step + 1, recipe.train.steps)
         optimizer.step()
         decay = recipe.ema.decay_at(step + 1, B)
         for average, p in zip(ema, parameters, strict=True):
             average.mul_(decay).add_(p.detach(), alpha=1 - decay)
+        for length, averages in power.items():
+            share = (step / (step + 1)) ** (exponent(length) + 1)  # of the last average in the new one
+            for name, p in model.named_parameters():
+                averages[name].mul_(share).add_(p.detach(), alpha=1 - share)
         losses.append(float(loss.detach()))
     names = [name for name, _ in model.named_parameters()]
     state = {n: p.detach() for n, p in zip(names, parameters, strict=True)}
-    return ReferenceRun(losses, norms, state, dict(zip(names, ema, strict=True)))
+    return ReferenceRun(losses, norms, state, dict(zip(names, ema, strict=True)), first, power)

@@ -14,7 +14,7 @@ from msdiff_dist.diffusion.clock import clock_of
 from msdiff_dist.diffusion.sampling import sampler_times
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas, stage_probabilities
 from msdiff_dist.errors import ConfigError
-from msdiff_dist.models.flops import ModelCosts
+from msdiff_dist.models.flops import ModelCosts, PartCost
 from msdiff_dist.recipe import Recipe
 
 GIGA, PETA = 1e9, 1e15
@@ -27,7 +27,7 @@ class CostReport:
     Attributes:
         costs: parameters and multiply-adds of the encoder and of each decoder.
         interval_K: shares by the stages' lengths on the paper's clock.
-        training_K: shares among the samples of training.
+        training_K: shares among the samples of training; 0 for stages whose samples would train nothing.
         sampling_K: shares among the network calls of the recipe's preview sampler.
         evaluations: number of these calls for one image.
         unified_macs: multiply-adds of one evaluation of the same network with one decoder as wide as the encoder; None
@@ -54,7 +54,8 @@ class CostReport:
         """1e15 floating-point operations of the whole training; None if the batch size is not known."""
         if self.batch_size is None:
             return None
-        return training_petaflops(self.costs.equivalent_macs(self.training_K) * self.batch_size * self.steps)
+        per_sample = float(np.dot(self.training_K, self.costs.step_macs_K))
+        return training_petaflops(per_sample * self.batch_size * self.steps)
 
     @property
     def paper_petaflops(self) -> float:
@@ -65,8 +66,9 @@ class CostReport:
         """The report as plain data, as `msdiff flops --json` prints it."""
         return {
             "total_params": self.costs.total_params,
-            "encoder": {"params": self.costs.encoder.params, "gmacs": self.costs.encoder.macs / GIGA},
-            "decoders": [{"params": d.params, "gmacs": d.macs / GIGA} for d in self.costs.decoders],
+            "trained_params": self.costs.trained_params,
+            "encoder": _part_fields(self.costs.encoder),
+            "decoders": [_part_fields(d) for d in self.costs.decoders],
             "equivalent_gmacs": self.gmacs(self.interval_K),
             "equivalent_gmacs_training": self.gmacs(self.training_K),
             "equivalent_gmacs_sampling": self.gmacs(self.sampling_K),
@@ -91,7 +93,7 @@ def cost_report(recipe: Recipe) -> CostReport:
     return CostReport(
         costs=recipe_costs(recipe),
         interval_K=tuple(np.diff(edges).tolist()),
-        training_K=tuple(stage_probabilities(process, partition, recipe.stages.sampling).tolist()),
+        training_K=_training_shares(recipe),
         sampling_K=tuple(stages.count(k) / len(stages) for k in range(K)),
         evaluations=len(stages),
         unified_macs=_unified_macs(recipe),
@@ -102,22 +104,32 @@ def cost_report(recipe: Recipe) -> CostReport:
     )
 
 
+def _part_fields(part: PartCost) -> dict[str, Any]:
+    return {"params": part.params, "trained_params": part.trained, "gmacs": part.macs / GIGA}
+
+
+def _training_shares(recipe: Recipe) -> tuple[float, ...]:
+    shares = stage_probabilities(recipe.process(), recipe.partition(), recipe.stages.sampling)
+    drawn = np.isin(np.arange(len(shares)), recipe.freezing().stages)
+    return tuple((np.where(drawn, shares, 0) / shares[drawn].sum()).tolist())
+
+
 def step_petaflops(quotas: StageQuotas, cost_K: Sequence[int]) -> float:
     """1e15 floating-point operations of one optimizer step, forward and backward.
 
     Args:
         quotas: how many samples of each stage a batch has.
-        cost_K: multiply-adds of one sample of each stage.
+        cost_K: cost of one sample of each stage, as `RunPlan` has it.
     """
     return training_petaflops(float(np.dot(quotas.quotas_K, cost_K)))
 
 
-def training_petaflops(forward_macs: float) -> float:
-    """1e15 floating-point operations of training, given the multiply-adds of its forward passes.
+def training_petaflops(step_macs: float) -> float:
+    """1e15 floating-point operations of training, given a third of the multiply-adds of its passes.
 
-    A multiply-add is two operations, and a backward pass costs twice the forward pass: 6 operations in all.
+    A multiply-add is two operations: 6 operations in all.
     """
-    return 6 * forward_macs / PETA
+    return 6 * step_macs / PETA
 
 
 def _unified_macs(recipe: Recipe) -> int | None:
@@ -126,7 +138,8 @@ def _unified_macs(recipe: Recipe) -> int | None:
         return None
     try:
         stages = dataclasses.replace(recipe.stages, boundaries=(), sampling="uniform")
-        unified = dataclasses.replace(recipe, model=model.unified(), stages=stages)
+        train = dataclasses.replace(recipe.train, freeze=())
+        unified = dataclasses.replace(recipe, model=model.unified(), stages=stages, train=train)
     except ConfigError:  # GroupNorms that fit the decoders' widths but not this one
         return None
     costs = recipe_costs(unified)

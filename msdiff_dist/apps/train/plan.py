@@ -31,7 +31,8 @@ class RunPlan:
         batch_size: samples per optimizer step.
         quotas: how many samples of each stage a batch has.
         costs: parameters and multiply-adds of the model.
-        cost_K: multiply-adds of one sample of each stage, encoder and decoder.
+        cost_K: what one sample of each stage costs in training, encoder and decoder: a third of the multiply-adds of
+            forward and backward pass (`PartCost.step_macs`).
         placement: the stages of every rank, and its samples in every micro batch.
     """
 
@@ -50,14 +51,15 @@ def plan_run(recipe: Recipe, world_size: int, ranks_per_node: int | None = None)
         PlacementError: the stages cannot be placed on so many ranks, or the recipe's placement does not fit them.
     """
     batch_size = recipe.train.batch_size(world_size)
-    quotas = StageQuotas(recipe.process(), recipe.partition(), recipe.stages.sampling, batch_size)
+    stages = recipe.freezing().stages
+    quotas = StageQuotas(recipe.process(), recipe.partition(), recipe.stages.sampling, batch_size, stages)
     model_costs = recipe_costs(recipe)
-    cost_K = [model_costs.encoder.macs + d.macs for d in model_costs.decoders]
+    cost_K = model_costs.step_macs_K
     explicit = None if recipe.parallel.placement == "auto" else recipe.parallel.placement
     micro_quotas = quotas.micro_quotas(recipe.train.gradient_accumulation_steps)
     placement = plan(micro_quotas, cost_K, world_size, explicit)
     if explicit is None and ranks_per_node is not None:
-        placement = arrange(placement, ranks_per_node, [d.params for d in model_costs.decoders])
+        placement = arrange(placement, ranks_per_node, [d.trained for d in model_costs.decoders])
     return RunPlan(batch_size=batch_size, quotas=quotas, costs=model_costs, cost_K=cost_K, placement=placement)
 
 
@@ -65,7 +67,7 @@ def recipe_costs(recipe: Recipe) -> ModelCosts:
     """Parameters and multiply-adds of the recipe's model on its latents and context."""
     _, height, width = recipe.latent_shape
     tokens = recipe.data.context_shape[0] if recipe.data.context_shape else 1
-    return costs(recipe.model, (height, width), tokens)
+    return costs(recipe.model, (height, width), tokens, recipe.train.freeze)
 
 
 def workload(recipe: Recipe, run_plan: RunPlan, on_gpus: bool) -> Workload:
@@ -80,6 +82,8 @@ def workload(recipe: Recipe, run_plan: RunPlan, on_gpus: bool) -> Workload:
         cost_K=run_plan.cost_K,
         shared_params=run_plan.costs.encoder.params,
         stage_params_K=[d.params for d in run_plan.costs.decoders],
+        shared_frozen=run_plan.costs.encoder.params - run_plan.costs.encoder.trained,
+        stage_frozen_K=[d.params - d.trained for d in run_plan.costs.decoders],
         payload_bytes=payload,
         precision=expected_precision(recipe.train.precision, on_gpus),
         zero_shared=recipe.parallel.zero_shared,

@@ -75,6 +75,7 @@ def model_trace(recipe: Recipe, on_gpus: bool) -> ModelTrace:
         recipe.activation_checkpointing,
         on_gpus=on_gpus,
         channels_last=channels_last(recipe, on_gpus),
+        freeze=recipe.train.freeze,
     )
 
 

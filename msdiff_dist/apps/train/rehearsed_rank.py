@@ -70,6 +70,7 @@ def _blank_parts(recipe: Recipe, held: Sequence[int]) -> tuple[nn.Module, dict[i
     """The shared part and the held stages in their whole size, with weights of zeros: drawing them takes long."""
     with torch.device("meta"):
         shared, stages = build_parts(recipe.model, held)
+    recipe.freezing().apply(shared, stages)
     for part in (shared, *stages.values()):
         part.to_empty(device="cpu")
         with torch.no_grad():

@@ -7,6 +7,8 @@ from dataclasses import replace
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.diffusion.solvers import SOLVERS
 from msdiff_dist.models.autoencoder import AutoencoderConfig
+from msdiff_dist.models.config import ModelConfig
+from msdiff_dist.models.freezing import matches, parameter_names
 from msdiff_dist.recipe import Recipe
 
 STEPS = 2
@@ -37,6 +39,7 @@ def smoke(recipe: Recipe) -> Recipe:
             global_batch_size=6 * model.num_stages,
             micro_batch_size=None,
             init_from=None,
+            freeze=_freeze(recipe, model),
             gradient_accumulation_steps=1,
         ),
         lr_schedule=replace(recipe.lr_schedule, warmup_steps=min(1, recipe.lr_schedule.warmup_steps)),
@@ -50,6 +53,13 @@ def smoke(recipe: Recipe) -> Recipe:
             sampler=replace(recipe.preview.sampler, steps=max(2, solver.least_steps)),
         ),
     )
+
+
+def _freeze(recipe: Recipe, model: ModelConfig) -> tuple[str, ...]:
+    """The patterns that name something in the small model too, which has fewer blocks; all of it must not freeze."""
+    names = parameter_names(model) if recipe.train.freeze else ()
+    kept = tuple(pattern for pattern in recipe.train.freeze if any(matches(pattern, name) for name in names))
+    return kept if any(not any(matches(pattern, name) for pattern in kept) for name in names) else ()
 
 
 def _data(recipe: Recipe) -> DataConfig:

@@ -6,7 +6,7 @@ import os
 from types import TracebackType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from msdiff_dist.apps.train.costs import step_petaflops
 from msdiff_dist.apps.train.found_data import FoundData, find_data
@@ -25,9 +25,11 @@ from msdiff_dist.diffusion.objective import Objective
 from msdiff_dist.distributed.agree import from_rank_0, main_exchange, on_every_rank, on_rank_0
 from msdiff_dist.distributed.engines import StageParallelEngines
 from msdiff_dist.distributed.environment import Environment
-from msdiff_dist.distributed.groups import Groups, make_groups
+from msdiff_dist.distributed.frozen_weights import keep_aside
+from msdiff_dist.distributed.groups import Groups, all_ranks, make_groups
 from msdiff_dist.distributed.precision import PrecisionChoice
 from msdiff_dist.distributed.progress import BUILD, OPEN, PLACE, RESTORE, SAVE
+from msdiff_dist.distributed.zero_state import ShardedState
 from msdiff_dist.errors import MsdiffError
 from msdiff_dist.models.activation_checkpointing import checkpoint_activations
 from msdiff_dist.models.attention import check_attention
@@ -70,9 +72,11 @@ class Trainer:
         env.progress.enter(BUILD)
         groups = make_groups(self.placement.stages_of_rank, env.rank)
         self.engines = self._build_engines(groups)
-        shards = self.engines.state()
+        shards = self.engines.state() | self._parts_without_ranks()
         self.ema = ShardedEma(recipe.ema, shards, self.batch_size)
-        self.state = TrainState(recipe_mapping(recipe), self.batch_size, shards, self.ema.averages)
+        self.state = TrainState(
+            recipe_mapping(recipe), self.batch_size, shards, self.ema.averages, recipe.freezing().names
+        )
         # The state is restored before the data are opened: their fingerprint is compared with the checkpoint's, and the
         # feed starts at the checkpoint's step.
         env.progress.enter(RESTORE)
@@ -136,11 +140,15 @@ class Trainer:
 
     def describe(self, precision: PrecisionChoice) -> str:
         """One line for the user: what is about to run, in which precision and why."""
-        params = sum(torch.Size(shape).numel() for shape in self.state.shapes.values())
+        frozen = self.recipe.freezing().names
+        sizes = {name: torch.Size(shape).numel() for name, shape in self.state.shapes.items()}
+        trained = sum(size for name, size in sizes.items() if name not in frozen)
+        count = f"{sum(sizes.values()) / 1e6:.1f} M parameters"
+        count += f", {trained / 1e6:.1f} M of them trained," if frozen else ""
         scratch = f"from {self.recipe.train.init_from}" if self.recipe.train.init_from else "from scratch"
         start = f"from step {self.state.step}" if self.state.step else scratch
         return (
-            f"{self.recipe.name}: {params / 1e6:.1f} M parameters in {precision.precision} ({precision.why}), "
+            f"{self.recipe.name}: {count} in {precision.precision} ({precision.why}), "
             f"{self.placement.num_stages} stages on "
             f"{self.env.world_size} ranks {list(map(list, self.placement.stages_of_rank))[:8]}, {start}, "
             f"run folder {self.folder.path}"
@@ -163,6 +171,7 @@ class Trainer:
         recipe, device = self.recipe, self.env.device
         held = self.placement.stages_of_rank[self.env.rank]
         shared, stages = build_parts(recipe.model, held, recipe.train.seed)
+        recipe.freezing().apply(shared, stages)
         dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
         on_every_rank(lambda: check_attention((shared, *stages.values()), dtype, device))
         if recipe.train.compile:
@@ -175,6 +184,17 @@ class Trainer:
                 compile_part(part)
         return build_engines(recipe, shared, stages, groups, device)
 
+    def _parts_without_ranks(self) -> dict[str, ShardedState]:
+        """The stages that no rank computes, for checkpoints: every rank keeps a range of each in host memory."""
+        computed, world = self.recipe.freezing().stages, all_ranks()
+        state: dict[str, ShardedState] = {}
+        for k in range(self.placement.num_stages):
+            if k not in computed:
+                _, built = build_parts(self.recipe.model, [k], self.recipe.train.seed)
+                self.recipe.freezing().apply(nn.Identity(), built)
+                state[f"stages.{k}."] = ShardedState(built[k], None, lambda: None, keep_aside(built[k], world))
+        return state
+
     def _resume(self) -> list[str]:
         """Restore the newest intact checkpoint, or else the weights of `train.init_from`. Notes for the user."""
         weights = on_every_rank(lambda: start_weights(self.recipe, self.folder.checkpoints))
@@ -183,6 +203,8 @@ class Trainer:
             self.state.start_from(weights.read_range)
         if reader:
             self.state.restore(reader)
+        elif self.recipe.train.freeze and not weights:
+            notes.append("train.freeze without train.init_from: what is frozen keeps its random first weights")
         if self.env.rank == 0:
             self.folder.cut_metrics(self.state.step)
             remove_later(self.folder.snapshots, self.state.step)

@@ -1,0 +1,149 @@
+"""The weights of a part that do not train: no gradients, no optimizer's state, no reduction.
+
+Every rank of a group computes with all of them, in the training precision. A checkpoint needs them in fp32, once in a
+group, so each rank answers for an equal range. In fp32 training that range is part of the weights themselves; in bf16
+it is a copy in host memory, because no step on the device reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from msdiff_dist.distributed.flat_gradients import FlatPart
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fragment:
+    """A range of a parameter on this rank: `numel` elements from `start` of the flattened parameter `name`. They lie at
+    `offset` in the rank's flat tensor number `flat`."""
+
+    name: str
+    start: int
+    numel: int
+    flat: int
+    offset: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenShards:
+    """This rank's fp32 ranges of the frozen parameters of one part.
+
+    Attributes:
+        flats: 1-D tensors. Training never changes them.
+        fragments: where the ranges of the parameters lie in them.
+        publish: gives the network on every rank of the group these weights. Collective in the group.
+    """
+
+    flats: Sequence[Tensor]
+    fragments: tuple[Fragment, ...]
+    publish: Callable[[], None]
+
+
+def frozen_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a module that require no gradient, by name."""
+    return {name: p for name, p in module.named_parameters() if not p.requires_grad}
+
+
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a module that require a gradient."""
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def keep_whole(module: nn.Module, group: dist.ProcessGroup, dtype: torch.dtype) -> FrozenShards:
+    """Lay the frozen parameters of `module`, fp32 so far, end to end in one tensor of `dtype` on every rank.
+
+    Collective in the group: its first rank's ranges and the others' become the weights of all.
+    """
+    frozen, size = frozen_parameters(module), dist.get_world_size(group)
+    if not frozen:
+        return FrozenShards(flats=[], fragments=(), publish=lambda: None)
+    fragments, own = _own_range(frozen, group)
+    whole = torch.zeros(own.numel() * size, dtype=dtype, device=next(iter(frozen.values())).device)
+    first = 0
+    for p in frozen.values():
+        view = whole[first : first + p.numel()].view(p.shape)
+        view.copy_(p.detach())
+        p.data = view
+        first += p.numel()
+    flat = FlatPart(whole, [], group, reduce_each=False)
+    if dtype == torch.float32:
+        own = flat.own_weights
+
+    def publish() -> None:
+        flat.publish(own)
+        flat.wait_for_weights()
+
+    publish()
+    return FrozenShards(flats=[own], fragments=fragments, publish=publish)
+
+
+def keep_aside(module: nn.Module, group: dist.ProcessGroup) -> FrozenShards:
+    """Only this rank's range of the parameters of `module`, in host memory: of a part that no rank computes."""
+    fragments, own = _own_range(dict(module.named_parameters()), group)
+    return FrozenShards(flats=[own], fragments=fragments, publish=lambda: None)
+
+
+def _own_range(parameters: dict[str, nn.Parameter], group: dist.ProcessGroup) -> tuple[tuple[Fragment, ...], Tensor]:
+    """This rank's range of the parameters laid end to end, and a copy of it in host memory, fp32, padded by zeros."""
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    shard = -(-sum(p.numel() for p in parameters.values()) // size)
+    fragments = tuple(_fragments({n: p.numel() for n, p in parameters.items()}, rank * shard, (rank + 1) * shard))
+    own = torch.zeros(shard)
+    for f in fragments:
+        values = parameters[f.name].detach().flatten()[f.start : f.start + f.numel]
+        own[f.offset : f.offset + f.numel].copy_(values)
+    return fragments, own
+
+
+def _fragments(numels: dict[str, int], low: int, high: int) -> Iterator[Fragment]:
+    """What lies in [low, high) of parameters laid end to end."""
+    first = 0
+    for name, numel in numels.items():
+        begin, end = max(low, first), min(high, first + numel)
+        if begin < end:
+            yield Fragment(name=name, start=begin - first, numel=end - begin, flat=0, offset=begin - low)
+        first += numel
+
+
+def zero3_ranges(module: nn.Module, group: dist.ProcessGroup) -> dict[str, Tensor]:
+    """Copies in host memory, fp32, of this rank's ranges of the frozen parameters as ZeRO 3 cuts them: each by itself.
+
+    To be called before DeepSpeed rounds and partitions them.
+    """
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    ranges: dict[str, Tensor] = {}
+    for name, p in frozen_parameters(module).items():
+        shard = -(-p.numel() // size)
+        values = p.detach().flatten()[rank * shard : (rank + 1) * shard]
+        ranges[name] = torch.zeros(shard)
+        ranges[name][: values.numel()].copy_(values)
+    return ranges
+
+
+def keep_in_zero3(module: nn.Module, group: dist.ProcessGroup, masters: dict[str, Tensor] | None) -> FrozenShards:
+    """The frozen parameters of a module that DeepSpeed has partitioned: sharded, and gathered where they are used.
+
+    Args:
+        masters: what `zero3_ranges` gave; None: the partitions are fp32 themselves.
+    """
+    rank = dist.get_rank(group)
+    frozen = frozen_parameters(module)
+    partitions = [p.ds_tensor.data for p in frozen.values()]  # type: ignore[attr-defined]
+    flats = list(masters.values()) if masters is not None else partitions
+    fragments = []
+    for i, (name, p) in enumerate(frozen.items()):
+        start = rank * flats[i].numel()
+        numel = min(flats[i].numel(), p.ds_numel - start)  # type: ignore[attr-defined]
+        if numel > 0:
+            fragments.append(Fragment(name=name, start=start, numel=numel, flat=i, offset=0))
+
+    def publish() -> None:
+        for partition, flat in zip(partitions, flats, strict=True):
+            partition.copy_(flat)
+
+    return FrozenShards(flats=flats, fragments=tuple(fragments), publish=publish)
