@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
 
+from msdiff_dist.apps.train.plan import plan_run
+from msdiff_dist.apps.train.prediction import predict
+from msdiff_dist.apps.train.rehearsal import ranks_to_rehearse
+from msdiff_dist.apps.train.rehearsal_report import report
+from msdiff_dist.apps.train.rehearsed_rank import rehearse_rank
+from msdiff_dist.checkpoint.compare import compare
 from msdiff_dist.checkpoint.load import CheckpointReader
-from msdiff_dist.recipe import recipe_from
+from msdiff_dist.errors import RunFolderError
+from msdiff_dist.export.export import export
+from msdiff_dist.models.multistage_unet import build_model
+from msdiff_dist.recipe import recipe_from, recipe_mapping
 from msdiff_dist.testing import run_distributed
+from msdiff_dist.training.run_folder import RunFolder
 from tests.distributed.reference import train_reference
-from tests.distributed.tiny_run import ADAM, open_run, recipe_of
+from tests.distributed.tiny_run import ADAM, open_run, recipe_of, trained
 
 pytestmark = pytest.mark.distributed
 
@@ -130,3 +143,122 @@ def test_the_rest_trains_as_in_one_process(world_size: int, tmp_path: Path) -> N
             averages = [reference.ema[parameter], reference.power[LENGTH][parameter]]
             for tensor, wanted in zip(found, [expected, *averages, averages[1]], strict=True):
                 torch.testing.assert_close(tensor, wanted, rtol=0, atol=TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
+
+
+FROZEN = ["shared", "stages.1", "stages.2"]
+
+
+def fine_tuning(path: Path) -> dict[str, Any]:
+    """A recipe that trains stage 0 of the model that the run `base` trained."""
+    base = str(path / "base/checkpoints/step_00000002")
+    power = {"snapshot_every": 1, "lengths": [0.05, LENGTH]}
+    return recipe_of(
+        CLIPPED, train__freeze=FROZEN, train__init_from=base, train__precision="bf16", ema__power=power,
+        train__global_batch_size=8,
+    )  # fmt: skip
+
+
+def in_zero_3() -> dict[str, Any]:
+    return recipe_of(
+        CLIPPED, train__freeze=["shared.input_blocks", "stages.1"], train__precision="bf16", parallel__zero_shared=3
+    )
+
+
+def resumed_bitwise(rank: int, mapping: dict[str, Any], run: Path, at: int, end: int) -> None:
+    """Train to `end` and save at `at`; from there again; compare losses and the network's own weights."""
+    losses, weights = trained(rank, 2, mapping, run, [at, end])
+    if rank == 0:
+        shutil.rmtree(run / f"checkpoints/step_{end:08d}")
+    dist.barrier()
+    losses_again, weights_again = trained(rank, 2, mapping, run, [end])
+    assert losses_again == losses[at:]
+    assert all(torch.equal(weights[name], weight) for name, weight in weights_again.items())
+
+
+def fine_tune(rank: int, path: Path) -> dict[str, int]:
+    """Train `base`, fine-tune it, branch off without frozen parts. Bytes of optimizer state of fine-tuning, by part."""
+    trained(rank, 2, recipe_of(CLIPPED), path / "base", [2])
+    resumed_bitwise(rank, fine_tuning(path), path / "tuned", 2, 4)
+    resumed_bitwise(rank, in_zero_3(), path / "zero_3", 1, 2)
+    with open_run(rank, 2, fine_tuning(path), path / "tuned") as run:
+        assert [*run.engines.stages] == [0]
+        state = {
+            prefix: sum(t.nbytes for t in [*s.flats(), *(t for m in s.moments() for t in m.values())])
+            for prefix, s in run.state.shards.items()
+        }
+    if rank == 0:
+        shutil.copytree(path / "tuned/checkpoints", path / "branch/checkpoints")
+    dist.barrier()
+    branch = recipe_of(CLIPPED, train__freeze=["stages.1"], train__precision="bf16", train__global_batch_size=8)
+    resumed_bitwise(rank, branch, path / "branch", 5, 6)
+    return state
+
+
+def test_one_stage_is_fine_tuned_and_a_branch_trains_more(tmp_path: Path) -> None:
+    state = run_distributed(fine_tune, 2, tmp_path)
+    recipe = recipe_from(fine_tuning(tmp_path))
+    assert [{prefix for prefix, count in of_rank.items() if count} for of_rank in state] == [{"stages.0."}] * 2
+    planned, whole = (
+        [rank["peak_bytes"] for rank in predict(r, 2, on_gpus=False)["ranks"]]
+        for r in (recipe, replace(recipe, train=replace(recipe.train, freeze=())))
+    )
+    assert [p["optimizer"] for p in planned] == pytest.approx([sum(of_rank.values()) for of_rank in state], rel=0.01)
+    for less, more in zip(planned, whole, strict=True):
+        assert less["total"] < more["total"]
+        assert less["optimizer"] < more["optimizer"] / 2
+        assert less["activations"] < more["activations"]
+
+    base = CheckpointReader(tmp_path / "base/checkpoints/step_00000002")
+    tuned = CheckpointReader(tmp_path / "tuned/checkpoints/step_00000004")
+    export(tmp_path / "tuned", tmp_path / "exported", ema_length=0.07)
+    exported = load_file(tmp_path / "exported/model.safetensors")
+    for name in base.names():
+        before, after = base.tensor("ema", name), tuned.tensor("param", name)
+        if name.startswith("stages.0."):
+            assert not torch.equal(after, before)
+            continue
+        # Although the networks of both ranks have them in bf16, and where no rank computes them.
+        assert torch.equal(after, before)
+        assert torch.equal(tuned.tensor("ema", name), before)
+        assert torch.equal(exported[name], before)
+    first = build_model(recipe.model).state_dict()
+    zero_3 = CheckpointReader(tmp_path / "zero_3/checkpoints/step_00000002")
+    for name in zero_3.names():
+        is_frozen = name.startswith(("shared.input_blocks.", "stages.1."))
+        assert torch.equal(zero_3.tensor("param", name), first[name]) or not is_frozen, name
+        assert zero_3.holds("exp_avg", name) != is_frozen
+
+    # Adam's first step is at most the learning rate: with moments of zero at step 5 it would be three times that.
+    branch = CheckpointReader(tmp_path / "branch/checkpoints/step_00000005")
+    assert branch.index.optimizer_began == {"shared.": 4, "stages.2.": 4}
+    moved = {n: (branch.tensor("param", n) - tuned.tensor("param", n)).abs().max() for n in base.names()}
+    assert max(moved.values()) < 1.1 * CLIPPED["lr"]
+    assert max(size for name, size in moved.items() if name.startswith("shared.")) > 0.9 * CLIPPED["lr"]
+    assert not any(size for name, size in moved.items() if name.startswith("stages.1."))
+    assert {d.kind for d in compare(tuned, branch)} == {"param", "ema", "exp_avg", "exp_avg_sq"}
+    for d in compare(tuned, branch):
+        assert d.kind in ("param", "ema") or d.name.startswith("stages.0."), "both have its moments"
+
+
+def test_another_layout_resumes_and_another_freeze_does_not(tmp_path: Path) -> None:
+    mapping = recipe_of(CLIPPED, train__freeze=NORMS_AND_BLOCK_3)
+    whole = run_distributed(trained, 1, 1, mapping, tmp_path / "whole", [4])[0][0]
+    parts = run_distributed(trained, 3, 3, mapping | {"parallel": {"zero_shared": 3}}, tmp_path / "parts", [2])[0][0]
+    parts += run_distributed(trained, 1, 1, mapping, tmp_path / "parts", [4])[0][0]
+    assert parts == pytest.approx(whole, rel=TOLERANCE)
+    folder = RunFolder(tmp_path / "parts")
+    folder.open(recipe_mapping(recipe_from(mapping)))
+    folder.close()
+    with pytest.raises(RunFolderError, match="train.freeze"):
+        folder.check(recipe_mapping(recipe_from(recipe_of(CLIPPED))))
+
+
+def test_frozen_parts_communicate_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")  # DeepSpeed wants it
+    recipe = recipe_from(recipe_of(CLIPPED, train__freeze=["shared", "stages.1"], train__global_batch_size=48))
+    plan = plan_run(recipe, 8)
+    assert plan.placement.group(1) == ()
+    found = report(8, [rehearse_rank(recipe, plan, r) for r in ranks_to_rehearse(plan.placement)])
+    assert found["orders_agree"]
+    calls = {row["group"]: row["calls"] for row in found["ranks"]["by_group"]}
+    assert calls == {"stage 0": 2, "stage 2": 2, "shared": 0, "routing": 1, "agreement": 1}

@@ -83,3 +83,21 @@ def test_a_batch_too_small_for_stages_or_micro_batches_is_refused() -> None:
         StageQuotas(PROCESS, PARTITION, "equal", 2)
     with pytest.raises(ConfigError, match=r"^train\.gradient_accumulation_steps = 3: stage 1 has only 2"):
         StageQuotas(PROCESS, PARTITION, (3.0, 2.0, 3.0), 8).micro_quotas(3)
+
+
+def test_stages_that_are_not_drawn_leave_the_others_in_proportion() -> None:
+    quotas = StageQuotas(PROCESS, PARTITION, (3.0, 2.0, 1.0), 10, stages=[0, 2])
+    np.testing.assert_allclose(quotas.probability_K, [3 / 4, 0, 1 / 4])
+    assert quotas.quotas_K[1] == 0
+    assert quotas.quotas_K.sum() == 10
+    np.testing.assert_allclose(quotas.importance_K * quotas.quotas_K / 10, [3 / 4, 0, 1 / 4])
+    draw = quotas.draw(7, step := 3, 2)
+    assert np.array_equal(np.bincount(draw.stage_B, minlength=3), quotas.quotas_K)
+    assert np.array_equal(PARTITION.stage_of(draw.t_B), draw.stage_B)
+    assert quotas.micro_quotas(2).min(axis=0)[[0, 2]].min() >= 1
+    assert not quotas.micro_quotas(2)[:, 1].any()
+    # A single stage has the whole batch, and the times of that batch are its own.
+    alone = StageQuotas(PROCESS, PARTITION, "uniform", 4, stages=[1])
+    assert alone.quotas_K.tolist() == [0, 4, 0]
+    assert alone.importance_K.tolist() == [0, 1, 0]
+    assert set(PARTITION.stage_of(alone.draw(7, step).t_B)) == {1}

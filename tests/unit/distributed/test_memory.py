@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -82,3 +83,28 @@ def test_zero_3_shards_weights_and_gathers_them() -> None:
     )
     assert three.weights == 8000 // 4 * FP32 < one.weights
     assert three.buffers > one.buffers
+
+
+def test_frozen_weights_are_all_that_a_frozen_part_keeps() -> None:
+    stages: StageSets = ((0,), (0,), (0, 1), (1,))
+    work = workload(
+        shared_params=800, stage_params_K=[600, 400], shared_frozen=800, stage_frozen_K=[200, 400], precision="bf16"
+    )
+    rank_0, _, _, rank_3 = rank_bytes_W(placed(stages, 9), work, model_trace(2))
+    assert rank_0.weights == (800 + 600) * 2
+    assert rank_0.optimizer == -(-400 // 3) * 3 * FP32, "of the 400 parameters that train, over three ranks"
+    assert rank_3.weights == (800 + 400) * 2
+    assert rank_3.optimizer == rank_3.averages == rank_3.gradients == 0
+    # On CPUs the fp32 ranges of frozen weights lie in the same memory.
+    on_cpus = rank_bytes_W(placed(stages, 9), dataclasses.replace(work, on_gpus=False), model_trace(2))[3]
+    assert on_cpus.weights == rank_3.weights + (800 // 4 + 400 // 2) * FP32
+
+
+def test_a_part_of_which_some_trains_is_gathered_as_a_whole_under_zero_3() -> None:
+    stages: StageSets = ((0,), (0,), (1,), (1,))
+    work = workload(shared_params=8000, shared_frozen=6000, zero_shared=3)
+    some = of_rank_0(placed(stages, 8), work)
+    assert some.weights == 8000 // 4 * FP32
+    assert some.optimizer == 2000 // 4 * 3 * FP32
+    frozen = of_rank_0(placed(stages, 8), dataclasses.replace(work, shared_frozen=8000))
+    assert (frozen.weights, frozen.optimizer) == (8000 * FP32, 0)

@@ -177,3 +177,16 @@ def test_parallel_config() -> None:
         from_mapping(ParallelConfig, {"zero_decoders": 3}, "parallel")
     with pytest.raises(ConfigError, match=r"parallel.placement"):
         from_mapping(ParallelConfig, {"placement": "disjoint"}, "parallel")
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_stages_without_samples_have_no_ranks(world_size: int) -> None:
+    quotas_AK = micro_quotas([12, 0, 7], 2)
+    placement = plan(quotas_AK, PAPER_COSTS, world_size)
+    assert_serves(placement, quotas_AK)
+    assert placement.group(1) == ()
+    without = plan(quotas_AK[:, [0, 2]], [PAPER_COSTS[0], PAPER_COSTS[2]], world_size)
+    np.testing.assert_array_equal(placement.samples_AWK[:, :, [0, 2]], without.samples_AWK)
+    with pytest.raises(PlacementError, match=r"gives stage 2 1 samples for 2 micro"):
+        plan(micro_quotas([12, 0, 1], 2), PAPER_COSTS, 1)
+    assert plan(quotas_AK, PAPER_COSTS, 2, ((0,), (0, 2))).stages_of_rank == ((0,), (0, 2))

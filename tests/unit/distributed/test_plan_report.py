@@ -116,3 +116,19 @@ def test_tables_compress_large_worlds() -> None:
         first = next(i for i, line in enumerate(lines) if " rank " in line)
         assert sum(line.startswith("│") for line in lines[first:]) == rows
         assert any(f"of {world_size} ranks" in line for line in lines)
+
+
+def test_frozen_parts_and_stages_without_samples() -> None:
+    placement = placed([8, 0, 8], 4, explicit=((0,), (0,), (2,), (2,)))
+    work = workload(shared_frozen=1000, stage_frozen_K=[0, 300, 40])
+    report = plan_report(placement, work, model_trace(3), ranks_per_node=2, gpu=GPUS["h100-80g"])
+    assert report["frozen"] == {"shared": 1000, "stages": [0, 300, 40], "parameters": 1990, "trained": 650}
+    assert report["stages"][1] == {"work_share": 0.0, "ranks": [], "samples": 0}
+    assert report["nodes"]["of_stage"] == [1, 0, 1]
+    # Groups of two ranks send each value once to reduce it and once to gather it, in fp32.
+    assert report["bytes_per_step"]["reduced"] == (600 + 50) * (4 + 4)
+    assert report["nodes"]["reduced_between"] == 0
+    file = io.StringIO()
+    Console(file=file, width=200).print(render(report, "title"))
+    assert "no samples are drawn of stage 1: they would train nothing" in file.getvalue()
+    assert plan_report(placed([8] * 3, 3), workload(), model_trace(3))["frozen"] is None

@@ -92,3 +92,15 @@ def test_table_of_costs_has_the_papers_ratios() -> None:
     for name, paper in zip(names[::2], (59, 82, 30), strict=True):
         assert ratios[name] == pytest.approx(paper, abs=1)
     assert all(ratios[name] == 100 for name in names[1::2])
+
+
+def test_frozen_parts_cost_less_and_other_stages_samples_nothing() -> None:
+    recipe = recipe_of("debug", "train.freeze=[shared,stages.1,stages.2]", "stages.sampling=[3,2,1]")
+    report, plan = cost_report(recipe), plan_run(recipe, 2)
+    assert report.training_K == (1, 0, 0)
+    assert plan.placement.stages_of_rank == ((0,), (0,))
+    fields, whole = report.fields(), cost_report(recipe_of("debug")).fields()
+    assert fields["trained_params"] == fields["decoders"][0]["params"] == fields["decoders"][0]["trained_params"]
+    assert whole["trained_params"] == whole["total_params"] == fields["total_params"]
+    assert report.petaflops == pytest.approx(recipe.train.steps * step_petaflops(plan.quotas, plan.cost_K))
+    assert fields["unified_gmacs"] == whole["unified_gmacs"]
