@@ -18,6 +18,7 @@ from msdiff_dist.errors import CheckpointError, ConfigError
 from msdiff_dist.export.description import ModelDescription
 from msdiff_dist.export.weights import CONFIG, ExportWeights, open_checkpoint
 from msdiff_dist.files.atomic import atomic_write
+from msdiff_dist.models.config import ModelConfig
 from msdiff_dist.recipe import Recipe, stored_recipe
 from msdiff_dist.shipped import Copied, copy_shipped, refuse_existing
 
@@ -125,15 +126,18 @@ def _text(recipe: Recipe, origin: str, out: Path) -> str:
         f"#   msdiff train {out}",
         "#",
         "# Fields that are not here have their defaults.",
-        *_sections(sections),
+        *_sections(sections, recipe.model),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _sections(sections: Mapping[str, Any]) -> Iterator[str]:
+def _sections(sections: Mapping[str, Any], model: ModelConfig) -> Iterator[str]:
     for section, value in sections.items():
         if section in _COMMENTS:
             yield f"# {_COMMENTS[section]}"
+        if section == "train" and model.num_stages > 1:
+            others = ["shared"] * model.share_encoder + [f"stages.{k}" for k in range(1, model.num_stages)]
+            yield f"# With freeze: [{', '.join(others)}] only the decoder of stage 0 trains."
         # A section of plain values on one line, others indented, as in the shipped recipes; a name on its own line.
         flow = None if isinstance(value, Mapping) else False
         dumped: str = yaml.safe_dump({section: value}, sort_keys=False, default_flow_style=flow, width=110)
