@@ -245,7 +245,7 @@ def test_another_layout_resumes_and_another_freeze_does_not(tmp_path: Path) -> N
     parts = run_distributed(trained, 3, 3, mapping | {"parallel": {"zero_shared": 3}}, tmp_path / "parts", [2])[0][0]
     parts += run_distributed(trained, 1, 1, mapping, tmp_path / "parts", [4])[0][0]
     assert parts == pytest.approx(whole, rel=TOLERANCE)
-    folder = RunFolder(tmp_path / "parts")
+    folder = RunFolder(tmp_path / "folder")
     folder.open(recipe_mapping(recipe_from(mapping)))
     folder.close()
     with pytest.raises(RunFolderError, match=r"train\.freeze"):
