@@ -4,6 +4,7 @@ Each dataclass lives beside the code that it configures; this file knows none of
 accepted, and besides Python's own types there are
 
 - `Annotated[str, TABLE]`: one of the names in a table;
+- `Annotated[float, INFINITE]`: a number that may be infinite, as others may not;
 - `Annotated[Base, Variant(...)]`: one of several dataclasses, chosen by a name among its own fields;
 - a field with the metadata of `section_of`: a section that is named after what another field chooses.
 
@@ -22,11 +23,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, overload
 
+from msdiff_dist.bounds import check_number, check_text
 from msdiff_dist.errors import ConfigError, collecting, did_you_mean, nearest, raise_all
 from msdiff_dist.registry import Table
 from msdiff_dist.section_checks import build_section
 
 T = TypeVar("T")
+
+INFINITE = "infinite"
+"""Marks a number that may be infinite: `Annotated[float, INFINITE]`. NaN it may not be."""
 
 RENAMED = {"zero_stage": "zero_decoders"}
 """Today's names of fields by the names that they had in earlier versions."""
@@ -309,6 +314,8 @@ def _convert_annotated(args: tuple[Any, ...], value: Any, field: str) -> Any:
     kind, meaning = args
     if isinstance(meaning, Variant):
         return value if isinstance(value, kind) else from_mapping(meaning.chosen(value, field), value, field)
+    if meaning == INFINITE:
+        return _convert_scalar(kind, value, field, infinite=True)
     converted = _convert(kind, value, field)
     if isinstance(meaning, Table):
         meaning.choose(field, converted)
@@ -332,8 +339,9 @@ def _convert_union(args: tuple[Any, ...], value: Any, field: str) -> Any:
     raise ConfigError(field, value, "; ".join(dict.fromkeys(e.problem for e in errors)), errors[0].remedy)
 
 
-def _convert_scalar(hint: Any, value: Any, field: str) -> Any:
+def _convert_scalar(hint: Any, value: Any, field: str, infinite: bool = False) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):  # bool is a subclass of int
+        check_number(field, value)
         return float(value)
     if hint is type(None) and value is None:
         return None
@@ -343,4 +351,8 @@ def _convert_scalar(hint: Any, value: Any, field: str) -> Any:
         if hint is str and isinstance(value, (int, float)):  # YAML reads 0123, 1e5, yes and 24:00:00 as numbers
             remedy = f'Put it in quotes, as it is to be read: {field.rsplit(".", 1)[-1]}: "...".'
         raise ConfigError(field, value, f"must be {kind}, not {type(value).__name__}", remedy)
+    if isinstance(value, (int, float)):
+        check_number(field, value, infinite=infinite)
+    elif isinstance(value, str):
+        check_text(field, value)
     return value

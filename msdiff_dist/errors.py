@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
+_MOST_SHOWN, _MOST_ERRORS = 400, 50  # in a message: characters of a value; errors
+
 
 class MsdiffError(Exception):
     """Base of every error this package raises on purpose."""
@@ -29,7 +31,7 @@ class UserError(MsdiffError):
 
     def __init__(self, field: str, value: Any, problem: str, remedy: str) -> None:
         self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
-        super().__init__(f"{field} = {value!r}: {problem}. {remedy}")
+        super().__init__(_on_one_line(f"{field} = {_shown(value)}: {problem}. {remedy}"))
 
     def __str__(self) -> str:
         return f"{self.place}: {super().__str__()}" if self.place else super().__str__()
@@ -74,7 +76,9 @@ class ConfigErrors(ConfigError):  # noqa: N818 - it is several
         return type(self)([e.within(prefix) for e in self._errors])
 
     def __str__(self) -> str:
-        return "\n  ".join([f"{len(self._errors)} errors", *map(str, self._errors)])
+        shown = [str(e) for e in self._errors[:_MOST_ERRORS]]
+        rest = [f"and {len(self._errors) - _MOST_ERRORS} more"] if len(self._errors) > _MOST_ERRORS else []
+        return "\n  ".join([f"{len(self._errors)} errors", *shown, *rest])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._errors,), self.__dict__
@@ -95,7 +99,7 @@ def raise_all(errors: Iterable[ConfigError]) -> None:
     Raises:
         ConfigError: the only one, or a ConfigErrors of several.
     """
-    different = list({(e.field, repr(e.value), e.problem, e.place): e for e in errors}.values())
+    different = list({(e.field, _shown(e.value), e.problem, e.place): e for e in errors}.values())
     if different:
         raise different[0] if len(different) == 1 else ConfigErrors(different)
 
@@ -123,6 +127,22 @@ class TrainingError(MsdiffError):
 def nearest(word: str, choices: Iterable[str]) -> list[str]:
     """The choice that `word` is probably meant to be, alone; empty if none is like it."""
     return difflib.get_close_matches(word, sorted(choices), n=1, cutoff=0.6)
+
+
+def _shown(value: Any) -> str:
+    """`repr` of a value, without the middle of what is very long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integers of more than some thousand digits
+        return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+    if len(text) <= _MOST_SHOWN:
+        return text
+    return f"{text[: _MOST_SHOWN // 2]} ... {text[-_MOST_SHOWN // 4 :]} ({len(text)} characters)"
+
+
+def _on_one_line(text: str) -> str:
+    """The text with line ends, control characters and lone surrogates as Python writes them in strings."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from msdiff_dist.bounds import check_bytes, check_different, check_name
 from msdiff_dist.checkpoint.policy import CheckpointConfig
 from msdiff_dist.config import from_mapping, to_mapping, with_current_names
 from msdiff_dist.data.config import DataConfig
@@ -157,6 +158,14 @@ def _contradictions(recipe: Recipe, unusable: Collection[str]) -> list[ConfigErr
     return errors
 
 
+def _check_name(recipe: Recipe) -> None:
+    check_name("name", recipe.name, "a run folder")
+
+
+def _check_extensions(recipe: Recipe) -> None:
+    check_different("extensions", recipe.extensions)
+
+
 def _check_stages(recipe: Recipe) -> None:
     recipe.partition()
     stages, decoders = recipe.stages.num_stages, recipe.model.num_stages
@@ -179,6 +188,12 @@ def _check_shapes(recipe: Recipe) -> None:
         recipe.model.check_latent_size(height, width)
     except ConfigError as e:
         errors.append(e.within("model."))
+    widest = max(recipe.model.encoder_width(k) for k in range(recipe.model.num_stages))
+    features = 4 * max(widest, *recipe.model.decoder_channels) * height * width
+    size = "data.image_size" if recipe.data.kind == "image" else "data.latent_shape"
+    value = recipe.data.image_size or list(recipe.data.x_shape)
+    with collecting(errors):
+        check_bytes(size, value, features, "one layer's features of a sample")
     raise_all(errors)
 
 
@@ -279,6 +294,8 @@ def _check_preview(recipe: Recipe) -> None:
 
 
 _CHECKS: dict[Callable[[Recipe], None], tuple[str, ...]] = {
+    _check_name: ("name",),
+    _check_extensions: ("extensions",),
     _check_stages: ("stages", "diffusion", "model"),
     _check_shapes: ("data", "autoencoder", "model"),
     _check_classes: ("data", "model"),

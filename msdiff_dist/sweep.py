@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +12,13 @@ from typing import Any
 
 import yaml
 
+from msdiff_dist.bounds import check_between
 from msdiff_dist.config import from_mapping
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.files.text import Override, read_document, read_text
 from msdiff_dist.files.yaml_places import Places
+
+_MOST_RUNS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +38,16 @@ class SweepConfig:
     max_parallel: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_parallel is not None and self.max_parallel < 1:
-            raise ConfigError("max_parallel", self.max_parallel, "must be at least 1", "Raise it.")
+        check_between("max_parallel", self.max_parallel, 1, 10**6)
         if not self.grid and not self.runs:
             raise ConfigError("grid", {}, "the sweep has no runs", "Give `grid` or `runs`.")
         for name, values in self.grid.items():
             if not values:
                 raise ConfigError(f"grid.{name}", values, "has no values", "List at least one.")
+        runs = math.prod(map(len, self.grid.values())) if self.grid else 0
+        if runs + len(self.runs) > _MOST_RUNS:
+            problem = f"makes {runs + len(self.runs):,} runs, and a sweep has at most {_MOST_RUNS:,}"
+            raise ConfigError("grid", list(self.grid), problem, "Divide it into several sweeps.")
 
     @property
     def changes(self) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from msdiff_dist.bounds import check_between
 from msdiff_dist.checkpoint.layout import CheckpointIndex, find_checkpoint
 from msdiff_dist.checkpoint.load import CheckpointReader
 from msdiff_dist.config import from_mapping
@@ -103,6 +104,7 @@ def cluster(request: ClusterRequest) -> Division | None:
 
 
 def _check(request: ClusterRequest) -> None:
+    check_between("--stages", request.stages, 1, 1000)
     if request.process == "ldm":
         raise ConfigError("--process", "ldm", "recipes call this process discrete", "Use --process discrete.")
     if request.process is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from msdiff_dist.bounds import check_different
 from msdiff_dist.errors import ConfigError
 
 
@@ -29,6 +30,7 @@ class CheckpointConfig:
                 raise ConfigError(field, getattr(self, field), "must not be negative", "Use 0 for none.")
         if any(step < 1 for step in self.at):
             raise ConfigError("at", list(self.at), "steps are counted from 1", "Correct it.")
+        check_different("at", self.at)
         if self.keep_last < 1:
             raise ConfigError("keep_last", self.keep_last, "must be at least 1", "Keep at least the newest.")
         if self.every and self.keep_every % self.every:

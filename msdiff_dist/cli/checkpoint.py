@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from msdiff_dist.cli.choices import NamingCommand
+
 if TYPE_CHECKING:
     from msdiff_dist.checkpoint.load import CheckpointReader
 
@@ -20,7 +22,7 @@ _Step = Annotated[int | None, typer.Option(help="Take the run's checkpoint of th
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-@app.command()
+@app.command(cls=NamingCommand)
 def inspect(path: _Path, step: _Step = None, as_json: _Json = False) -> None:
     """Show what a checkpoint holds: step, layout, parameters of encoder and decoders. Reads its index only.
 
@@ -52,7 +54,7 @@ def inspect(path: _Path, step: _Step = None, as_json: _Json = False) -> None:
     console.print(f"holds        {', '.join(report['kinds'])}")
 
 
-@app.command()
+@app.command(cls=NamingCommand)
 def verify(path: _Path, step: _Step = None) -> None:
     """Compare every file with its checksum, in all checkpoints of a run or in one. Exit status 2 if one is corrupt.
 
@@ -76,7 +78,7 @@ def verify(path: _Path, step: _Step = None) -> None:
         raise errors[0]
 
 
-@app.command()
+@app.command(cls=NamingCommand)
 def diff(
     a: _Path,
     b: Annotated[Path, typer.Argument(help="The other: run folder or checkpoint.")],

@@ -1,4 +1,4 @@
-"""Options whose values are names in a table, such as `--sampler`.
+"""The class of all commands: what every option is checked for, and options whose values are names in a table.
 
 The tables import torch and other heavy libraries. So they are loaded only by the commands that have such options, and
 the others start fast.
@@ -7,10 +7,14 @@ the others start fast.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperOption
+
+from msdiff_dist.bounds import check_number, check_path, check_text
+from msdiff_dist.errors import ConfigError
 
 
 class Names:
@@ -69,6 +73,16 @@ def writable() -> Iterable[str]:
     return writable()
 
 
+def _check(field: str, value: Any) -> None:
+    """Refuse what no command can use, whatever the option means."""
+    if isinstance(value, (int, float)):
+        check_number(field, value)
+    elif isinstance(value, str):
+        check_text(field, value)
+    elif isinstance(value, Path):
+        check_path(field, str(value))
+
+
 # Parameters of verbs, by name, and the tables of their values.
 _BY_PARAMETER: dict[str | None, Callable[[], Iterable[str]]] = {
     "dataset": datasets,
@@ -80,7 +94,24 @@ _BY_PARAMETER: dict[str | None, Callable[[], Iterable[str]]] = {
 
 
 class NamingCommand(TyperCommand):
-    """A command whose help lists the names that its parameters take."""
+    """A command whose help lists the names that its parameters take, and whose parameters are values one can use."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As click does it.
+
+        Raises:
+            ConfigError: a number is not finite or too large, text has control characters, a path is empty or too long.
+        """
+        empty = "" in args and "." not in args  # pathlib reads an empty path as the current folder
+        rest = super().parse_args(ctx, args)
+        for parameter in self.params:
+            given = ctx.params.get(parameter.name)
+            field = parameter.opts[0] if isinstance(parameter, TyperOption) else str(parameter.name).upper()
+            for value in given if isinstance(given, (list, tuple)) else (given,):
+                if empty and value == Path():
+                    raise ConfigError(field, "", "is empty", "Name a file or folder; `.` is the current folder.")
+                _check(field, value)
+        return rest
 
     def get_params(self, ctx: Any) -> Any:
         """The parameters, with the names as metavariables."""

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from msdiff_dist.cli.choices import NamingCommand
+
 app = typer.Typer(help="Classifiers in whose features `msdiff ablate` compares images.", no_args_is_help=True)
 
 
@@ -15,7 +17,7 @@ def _verbs() -> None:
     """Keep `train` a verb: without a callback Typer drops the name of a single command."""
 
 
-@app.command()
+@app.command(cls=NamingCommand)
 def train(
     recipe: Annotated[Path, typer.Argument(help="Recipe whose labelled images to train on.")],
     out: Annotated[Path, typer.Option(help="New .safetensors file.")],

@@ -43,7 +43,7 @@ def prepare(
     _report(written)
 
 
-@app.command()
+@app.command(cls=NamingCommand)
 def pack(
     images_dir: Annotated[
         Path, typer.Argument(help="Folder of images, in sub-folders by class or with .txt captions beside them.")
@@ -100,7 +100,7 @@ def pack(
             console.print(f"  and {len(packed.left_out) - _LISTED} more")
 
 
-@app.command()
+@app.command(cls=NamingCommand)
 def encode(
     recipe: Annotated[Path, typer.Argument(help="Recipe YAML with the sections encode, autoencoder and text_encoder.")],
     out: Annotated[Path, typer.Option(help="Folder for the latents: new, or of the same encoding, to resume it.")],
@@ -136,7 +136,7 @@ def encode(
     Console().print(table, markup=False)
 
 
-@app.command()
+@app.command(cls=NamingCommand)
 def check(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of shards.")],
     recipe: Annotated[
@@ -161,7 +161,7 @@ def check(
     typer.echo("; ".join([f"{folder}: {count:,} samples, no corruption", *notes]))
 
 
-@app.command()
+@app.command(cls=NamingCommand)
 def bench(
     recipe: Annotated[Path, typer.Argument(help="Recipe YAML; data.workers is the number of workers.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as key=value.")] = None,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from msdiff_dist.bounds import check_between, check_number
 from msdiff_dist.convert.networks import Wanted
 from msdiff_dist.errors import CheckpointError, ConfigError
 
@@ -80,6 +81,12 @@ class ConvertOptions:
     def __post_init__(self) -> None:
         if self.num_heads is not None and self.head_channels is not None:
             raise ConfigError("--heads", self.num_heads, "stands beside --head-channels", "Give one of the two.")
+        for option, count in (
+            ("--heads", self.num_heads), ("--head-channels", self.head_channels), ("--norm-groups", self.norm_groups),
+        ):  # fmt: skip
+            check_between(option, count, 1, 2**31)
+        check_between("--stage", self.stage, 0, 2**31)
+        check_between("--scale-factor", self.scale_factor, 1e-6, 1e6)
 
     def given(self) -> dict[OptionName, Any]:
         """The options of formats that differ from their defaults, with their values."""
@@ -145,6 +152,9 @@ def parse_boundaries(text: str | None) -> tuple[float, ...] | None:
     if text is None:
         return None
     try:
-        return tuple(float(part) for part in text.split(","))
+        numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
         raise ConfigError("--boundaries", text, "is no list of numbers", "Write it as 442,631.") from None
+    for number in numbers:
+        check_number("--boundaries", number)
+    return numbers

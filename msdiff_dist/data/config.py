@@ -6,9 +6,20 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from msdiff_dist.bounds import check_between, check_bytes, check_name
 from msdiff_dist.data.access import Access
 from msdiff_dist.data.image_files import ImageReading
 from msdiff_dist.errors import ConfigError
+
+_BOUNDS = {
+    "lanes": (1, 2**20),
+    "workers": (0, 1024),
+    "shuffle": (0, 2**40),
+    "retries": (0, 1000),
+    "max_bad": (0, 2**63 - 1),
+    "num_classes": (1, 2**31),
+    "image_size": (1, 2**31),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +32,7 @@ class SourceConfig:
     """Relative share of the samples that this source gives."""
 
     def __post_init__(self) -> None:
-        if not self.shards:
-            raise ConfigError("shards", self.shards, "is empty", "Name a folder of shards.")
+        _check_shards(self.shards)
         if not 0 < self.weight < float("inf"):
             raise ConfigError("weight", self.weight, "must be above 0", "Remove the source if it is not wanted.")
 
@@ -94,13 +104,12 @@ class DataConfig:
     """File extension of contexts inside the shards."""
 
     def __post_init__(self) -> None:
-        _at_least("lanes", self.lanes, 1)
-        _at_least("workers", self.workers, 0)
-        _at_least("shuffle", self.shuffle, 0)
-        _at_least("retries", self.retries, 0)
-        _at_least("max_bad", self.max_bad, 0)
-        if self.num_classes is not None:
-            _at_least("num_classes", self.num_classes, 1)
+        for field, (least, most) in _BOUNDS.items():
+            check_between(field, getattr(self, field), least, most)
+        if self.shards:
+            _check_shards(self.shards)
+        for field in ("latent_field", "context_field"):
+            check_name(field, getattr(self, field), "a member of a shard")
         if self.crop == "random" and self.resize != "cover":
             raise ConfigError("crop", self.crop, "has no effect without `resize: cover`", "Set data.resize to `cover`.")
         if self.channels not in (1, 3):
@@ -115,7 +124,6 @@ class DataConfig:
         if self.kind == "image":
             if self.image_size is None:
                 raise ConfigError("image_size", None, "is required for kind 'image'", "Set it to the images' size.")
-            _at_least("image_size", self.image_size, 1)
             for field in ("latent_shape", "latent_moments"):
                 if getattr(self, field):
                     raise ConfigError(field, getattr(self, field), "has no meaning for kind 'image'", "Remove it.")
@@ -134,6 +142,9 @@ class DataConfig:
             shape = getattr(self, field)
             if shape is not None and min(shape) < 1:
                 raise ConfigError(field, list(shape), "must have positive sizes", "Correct it.")
+            check_bytes(field, list(shape or ()), 4 * math.prod(shape or (0,)), "one sample")
+        if self.kind == "image":
+            check_bytes("image_size", self.image_size, 4 * math.prod(self.x_shape), "one image")
 
     @property
     def mixed(self) -> tuple[SourceConfig, ...]:
@@ -173,6 +184,6 @@ class DataConfig:
         return math.prod(self.x_shape) * sizes[self.x_dtype] + context + label
 
 
-def _at_least(field: str, value: int, least: int) -> None:
-    if value < least:
-        raise ConfigError(field, value, f"must be at least {least}", f"Set it to {least} or more.")
+def _check_shards(shards: str | tuple[str, ...]) -> None:
+    if not shards or not all(pattern.strip() for pattern in ((shards,) if isinstance(shards, str) else shards)):
+        raise ConfigError("shards", shards, "is empty", "Name a folder of shards.")

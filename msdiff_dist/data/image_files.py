@@ -24,6 +24,8 @@ IMAGE_FIELDS = (
 """File extensions, in lower case, of what counts as an image."""
 MOST_PIXELS = 2**26
 """Pixels of the largest image that is decoded: 8192 x 8192. A small file can claim any number of them."""
+MOST_PIXELS_A_SIDE = 2**13
+"""Of the largest square image."""
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 """What opening or decoding a corrupt image raises."""
 _GREY = ("1", "L", "LA", "La")

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from msdiff_dist.bounds import check_between, check_seed
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.make.images import read_images
 from msdiff_dist.errors import CheckpointError, ConfigError, DataError
@@ -82,6 +83,8 @@ def train_classifier(data: DataConfig, steps: int, batch_size: int = 128, seed: 
         ConfigError: the data has no classes or no images.
         DataError: there are too few images, or shards are corrupt.
     """
+    check_between("--steps", steps, 1, 10**9)
+    check_seed("--seed", seed)
     if data.num_classes is None:
         raise ConfigError("data.num_classes", None, "a classifier needs labelled images", "Give the recipe classes.")
     batches = list(read_images(data))

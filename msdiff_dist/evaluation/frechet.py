@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from msdiff_dist.bounds import check_between
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.make.images import read_images
 from msdiff_dist.diffusion.solvers import SamplerConfig
 from msdiff_dist.errors import ConfigError, DataError
 from msdiff_dist.evaluation.feature_classifier import load_classifier
 from msdiff_dist.evaluation.generate import ImageGenerator
-from msdiff_dist.evaluation.sampling_job import SamplingJob
+from msdiff_dist.evaluation.sampling_job import MOST_IMAGES, SamplingJob
 from msdiff_dist.terminal import LongWork
 
 
@@ -46,8 +47,10 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         if self.pictures < 2:
             raise ConfigError("pictures", self.pictures, "a covariance needs at least two images", "Use 2000.")
-        if self.batch_size < 1:
-            raise ConfigError("batch_size", self.batch_size, "must be at least 1", "Use 250.")
+        check_between("pictures", self.pictures, 2, MOST_IMAGES)
+        check_between("batch_size", self.batch_size, 1, MOST_IMAGES)
+        if not self.classifier.strip():
+            raise ConfigError("classifier", self.classifier, "is empty", "Name a file of `msdiff classifier train`.")
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from msdiff_dist.bounds import check_between, check_seed
 from msdiff_dist.diffusion.solvers import SamplerConfig
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.files.atomic import atomic_write
 
+MOST_IN_GRID = 10_000
+"""Images that one grid may have."""
 _GRID_SIDE = 900  # pixels that the longer side of an enlarged grid may have
 
 
@@ -40,8 +43,9 @@ class PreviewConfig:
             raise ConfigError("every", self.every, "must not be negative", "Use 0 for no grids.")
         if self.num < 1:
             raise ConfigError("num", self.num, "must be at least 1", "A grid of 64 shows enough.")
-        if self.batch_size < 1:
-            raise ConfigError("batch_size", self.batch_size, "must be at least 1", "Use 16.")
+        check_between("num", self.num, 1, MOST_IN_GRID)
+        check_between("batch_size", self.batch_size, 1, 2**63 - 1)
+        check_seed("seed", self.seed)
 
 
 def class_labels(index_n: Sequence[int], num_classes: int | None, only: int | None = None) -> Tensor | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from msdiff_dist.bounds import check_between, check_seed
 from msdiff_dist.config import to_mapping
 from msdiff_dist.diffusion.process import Process
 from msdiff_dist.diffusion.solvers import SOLVERS, SamplerConfig
@@ -17,6 +18,8 @@ from msdiff_dist.evaluation.grid import class_labels
 from msdiff_dist.export.weights import Weights
 from msdiff_dist.terminal import LongWork
 
+MOST_IMAGES = 10**7
+"""Images that one command may make."""
 _WIDEST_GRID = 20  # largest number of classes that get a column each
 
 
@@ -39,6 +42,11 @@ class SamplingJob:
     class_: int | None = None
     prompts: tuple[str, ...] = ()
     batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        check_between("--num", self.num, 1, MOST_IMAGES)
+        check_between("--batch-size", self.batch_size, 1, MOST_IMAGES)
+        check_seed("--seed", self.seed)
 
     def resolved(self, process: Process, evaluations: int | None = None) -> SamplingJob:
         """The job with the default solver of `process` filled in.

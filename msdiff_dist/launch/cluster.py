@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
+from msdiff_dist.bounds import check_between
 from msdiff_dist.config import from_mapping
 from msdiff_dist.errors import ConfigError, raise_all
 from msdiff_dist.files.text import Document, read_document, read_text
@@ -21,7 +22,18 @@ from msdiff_dist.shipped import where_to_get
 
 # What sbatch takes: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes,
 # days-hours:minutes:seconds.
-_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d\d?))?(?::(?P<third>\d\d?))?")
+_TIME = re.compile(r"(?:(?P<days>\d{1,5})-)?(?P<first>\d{1,9})(?::(?P<second>\d\d?))?(?::(?P<third>\d\d?))?")
+
+_MOST_NODES = 16_384
+_BOUNDS = {
+    "gpus_per_node": (0, 256),
+    "tasks_per_node": (1, 4096),
+    "cpus_per_task": (1, 4096),
+    "max_parallel": (1, 10**6),
+    "max_restarts": (1, 10**6),
+    "signal_delay_s": (1, 10**6),
+    "memory_gb": (0, 10**6),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +91,9 @@ class ClusterConfig:
     max_restarts: int = 5
 
     def __post_init__(self) -> None:
-        smallest = {"gpus_per_node": 0, "tasks_per_node": 1, "cpus_per_task": 1, "max_parallel": 1, "max_restarts": 1}
-        for name, least in {**smallest, "signal_delay_s": 1}.items():
-            if getattr(self, name) < least:
-                raise ConfigError(name, getattr(self, name), f"must be at least {least}", "Raise it.")
+        for name, (least, most_of) in _BOUNDS.items():
+            check_between(name, getattr(self, name), least, most_of)
+        self._check_lines()
         if self.memory_gb is not None and self.memory_gb <= 0:
             raise ConfigError("memory_gb", self.memory_gb, "must be above 0", "Give gigabytes per node, or remove it.")
         if self.gpus_per_node and self.tasks_per_node not in (1, self.gpus_per_node):
@@ -109,6 +120,21 @@ class ClusterConfig:
                 "Ask for more time or lower signal_delay_s.",
             )  # fmt: skip
 
+    def _check_lines(self) -> None:
+        """Refuse what would become further lines, or no variable, in the shell script of a job."""
+        words = {name: value for name, value in vars(self).items() if isinstance(value, str)}
+        lists = {name: " ".join(map(str, getattr(self, name))) for name in ("srun", "sbatch")}
+        lists["sbatch"] += " ".join(map(str, self.sbatch.values()))
+        for name, value in {**words, **lists}.items():
+            if "\n" in value or "\r" in value:
+                raise ConfigError(name, getattr(self, name), "has more than one line", "Write it on one line.")
+            if name in words and not value.strip():
+                raise ConfigError(name, value, "is empty", "Remove it.")
+        for name in self.environment:
+            if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+                problem = "is not the name of an environment variable"
+                raise ConfigError("environment", name, problem, "Use letters, digits and _.")
+
     def _check_gres(self, gres: str) -> None:
         try:
             asked = gpus(parse_gres(gres))
@@ -122,10 +148,11 @@ class ClusterConfig:
     @property
     def node_range(self) -> tuple[int, int]:
         """Fewest and most nodes."""
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(self.nodes))
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", str(self.nodes))
         low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if not 1 <= low <= high:
-            raise ConfigError("nodes", self.nodes, "is neither a number nor a range", 'Write it as 4 or "2-4".')
+        if not 1 <= low <= high <= _MOST_NODES:
+            problem = f"is neither a number nor a range from 1 to {_MOST_NODES}"
+            raise ConfigError("nodes", self.nodes, problem, 'Write it as 4 or "2-4".')
         return low, high
 
     @property

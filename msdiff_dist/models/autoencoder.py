@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from msdiff_dist.bounds import check_between
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.models.identity import digest
 from msdiff_dist.pixels import centred, to_pixels
@@ -35,6 +36,9 @@ class AutoencoderConfig:
             raise ConfigError("factor", self.factor, "must be at least 1", "space_to_depth usually takes 2 or 4.")
         if not self.scale_factor > 0:
             raise ConfigError("scale_factor", self.scale_factor, "must be above 0", "Use 1, or the autoencoder's own.")
+        check_between("scale_factor", self.scale_factor, 1e-6, 1e6)
+        if self.path is not None and not self.path.strip():
+            raise ConfigError("path", self.path, "is empty", "Name a folder or hub id, or write null.")
 
     def latent_shape(self, channels: int, size: int) -> tuple[int, int, int]:
         """[C, H, W] of the latents of images [channels, size, size].

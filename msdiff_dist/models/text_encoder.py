@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from msdiff_dist.bounds import check_seed
 from msdiff_dist.errors import ConfigError
 
 _OF_OPEN_CLIP = ("pretrained", "layer", "final_norm", "seed")
@@ -36,6 +37,11 @@ class TextEncoderConfig:
     """Seed of an open_clip model's random weights."""
 
     def __post_init__(self) -> None:
+        for field in ("name", "pretrained"):
+            value = getattr(self, field)
+            if value is not None and not value.strip():
+                raise ConfigError(field, value, "is empty", "Name a model of open_clip, a file or a folder.")
+        check_seed("seed", self.seed)
         if self.kind == "open_clip":
             return
         for f in fields(self):

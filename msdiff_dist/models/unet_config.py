@@ -12,8 +12,10 @@ from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
+from msdiff_dist.bounds import check_between, check_bytes, check_different
 from msdiff_dist.errors import ConfigError
 
+_MOST_BLOCKS, _MOST_CHANNELS = 20_000, 2**31
 AttentionBackend = Literal["auto", "sdpa", "xformers", "math"]
 
 
@@ -89,6 +91,7 @@ class UNetConfig:
     def __post_init__(self) -> None:
         self._check_sizes()
         self._check_stages()
+        self._check_blocks()
         self._check_attention("attention_downsamples", self.attention_downsamples)
 
     @property
@@ -259,6 +262,28 @@ class UNetConfig:
         if not numbers or any(n is not None and n < 1 for n in numbers):
             raise ConfigError(name, getattr(self, name), "must be at least 1", "Give positive whole numbers.")
 
+    def _check_blocks(self) -> None:
+        """Refuse what no memory holds: checks and plans go through all blocks, and torch's sizes overflow."""
+        blocks = self.num_stages * len(self.channel_mult) * (2 * self.num_res_blocks + 1)
+        if blocks > _MOST_BLOCKS:
+            by_name = {
+                "num_res_blocks": self.num_res_blocks,
+                "channel_mult": len(self.channel_mult),
+                "decoder_channels": self.num_stages,
+            }
+            name = max(by_name, key=by_name.__getitem__)
+            problem = f"makes a model of {blocks:,} residual blocks, and at most {_MOST_BLOCKS:,} are possible"
+            raise ConfigError(name, getattr(self, name), problem, "Use fewer.")
+        for name in ("in_channels", "out_channels", "num_classes"):
+            check_between(name, getattr(self, name), 1, _MOST_CHANNELS)
+        for k in range(self.num_stages):
+            # A residual block has a 3x3 convolution from its inputs to its outputs, in fp32.
+            for name, part in (("encoder_channels", self.down_blocks(k)), ("decoder_channels", self.up_blocks(k))):
+                convolutions = sum(4 * 9 * block.in_channels * block.out_channels for block in part)
+                check_bytes(name, getattr(self, name), convolutions, "the convolutions of one part of the model")
+            label_bytes = 4 * self.emb_channels(k) * (self.num_classes or 0)
+            check_bytes("num_classes", self.num_classes, label_bytes, "the embedding of classes")
+
     def _check_stages(self) -> None:
         if isinstance(self.encoder_channels, tuple):
             if self.share_encoder:
@@ -281,6 +306,8 @@ class UNetConfig:
 
     def _check_attention(self, name: str, *placements: tuple[int, ...]) -> None:
         levels = [2**level for level in range(len(self.channel_mult))]
+        for factors in placements:
+            check_different(name, factors)
         for unknown in sorted({d for factors in placements for d in factors} - set(levels)):
             raise ConfigError(
                 name, getattr(self, name), f"no level has the downsampling {unknown}", f"Choose from {levels}."

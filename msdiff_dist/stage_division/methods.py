@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from msdiff_dist.bounds import check_between, check_seed
 from msdiff_dist.diffusion.clock import clock_grid, clock_times
 from msdiff_dist.diffusion.process import Process
 from msdiff_dist.diffusion.processes.vp import VPProcess
@@ -65,6 +66,8 @@ class DenoiserOptions:
             raise ConfigError("--alpha", self.alpha, "must lie in (0, 1]", "Use 0.9.")
         if self.samples < 10:
             raise ConfigError("--samples", self.samples, "must be at least 10", "Use 2000.")
+        check_between("--samples", self.samples, 10, 10**7)
+        check_seed("--seed", self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)

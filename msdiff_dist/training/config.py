@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from msdiff_dist.bounds import check_between, check_seed
 from msdiff_dist.errors import ConfigError
+
+MOST_STEPS, _MOST_ACCUMULATED = 10**9, 10**5
+_LONGEST_S = 1e9  # thirty years; process groups count in 64 bits of nanoseconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,17 +65,20 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.global_batch_size is None and self.micro_batch_size is None:
             raise ConfigError("global_batch_size", None, "is required and missing", "Give it, or micro_batch_size.")
-        for field in ("steps", "global_batch_size", "micro_batch_size", "gradient_accumulation_steps"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise ConfigError(field, value, "must be at least 1", "Give a positive number.")
+        check_between("steps", self.steps, 1, MOST_STEPS)
+        check_between("gradient_accumulation_steps", self.gradient_accumulation_steps, 1, _MOST_ACCUMULATED)
+        for field in ("global_batch_size", "micro_batch_size"):  # plans compare them with memory
+            check_between(field, getattr(self, field), 1, 2**63)
+        if self.init_from is not None and not self.init_from.strip():
+            raise ConfigError("init_from", self.init_from, "is empty", "Name a folder, or write null.")
+        check_seed("seed", self.seed)
         if not 0 <= self.condition_dropout < 1:
             raise ConfigError("condition_dropout", self.condition_dropout, "must lie in [0, 1)", "LDM uses 0.1.")
-        if self.threads < 0:
-            raise ConfigError("threads", self.threads, "must not be negative", "Leave it out for the default.")
+        check_between("threads", self.threads, 0, 4096)
         for field in ("timeout_s", "start_timeout_s"):
-            if getattr(self, field) <= 0:
+            if not getattr(self, field) > 0:
                 raise ConfigError(field, getattr(self, field), "must be above 0", "Leave it out for the default.")
+            check_between(field, getattr(self, field), 0, _LONGEST_S)
 
     def batch_size(self, world_size: int) -> int:
         """Samples per optimizer step on `world_size` ranks.

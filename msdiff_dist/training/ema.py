@@ -16,6 +16,9 @@ from msdiff_dist.checkpoint.power_profile import LONGEST, exponent, kind_of
 from msdiff_dist.distributed.zero_state import ShardedState
 from msdiff_dist.errors import ConfigError
 
+_MOST_LENGTHS = 16
+_SHORTEST = 1e-6  # shorter ones are the last weights
+
 
 @dataclass(frozen=True, kw_only=True)
 class PowerEmaConfig:
@@ -30,9 +33,12 @@ class PowerEmaConfig:
     def __post_init__(self) -> None:
         if self.snapshot_every < 1:
             raise ConfigError("snapshot_every", self.snapshot_every, "must be at least 1", "Use 1000, say.")
-        usable = {s for s in self.lengths if 0 < s < LONGEST}
+        if len(self.lengths) > _MOST_LENGTHS:
+            problem = f"are {len(self.lengths)} copies of the weights, and at most {_MOST_LENGTHS} are kept"
+            raise ConfigError("lengths", list(self.lengths), problem, "EDM2 uses 0.05 and 0.1.")
+        usable = {s for s in self.lengths if _SHORTEST < s < LONGEST}
         if not usable or len(usable) < len(self.lengths):
-            problem = f"must be different numbers in (0, {LONGEST:.4f})"
+            problem = f"must be different numbers in ({_SHORTEST}, {LONGEST:.4f})"
             raise ConfigError("lengths", list(self.lengths), problem, "EDM2 uses 0.05 and 0.1.")
 
 

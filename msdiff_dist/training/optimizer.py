@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import torch
 from torch import nn
 
+from msdiff_dist.bounds import GREATEST_FLOAT, check_between
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.registry import Table
 
@@ -54,6 +55,8 @@ OPTIMIZERS: Table[Optimizer] = Table(
     },
 )
 
+_LEAST_EPS = 1e-37  # near the smallest normal number of fp32
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -78,9 +81,12 @@ class OptimizerConfig:
         for field, value in (("lr", self.lr), ("eps", self.eps)):
             if not value > 0:
                 raise ConfigError(field, value, "must be above 0", "Adam usually takes lr 1e-4, eps 1e-8.")
-        for field, value in (("weight_decay", self.weight_decay), ("grad_clip", self.grad_clip)):
-            if value < 0:
-                raise ConfigError(field, value, "must not be negative", "Use 0 to switch it off.")
+        for field, most in (("lr", 1000.0), ("eps", 1000.0), ("weight_decay", 1000.0), ("grad_clip", GREATEST_FLOAT)):
+            check_between(field, getattr(self, field), 0, most)
+        if self.eps < _LEAST_EPS:
+            raise ConfigError("eps", self.eps, "is zero in fp32", "Adam usually takes 1e-8.")
+        if not 0 <= self.momentum < 1:
+            raise ConfigError("momentum", self.momentum, "must lie in [0, 1)", "Use 0.9, or 0 for none.")
         if not all(0 <= b < 1 for b in self.betas):
             raise ConfigError("betas", self.betas, "must lie in [0, 1)", "Use [0.9, 0.999].")
 
@@ -97,8 +103,7 @@ class LrScheduleConfig:
     """Fraction of `optimizer.lr` at the last step of a cosine."""
 
     def __post_init__(self) -> None:
-        if self.warmup_steps < 0:
-            raise ConfigError("warmup_steps", self.warmup_steps, "must not be negative", "Use 0 for no warm-up.")
+        check_between("warmup_steps", self.warmup_steps, 0, 2**63 - 1)
         if not 0 <= self.final_fraction <= 1:
             raise ConfigError("final_fraction", self.final_fraction, "must lie in [0, 1]", "Use 0 to decay fully.")
 

@@ -11,6 +11,7 @@ from typing import IO, Annotated, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from msdiff_dist.bounds import check_different
 from msdiff_dist.registry import Table
 from msdiff_dist.terminal import Lines, duration
 from msdiff_dist.training.metrics import StepMetrics
@@ -146,6 +147,9 @@ class MetricsConfig:
 
     sinks: tuple[Annotated[str, SINKS], ...] = ("tensorboard",)
     """Where metrics go, besides metrics.jsonl and the terminal."""
+
+    def __post_init__(self) -> None:
+        check_different("sinks", self.sinks)
 
 
 class Sinks:

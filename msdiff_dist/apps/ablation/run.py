@@ -20,6 +20,7 @@ from msdiff_dist.apps.train.costs import CostReport, cost_report, step_petaflops
 from msdiff_dist.apps.train.found_data import DataFinder, FoundData
 from msdiff_dist.apps.train.local import run_local
 from msdiff_dist.apps.train.plan import check_run, plan_run
+from msdiff_dist.bounds import check_name, check_seed
 from msdiff_dist.checkpoint.layout import complete_checkpoints, step_folder, step_of
 from msdiff_dist.checkpoint.policy import CheckpointConfig
 from msdiff_dist.config import from_mapping, to_mapping
@@ -36,6 +37,7 @@ from msdiff_dist.files.yaml_places import Places
 from msdiff_dist.recipe import Recipe, load_recipe, read_mapping, recipe_mapping
 from msdiff_dist.sweep import overrides_of
 from msdiff_dist.terminal import duration
+from msdiff_dist.training.config import MOST_STEPS
 from msdiff_dist.training.run_folder import RunFolder
 
 
@@ -68,8 +70,13 @@ class AblationConfig:
         for name in self.variants:
             if not re.fullmatch(r"[\w+=-][\w.+=-]*", name):
                 raise ConfigError("variants", name, "cannot name a folder", "Use letters, digits, and any of _-+=.")
+            check_name("variants", name)
         if len(set(self.seeds)) < len(self.seeds):
             raise ConfigError("seeds", list(self.seeds), "names a seed twice", "Remove one.")
+        for seed in self.seeds:
+            check_seed("seeds", seed)
+        if not self.budget > 0:
+            raise ConfigError("budget", self.budget, "must be above 0", "Give 1e15 operations of a run.")
         points = list(self.points)
         if points != sorted(set(points)) or not 0 < points[0] <= points[-1] == 1:
             raise ConfigError("points", points, "must ascend inside (0, 1] and end with 1", "Write [0.25, 0.5, 1].")
@@ -160,6 +167,9 @@ def _trials(
     if last < 1:
         problem = f"is less than one step of {name}, {per_step:.3g}"
         raise ConfigError("budget", config.budget, problem, "Raise it, or lower train.global_batch_size.")
+    if last > MOST_STEPS:
+        problem = f"is {last:,} steps of {name}, and a run has at most {MOST_STEPS:,}"
+        raise ConfigError("budget", config.budget, problem, "Lower it: it counts 1e15 operations.")
     steps = tuple(max(1, round(point * last)) for point in config.points)
     if len(set(steps)) < len(steps):
         problem = f"two of them are the same step of {name}, which trains {last} steps"

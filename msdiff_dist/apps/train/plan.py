@@ -10,6 +10,7 @@ import torch
 
 from msdiff_dist.apps.train.found_data import FoundData, find_data
 from msdiff_dist.apps.train.latent_checks import check_latents
+from msdiff_dist.bounds import check_between, check_bytes
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.loader import StepLoader
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas
@@ -21,6 +22,9 @@ from msdiff_dist.models.flops import ModelCosts, costs
 from msdiff_dist.models.xformers_attention import check_installation
 from msdiff_dist.recipe import Recipe
 from msdiff_dist.training.optimizer import OPTIMIZERS
+
+MOST_RANKS = 2**20
+"""Ranks that a run may have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +54,9 @@ def plan_run(recipe: Recipe, world_size: int, ranks_per_node: int | None = None)
         ConfigError: batch sizes contradict each other or are too small for the stages.
         PlacementError: the stages cannot be placed on so many ranks, or the recipe's placement does not fit them.
     """
+    check_between("--world-size", world_size, 1, MOST_RANKS)
     batch_size = recipe.train.batch_size(world_size)
+    _check_batch(recipe, batch_size, world_size)
     stages = recipe.freezing().stages
     quotas = StageQuotas(recipe.process(), recipe.partition(), recipe.stages.sampling, batch_size, stages)
     model_costs = recipe_costs(recipe)
@@ -61,6 +67,17 @@ def plan_run(recipe: Recipe, world_size: int, ranks_per_node: int | None = None)
     if explicit is None and ranks_per_node is not None:
         placement = arrange(placement, ranks_per_node, [d.trained for d in model_costs.decoders])
     return RunPlan(batch_size=batch_size, quotas=quotas, costs=model_costs, cost_K=cost_K, placement=placement)
+
+
+def _check_batch(recipe: Recipe, batch_size: int, world_size: int) -> None:
+    """Refuse a batch that no rank could read: each reads its share of a step's samples at once."""
+    size = "global" if recipe.train.micro_batch_size is None else "micro"
+    field, value = f"train.{size}_batch_size", getattr(recipe.train, f"{size}_batch_size")
+    share = -(-batch_size // world_size) * recipe.data.sample_bytes
+    check_bytes(field, value, share, f"what a rank reads for one of {world_size} shares of a step")
+    # Every rank knows of every sample its stage, time, micro batch and rank, each a number of 64 bits.
+    check_bytes(field, value, 64 * batch_size, "the numbers of a step's samples")
+    check_between("train.steps", recipe.train.steps, 1, 2**62 // batch_size)  # samples of the stream are numbered
 
 
 def recipe_costs(recipe: Recipe) -> ModelCosts:

@@ -26,6 +26,7 @@ from safetensors.torch import load
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from msdiff_dist.bounds import check_between
 from msdiff_dist.data.access import is_local
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.image_files import IMAGE_FIELDS
@@ -61,6 +62,8 @@ def bench(config: DataConfig, batch_size: int, seconds: float) -> list[Speed]:
     Raises:
         DataError: the recipe has no shards, or they are corrupt.
     """
+    check_between("--batch-size", batch_size, 1, 10**6)
+    check_between("--seconds", seconds, 0, 3600)
     index = load_index(config)
     if not index:
         raise DataError("data.kind", config.kind, "has no shards to read", "Choose a recipe that has.")

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from msdiff_dist.bounds import check_between, check_seed
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.corruption import Corruption, CorruptionReport
 from msdiff_dist.data.index import FIELD, Shard
@@ -25,7 +26,7 @@ from msdiff_dist.data.make.manifest import ManifestFile, stored_file
 from msdiff_dist.data.make.shard_writer import Fields, write_shard
 from msdiff_dist.data.samples import Samples, decode
 from msdiff_dist.data.tar_members import TarError, chunks
-from msdiff_dist.errors import ConfigError, DataError
+from msdiff_dist.errors import DataError
 from msdiff_dist.randomness import generator
 
 
@@ -53,8 +54,8 @@ class EncodeConfig:
 
     def __post_init__(self) -> None:
         for name in ("block", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(name, getattr(self, name), "must be at least 1", "Remove it to use the default.")
+            check_between(name, getattr(self, name), 1, 2**20)
+        check_seed("seed", self.seed)
 
 
 @dataclass(frozen=True)

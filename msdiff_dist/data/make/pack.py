@@ -8,7 +8,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from msdiff_dist.data.image_files import IMAGE_FIELDS, UNREADABLE, ImageReading, fitted, is_plain, opened, read_image
+from msdiff_dist.bounds import check_between
+from msdiff_dist.data.image_files import (
+    IMAGE_FIELDS,
+    MOST_PIXELS_A_SIDE,
+    UNREADABLE,
+    ImageReading,
+    fitted,
+    is_plain,
+    opened,
+    read_image,
+)
 from msdiff_dist.data.make.shard_writer import (
     DatasetInfo,
     Fields,
@@ -44,6 +54,9 @@ class PackOptions:
     reading: ImageReading = field(default_factory=ImageReading)
     samples_per_shard: int = 1000
     max_bad: int = 10
+
+    def __post_init__(self) -> None:
+        check_between("--size", self.size, 8, MOST_PIXELS_A_SIDE)
 
 
 @dataclass

@@ -9,10 +9,13 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from msdiff_dist.bounds import check_between
 from msdiff_dist.diffusion.denoiser import PredictionType, build_denoiser, check_min_snr_gamma
 from msdiff_dist.diffusion.noise_schedule import ScheduleName, alphas_cumprod, betas
 from msdiff_dist.diffusion.process import Process, Spacing
 from msdiff_dist.errors import ConfigError
+
+_LEAST_SQUARE = 1e-30  # squares of scales: fp32 holds their roots, and the roots' squares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,22 @@ class DiscreteConfig:
         if not self.beta_start <= self.beta_end < 1:
             problem = f"must lie between beta_start = {self.beta_start} and 1"
             raise ConfigError("beta_end", self.beta_end, problem, "LDM uses 0.0195.")
+        check_between("timesteps", self.timesteps, 2, 10**6)
         check_min_snr_gamma(self.min_snr_gamma)
+        self._check_scales()
+
+    def betas(self) -> np.ndarray:
+        """Variances of the steps, float64 [T]."""
+        return betas(self.schedule, self.timesteps, self.beta_start, self.beta_end)
+
+    def _check_scales(self) -> None:
+        # Networks divide by the scales of signal and noise in fp32, and times are spaced by log(noise / signal).
+        square_T = alphas_cumprod(self.betas())
+        if square_T[-1] < _LEAST_SQUARE:
+            problem = f"leaves no signal at timestep {self.timesteps - 1}"
+            raise ConfigError("beta_end", self.beta_end, problem, "LDM uses 1000 timesteps up to 0.0195.")
+        if 1 - square_T[0] < _LEAST_SQUARE:
+            raise ConfigError("beta_start", self.beta_start, "adds no noise at timestep 0", "LDM uses 0.0015.")
 
 
 class DiscreteProcess(Process):
@@ -61,8 +79,7 @@ class DiscreteProcess(Process):
     def __init__(self, config: DiscreteConfig) -> None:
         super().__init__(build_denoiser(config.prediction_type, config.min_snr_gamma))
         self.lo, self.hi = 0, config.timesteps
-        betas_T = betas(config.schedule, config.timesteps, config.beta_start, config.beta_end)
-        self.alphas_cumprod = alphas_cumprod(betas_T)
+        self.alphas_cumprod = alphas_cumprod(config.betas())
         table = np.stack([np.sqrt(self.alphas_cumprod), np.sqrt(1 - self.alphas_cumprod)])
         self._table = torch.from_numpy(table.astype(np.float32))
 

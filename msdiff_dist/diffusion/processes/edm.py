@@ -10,9 +10,12 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from msdiff_dist.bounds import check_between
 from msdiff_dist.diffusion.denoiser import EDMDenoiser
 from msdiff_dist.diffusion.process import Process, Spacing
 from msdiff_dist.errors import ConfigError
+
+_MOST_LOG_SIGMA = 80  # exp(80) is near the greatest number of fp32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,16 @@ class EDMConfig:
         if not self.sigma_max > self.sigma_min:
             problem = f"must be above sigma_min = {self.sigma_min}"
             raise ConfigError("sigma_max", self.sigma_max, problem, "EDM uses 0.002 and 80.")
+        for name in ("sigma_data", "sigma_min", "sigma_max"):
+            check_between(name, getattr(self, name), 1e-15, 1e15)  # their squares are taken in fp32
+        farthest = abs(self.p_mean) + 10 * self.p_std  # standard normal numbers in fp64 reach 9
+        if farthest > _MOST_LOG_SIGMA:
+            name = "p_mean" if abs(self.p_mean) > 10 * self.p_std else "p_std"
+            problem = f"gives noise levels up to exp({farthest:.3g})"
+            raise ConfigError(name, getattr(self, name), problem, "EDM uses -1.2 and 1.2.")
+        # Times are evenly spaced between these two.
+        if not 1e-200 < self.sigma_min ** (1 / self.rho) * (1 + 1e-6) < self.sigma_max ** (1 / self.rho) < 1e200:
+            raise ConfigError("rho", self.rho, "gives no noise levels between sigma_min and sigma_max", "EDM uses 7.")
 
 
 class EDMProcess(Process):

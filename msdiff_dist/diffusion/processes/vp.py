@@ -35,6 +35,11 @@ class VPConfig:
             raise ConfigError("beta_min", self.beta_min, problem, "The paper uses 0.1 and 20.")
         if not 0 < self.t_min < 1:
             raise ConfigError("t_min", self.t_min, "must lie between 0 and 1", "Use 1e-3.")
+        # Networks divide by s and n in fp32; see `VPProcess` for both.
+        if self.beta_min + self.beta_max > 300:
+            raise ConfigError("beta_max", self.beta_max, "leaves no signal at t = 1", "The paper uses 0.1 and 20.")
+        if self.t_min * (self.beta_min + self.t_min * (self.beta_max - self.beta_min) / 2) < 1e-30:
+            raise ConfigError("t_min", self.t_min, "there is no noise at this time", "Use 1e-3.")
         check_min_snr_gamma(self.min_snr_gamma)
 
 

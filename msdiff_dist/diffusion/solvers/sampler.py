@@ -9,6 +9,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from msdiff_dist.bounds import check_between
+from msdiff_dist.config import INFINITE
 from msdiff_dist.diffusion.process import Process, Spacing
 from msdiff_dist.diffusion.solvers.dpm_solver import dpm_solver_singlestep
 from msdiff_dist.diffusion.solvers.heun import heun, heun_steps
@@ -38,6 +40,8 @@ SOLVERS: Table[Solver] = Table(
     },
 )
 
+_MOST_GUIDANCE = 1e6
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChurnConfig:
@@ -49,12 +53,18 @@ class ChurnConfig:
     """S_noise: factor on the standard deviation of the added noise."""
     sigma_min: float = 0.0
     """S_tmin: smallest sigma at which noise is added."""
-    sigma_max: float = math.inf
+    sigma_max: Annotated[float, INFINITE] = math.inf
     """S_tmax: largest sigma at which noise is added."""
 
     def __post_init__(self) -> None:
         if not self.amount >= 0:
             raise ConfigError("amount", self.amount, "must not be negative", "Use 0 for deterministic sampling.")
+        check_between("amount", self.amount, 0, 1e6)
+        check_between("noise", self.noise, 0, 1e6)
+        check_between("sigma_min", self.sigma_min, 0, math.inf)
+        if self.sigma_max < self.sigma_min:
+            problem = f"is below sigma_min = {self.sigma_min}, so no step would add noise"
+            raise ConfigError("sigma_max", self.sigma_max, problem, "Raise it, or set amount to 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +92,8 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ConfigError("steps", self.steps, "sampling needs at least one step", "Use 50.")
+        check_between("steps", self.steps, 1, 10**5)
+        check_between("guidance_scale", self.guidance_scale, -_MOST_GUIDANCE, _MOST_GUIDANCE)
         if not 0 <= self.eta <= 1:
             raise ConfigError("eta", self.eta, "must lie in [0, 1]", "Use 0 for deterministic sampling.")
         if self.name is None:

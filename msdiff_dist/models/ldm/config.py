@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
+from msdiff_dist.bounds import check_between, check_bytes
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.models.unet_config import UNetConfig
 
@@ -48,6 +49,9 @@ class LDMConfig(UNetConfig):
         super().__post_init__()
         for name in ("transformer_depth", "num_heads", "num_head_channels", "context_dim"):
             self._check_positive(name, getattr(self, name))
+        check_between("transformer_depth", self.transformer_depth, 1, 100)
+        widest = max(channels for channels, _ in self._block_widths())
+        check_bytes("context_dim", self.context_dim, 4 * widest * (self.context_dim or 0), "a cross-attention layer")
         if self.decoder_attention is not None:
             self._check_one_per_stage("decoder_attention", self.decoder_attention)
             self._check_attention("decoder_attention", *self.decoder_attention)
@@ -128,7 +132,7 @@ class LDMConfig(UNetConfig):
             if channels % self.norm_groups:
                 # Inputs of blocks are sums of these widths, so what divides all widths divides all inputs.
                 common = math.gcd(*(c for c, _ in widths))
-                fitting = max(g for g in range(1, self.norm_groups + 1) if common % g == 0)
+                fitting = max(g for g in range(1, min(self.norm_groups, common) + 1) if common % g == 0)
                 raise ConfigError(
                     "norm_groups",
                     self.norm_groups,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from msdiff_dist.bounds import check_between
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.models.unet_config import UNetConfig
 
@@ -48,10 +49,7 @@ class SongConfig(UNetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.augment_labels < 0:
-            raise ConfigError(
-                "augment_labels", self.augment_labels, "must not be negative", "Use 9 for EDM's augmentation."
-            )
+        check_between("augment_labels", self.augment_labels, 0, 1000)
         self._check_norm_groups()
 
     @property
@@ -72,7 +70,7 @@ class SongConfig(UNetConfig):
                 problem = f"{place} is {channels} channels wide, and the groups of a GroupNorm have at least 4"
                 raise ConfigError(field, getattr(self, field), problem, "Use widths of 4 or more.")
             if channels % self.groups(channels):
-                candidates = range(self.norm_groups, 0, -1)
+                candidates = range(min(self.norm_groups, max(c // 4 for c, _ in widths)), 0, -1)
                 fitting = next(g for g in candidates if all(c % min(g, c // 4) == 0 for c, _ in widths))
                 raise ConfigError(
                     "norm_groups",

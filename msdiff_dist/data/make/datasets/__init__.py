@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from msdiff_dist.bounds import check_between
+from msdiff_dist.data.image_files import MOST_PIXELS_A_SIDE
 from msdiff_dist.data.make.datasets.digits import DIGITS
 from msdiff_dist.data.make.datasets.emoji import EMOJI
 from msdiff_dist.data.make.datasets.fashion_mnist import FASHION_MNIST
@@ -31,6 +33,8 @@ def prepare(
         DataError: the source is missing or corrupt, or `out` is in use.
     """
     known = DATASETS.choose("DATASET", name)
+    check_between("--size", size, 8, MOST_PIXELS_A_SIDE)
+    check_between("--shards", shards, 1, 10**6)
     check_output(out)
     images = list(track(known.images(source, split, size or known.size), "reading", "images"))
     samples = ((image.key, image.fields()) for image in track(images, "writing", "images"))
