@@ -81,9 +81,11 @@ def check_path(field: str, value: str) -> None:
 
 def check_different(field: str, values: Sequence[Any]) -> None:
     """Raise ConfigError for a list that names something twice."""
-    for i, value in enumerate(values):
-        if value in values[:i]:
+    seen: set[Any] = set()
+    for value in values:
+        if value in seen:
             raise ConfigError(field, list(values), f"names {value!r} twice", "Remove one.")
+        seen.add(value)
 
 
 def check_bytes(field: str, value: Any, needed: int, what: str) -> None:

@@ -86,7 +86,7 @@ def import_extensions(mapping: Any) -> None:
 
 
 def _import_extension(name: str) -> None:
-    if not all(part.isidentifier() for part in name.split(".")):
+    if len(name) > 255 or not all(part.isidentifier() for part in name.split(".")):
         raise ConfigError("extensions", name, "is not the name of a module", "Write it as my_package.my_module.")
     try:
         importlib.import_module(name)

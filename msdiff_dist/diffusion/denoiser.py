@@ -134,6 +134,8 @@ def build_denoiser(prediction_type: PredictionType, min_snr_gamma: float | None)
 
 
 def check_min_snr_gamma(gamma: float | None) -> None:
-    """Raise `ConfigError` for a min-SNR gamma that is not positive."""
-    if gamma is not None and not gamma > 0:
-        raise ConfigError("min_snr_gamma", gamma, "must be positive", "Use 5, or null for no weighting.")
+    """Raise `ConfigError` for a min-SNR gamma with which all weights are zero or nearly so."""
+    if gamma is not None and not gamma > 1e-6:
+        raise ConfigError(
+            "min_snr_gamma", gamma, "must be positive, and more than 1e-6", "Use 5, or null for no weighting."
+        )

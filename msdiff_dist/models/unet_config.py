@@ -280,7 +280,9 @@ class UNetConfig:
             # A residual block has a 3x3 convolution from its inputs to its outputs, in fp32.
             for name, part in (("encoder_channels", self.down_blocks(k)), ("decoder_channels", self.up_blocks(k))):
                 convolutions = sum(4 * 9 * block.in_channels * block.out_channels for block in part)
-                check_bytes(name, getattr(self, name), convolutions, "the convolutions of one part of the model")
+                width = self.encoder_width(k) if name == "encoder_channels" else self.decoder_channels[k]
+                culprit = "channel_mult" if max(self.channel_mult) > width else name
+                check_bytes(culprit, getattr(self, culprit), convolutions, "the convolutions of one part of the model")
             label_bytes = 4 * self.emb_channels(k) * (self.num_classes or 0)
             check_bytes("num_classes", self.num_classes, label_bytes, "the embedding of classes")
 

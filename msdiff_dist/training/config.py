@@ -78,7 +78,7 @@ class TrainConfig:
         for field in ("timeout_s", "start_timeout_s"):
             if not getattr(self, field) > 0:
                 raise ConfigError(field, getattr(self, field), "must be above 0", "Leave it out for the default.")
-            check_between(field, getattr(self, field), 0, _LONGEST_S)
+            check_between(field, getattr(self, field), 0.01, _LONGEST_S)
 
     def batch_size(self, world_size: int) -> int:
         """Samples per optimizer step on `world_size` ranks.

@@ -55,7 +55,7 @@ OPTIMIZERS: Table[Optimizer] = Table(
     },
 )
 
-_LEAST_EPS = 1e-37  # near the smallest normal number of fp32
+_LEAST = 1e-37  # near the smallest normal number of fp32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +79,10 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for field, value in (("lr", self.lr), ("eps", self.eps)):
-            if not value > 0:
-                raise ConfigError(field, value, "must be above 0", "Adam usually takes lr 1e-4, eps 1e-8.")
+            if not value > _LEAST:
+                raise ConfigError(field, value, "must be above 0 in fp32", "Adam usually takes lr 1e-4, eps 1e-8.")
         for field, most in (("lr", 1000.0), ("eps", 1000.0), ("weight_decay", 1000.0), ("grad_clip", GREATEST_FLOAT)):
             check_between(field, getattr(self, field), 0, most)
-        if self.eps < _LEAST_EPS:
-            raise ConfigError("eps", self.eps, "is zero in fp32", "Adam usually takes 1e-8.")
         if not 0 <= self.momentum < 1:
             raise ConfigError("momentum", self.momentum, "must lie in [0, 1)", "Use 0.9, or 0 for none.")
         if not all(0 <= b < 1 for b in self.betas):

@@ -18,6 +18,7 @@ from msdiff_dist.distributed.engine_costs import Workload
 from msdiff_dist.distributed.placement import Placement, plan
 from msdiff_dist.distributed.precision import expected_precision
 from msdiff_dist.distributed.topology import arrange
+from msdiff_dist.errors import ConfigError
 from msdiff_dist.models.flops import ModelCosts, costs
 from msdiff_dist.models.xformers_attention import check_installation
 from msdiff_dist.recipe import Recipe
@@ -25,6 +26,8 @@ from msdiff_dist.training.optimizer import OPTIMIZERS
 
 MOST_RANKS = 2**20
 """Ranks that a run may have."""
+MOST_SAMPLES = 2**24
+"""Samples that a step may have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +79,11 @@ def _check_batch(recipe: Recipe, batch_size: int, world_size: int) -> None:
     share = -(-batch_size // world_size) * recipe.data.sample_bytes
     check_bytes(field, value, share, f"what a rank reads for one of {world_size} shares of a step")
     # Every rank knows of every sample its stage, time, micro batch and rank, each a number of 64 bits.
-    check_bytes(field, value, 64 * batch_size, "the numbers of a step's samples")
+    if batch_size > MOST_SAMPLES:
+        problem = (
+            f"makes a step of {batch_size:,} samples, whose numbers take {batch_size / 2**24:,.0f} GiB on every rank"
+        )
+        raise ConfigError(field, value, problem, f"Use at most {MOST_SAMPLES:,} samples a step.")
     check_between("train.steps", recipe.train.steps, 1, 2**62 // batch_size)  # samples of the stream are numbered
 
 

@@ -15,6 +15,7 @@ from msdiff_dist.diffusion.denoiser import EDMDenoiser
 from msdiff_dist.diffusion.process import Process, Spacing
 from msdiff_dist.errors import ConfigError
 
+_LEAST_SIGMA = 1e-15  # fp32 holds its square
 _MOST_LOG_SIGMA = 80  # exp(80) is near the greatest number of fp32
 
 
@@ -43,7 +44,8 @@ class EDMConfig:
             problem = f"must be above sigma_min = {self.sigma_min}"
             raise ConfigError("sigma_max", self.sigma_max, problem, "EDM uses 0.002 and 80.")
         for name in ("sigma_data", "sigma_min", "sigma_max"):
-            check_between(name, getattr(self, name), 1e-15, 1e15)  # their squares are taken in fp32
+            check_between(name, getattr(self, name), _LEAST_SIGMA, 1 / _LEAST_SIGMA)
+        check_between("p_std", self.p_std, 1e-6, _MOST_LOG_SIGMA)
         farthest = abs(self.p_mean) + 10 * self.p_std  # standard normal numbers in fp64 reach 9
         if farthest > _MOST_LOG_SIGMA:
             name = "p_mean" if abs(self.p_mean) > 10 * self.p_std else "p_std"
@@ -97,7 +99,7 @@ class EDMProcess(Process):
 
     def spaced_times(self, steps: int, spacing: Spacing, end: float | None) -> tuple[np.ndarray, float]:
         config, end = self._config, self._config.sigma_min if end is None else end
-        if not 0 < end < config.sigma_max:
+        if not _LEAST_SIGMA < end < config.sigma_max:
             raise ConfigError("end", end, f"must lie between 0 and sigma_max = {config.sigma_max}", "EDM uses 0.002.")
         return np.linspace(config.sigma_max ** (1 / config.rho), end ** (1 / config.rho), steps) ** config.rho, 0.0
 
