@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,6 +28,7 @@ def plan(
         bool,
         typer.Option("--rehearse", help="Run the ranks' engines, and compare what they communicate."),
     ] = False,
+    no_data: Annotated[bool, typer.Option("--no-data", help="Do not look at the data: they are not here.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show which ranks hold which stages, how well the work is balanced, and the bytes on and between ranks.
@@ -38,6 +39,9 @@ def plan(
     buffers. With --nodes it also shows the bytes that pass between nodes, compared with data parallelism with every
     decoder on every rank. With --gpu it says whether the plan fits, what to change if it does not, the largest micro
     batch, and how long a step takes at least. Nothing is computed: no GPU is needed.
+
+    The shards are looked at as training does at its start: what it would refuse is refused here, status 2. On machines
+    that have no data, give --no-data.
 
     GPUs: a100-40g, a100-80g, b200, h100-80g, h200-141g, l40s, rtx3090, rtx4090, v100-32g; or GiB of memory, bf16
     TFLOP/s and GB/s of memory bandwidth, as memory=24,tflops=165,bandwidth=1000. Numbers after a name replace its own:
@@ -58,11 +62,13 @@ def plan(
     parsed = load_recipe(recipe, overrides or [])
     ranks = _ranks(recipe, world_size, nodes, gpus_per_node)
     on_gpus = bool(gpus_per_node) or this_device().type == "cuda"
+    data = None if no_data else _data(parsed, ranks)
     if rehearse:
         _rehearse(parsed, ranks, gpus_per_node, on_gpus, as_json)
         return
     planned_for = None if gpu is None else parse_gpu(gpu)
     report = predict(parsed, ranks, on_gpus=on_gpus, ranks_per_node=gpus_per_node, gpu=planned_for)
+    report["data"] = data
     if as_json:
         typer.echo(json.dumps(report))
         return
@@ -70,6 +76,29 @@ def plan(
     from rich.console import Console
 
     Console().print(render(report, parsed.name))
+    typer.echo(_about(data))
+
+
+def _data(recipe: Recipe, ranks: int) -> dict[str, Any]:
+    """What the recipe's shards hold, once they are checked: numbers of sources, shards and samples."""
+    from msdiff_dist.apps.train.plan import look_at_data
+
+    sources = look_at_data(recipe, ranks).shards
+    shards = [shard for source in sources for shard in source]
+    return {
+        "kind": recipe.data.kind,
+        "sources": len(sources),
+        "shards": len(shards),
+        "samples": sum(shard.num_samples for shard in shards),
+    }
+
+
+def _about(data: dict[str, Any] | None) -> str:
+    if data is None:
+        return "data: not looked at (--no-data)"
+    if not data["sources"]:
+        return "data: random numbers, no shards"
+    return f"data: {data['samples']:,} samples in {data['shards']:,} shards; training can read the first"
 
 
 def _rehearse(recipe: Recipe, ranks: int, ranks_per_node: int | None, on_gpus: bool, as_json: bool) -> None:

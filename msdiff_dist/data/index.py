@@ -152,7 +152,8 @@ def scan(path: str, access: Access = DEFAULT_ACCESS, corruption: CorruptionRepor
 
 def _indexed(path: str, index: str, entry: Mapping[str, Any], corruption: CorruptionReport) -> Shard:
     # A remote shard is not opened to learn its size: the index's is taken, and nothing is compared.
-    size, problem = _size(path) or entry.get("filesize"), None
+    found, problem = _size(path), None
+    size = entry.get("filesize") if found is None else found
     if entry.get("filesize", size) != size:
         problem = f"has {size} bytes, but {index} says {entry['filesize']}"
         remedy = "It is cut short or changed: copy it again, or delete the index to have shards counted anew."

@@ -28,7 +28,7 @@ from msdiff_dist.data.mixture import Mixture
 from msdiff_dist.data.order import Ints, StreamOrder, grouped
 from msdiff_dist.data.samples import Samples, decode, synthesize
 from msdiff_dist.data.shared_memory import check_shared_memory
-from msdiff_dist.data.stream import LaneStream, Picked
+from msdiff_dist.data.stream import LaneStream, Picked, first_sample
 from msdiff_dist.data.worker_processes import set_up_worker, start_fork_server
 from msdiff_dist.errors import ConfigError, DataError, UserError
 from msdiff_dist.randomness import generator
@@ -67,6 +67,21 @@ def load_index(config: DataConfig) -> list[list[Shard]]:
     """
     indexes, corruption = IndexFiles(config.access), CorruptionReport(config.max_bad)
     return [find_shards(source.shards, indexes, corruption) for source in config.mixed]
+
+
+def check_first_samples(config: DataConfig, seed: int, index: Sequence[Sequence[Shard]]) -> None:
+    """Decode the first sample of each source: what every sample lacks is found before a run starts.
+
+    Raises:
+        DataError: as reading it in training would, unless `config.max_bad` lets training skip it.
+    """
+    for shards in index:
+        try:
+            sample = first_sample(shards, config.access, CorruptionReport(config.max_bad))
+            decode(sample, config, seed, np.zeros(1, np.int64))
+        except DataError:
+            if config.max_bad == 0:
+                raise
 
 
 class StepLoader:

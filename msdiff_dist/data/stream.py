@@ -138,6 +138,17 @@ class _WindowBuffer:
         return picked
 
 
+def first_sample(shards: Sequence[Shard], access: Access, corruption: CorruptionReport) -> Chunk:
+    """The first sample of a source, as its lanes read it: a chunk of one row.
+
+    Raises:
+        DataError: it cannot be read, and `corruption` allows no more.
+    """
+    first = next(number for number, shard in enumerate(shards) if shard.num_samples)
+    chunk, rows = next(_Reader(shards, access, corruption).places(first))
+    return {name: column[rows.start : rows.start + 1] for name, column in chunk.items()}
+
+
 def _reading_order(reader: _Reader, order: StreamOrder, lane: int, first_epoch: int, start: int) -> Iterator[Rows]:
     """The lane's samples shard after shard, epoch after epoch, from position `start` of `first_epoch` on."""
     for epoch in itertools.count(first_epoch):

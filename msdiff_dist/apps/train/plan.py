@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,13 +12,13 @@ from msdiff_dist.apps.train.found_data import FoundData, find_data
 from msdiff_dist.apps.train.latent_checks import check_latents
 from msdiff_dist.bounds import check_between, check_bytes
 from msdiff_dist.data.config import DataConfig
-from msdiff_dist.data.loader import StepLoader
+from msdiff_dist.data.loader import StepLoader, check_first_samples
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas
 from msdiff_dist.distributed.engine_costs import Workload
 from msdiff_dist.distributed.placement import Placement, plan
 from msdiff_dist.distributed.precision import expected_precision
 from msdiff_dist.distributed.topology import arrange
-from msdiff_dist.errors import ConfigError
+from msdiff_dist.errors import ConfigError, UserError
 from msdiff_dist.models.flops import ModelCosts, costs
 from msdiff_dist.models.xformers_attention import check_installation
 from msdiff_dist.recipe import Recipe
@@ -142,7 +142,7 @@ def check_run(
     *,
     device_type: str | None,
 ) -> FoundData:
-    """Check placement, attention backend, lanes, shards and manifests before any rank starts.
+    """Check placement, attention backend, lanes, shards, manifests and first samples before any rank starts.
 
     Args:
         world_sizes: the numbers of ranks on which the run may start.
@@ -158,8 +158,41 @@ def check_run(
     if recipe.model.attention_backend == "xformers" and device_type is not None:
         check_installation(device_type)
     batch_sizes = {world_size: plan_run(recipe, world_size).batch_size for world_size in world_sizes}
+    return check_data(recipe, batch_sizes, find)
+
+
+def check_data(
+    recipe: Recipe, batch_sizes: Mapping[int, int], find: Callable[[DataConfig], FoundData] = find_data
+) -> FoundData:
+    """Check shards, manifests, lanes and the first sample of each source.
+
+    Args:
+        batch_sizes: samples per step, by number of ranks; the lanes must be dealt evenly to each of these.
+        find: reads the data, or returns what it has read before.
+
+    Returns:
+        The data.
+
+    Raises:
+        UserError: what training would refuse at its start or at its first sample.
+    """
     found = find(recipe.data)
     check_latents(recipe, found.manifests)
     for world_size, batch_size in batch_sizes.items():
         StepLoader(recipe.data, recipe.train.seed, batch_size, 0, world_size, index=found.shards)
+    check_first_samples(recipe.data, recipe.train.seed, found.shards)
     return found
+
+
+def look_at_data(recipe: Recipe, world_size: int) -> FoundData:
+    """The data of a recipe, checked as `check_run` does; that its lanes fit the ranks is a matter of `plan_warnings`.
+
+    Raises:
+        UserError: the recipe cannot be planned, or what training would refuse of its data.
+    """
+    batch_size = plan_run(recipe, world_size).batch_size
+    try:
+        return check_data(recipe, {world_size: batch_size} if recipe.data.lanes % world_size == 0 else {})
+    except UserError as e:
+        remedy = f"{e.remedy} On a machine without the data, plan with --no-data."
+        raise type(e)(e.field, e.value, e.problem, remedy) from None

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +15,16 @@ import torch
 from typer.testing import CliRunner
 
 from msdiff_dist.cli.main import app
-from msdiff_dist.errors import ConfigError, PlacementError
+from msdiff_dist.data.make.datasets import prepare
+from msdiff_dist.errors import ConfigError, PlacementError, UserError
 from msdiff_dist.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 
 
-def run(*arguments: str) -> str:
-    result = CliRunner().invoke(app, ["plan", *arguments], catch_exceptions=False)
+def run(*arguments: str, looking: bool = False) -> str:
+    """The output of `msdiff plan`, without looking at data unless asked to: shipped recipes name shards to be made."""
+    result = CliRunner().invoke(app, ["plan", *arguments, *([] if looking else ["--no-data"])], catch_exceptions=False)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.output
@@ -45,7 +51,7 @@ def test_paper_recipe_balances(world_size: int) -> None:
 
 
 def test_without_a_number_of_ranks_it_plans_for_this_machine() -> None:
-    result = CliRunner().invoke(app, ["plan", str(RECIPES / "quickstart.yaml"), "--json"])
+    result = CliRunner().invoke(app, ["plan", str(RECIPES / "quickstart.yaml"), "--no-data", "--json"])
     here = max(1, torch.cuda.device_count())
     assert json.loads(result.stdout)["world_size"] == here
     (line,) = result.stderr.splitlines()
@@ -92,3 +98,105 @@ def test_plan_for_a_gpu() -> None:
     assert "does not fit" in printed
     with pytest.raises(ConfigError, match=r"--gpu = 'h100': no GPU of this name is known"):
         run(recipe, "--world-size", "4", "--gpu", "h100")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("data") / "digits"
+    prepare("digits", out, shards=12)
+    return out
+
+
+def quickstart(shards: Path) -> list[str]:
+    return [str(RECIPES / "quickstart.yaml"), f"data.shards={shards}"]
+
+
+def test_it_looks_at_the_data(digits: Path) -> None:
+    arguments = [*quickstart(digits), "--world-size", "2"]
+    index = json.loads((digits / "index.json").read_text())
+    samples = sum(shard["nsamples"] for shard in index["shardlist"])
+    assert json.loads(run(*arguments, "--json", looking=True))["data"] == {
+        "kind": "image", "sources": 1, "shards": 12, "samples": samples,
+    }  # fmt: skip
+    assert f"data: {samples:,} samples in 12 shards" in run(*arguments, looking=True)
+    assert "data: not looked at (--no-data)" in run(*arguments)
+    assert report(*arguments)["data"] is None
+    # Lanes that do not fit the ranks are a warning, as without data.
+    assert "multiple" in " ".join(run(*quickstart(digits), "--world-size", "5", looking=True).split())
+    synthetic = str(RECIPES / "debug.yaml")
+    assert "random numbers" in run(synthetic, "--world-size", "2", looking=True)
+
+
+def without(extension: str, shards: Path) -> None:
+    """Remove the files of one extension from every shard, and the index, which has other sizes."""
+    for path in shards.glob("*.tar"):
+        with tarfile.open(path) as old:
+            kept = [(member, old.extractfile(member)) for member in old if not member.name.endswith(extension)]
+            contents = [(member, stream.read() if stream else b"") for member, stream in kept]
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as new:
+            for member, content in contents:
+                new.addfile(member, io.BytesIO(content))
+    (shards / "index.json").unlink()
+
+
+def first_of(shards: Path) -> Path:
+    return min(shards.glob("*.tar"))
+
+
+def foreign_index(shards: Path) -> None:
+    index = json.loads((shards / "index.json").read_text())
+    for shard in index["shardlist"]:
+        shard["filesize"] += 512
+    (shards / "index.json").write_text(json.dumps(index))
+
+
+def no_tar_file(shards: Path) -> None:
+    (shards / "index.json").unlink()
+    first_of(shards).write_bytes(b"x" * 4096)
+
+
+def no_shards(shards: Path) -> None:
+    for path in shards.glob("*.tar"):
+        path.unlink()
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
+    "no folder": (shutil.rmtree, [], "data.shards"),
+    "no shards": (no_shards, [], "data.shards"),
+    "a shard is missing": (
+        lambda shards: first_of(shards).unlink(), ["data.shards={}/{{00000..00011}}.tar"], "not found",
+    ),
+    "a shard is cut short": (lambda shards: first_of(shards).write_bytes(b""), [], "has 0 bytes"),
+    "a shard is no tar file": (no_tar_file, [], "tar file"),
+    "a foreign index": (foreign_index, [], "index.json says"),
+    "other sizes": (lambda shards: None, ["data.image_size=32"], "data.image_size"),
+    "no classes": (lambda shards: without(".cls", shards), [], "'cls'"),
+    "no captions": (lambda shards: without(".txt", shards), ["data.captions=true"], "'txt'"),
+    "no samples": (lambda shards: without("", shards), [], "hold no samples"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_training_would_refuse_of_the_data(name: str, digits: Path, tmp_path: Path) -> None:
+    damage, changes, words = FAULTS[name]
+    shards, out = tmp_path / "shards", tmp_path / "run"
+    shutil.copytree(digits, shards)
+    damage(shards)
+    arguments = [*quickstart(shards), *(change.format(shards) for change in changes)]
+    errors = []
+    for command in (["plan", *arguments, "--world-size", "1"], ["train", *arguments, "--run-dir", str(out)]):
+        with pytest.raises(UserError) as caught:
+            CliRunner().invoke(app, command, catch_exceptions=False)
+        errors.append(caught.value)
+    planned, trained = errors
+    assert words in str(planned)
+    assert str(planned) == f"{trained} On a machine without the data, plan with --no-data."
+    assert not out.exists()
+    run(*arguments, "--world-size", "1")  # without data there is nothing to refuse
+
+
+def test_corrupt_samples_may_be_skipped(digits: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(digits, shards)
+    without(".cls", shards)
+    run(*quickstart(shards), "data.max_bad=10", "--world-size", "1", looking=True)
