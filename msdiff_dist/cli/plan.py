@@ -51,7 +51,7 @@ def plan(
     whether they complete in whatever order the ranks arrive; status 2 says that they may wait for each other for ever.
     The engines of every different rank run here, in their full size, one after another in two processes.
 
-    Example: msdiff plan celebahq256_ldm_3stage.yaml --nodes 8 --gpus-per-node 8 --gpu h100-80g --json
+    Example: msdiff plan celebahq256_ldm_3stage.yaml --nodes 8 --gpus-per-node 8 --gpu h100-80g --no-data
     """
     from msdiff_dist.apps.train.prediction import predict
     from msdiff_dist.distributed.environment import this_device
