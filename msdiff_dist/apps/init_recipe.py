@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from msdiff_dist.apps.finetuning_recipe import InitChoices, is_text_to_image, start_finetuning
 from msdiff_dist.apps.recipe_for_data import copy_for_data
 from msdiff_dist.checkpoint.layout import INDEX
 from msdiff_dist.config import chosen, to_mapping
@@ -27,33 +28,73 @@ _COMMENTS = {
     "optimizer": "Set the learning rate for your data and batch size.",
     "train": "Set steps and batch size. Training starts from the weights of `init_from`.",
 }
+_FINETUNING_COMMENTS = {
+    "data": "Latents and embedded captions, which `msdiff data encode` makes of the images under `encode`.",
+    "encode": "`resize: cover` scales and crops images of other sizes; `moments` is the autoencoder's whole posterior.",
+    "optimizer": "Set the learning rate for your data and batch size.",
+    "train": "Set steps and batch size. Training starts from the weights of `init_from`.",
+}
 _CAPTION_TOKENS = 77  # context length of CLIP's text towers, for models that do not say theirs
 
 
-def init_recipe(
-    name: str | None, source: Path | None, out: Path | None, data: str | None = None, size: int | None = None
-) -> Copied:
+def init_recipe(name: str | None, source: Path | None, out: Path | None, choices: InitChoices | None = None) -> Copied:
     """Write the shipped file `name`, or a recipe that continues from the weights of `source`, to `out`.
 
-    Args:
-        data: shards of images that the shipped recipe is made to fit.
-        size: pixels a side, with `data`.
+    From the folder of a Stable Diffusion the start weights are written too, beside `out`.
 
     Raises:
         ConfigError: both or neither of the two are given, there is no such file, or `out` exists.
         CheckpointError: `source` holds no model of this package; the error names the command that converts it, if any.
     """
+    choices = choices or InitChoices()
     if name is not None and source is None:
-        return copy_shipped(name, out) if data is None else copy_for_data(name, out, data, size)
+        _refuse(choices, ("boundaries", "widths"), "are for the folder of a Stable Diffusion", "Edit the copy.")
+        return copy_shipped(name, out) if choices.data is None else copy_for_data(name, out, choices.data, choices.size)
     if source is None or name is not None:
         given = "both are given" if name else "neither is given"
         raise ConfigError("NAME", name, f"either NAME or --from is needed, and {given}", "See `msdiff recipes`.")
+    if source.is_dir() and is_text_to_image(source):
+        return _init_finetuning(source, out, choices)
     recipe, origin = continuation(source)
+    remedy = "Edit the recipe; `msdiff grow` makes stages of a unified model."
+    _refuse(choices, ("data", "size", "boundaries", "widths"), "has no effect on a model's own recipe", remedy)
     out = out or Path(f"{recipe.name}.yaml")
     refuse_existing(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(out, _text(recipe, origin, out))
+    commands = [f"msdiff plan {out} --world-size 1", f"msdiff train {out}"]
+    atomic_write(out, _text(recipe, f"Continues from {origin}.", commands, _COMMENTS))
     return Copied([out], [])
+
+
+def _init_finetuning(source: Path, out: Path | None, choices: InitChoices) -> Copied:
+    out = out or Path(f"{source.resolve().name}_stages.yaml")
+    refuse_existing(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    recipe, start = start_finetuning(source, out, choices)
+    run = Path("runs") / recipe.name
+    commands = [
+        f"msdiff data encode {out} --out {recipe.data.shards}",
+        f"msdiff plan {out}",
+        f"msdiff train {out} --run-dir {run}",
+        f'msdiff sample {run} --prompt "..." --guidance 7.5 --out {run}-images',
+        f"msdiff convert {run} {run}-diffusers --from msdiff --to diffusers",
+    ]
+    stages = recipe.stages.num_stages
+    title = f"Trains {source} further, in {stages} stage{'s' * (stages > 1)}."
+    atomic_write(out, _text(recipe, title, commands, _FINETUNING_COMMENTS))
+    return Copied([out, start], [])
+
+
+def _refuse(choices: InitChoices, fields: tuple[str, ...], problem: str, remedy: str) -> None:
+    """Raise if one of the fields is given.
+
+    Raises:
+        ConfigError: naming its option.
+    """
+    for field in fields:
+        value = getattr(choices, field)
+        if value is not None:
+            raise ConfigError(f"--{field}", value if isinstance(value, (str, int)) else list(value), problem, remedy)
 
 
 def continuation(source: Path) -> tuple[Recipe, str]:
@@ -117,24 +158,23 @@ def _data(description: ModelDescription) -> dict[str, Any]:
     return data
 
 
-def _text(recipe: Recipe, origin: str, out: Path) -> str:
+def _text(recipe: Recipe, title: str, commands: Sequence[str], comments: Mapping[str, str]) -> str:
     sections: dict[str, Any] = chosen(recipe)
     lines = [
-        f"# Continues from {origin}.",
+        f"# {title}",
         "#",
-        f"#   msdiff plan {out} --world-size 1",
-        f"#   msdiff train {out}",
+        *(f"#   {command}" for command in commands),
         "#",
         "# Fields that are not here have their defaults.",
-        *_sections(sections, recipe.model),
+        *_sections(sections, recipe.model, comments),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _sections(sections: Mapping[str, Any], model: ModelConfig) -> Iterator[str]:
+def _sections(sections: Mapping[str, Any], model: ModelConfig, comments: Mapping[str, str]) -> Iterator[str]:
     for section, value in sections.items():
-        if section in _COMMENTS:
-            yield f"# {_COMMENTS[section]}"
+        if section in comments:
+            yield f"# {comments[section]}"
         if section == "train" and model.num_stages > 1:
             others = ["shared"] * model.share_encoder + [f"stages.{k}" for k in range(1, model.num_stages)]
             yield f"# With freeze: [{', '.join(others)}] only the decoder of stage 0 trains."

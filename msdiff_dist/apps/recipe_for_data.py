@@ -79,7 +79,7 @@ def copy_for_data(name: str, out: Path | None, data: str, size: int | None) -> C
 
 def _fields(name: str, recipe: Recipe, data: str, size: int | None) -> dict[str, Any]:
     """The fields to change, by dotted path, in a recipe that is to train on shards of images."""
-    found = _look(data)
+    found = look_at(data)
     fields: dict[str, Any] = {"name": name}
     if recipe.data.kind == "image":
         size, section = size or recipe.data.image_size, "data"
@@ -148,7 +148,7 @@ def _classes(recipe: Recipe, found: ImagesFound) -> dict[str, Any]:
     return fields
 
 
-def _look(data: str) -> ImagesFound:
+def look_at(data: str) -> ImagesFound:
     """Read the first images of some shards, and what `dataset.json` beside them says."""
     shards = find_data(DataConfig(shards=data, image_size=1)).shards[0]
     colours, captions, labels, sizes, looked_at = False, True, False, set(), 0

@@ -136,8 +136,10 @@ class LatentCodec:
                     "Name its folder or hub id.",
                 )  # fmt: skip
             model: Any = AutoencoderKL if self._config.kind == "kl" else VQModel
+            # Files of half precision are computed with in fp32, too. diffusers' faster loading needs another package.
+            how = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
             try:
-                self._model = model.from_pretrained(self._config.path).to(self._device).eval()
+                self._model = model.from_pretrained(self._config.path, **how).to(self._device).eval()
             except (OSError, ValueError, RuntimeError) as e:
                 reason = " ".join(str(e).split())[:300]  # diffusers' messages run over many lines
                 raise ConfigError(

@@ -1,4 +1,4 @@
-"""The format `msdiff`: an export folder, with the autoencoder in it, if any. Also reads a run's checkpoints."""
+"""The format `msdiff`: an export folder, with the frozen networks in it, if any, or a checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from msdiff_dist import __version__
+from msdiff_dist.checkpoint.layout import INDEX
 from msdiff_dist.config import to_mapping
 from msdiff_dist.convert.formats.frozen_networks import AUTOENCODER, TEXT, with_described_networks, write_frozen
 from msdiff_dist.convert.key_map import SAME, OursFromTheirs, Rule, check_complete
@@ -25,14 +26,19 @@ from msdiff_dist.models.text_encoder import TextEncoderConfig
 
 
 def read_export(folder: Path, options: ConvertOptions) -> ModelWeights:
-    """Open an export folder.
+    """Open an export folder, or the newest checkpoint of a run, or one checkpoint.
 
     Raises:
-        CheckpointError: it is no export folder, or incomplete.
+        CheckpointError: it is none of these, incomplete or corrupt.
     """
+    if (folder / INDEX).is_file() or (folder / "checkpoints").is_dir():
+        return read_run(folder, options)
     if not (folder / CONFIG).exists():
         raise CheckpointError(
-            "SRC", str(folder), f"has no {CONFIG}", "Name a folder made by `msdiff export` or `msdiff convert`."
+            "SRC",
+            str(folder),
+            f"has no {CONFIG}",
+            "Name a folder made by `msdiff export` or `msdiff convert`, or a run.",
         )
     description = ExportWeights(folder).description
     if options.weights not in ("auto", description.weights):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from msdiff_dist.apps.finetuning_recipe import InitChoices
 from msdiff_dist.apps.init_recipe import init_recipe
 from msdiff_dist.apps.train.found_data import find_data
 from msdiff_dist.data.loader import StepLoader
@@ -42,10 +43,10 @@ def test_every_recipe_reads_the_images(name: str, kind: str, shards: Path, tmp_p
     size = 256 if before.data.kind == "latent" and before.encode.data is None else None
     if kind == "grey" and (before.data.context_shape is not None or name.startswith("cin256")):
         with pytest.raises(DataError, match="no captions" if before.data.context_shape else "no classes"):
-            init_recipe(name, None, out, str(shards / kind), size)
+            init_recipe(name, None, out, InitChoices(data=str(shards / kind), size=size))
         assert not out.exists()
         return
-    init_recipe(name, None, out, str(shards / kind), size)
+    init_recipe(name, None, out, InitChoices(data=str(shards / kind), size=size))
     recipe = load_recipe(out)
     images = recipe.data if recipe.data.kind == "image" else recipe.encode.data
     assert images is not None
@@ -61,7 +62,7 @@ def test_every_recipe_reads_the_images(name: str, kind: str, shards: Path, tmp_p
 
 def test_the_size_may_be_given(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "mine.yaml"
-    init_recipe("fashion_mnist_3stage", None, out, str(shards / "grey"), 64)
+    init_recipe("fashion_mnist_3stage", None, out, InitChoices(data=str(shards / "grey"), size=64))
     recipe = load_recipe(out)
     assert (recipe.data.image_size, recipe.data.resize, recipe.train.condition_dropout) == (64, "cover", 0.0)
 
@@ -75,6 +76,6 @@ def test_what_does_not_fit_is_refused(shards: Path, tmp_path: Path) -> None:
         ("fashion_mnist_3stage", shards / "grey", 33, "model"),
     ):
         with pytest.raises((ConfigError, DataError)) as refused:
-            init_recipe(name, None, out, str(data), size)
+            init_recipe(name, None, out, InitChoices(data=str(data), size=size))
         assert refused.value.field.startswith(field)
         assert not out.exists()
