@@ -18,7 +18,7 @@ from typing import Any
 
 MODULES = (
     "numpy", "torch", "torchvision", "triton", "deepspeed", "fairscale.nn", "diffusers", "diffusers.models.attention",
-    "open_clip", "webdataset", "submitit", "safetensors", "tensorboard", "sklearn",
+    "open_clip", "transformers", "webdataset", "submitit", "safetensors", "tensorboard", "sklearn",
 )  # fmt: skip
 """Imported one after the other; xformers comes before, since diffusers imports it."""
 _SECONDS = 180

@@ -19,7 +19,7 @@ PACKAGE = "msdiff-dist"
 PYTHONS = ((3, 11), (3, 12))
 SHOWN = (
     "torch", "torchvision", "triton", "deepspeed", "xformers", "fairscale", "diffusers", "open_clip_torch",
-    "webdataset", "submitit", "numpy",
+    "transformers", "webdataset", "submitit", "numpy",
 )  # fmt: skip
 _INSTALL = "Install the versions of constraints.txt: `pip install -c constraints.txt msdiff-dist`."
 
