@@ -84,6 +84,13 @@ def start_finetuning(folder: Path, out: Path, choices: InitChoices) -> tuple[Rec
             "--from", str(folder), f"has a text encoder that is not its U-Net's: {weights.left_out['text_encoder/']}",
             "Take text_encoder and tokenizer of the model that the U-Net was made from.",
         )  # fmt: skip
+    vae = weights.autoencoder_weights
+    channels = vae.config.get("latent_channels", 4) if vae else None
+    if channels != weights.model.in_channels:
+        raise CheckpointError(
+            "--from", str(folder), f"has an autoencoder with latents of {channels} channels, and its U-Net takes "
+            f"{weights.model.in_channels}", "Take the autoencoder of the model that the U-Net was made from.",
+        )  # fmt: skip
     grown = _grown(weights, choices)
     recipe = recipe_from(_mapping(grown, out, start, choices))
     write(grown, start, "msdiff", ConvertOptions(), {"path": str(folder), "format": "diffusers"})
@@ -149,7 +156,7 @@ def _sizes(description: ModelDescription, vae: Mapping[str, Any], size: int | No
     Raises:
         ConfigError: the U-Net does not say for which size it is, or the autoencoder does not divide the size.
     """
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    factor = 2 ** (len(vae.get("block_out_channels", [64])) - 1)  # diffusers' default
     own = description.sample_size
     if size is None:
         if not isinstance(own, int):

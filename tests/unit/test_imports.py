@@ -21,7 +21,9 @@ for module in sys.argv[2:]:
         os._exit(0)
     os.wait()
 """
-LIBRARIES = ("torch", "deepspeed", "torchvision", "diffusers", "webdataset", "submitit", "typer", "rich.progress")
+LIBRARIES = (
+    "torch", "deepspeed", "torchvision", "diffusers", "transformers", "webdataset", "submitit", "typer", "rich.progress"
+)  # fmt: skip
 
 
 def test_every_module_can_be_imported_first() -> None:

@@ -77,7 +77,7 @@ def read_text_encoder(folder: Path) -> TextEncoderWeights:
         config=config,
         tensors=weights_of(folder / TEXT_ENCODER, stems=OF_TRANSFORMERS),
         tokenizer=files,
-        context_shape=(int(min(length, settings.get("model_max_length", length))), config.get("hidden_size", 512)),
+        context_shape=(int(min(length, settings.get("model_max_length") or length)), config.get("hidden_size", 512)),
     )
 
 

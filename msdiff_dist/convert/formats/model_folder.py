@@ -53,18 +53,20 @@ def weights_of(
 
 
 def json_of(path: Path) -> dict[str, Any]:
-    """Content of a JSON file.
+    """The object in a JSON file.
 
     Raises:
-        CheckpointError: it is missing or no JSON.
+        CheckpointError: it is missing, no JSON, or no object.
     """
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
-        return content
+        content = json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(str(path), None, "is missing", "Name a complete diffusers folder.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise CheckpointError(str(path), None, f"is no JSON ({e})", "Fetch the folder again.") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(str(path), None, "is no JSON object", "Fetch the folder again.")
+    return content
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -79,9 +79,8 @@ def test_boundaries_follow_the_length_of_the_process(tmp_path: Path) -> None:
     assert recipe.diffusion.settings().prediction_type == "sample"
 
 
-def _other_encoder(folder: Path) -> None:
-    path = folder / "text_encoder" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_size": 64}))
+def _change(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 INCOMPLETE: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -91,7 +90,12 @@ INCOMPLETE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no U-Net": (lambda f: shutil.rmtree(f / "unet"), "has no folder unet"),
     "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "has no folder scheduler"),
     "empty tokenizer": (lambda f: (f / "tokenizer/tokenizer.json").unlink(), "neither vocab.json nor tokenizer.json"),
-    "another text encoder": (_other_encoder, "not its U-Net's: its tokens are 64 wide"),
+    "another autoencoder": (lambda f: _change(f / "vae/config.json", latent_channels=16), "16 channels, .* takes 4"),
+    "no object": (lambda f: (f / "unet/config.json").write_text("[]"), "no JSON object"),
+    "another text encoder": (
+        lambda f: _change(f / "text_encoder/config.json", hidden_size=64),
+        "not its U-Net's: its tokens are 64 wide",
+    ),
     "LoRA": (lambda f: (f / "pytorch_lora_weights.safetensors").touch(), "a LoRA"),
     "SDXL": (lambda f: (f / "text_encoder_2").mkdir(), "Stable Diffusion XL"),
 }
