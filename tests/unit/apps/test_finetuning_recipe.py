@@ -14,7 +14,7 @@ from PIL import Image
 from msdiff_dist.apps.finetuning_recipe import InitChoices
 from msdiff_dist.apps.init_recipe import init_recipe
 from msdiff_dist.apps.train.warm_start import start_weights
-from msdiff_dist.data.make.pack import PackOptions, pack
+from msdiff_dist.data.make.pack import pack
 from msdiff_dist.errors import CheckpointError, ConfigError, DataError, UserError
 from msdiff_dist.recipe import load_recipe
 from tests.tiny_stable_diffusion import make_stable_diffusion
@@ -32,7 +32,7 @@ def shards(tmp_path: Path) -> Path:
     for i, size in enumerate(((20, 30), (40, 24))):
         Image.fromarray(np.full((*size, 3), 90 * i, np.uint8)).save(tmp_path / "images" / f"{i}.png")
         (tmp_path / "images" / f"{i}.txt").write_text(f"image {i}")
-    pack(tmp_path / "images", tmp_path / "shards", PackOptions(), lambda numbers: numbers)
+    pack(tmp_path / "images", tmp_path / "shards")
     return tmp_path / "shards"
 
 
@@ -131,7 +131,7 @@ def test_choices_that_make_no_recipe_leave_nothing(
 def test_images_without_captions_are_refused(folder: Path, shards: Path, tmp_path: Path) -> None:
     for caption in (tmp_path / "images").glob("*.txt"):
         caption.unlink()
-    pack(tmp_path / "images", tmp_path / "plain", PackOptions(), lambda numbers: numbers)
+    pack(tmp_path / "images", tmp_path / "plain")
     with pytest.raises(DataError, match=r"--data.*without captions.*Put NAME\.txt"):
         init_recipe(None, folder, tmp_path / "out.yaml", InitChoices(data=str(tmp_path / "plain")))
 
