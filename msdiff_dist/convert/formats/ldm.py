@@ -10,6 +10,7 @@ scale_factor                the factor on latents
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,13 @@ from torch import Tensor, nn
 from msdiff_dist.convert.formats.ldm_architecture import DecoderNames, infer_model
 from msdiff_dist.convert.formats.ldm_autoencoder import read_first_stage, write_first_stage
 from msdiff_dist.convert.formats.ldm_yaml import LdmYaml
-from msdiff_dist.convert.formats.noise_tables import recognise_schedule, redundant_tables, schedule_tables
+from msdiff_dist.convert.formats.noise_tables import (
+    STABLE_DIFFUSION,
+    redundant_tables,
+    schedule_tables,
+    shortest,
+    stored_schedule,
+)
 from msdiff_dist.convert.key_map import (
     SAME,
     Layout,
@@ -47,6 +54,10 @@ from msdiff_dist.models.ldm.config import LDMConfig
 # Beginnings of names in LDM's checkpoints.
 UNET, EMA, FIRST_STAGE, CONDITION = "model.diffusion_model.", "model_ema.", "first_stage_model.", "cond_stage_model."
 CLASS_TABLE = f"{CONDITION}embedding.weight"
+SD_SCALE = 0.18215
+"""Stable Diffusion's factor on latents."""
+SD2_CONTEXT = 1024
+"""Channels of the text context of Stable Diffusion 2."""
 PAPER_BOUNDARIES = (442.0, 631.0)
 """The multi-stage paper's boundaries for models with 1000 discrete timesteps."""
 
@@ -133,9 +144,9 @@ def read_ldm(source: TensorSource, options: ConvertOptions, multistage: bool = F
         assumed.append("weights: the averages (model_ema); give --weights raw for the last ones")
     assumed += note(source.taken, options.weights)
     rules = _ema_rules(raw_rules) if use_ema else raw_rules
-    discrete, assumptions = _schedule(source, options, yaml_config)
-    assumed += assumptions
     scale, assumptions = _scale_factor(source, options, yaml_config, model)
+    assumed += assumptions
+    discrete, assumptions = _schedule(source, options, yaml_config, model, scale)
     assumed += assumptions
     boundaries: tuple[float, ...] = ()
     if multistage:
@@ -330,22 +341,33 @@ def _ema_rules(rules: list[Rule]) -> list[Rule]:
 
 
 def _schedule(
-    source: TensorSource, options: ConvertOptions, yaml_config: LdmYaml | None
+    source: TensorSource, options: ConvertOptions, yaml_config: LdmYaml | None, model: LDMConfig, scale: float
 ) -> tuple[DiscreteConfig, list[str]]:
     """The noise schedule and prediction, from the YAML, else from the tables; and what was assumed for them."""
-    assumed = []
     prediction = options.prediction_type
     if yaml_config is not None:
-        discrete = yaml_config.discrete(prediction)
-    else:
-        if prediction is None:
-            assumed.append("prediction: epsilon; give --prediction v_prediction for a model trained so")
-        discrete = DiscreteConfig(prediction_type=prediction or "epsilon")
-        if "betas" in source:
-            discrete = replace(recognise_schedule(source.read("betas")), prediction_type=discrete.prediction_type)
-        else:
-            assumed.append("noise schedule: LDM's default, betas 0.0015 to 0.0195; the checkpoint has no tables")
-    return discrete, assumed
+        return yaml_config.discrete(prediction), []
+    assumed = []
+    if prediction is None:
+        assumed.append("prediction: epsilon; give --prediction v_prediction for a model trained so")
+        if model.context_dim == SD2_CONTEXT:
+            assumed[-1] += ", as Stable Diffusion 2 for 768 pixels was"
+    discrete = stored_schedule(source)
+    if discrete is None:
+        whose, (start, end) = "LDM's default", (0.0015, 0.0195)
+        if _like_stable_diffusion(model) or math.isclose(scale, SD_SCALE, rel_tol=1e-3):
+            whose, (start, end) = "Stable Diffusion's", STABLE_DIFFUSION
+        discrete = DiscreteConfig(beta_start=start, beta_end=end)
+        assumed.append(
+            f"noise schedule: {whose}, scaled_linear betas {start} to {end}; the checkpoint has no tables; "
+            "give --config otherwise"
+        )
+    return replace(discrete, prediction_type=prediction or "epsilon"), assumed
+
+
+def _like_stable_diffusion(model: LDMConfig) -> bool:
+    """Whether a network has text context and four channels of latents; inpainting's take more than they give."""
+    return model.takes_context and model.out_channels == 4
 
 
 def _scale_factor(
@@ -355,9 +377,12 @@ def _scale_factor(
     if options.scale_factor is not None:
         return options.scale_factor, []
     if "scale_factor" in source:
-        return float(source.read("scale_factor")), []
+        stored = source.read("scale_factor")
+        # In half precision several short decimals are the same number.
+        published = torch.equal(torch.tensor(SD_SCALE, dtype=stored.dtype), stored.reshape(()))
+        return SD_SCALE if published else shortest(float(stored), stored.dtype), []
     if yaml_config is not None:
         return float(yaml_config.model.get("scale_factor", 1.0)), []
-    if model.takes_context and model.in_channels == 4:
-        return 0.18215, ["scale factor of latents: 0.18215, as in Stable Diffusion; give --scale-factor otherwise"]
+    if _like_stable_diffusion(model):
+        return SD_SCALE, [f"scale factor of latents: {SD_SCALE}, as in Stable Diffusion; give --scale-factor otherwise"]
     return 1.0, ["scale factor of latents: 1; give --scale-factor otherwise"]

@@ -267,6 +267,83 @@ def test_schedules_are_recognised(schedule: DiscreteConfig) -> None:
     assert found == schedule
 
 
+SCHEDULES = [
+    DiscreteConfig(),
+    DiscreteConfig(beta_end=0.0155),
+    DiscreteConfig(beta_start=0.00085, beta_end=0.012),
+    DiscreteConfig(schedule="linear", beta_start=0.00085, beta_end=0.012),
+    DiscreteConfig(schedule="linear", beta_start=1e-4, beta_end=0.02),
+    DiscreteConfig(schedule="linear", beta_start=0.0015, beta_end=0.0195),
+    DiscreteConfig(schedule="cosine"),
+]
+
+
+@pytest.mark.parametrize("table", ["betas", "alphas_cumprod"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.schedule} {s.beta_start} {s.beta_end}")
+def test_schedules_are_told_apart_at_the_precision_of_their_tables(
+    schedule: DiscreteConfig, dtype: torch.dtype, table: str
+) -> None:
+    values = schedule_tables(schedule).read(table)
+    assert recognise_schedule(values.to(dtype), table) == schedule
+    assert recognise_schedule(values.to(dtype).float()[None, :, None], table) == schedule  # once rounded, kept in fp32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_other_ends_in_half_precision(dtype: torch.dtype) -> None:
+    for start, end in [(0.001, 0.015), (2e-4, 0.03), (0.004, 0.0041)]:
+        expected = DiscreteConfig(beta_start=start, beta_end=end, timesteps=250)
+        found = recognise_schedule(schedule_tables(expected).read("betas").to(dtype))
+        assert (found.beta_start, found.beta_end, found.timesteps) == (start, end, 250)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_models_in_half_precision(tmp_path: Path, dtype: torch.dtype) -> None:
+    schedule = DiscreteConfig(beta_start=0.00085, beta_end=0.012)
+    tables = schedule_tables(schedule)
+    buffers = {k: torch.nn.Parameter(tables.read(k), requires_grad=False) for k in tables.names()}
+    state = ldm_state(PLAIN) | buffers | {"scale_factor": torch.tensor(0.18215)}
+    path = save(tmp_path / "x.ckpt", {k: v.to(dtype) for k, v in state.items()})
+    found = read_ldm(open_source(path), ConvertOptions())
+    assert found.description.diffusion.section == schedule
+    assert found.description.autoencoder.scale_factor == 0.18215
+    assert set(tables.names()) <= set(found.left_out)
+
+
+@pytest.mark.parametrize(
+    ("table", "match"),
+    [
+        (torch.linspace(0.01, 0.02, 100).half() ** 3, "betas.*none of the schedules"),
+        (torch.linspace(0.001, 1.0, 100).double(), r"betas.*zero terminal SNR"),
+        (torch.arange(1000), r"betas = .int64 \[1000\].*no table"),
+        (torch.rand(10, 100), r"betas = .float32 \[10, 100\].*no table"),
+        (torch.full((1000,), torch.nan), "betas.*none of the schedules"),
+        (torch.tensor(0.1), "betas.*no table"),
+    ],
+)
+def test_tables_that_fit_nothing_are_named(table: Tensor, match: str) -> None:
+    with pytest.raises(CheckpointError, match=match):
+        read_ldm(MemorySource(ldm_state(PLAIN) | {"betas": table}), ConvertOptions())
+
+
+@pytest.mark.parametrize(("channels", "text", "first"), [(4, 24, 0.00085), (3, 24, 0.0015), (4, None, 0.0015)])
+def test_files_without_tables(channels: int, text: int | None, first: float) -> None:
+    config = replace(PLAIN, in_channels=channels, out_channels=channels, context_dim=text)
+    found = read_ldm(MemorySource(ldm_state(config)), ConvertOptions())
+    section = found.description.diffusion.section
+    assert isinstance(section, DiscreteConfig)
+    assert (section.beta_start, section.schedule) == (first, "scaled_linear")
+    assert found.description.autoencoder.scale_factor == (0.18215 if first == 0.00085 else 1)
+    said = "\n".join(found.assumed)
+    assert "has no tables; give --config otherwise" in said
+    assert "--prediction v_prediction" in said
+
+
+def test_latents_of_stable_diffusion_have_its_schedule() -> None:
+    found = read_ldm(MemorySource(ldm_state(PLAIN) | {"scale_factor": torch.tensor(0.18215)}), ConvertOptions())
+    assert found.description.diffusion.section == DiscreteConfig(beta_start=0.00085, beta_end=0.012)
+
+
 def test_tables_follow_their_definitions() -> None:
     tables = schedule_tables(DiscreteConfig(timesteps=10))
     beta = tables.read("betas").double()
