@@ -10,14 +10,14 @@ import yaml
 
 from msdiff_dist.apps.finetuning_recipe import InitChoices, is_text_to_image, start_finetuning
 from msdiff_dist.apps.recipe_for_data import copy_for_data
-from msdiff_dist.checkpoint.layout import INDEX
+from msdiff_dist.checkpoint.layout import INDEX, checkpoints_below
+from msdiff_dist.checkpoint.what_is import what_is
 from msdiff_dist.config import chosen, to_mapping
-from msdiff_dist.convert.recognition import format_of
-from msdiff_dist.convert.tensor_sources import open_source
+from msdiff_dist.convert.recognition import format_at
 from msdiff_dist.diffusion.augmentation import AUGMENT_LABELS
 from msdiff_dist.errors import CheckpointError, ConfigError
 from msdiff_dist.export.description import ModelDescription
-from msdiff_dist.export.weights import CONFIG, ExportWeights, open_checkpoint
+from msdiff_dist.export.weights import CONFIG, CheckpointWeights, ExportWeights, export_folder, open_checkpoint
 from msdiff_dist.files.atomic import atomic_write
 from msdiff_dist.models.config import ModelConfig
 from msdiff_dist.recipe import Recipe, stored_recipe
@@ -106,12 +106,13 @@ def continuation(source: Path) -> tuple[Recipe, str]:
     Raises:
         CheckpointError: there is no such model. ConfigError: no file gives the size of its samples.
     """
-    if (source / CONFIG).is_file() and not _is_foreign_folder(source):
-        description = ExportWeights(source).description
+    folder = export_folder(source)
+    if folder is not None and not _is_foreign_folder(folder):
+        description = ExportWeights(folder).description
         mapping = _recipe_around(description)
-        step, init_from = description.step, source
-    elif (source / INDEX).is_file() or (source / "checkpoints").is_dir():
-        reader = open_checkpoint(source)
+        step, init_from = description.step, folder
+    elif folder is None and _is_of_run(source):
+        reader = CheckpointWeights(open_checkpoint(source)).reader
         mapping, step, init_from = dict(reader.index.recipe), reader.index.step, reader.folder
     else:
         raise _to_be_converted(source)
@@ -189,29 +190,21 @@ def _is_foreign_folder(folder: Path) -> bool:
     return '"_class_name"' in (folder / CONFIG).read_text()
 
 
+def _is_of_run(source: Path) -> bool:
+    """Whether a path is a run folder, a checkpoint, or in one."""
+    folder = source.parent if source.is_file() else source
+    return (folder / INDEX).is_file() or (source / "checkpoints").is_dir() or bool(checkpoints_below(source))
+
+
 def _to_be_converted(source: Path) -> CheckpointError:
     """The error for a source that holds no model of this package, with the command that converts it, if any."""
     if not source.exists():
         return CheckpointError("--from", str(source), "no such file or folder", "Name an export, checkpoint or run.")
-    format_ = _foreign_format(source)
+    format_ = format_at(source)
     if format_ is None:
-        return CheckpointError(
-            "--from", str(source), "holds no model of msdiff_dist", "Name an export, checkpoint or run folder."
-        )
+        return CheckpointError("--from", str(source), *what_is(source))
     return CheckpointError(
         "--from", str(source), f"holds weights of another program ({format_})",
         f"Convert them first: `msdiff convert {source} converted --from {format_} --to msdiff`, "
         "then `msdiff init --from converted`.",
     )  # fmt: skip
-
-
-def _foreign_format(source: Path) -> str | None:
-    """The name of the source's format for `msdiff convert --from`, None if it is not recognised."""
-    if source.is_dir():
-        if (source / "latest").is_file() or any(source.glob("*_model_states.pt")):
-            return "deepspeed"
-        if (source / "model_index.json").is_file() or (source / CONFIG).is_file():
-            return "diffusers"
-    if source.is_file() and source.suffix != ".pkl":  # reading a pickle of classes would run code
-        return format_of(open_source(source).names())
-    return None

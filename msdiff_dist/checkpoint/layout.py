@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from msdiff_dist.checkpoint.tensor_file import StoredFile, corrupt
+from msdiff_dist.checkpoint.what_is import what_is
 from msdiff_dist.errors import CheckpointError
 from msdiff_dist.files.atomic import rename_to, sync_folder
 
@@ -136,25 +137,34 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def find_checkpoint(path: Path, step: int | None = None) -> Path:
-    """The checkpoint that a command names: `path` itself if it is one, else one of the run folder `path`.
+    """The checkpoint that a command names.
 
     Args:
+        path: a run folder, its folder `checkpoints` or `ema_snapshots`, a checkpoint, or a file in one.
         step: which of the run's checkpoints; None: the newest.
 
     Raises:
-        CheckpointError: there is none, or none of this step.
+        CheckpointError: there is none, or none of this step; the error says what is there instead.
     """
+    path = path.expanduser()
+    if path.is_file() and (path.parent / INDEX).is_file():
+        path = path.parent
     if (path / INDEX).exists() and step is None:
         return path
-    found = complete_checkpoints(path / "checkpoints")
+    found = checkpoints_below(path)
     if step is not None:
         steps = ", ".join(str(step_of(p)) for p in found) or "none"
         found = [p for p in found if step_of(p) == step]
         if not found:
             raise CheckpointError("--step", step, f"{path} has no checkpoint of that step", f"It has: {steps}.")
     if not found:
-        raise CheckpointError("RUN", str(path), "holds no complete checkpoint", "Name a run folder that has trained.")
+        raise CheckpointError("RUN", str(path), *what_is(path))
     return found[-1]
+
+
+def checkpoints_below(path: Path) -> list[Path]:
+    """The complete checkpoints of the run folder `path`, or in the folder `path` of checkpoints, in order of step."""
+    return complete_checkpoints(path / "checkpoints") or complete_checkpoints(path)
 
 
 def remove_leftovers(checkpoints: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,14 +18,20 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Inspect, verify and compare checkpoints.", no_args_is_help=True)
 
-_Path = Annotated[Path, typer.Argument(help="Run folder (its newest checkpoint is taken), or one checkpoint.")]
+_Any = Annotated[
+    Path, typer.Argument(help="Run folder (its newest checkpoint), a checkpoint, a snapshot, or an export.")
+]
+_Path = Annotated[
+    Path,
+    typer.Argument(help="Run folder (its newest checkpoint is taken), a checkpoint, a file in one, or a snapshot."),
+]
 _Step = Annotated[int | None, typer.Option(help="Take the run's checkpoint of this step.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command(cls=NamingCommand)
-def inspect(path: _Path, step: _Step = None, as_json: _Json = False) -> None:
-    """Show what a checkpoint holds: step, layout, parameters of encoder and decoders. Reads its index only.
+def inspect(path: _Any, step: _Step = None, as_json: _Json = False) -> None:
+    """Show what a checkpoint or export holds: step, layout, parameters of encoder and decoders. Reads no weights.
 
     Example: msdiff checkpoint inspect runs/quickstart
     """
@@ -33,18 +40,27 @@ def inspect(path: _Path, step: _Step = None, as_json: _Json = False) -> None:
 
     from msdiff_dist.checkpoint.layout import find_checkpoint
     from msdiff_dist.checkpoint.load import CheckpointReader
+    from msdiff_dist.export.weights import export_folder
 
-    report = _report(CheckpointReader(find_checkpoint(path, step)))
+    folder = export_folder(path) if step is None else None
+    report = _report(CheckpointReader(find_checkpoint(path, step))) if folder is None else _export_report(folder)
     if as_json:
         typer.echo(json.dumps(report))
         return
-    table = Table("part", "tensors", "parameters", title=f"{report['recipe']}, step {report['step']}")
+    name, step = report["recipe"] or Path(report["path"]).name, report["step"]
+    table = Table("part", "tensors", "parameters", title=name if step is None else f"{name}, step {step}")
     for column in table.columns[1:]:
         column.justify = "right"
     for part, (tensors, parameters) in report["parts"].items():
         table.add_row(part, str(tensors), f"{parameters:,}")
     console = Console(soft_wrap=True)
     console.print(table)
+    if folder is not None:
+        console.print(f"export       {report['path']}", highlight=False)
+        console.print(
+            f"holds        {report['weights']} weights, {report['bytes'] / 1e6:.1f} MB, format {report['format']}"
+        )
+        return
     loss = "unknown" if report["loss"] is None else f"{report['loss']:.5f}"
     console.print(f"checkpoint   {report['path']}", highlight=False)
     console.print(f"samples seen {report['samples_seen']:,} ({report['batch_size']} a step), smoothed loss {loss}")
@@ -56,16 +72,19 @@ def inspect(path: _Path, step: _Step = None, as_json: _Json = False) -> None:
 
 @app.command(cls=NamingCommand)
 def verify(path: _Path, step: _Step = None) -> None:
-    """Compare every file with its checksum, in all checkpoints of a run or in one. Exit status 2 if one is corrupt.
+    """Compare every file with its checksum, in all checkpoints and snapshots of a run or in one of them.
+
+    Exit status 2 if one is corrupt.
 
     Example: msdiff checkpoint verify runs/quickstart
     """
-    from msdiff_dist.checkpoint.layout import complete_checkpoints, find_checkpoint
+    from msdiff_dist.checkpoint.layout import checkpoints_below, complete_checkpoints, find_checkpoint
     from msdiff_dist.checkpoint.load import CheckpointReader
+    from msdiff_dist.checkpoint.power_profile import SNAPSHOTS
     from msdiff_dist.errors import CheckpointError
 
     errors: list[CheckpointError] = []
-    every = complete_checkpoints(path / "checkpoints") if step is None else []
+    every = [*checkpoints_below(path), *complete_checkpoints(path / SNAPSHOTS)] if step is None else []
     for folder in every or [find_checkpoint(path, step)]:
         try:
             reader = CheckpointReader(folder)
@@ -126,10 +145,6 @@ def diff(
 
 def _report(reader: CheckpointReader) -> dict[str, Any]:
     index = reader.index
-    parts: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
-    for name, shape in index.shapes.items():
-        tensors, parameters = parts[_part(name)]
-        parts[_part(name)] = (tensors + 1, parameters + math.prod(shape))
     return {
         "path": str(reader.folder),
         "recipe": index.recipe["name"],
@@ -141,8 +156,33 @@ def _report(reader: CheckpointReader) -> dict[str, Any]:
         "world_size": index.world_size,
         "bytes": sum(f.size for f in index.files),
         "kinds": reader.kinds,
-        "parts": dict(parts),
+        "parts": _parts(index.shapes),
     }
+
+
+def _export_report(folder: Path) -> dict[str, Any]:
+    from msdiff_dist.export.description import FORMAT
+    from msdiff_dist.export.weights import MODEL, ExportWeights
+
+    weights = ExportWeights(folder)
+    return {
+        "path": str(folder),
+        "recipe": weights.description.name,
+        "step": weights.description.step,
+        "weights": weights.description.weights,
+        "format": FORMAT,
+        "bytes": (folder / MODEL).stat().st_size,
+        "parts": _parts(weights.shapes()),
+    }
+
+
+def _parts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
+    """Numbers of tensors and of parameters in each part of the model."""
+    parts: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
+    for name, shape in shapes.items():
+        tensors, parameters = parts[_part(name)]
+        parts[_part(name)] = (tensors + 1, parameters + math.prod(shape))
+    return dict(parts)
 
 
 def _part(name: str) -> str:

@@ -104,6 +104,19 @@ class ConvertOptions:
         return HeadsRule(self.num_heads, self.head_channels, "as given on the command line")
 
 
+def refuse_unused(options: ConvertOptions, used: tuple[OptionName, ...], what: str) -> None:
+    """Raise if an option of a reader is given that `what`, which was found in a container, does not use.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    of_writers = ("null_class", "model_ema")
+    for name, value in options.given().items():
+        if name not in (*used, *of_writers):
+            taken = ", ".join(FLAGS[n] for n in used if n in FLAGS)
+            raise ConfigError(FLAGS[name], value, f"is not used for {what}", f"Remove it; {taken} can be given.")
+
+
 def given_boundaries(
     given: tuple[float, ...] | None, num_stages: int, paper: tuple[float, ...]
 ) -> tuple[tuple[float, ...], list[str]]:

@@ -27,6 +27,23 @@ def format_of(keys: Iterable[str]) -> str | None:
     return next((name for name, known in FORMATS.items() if any(k.startswith(known.prefixes) for k in names)), None)
 
 
+def format_at(path: Path) -> str | None:
+    """The format of a file or folder of another program, as `--from` takes it; None if it is not recognised.
+
+    Raises:
+        CheckpointError: a file of weights cannot be read.
+    """
+    from msdiff_dist.convert.tensor_sources import PICKLES, open_source  # that module imports this one
+
+    if path.is_dir():
+        if (path / "latest").is_file() or any(path.glob("*_model_states.pt")):
+            return "deepspeed"
+        return "diffusers" if (path / "model_index.json").is_file() or (path / "config.json").is_file() else None
+    if path.is_file() and path.suffix in (*PICKLES, ".safetensors", ".npz"):
+        return format_of(open_source(path).names())
+    return None
+
+
 def begins_network(name: str) -> bool:
     """Whether a tensor's name is one by which a network is recognised, of this package or another one."""
     from msdiff_dist.convert.formats import FORMATS  # as above

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from msdiff_dist.checkpoint.tensor_file import TensorReader
+from msdiff_dist.checkpoint.what_is import what_is
 from msdiff_dist.convert.networks import (
     Network,
     Taken,
@@ -36,6 +37,7 @@ RESIDENT = 1 << 26
 """Bytes of mapped files that may stay in memory before their pages are freed."""
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 """Suffixes of files that `torch.save` or `pickle.dump` wrote."""
+_USUAL = ("model", "pytorch_model", "diffusion_pytorch_model")  # names of weights beside states of a training
 _HOLDERS = ("state_dict", "model", "module", "")  # places of weights where no network is recognised
 
 
@@ -248,7 +250,7 @@ def under(source: TensorSource, prefix: str) -> RenamedSource:
 
 
 def open_source(path: Path, wanted: Wanted | None = None) -> TensorSource:
-    """The tensors of a file's network, or of a folder with one .safetensors file or with several and an index.
+    """The tensors of a file's network, or of a folder with one file of weights or with several and an index.
 
     Args:
         wanted: which network, where the file holds several.
@@ -258,8 +260,8 @@ def open_source(path: Path, wanted: Wanted | None = None) -> TensorSource:
     """
     path, wanted = path.expanduser(), wanted or Wanted()
     if path.is_dir():
-        indexes = sorted(path.glob("*.safetensors.index*.json"))
-        return _network_of(open_shards(indexes[0]) if indexes else SafetensorsSource([_only_file_of(path)]), wanted)
+        indexes = sorted([*path.glob("*.safetensors.index*.json"), *path.glob("*.bin.index*.json")], reverse=True)
+        return _network_of(open_shards(indexes[0]), wanted) if indexes else open_source(_only_file_of(path), wanted)
     if not path.is_file():
         raise CheckpointError("SRC", str(path), "no such file or folder", "Name an existing checkpoint.")
     if path.suffix == ".safetensors" or (path.suffix in PICKLES and _is_safetensors(path)):
@@ -344,12 +346,14 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _only_file_of(folder: Path) -> Path:
+    """The one file of weights in a folder: the .safetensors file, if there is one; else torch's or numpy's."""
     found = sorted(folder.glob("*.safetensors"))
-    if len(found) != 1:
-        raise CheckpointError(
-            "SRC", str(folder), f"holds {len(found)} .safetensors files and no index", "Give the file itself as SRC."
-        )
-    return found[0]
+    found = found or sorted(p for p in folder.iterdir() if p.suffix in (*PICKLES, ".npz"))
+    usual = [path for path in found if path.stem in _USUAL]
+    if len(found) != 1 and len(usual) != 1:
+        what, remedy = what_is(folder)
+        raise CheckpointError("SRC", str(folder), what, remedy)
+    return found[0] if len(found) == 1 else usual[0]
 
 
 def _corrupt(path: Path, error: Exception) -> CheckpointError:

@@ -60,6 +60,8 @@ class CheckpointWeights(Weights):
 
     def __init__(self, reader: CheckpointReader, ema: bool = True) -> None:
         self.reader, self._kind = reader, "ema" if ema else "param"
+        if self._kind not in reader.kinds:
+            raise _no_such_kind(reader, self._kind)
         index = reader.index
         self.description = replace(describe(index.recipe, index.step), weights="ema" if ema else "raw")
 
@@ -103,6 +105,10 @@ class ExportWeights(Weights):
     def tensor(self, name: str) -> Tensor:
         return self._reader.tensor(name)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter, by name."""
+        return {name: tuple(like.shape) for name, like in self._reader.like.items()}
+
     def read_range(self, name: str, start: int, numel: int) -> Tensor:
         out = torch.empty(numel, dtype=self._reader.like[name].dtype)
         self._reader.read(name, start, out)
@@ -125,9 +131,10 @@ def open_weights(path: Path, step: int | None = None, ema: bool = True) -> Weigh
     Raises:
         CheckpointError: there are none, they are corrupt, or `ema` is false and an export holds averaged ones only.
     """
-    if not (path / CONFIG).exists():
+    folder = export_folder(path)
+    if folder is None:
         return CheckpointWeights(open_checkpoint(path, step), ema)
-    weights = ExportWeights(path)
+    weights = ExportWeights(folder)
     held = weights.description.weights
     if held == "ema" and not ema:
         raise CheckpointError(
@@ -139,6 +146,29 @@ def open_weights(path: Path, step: int | None = None, ema: bool = True) -> Weigh
     if held == "raw" and ema:
         warnings.warn(f"{path} holds the last weights, not averaged ones", stacklevel=3)
     return weights
+
+
+def export_folder(path: Path) -> Path | None:
+    """The folder of the export that `path` is, or is a file of; None for anything else."""
+    path = path.expanduser()
+    folder = path.parent if path.is_file() and path.suffix in (".json", ".safetensors") else path
+    if (folder / INDEX).exists() or not (folder / CONFIG).is_file():
+        return None
+    return folder if path == folder or (folder / MODEL).is_file() else None
+
+
+def _no_such_kind(reader: CheckpointReader, kind: str) -> CheckpointError:
+    """The error for weights that a checkpoint does not hold: a snapshot has averages of its own lengths alone."""
+    lengths = [held.removeprefix("ema_") for held in reader.kinds if held.startswith("ema_")]
+    problem = "holds the last weights" if kind == "param" else "holds averages of one kind"
+    remedy = "Name a checkpoint of the run."
+    if lengths:
+        run = reader.folder.parent.parent
+        problem = f"holds averages of the lengths {', '.join(lengths)}, made for exports"
+        remedy = f"Run `msdiff export {run} --ema-length {lengths[0]} --step {reader.index.step} --out EXPORT`."
+    elif "param" in reader.kinds:
+        problem, remedy = "holds no averaged weights", "Ask for the last ones: --raw or --weights raw."
+    return CheckpointError("SRC", str(reader.folder), problem, remedy)
 
 
 def open_checkpoint(path: Path, step: int | None = None, verify: bool = False) -> CheckpointReader:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from msdiff_dist.convert.formats.deepspeed import read_deepspeed
 from msdiff_dist.convert.formats.diffusers_folder import read_diffusers, write_diffusers
-from msdiff_dist.convert.formats.export_folder import read_export, write_export
+from msdiff_dist.convert.formats.export_folder import read_msdiff, write_export
 from msdiff_dist.convert.formats.ldm import read_ldm, write_ldm_file
 from msdiff_dist.convert.formats.official_edm import read_edm, write_edm
 from msdiff_dist.convert.formats.official_scoresde import read_scoresde, write_scoresde
@@ -77,7 +77,7 @@ FORMATS: Table[Format] = Table(
             read_tensors=read_ldm,
         ),
         "msdiff": Format(
-            read=read_export,
+            read=read_msdiff,
             write=lambda weights, path, options, metadata: write_export(weights, path, metadata),
             read_options=("weights",),
             prefixes=("shared.", "stages.0."),
@@ -94,8 +94,11 @@ FORMATS: Table[Format] = Table(
             read_options=_SONG_READ,
             prefixes=("model.enc.", "enc.", "model.decs.", "decs."),
         ),
-        # A container: which of these count depends on the network that is found in it.
-        "deepspeed": Format(read=read_deepspeed, read_options=(*_LDM_READ, "boundaries")),
+        # A container: which of these count depends on the network that is found in it, and the others are refused.
+        "deepspeed": Format(
+            read=read_deepspeed,
+            read_options=(*(name for name in _LDM_READ if name != "key"), "boundaries"),
+        ),
     },
 )
 

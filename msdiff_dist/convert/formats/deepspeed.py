@@ -28,7 +28,7 @@ from msdiff_dist.convert.formats.export_folder import read_run
 from msdiff_dist.convert.formats.ldm import CLASS_TABLE, UNET, read_ldm
 from msdiff_dist.convert.formats.model_folder import json_of
 from msdiff_dist.convert.model_weights import ModelWeights
-from msdiff_dist.convert.options import ConvertOptions
+from msdiff_dist.convert.options import ConvertOptions, refuse_unused
 from msdiff_dist.convert.recognition import format_of
 from msdiff_dist.convert.tensor_sources import RenamedSource, TensorSource, load_pickle
 from msdiff_dist.errors import CheckpointError
@@ -46,6 +46,7 @@ def read_deepspeed(folder: Path, options: ConvertOptions) -> ModelWeights:
     from msdiff_dist.convert.formats import FORMATS  # here, since that table holds this reader
 
     if (folder / INDEX).exists() or (folder / "checkpoints").is_dir():
+        refuse_unused(options, ("weights",), "a run folder of this package")
         return read_run(folder, options)
     source = DeepspeedSource(folder)
     format_name = format_of(source.names())
@@ -60,9 +61,11 @@ def read_deepspeed(folder: Path, options: ConvertOptions) -> ModelWeights:
             left_out={own.get(k, k): reason for k, reason in found.left_out.items()},
         )
     if format_name == "diffusers" and options.config is not None:
+        refuse_unused(options, ("config", "boundaries", "prediction_type", "scale_factor"), "a network of diffusers")
         return read_unet(json_of(options.config), source, options)
     read_tensors = FORMATS[format_name].read_tensors if format_name else None
-    if read_tensors is not None:
+    if format_name is not None and read_tensors is not None:
+        refuse_unused(options, FORMATS[format_name].read_options, f"a network of format {format_name}")
         return read_tensors(source, options)
     hint = "Give its config.json with --config" if format_name == "diffusers" else "Use --to safetensors"
     raise CheckpointError(

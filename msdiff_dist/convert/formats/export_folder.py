@@ -11,35 +11,43 @@ import torch
 from torch import Tensor
 
 from msdiff_dist import __version__
-from msdiff_dist.checkpoint.layout import INDEX
+from msdiff_dist.checkpoint.layout import INDEX, checkpoints_below
+from msdiff_dist.checkpoint.what_is import what_is
 from msdiff_dist.config import to_mapping
 from msdiff_dist.convert.formats.frozen_networks import AUTOENCODER, TEXT, with_described_networks, write_frozen
 from msdiff_dist.convert.key_map import SAME, OursFromTheirs, Rule, check_complete
 from msdiff_dist.convert.model_weights import ModelWeights, Written, empty_model
 from msdiff_dist.convert.options import ConvertOptions
-from msdiff_dist.convert.recognition import refuse_other_formats
+from msdiff_dist.convert.recognition import format_at, refuse_other_formats
 from msdiff_dist.convert.tensor_sources import SafetensorsSource, TensorSource
 from msdiff_dist.errors import CheckpointError
 from msdiff_dist.export.export import write_tensors
-from msdiff_dist.export.weights import CONFIG, MODEL, CheckpointWeights, ExportWeights, open_checkpoint
+from msdiff_dist.export.weights import CONFIG, MODEL, CheckpointWeights, ExportWeights, export_folder, open_checkpoint
 from msdiff_dist.models.text_encoder import TextEncoderConfig
 
 
-def read_export(folder: Path, options: ConvertOptions) -> ModelWeights:
-    """Open an export folder, or the newest checkpoint of a run, or one checkpoint.
+def read_msdiff(path: Path, options: ConvertOptions) -> ModelWeights:
+    """An export, a run folder (its newest checkpoint), one checkpoint, or a file in one of them.
 
     Raises:
-        CheckpointError: it is none of these, incomplete or corrupt.
+        CheckpointError: it is nothing of these; the error says what it is.
     """
-    if (folder / INDEX).is_file() or (folder / "checkpoints").is_dir():
-        return read_run(folder, options)
-    if not (folder / CONFIG).exists():
-        raise CheckpointError(
-            "SRC",
-            str(folder),
-            f"has no {CONFIG}",
-            "Name a folder made by `msdiff export` or `msdiff convert`, or a run.",
-        )
+    folder = export_folder(path)
+    if folder is not None:
+        return read_export(folder, options)
+    if checkpoints_below(path) or (path if path.is_dir() else path.parent).joinpath(INDEX).is_file():
+        return read_run(path, options)
+    other = format_at(path)
+    what, remedy = what_is(path) if other is None else (f"is of format {other}", f"Use --from {other}.")
+    raise CheckpointError("SRC", str(path), what, remedy)
+
+
+def read_export(folder: Path, options: ConvertOptions) -> ModelWeights:
+    """Open an export folder.
+
+    Raises:
+        CheckpointError: it is incomplete.
+    """
     description = ExportWeights(folder).description
     if options.weights not in ("auto", description.weights):
         raise CheckpointError(

@@ -140,5 +140,5 @@ def test_other_programs_weights_name_the_conversion(make: Any, format_: str, tmp
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file or folder"):
         init_recipe(None, tmp_path / "none", None)
-    with pytest.raises(CheckpointError, match="holds no model"):
+    with pytest.raises(CheckpointError, match="is an empty folder"):
         init_recipe(None, tmp_path, None)
