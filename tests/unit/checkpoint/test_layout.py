@@ -81,8 +81,9 @@ def test_folders(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path, 40) == step_folder(checkpoints, 40)
     with pytest.raises(CheckpointError, match="It has: 5, 40, 123456789"):
         find_checkpoint(tmp_path, 41)
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        find_checkpoint(checkpoints)
+    assert find_checkpoint(checkpoints) == step_folder(checkpoints, 123456789)
+    with pytest.raises(CheckpointError, match="is an empty folder"):
+        find_checkpoint(checkpoints / "notes")
 
     remove(step_folder(checkpoints, 40))
     remove_leftovers(checkpoints)
