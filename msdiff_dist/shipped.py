@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from msdiff_dist.errors import ConfigError, did_you_mean
-from msdiff_dist.files.atomic import atomic_write
+from msdiff_dist.files.atomic import atomic_write, check_place
 
 _PACKAGE = Path(__file__).parent
 _KINDS: dict[Literal["recipe", "ablation", "cluster"], str] = {
@@ -106,9 +106,10 @@ def copy_shipped(name: str, out: Path | None = None) -> Copied:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise ConfigError if `out` exists: nothing that a user may have edited is overwritten."""
+    """Raise ConfigError if `out` exists, since nothing that a user may have edited is overwritten, or WriteError."""
     if out.exists():
         raise ConfigError("--out", str(out), "exists already", "Name another file with --out.")
+    check_place("--out", out, "new file")
 
 
 def _folder(name: str) -> Path:

@@ -45,6 +45,7 @@ from msdiff_dist.terminal import LongWork, track
 
 GRADIENT_GRID, GRADIENT_BATCH = 100, 64
 _WAIT_S = 1800.0  # seconds that a rank may wait for the others, which read shares of different sizes
+_PLOTS = (".png", ".pdf", ".svg")
 _COMMENT = "# boundaries found by: "
 # The field in any form YAML allows: a list in brackets, also over several lines, or one item a line after dashes.
 _BOUNDARIES = re.compile(r"boundaries:[ \t]*(?:\[[^\]]*\]|(?:\n[ \t]*-[^\n]*)+)")
@@ -105,6 +106,11 @@ def cluster(request: ClusterRequest) -> Division | None:
 
 def _check(request: ClusterRequest) -> None:
     check_between("--stages", request.stages, 1, 1000)
+    if request.plot is not None and request.plot.suffix not in _PLOTS:
+        problem = "is not the name of a picture"
+        raise ConfigError("--plot", str(request.plot), problem, f"End it in {' or '.join(_PLOTS)}.")
+    if request.write is not None and not request.write.is_file():
+        raise ConfigError("--write", str(request.write), "no such file", "Name a recipe.")
     if request.process == "ldm":
         raise ConfigError("--process", "ldm", "recipes call this process discrete", "Use --process discrete.")
     if request.process is not None:

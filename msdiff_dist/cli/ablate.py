@@ -28,10 +28,13 @@ def ablate(
     """
     from msdiff_dist.apps.ablation.report import write_report
     from msdiff_dist.apps.ablation.run import load_ablation, plan_ablation, run_ablation, score_settings
+    from msdiff_dist.files.atomic import check_place
     from msdiff_dist.files.work_share import Part
 
     share = Part(part, parts)
     (config, places), folder = load_ablation(sweep, overrides or []), out or Path("runs") / sweep.stem
+    if not dry_run:
+        check_place("--out", folder, "folder")
     trials = plan_ablation(config, places, sweep.parent, folder, nproc)
     if dry_run:
         for t in share.share(trials):

@@ -23,9 +23,13 @@ def array(
     Example: msdiff array --parts 16 --cluster gpu.yaml --folder /shared/jobs -- sample runs/cin --num 50000
     --part {part} --parts {parts} --out /shared/fid
     """
+    from msdiff_dist.bounds import check_between
+    from msdiff_dist.files.atomic import check_place
     from msdiff_dist.launch import launcher, watch
     from msdiff_dist.launch.cluster import load_cluster
 
+    check_between("--parts", parts, 1, 10**5)
+    check_place("--folder", folder, "folder")
     commands = launcher.parts_of(command, parts)
     record = launcher.launch_commands(commands, load_cluster(cluster, {"time": time}), folder, folder.name)
     if record is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -35,11 +34,10 @@ def check(
     from msdiff_dist.apps.check.findings import Finding
     from msdiff_dist.apps.check.run import run_check
     from msdiff_dist.distributed.environment import this_device
-    from msdiff_dist.errors import ConfigError
-    from msdiff_dist.files.atomic import atomic_write
+    from msdiff_dist.files.atomic import WriteError, atomic_write, check_place, writing
 
-    if json_file is not None and (json_file.is_dir() or not os.access(json_file.absolute().parent, os.W_OK)):
-        raise ConfigError("--json", str(json_file), "cannot be written", "Name a file in a folder that exists.")
+    if json_file is not None:
+        check_place("--json", json_file, "file")
     console = Console(soft_wrap=True)
     colours = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
@@ -52,6 +50,7 @@ def check(
     total = sum(report.seconds.values())
     console.print(f"{report.status}: {len(report.findings)} findings on {report.device['name']} in {total:.0f} s")
     if json_file is not None:
-        atomic_write(json_file, json.dumps(report.fields(), indent=1))
+        with writing("--json", json_file, WriteError):
+            atomic_write(json_file, json.dumps(report.fields(), indent=1))
     if report.status == "problem":
         raise typer.Exit(2)

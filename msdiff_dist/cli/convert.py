@@ -68,7 +68,9 @@ def convert(
     """
     from msdiff_dist.convert.conversion import convert as run
     from msdiff_dist.convert.options import ConvertOptions, parse_boundaries
+    from msdiff_dist.files.atomic import check_place
 
+    check_place("DST", dst, "new")
     options = ConvertOptions(
         weights=weights.value,
         config=config,

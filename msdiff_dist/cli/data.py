@@ -117,9 +117,11 @@ def encode(
     [bold]Example:[/bold] msdiff data encode emoji_text2img_3stage.yaml --out data/emoji-latents --nproc 2
     """
     from msdiff_dist.apps.encode import encode as encode_recipe
+    from msdiff_dist.files.atomic import check_place
     from msdiff_dist.files.work_share import Part
     from msdiff_dist.recipe import load_recipe
 
+    check_place("--out", out, "folder")
     manifest = encode_recipe(load_recipe(recipe, overrides or []), out, nproc, Part(part, parts))
     if manifest is None:
         typer.echo(f"part {part} is done; the last of the {parts} parts completes {out}")

@@ -65,9 +65,14 @@ def evaluate(
     from msdiff_dist.apps.evaluation.evaluate import evaluate as evaluate_subject
     from msdiff_dist.diffusion.solvers import SamplerConfig
     from msdiff_dist.evaluation.sampling_job import SamplingJob
-    from msdiff_dist.files.atomic import atomic_write
+    from msdiff_dist.files.atomic import WriteError, atomic_write, check_place, writing
     from msdiff_dist.files.work_share import Part
 
+    for option, file in (("--json", json_file), ("--write-statistics", write_statistics)):
+        if file is not None:
+            check_place(option, file, "file")
+    if samples is not None:
+        check_place("--samples", samples, "folder")
     config = SamplerConfig(name=sampler, steps=steps, eta=eta, clip=clip_x0, guidance_scale=guidance)
     request = EvaluationRequest(
         subject=subject,
@@ -98,4 +103,5 @@ def evaluate(
     if found.file is not None:
         typer.echo(f"added to {found.file}")
     if json_file is not None:
-        atomic_write(json_file, json.dumps(found.record, indent=1) + "\n")
+        with writing("--json", json_file, WriteError):
+            atomic_write(json_file, json.dumps(found.record, indent=1) + "\n")

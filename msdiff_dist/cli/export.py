@@ -27,6 +27,8 @@ def export(
     Example: msdiff export runs/quickstart --out exported
     """
     from msdiff_dist.export.export import export as run_export
+    from msdiff_dist.files.atomic import check_place
 
+    check_place("--out", out, "new folder")
     for file in run_export(run, out, step, ema, ema_length):
         typer.echo(f"{file}  {file.stat().st_size / 1e6:.2f} MB")

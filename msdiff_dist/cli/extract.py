@@ -23,6 +23,8 @@ def extract(
     Example: msdiff extract exported one --stage 2
     """
     from msdiff_dist.convert import editing
+    from msdiff_dist.files.atomic import check_place
 
+    check_place("DST", dst, "new folder")
     editing.extract(src, dst, stage, from_format)
     typer.echo(f"stage {stage} of {src} extracted to {dst}")

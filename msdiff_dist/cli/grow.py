@@ -31,7 +31,9 @@ def grow(
     """
     from msdiff_dist.convert import editing
     from msdiff_dist.convert.options import parse_boundaries, parse_numbers
+    from msdiff_dist.files.atomic import check_place
 
+    check_place("DST", dst, "new folder")
     places = attention and [parse_numbers("--attention", part) for part in attention.split(":")]
     inner, each = parse_boundaries(boundaries) or (), parse_numbers("--widths", widths)
     report = editing.grow(src, dst, inner, each, places or None, from_format)

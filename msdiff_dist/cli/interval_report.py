@@ -41,7 +41,9 @@ def interval_report(
     from msdiff_dist.evaluation.interval_report import interval_report as report
     from msdiff_dist.evaluation.interval_report import markdown
     from msdiff_dist.export.weights import open_weights
+    from msdiff_dist.files.atomic import check_place
 
+    check_place("--out", out, "new folder")
     try:
         boundaries = parse_boundaries(intervals)
     except ConfigError as e:

@@ -32,6 +32,7 @@ def launch(
 
     Example: msdiff launch cin256_ldm_3stage.yaml --cluster gpu.yaml --nodes 4 --run-dir /shared/runs/cin
     """
+    from msdiff_dist.files.atomic import check_place
     from msdiff_dist.launch import launcher, watch
     from msdiff_dist.launch.cluster import load_cluster
 
@@ -46,6 +47,7 @@ def launch(
         if dry.note:
             typer.echo(f"note: {dry.note}", err=True)
         return
+    check_place("--run-dir", folder, "folder")
     records = launcher.launch(runs, asked, folder, folder.name)
     for record in records:
         typer.echo(f"job {', '.join(record.job_ids)}: {record.run}")

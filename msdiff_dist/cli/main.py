@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 
 import typer
@@ -39,6 +41,11 @@ from msdiff_dist.cli import (
 )
 from msdiff_dist.cli.choices import NamingCommand
 from msdiff_dist.errors import MsdiffError, UserError
+
+_REASONS_OUTSIDE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOTDIR,
+    errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE,
+)  # fmt: skip
 
 app = typer.Typer(
     help="Train multi-stage latent-diffusion models: one shared encoder, one decoder per timestep stage.",
@@ -93,13 +100,34 @@ def _options(version: bool = typer.Option(False, "--version", callback=_version,
 def main() -> None:
     """Run the command. Exit status: 0 done, 2 an error that the user can correct, 1 any other failure."""
     try:
-        app()
+        _run()
     except MsdiffError as e:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/] {_escaped(str(e))}", highlight=False)
         status = 2 if isinstance(e, UserError) else 1
         if "torch.distributed" in sys.modules:
             _leave_if_rank(status)
         sys.exit(status)
+
+
+def _run() -> None:
+    """Run the command, and end its output.
+
+    Raises:
+        UserError: in place of an OSError for which nothing but the machine, its disks and permissions is the reason.
+    """
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except OSError as e:
+        if e.errno not in _REASONS_OUTSIDE:
+            raise
+        if e.filename is None:  # else Python tries to write once more what is left, and fails with a status of its own
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        where = str(e.filename or "output")
+        remedy = "Name a place that can be read and written, and that has enough space."
+        raise UserError("file", where, f"cannot be used ({e.strerror})", remedy) from e
 
 
 def _leave_if_rank(status: int) -> None:

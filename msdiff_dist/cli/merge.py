@@ -24,6 +24,8 @@ def merge(
     """
     from msdiff_dist.convert import editing
     from msdiff_dist.convert.options import parse_boundaries
+    from msdiff_dist.files.atomic import check_place
 
+    check_place("DST", dst, "new folder")
     report = editing.merge(models, dst, parse_boundaries(boundaries) or (), from_format)
     typer.echo(f"{len(models)} models merged in {dst}, from {len(report['keys'])} tensors")

@@ -62,8 +62,10 @@ def sample(
     from msdiff_dist.evaluation.sample_folder import sample_run
     from msdiff_dist.evaluation.sampling_job import SamplingJob
     from msdiff_dist.export.weights import open_weights
+    from msdiff_dist.files.atomic import check_place
     from msdiff_dist.files.work_share import Part
 
+    check_place("--out", out, "folder")
     if nfe is not None and steps is not None:
         raise ConfigError("--nfe", nfe, f"is given beside --steps {steps}", "Give one of the two.")
     if sampler is not None:

@@ -54,8 +54,12 @@ def cluster(
     """
     from msdiff_dist.apps.divide_stages import ClusterRequest
     from msdiff_dist.apps.divide_stages import cluster as find_boundaries
+    from msdiff_dist.files.atomic import check_place
     from msdiff_dist.stage_division.methods import DenoiserOptions
 
+    for option, file in (("--plot", plot), ("--write", write)):
+        if file is not None:
+            check_place(option, file, "file")
     options = DenoiserOptions(
         eta=eta, alpha=alpha, samples=samples, value_range=value_range, last_limit=last_limit, seed=seed
     )

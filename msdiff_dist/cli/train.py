@@ -29,6 +29,7 @@ def train(
     from msdiff_dist.apps.train.plan import check_run
     from msdiff_dist.apps.train.warm_start import start_weights
     from msdiff_dist.distributed.environment import is_rank_process, this_device
+    from msdiff_dist.files.atomic import check_place
     from msdiff_dist.launch.known_runs import register_run
     from msdiff_dist.recipe import load_recipe, recipe_mapping
     from msdiff_dist.training.run_folder import RunFolder
@@ -39,6 +40,8 @@ def train(
 
         parsed = in_small(parsed)
     folder = run_dir or Path("runs") / parsed.name
+    if os.environ.get("RANK", "0") == "0":
+        check_place("--run-dir", folder, "folder")
     start_weights(parsed, RunFolder(folder).checkpoints)
     if os.environ.get("RANK", "0") == "0":
         register_run(folder)

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 from msdiff_dist.errors import UserError
 
@@ -39,6 +39,8 @@ def atomic_write(path: Path, content: str | bytes | Callable[[IO[bytes]], object
     # A random name: writers at the same time do not disturb each other.
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     with writing("file", path, WriteError):
+        if path.exists() and not path.is_file():  # the rename would replace a device by a file
+            raise WriteError("file", str(path), "exists and is not a file", "Name another one.")
         try:
             with aside.open("xb") as f:
                 if callable(content):
@@ -98,6 +100,40 @@ def writing(field: str, path: Path, error: type[UserError]) -> Iterator[None]:
     except OSError as e:
         remedy = "Name a place that you can write to and that has enough space."
         raise error(field, str(path), f"cannot be written ({_reason(e)})", remedy) from e
+
+
+def check_place(field: str, path: Path, kind: Literal["file", "new file", "folder", "new folder", "new"]) -> None:
+    """Refuse, before work begins, a place where what an option names cannot be written. Nothing is left there.
+
+    Args:
+        field: the option that names `path`.
+        kind: what will be written. A new one must not exist, but for an empty folder; "new" may be either.
+
+    Raises:
+        WriteError: something else is there or on the way to it, or it cannot be written to.
+    """
+    existing = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+    if existing != path:
+        if not existing.is_dir():
+            raise WriteError(field, str(path), f"cannot be made: {existing} is not a folder", "Name another place.")
+        if kind == "file" and existing != path.absolute().parent:
+            raise WriteError(field, str(path), f"there is no folder {path.parent}", "Make it, or name another place.")
+    elif kind != "new" and not (path.is_dir() if "folder" in kind else path.is_file()):
+        what = "a folder" if path.is_dir() else "a file" if path.is_file() else "neither a file nor a folder"
+        raise WriteError(field, str(path), f"is {what}", f"Name a {kind.removeprefix('new ')}.")
+    elif kind.startswith("new") and not is_free(path):
+        raise WriteError(field, str(path), "exists already", "Name a new one, or remove it.")
+    # A file is written beside what it replaces, and so is a folder that is filled aside.
+    inside = existing != path or kind == "folder"
+    beside = existing if inside else existing.absolute().parent
+    with writing(field, path, WriteError):
+        # Only writing shows all that may be in the way: permissions, read-only and full file systems, quotas.
+        probe = beside / f".{secrets.token_hex(4)}.partial"
+        try:
+            with probe.open("xb") as f:
+                f.write(b"0")
+        finally:
+            probe.unlink(missing_ok=True)
 
 
 def is_free(path: Path) -> bool:

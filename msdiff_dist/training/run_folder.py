@@ -82,6 +82,8 @@ class RunFolder:
         """
         if not self.path.exists():
             return
+        if not self.path.is_dir():
+            raise RunFolderError("--run-dir", str(self.path), "is not a folder", "Name a new or empty folder.")
         if not self.recipe_file.exists():
             # What launchers put there before a run has its recipe.
             made_before = ("logs", "launch", ".lock", self.recipe_file.name)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from msdiff_dist.data.index import INDEX_NAME
 from msdiff_dist.errors import DataError
-from msdiff_dist.files.atomic import atomic_folder, atomic_write, is_free, writing
+from msdiff_dist.files.atomic import atomic_folder, atomic_write, check_place, is_free, writing
 
 Fields = Mapping[str, bytes]  # file extension -> content
 
@@ -96,9 +96,11 @@ def check_output(out: Path) -> None:
 
     Raises:
         DataError: `out` exists and is not an empty folder.
+        WriteError: it cannot be written.
     """
     if not is_free(out):
         raise DataError("--out", str(out), "exists and is not an empty folder", "Name another folder, or remove it.")
+    check_place("--out", out, "new folder")
 
 
 def write_dataset(
