@@ -7,7 +7,7 @@ it is a copy in host memory, because no step on the device reads it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,8 +62,9 @@ def keep_whole(module: nn.Module, group: dist.ProcessGroup, dtype: torch.dtype) 
     frozen, size = frozen_parameters(module), dist.get_world_size(group)
     if not frozen:
         return FrozenShards(flats=[], fragments=(), publish=lambda: None)
-    fragments, own = _own_range(frozen, group)
-    whole = torch.zeros(own.numel() * size, dtype=dtype, device=next(iter(frozen.values())).device)
+    shard, fragments = _own_range(frozen, group)
+    own = None if dtype == torch.float32 else _copied(frozen, fragments, shard)  # before they are rounded
+    whole = torch.zeros(shard * size, dtype=dtype, device=next(iter(frozen.values())).device)
     first = 0
     for p in frozen.values():
         view = whole[first : first + p.numel()].view(p.shape)
@@ -71,43 +72,44 @@ def keep_whole(module: nn.Module, group: dist.ProcessGroup, dtype: torch.dtype) 
         p.data = view
         first += p.numel()
     flat = FlatPart(whole, [], group, reduce_each=False)
-    if dtype == torch.float32:
-        own = flat.own_weights
+    fp32 = flat.own_weights if own is None else own
 
     def publish() -> None:
-        flat.publish(own)
+        flat.publish(fp32)
         flat.wait_for_weights()
 
     publish()
-    return FrozenShards(flats=[own], fragments=fragments, publish=publish)
+    return FrozenShards(flats=[fp32], fragments=fragments, publish=publish)
 
 
 def keep_aside(module: nn.Module, group: dist.ProcessGroup) -> FrozenShards:
     """Only this rank's range of the parameters of `module`, in host memory: of a part that no rank computes."""
-    fragments, own = _own_range(dict(module.named_parameters()), group)
-    return FrozenShards(flats=[own], fragments=fragments, publish=lambda: None)
+    parameters = dict(module.named_parameters())
+    shard, fragments = _own_range(parameters, group)
+    return FrozenShards(flats=[_copied(parameters, fragments, shard)], fragments=fragments, publish=lambda: None)
 
 
-def _own_range(parameters: dict[str, nn.Parameter], group: dist.ProcessGroup) -> tuple[tuple[Fragment, ...], Tensor]:
-    """This rank's range of the parameters laid end to end, and a copy of it in host memory, fp32, padded by zeros."""
+def _own_range(parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup) -> tuple[int, tuple[Fragment, ...]]:
+    """The length of each rank's range of the parameters laid end to end, and what lies in this rank's."""
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     shard = -(-sum(p.numel() for p in parameters.values()) // size)
-    fragments = tuple(_fragments({n: p.numel() for n, p in parameters.items()}, rank * shard, (rank + 1) * shard))
+    low, high, first = rank * shard, (rank + 1) * shard, 0
+    fragments = []
+    for name, p in parameters.items():
+        begin, end = max(low, first), min(high, first + p.numel())
+        if begin < end:
+            fragments.append(Fragment(name=name, start=begin - first, numel=end - begin, flat=0, offset=begin - low))
+        first += p.numel()
+    return shard, tuple(fragments)
+
+
+def _copied(parameters: Mapping[str, nn.Parameter], fragments: Sequence[Fragment], shard: int) -> Tensor:
+    """A copy of the fragments in host memory, fp32, [shard]."""
     own = torch.zeros(shard)
     for f in fragments:
         values = parameters[f.name].detach().flatten()[f.start : f.start + f.numel]
         own[f.offset : f.offset + f.numel].copy_(values)
-    return fragments, own
-
-
-def _fragments(numels: dict[str, int], low: int, high: int) -> Iterator[Fragment]:
-    """What lies in [low, high) of parameters laid end to end."""
-    first = 0
-    for name, numel in numels.items():
-        begin, end = max(low, first), min(high, first + numel)
-        if begin < end:
-            yield Fragment(name=name, start=begin - first, numel=end - begin, flat=0, offset=begin - low)
-        first += numel
+    return own
 
 
 def zero3_ranges(module: nn.Module, group: dist.ProcessGroup) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,10 @@ def test_from_an_export(model: Any, sections: dict[str, Any], make_export: Any, 
     assert recipe.latent_shape == description.latent_shape
     assert plan_run(recipe, 2).placement.num_stages == model.num_stages
     assert start_weights(recipe, tmp_path / "none") is not None
+    advice = re.findall(r"# With freeze: \[(.*)\] only the decoder of stage 0 trains", out.read_text())
+    assert len(advice) == (model.num_stages > 1)
+    for patterns in advice:
+        assert load_recipe(out, [f"train.freeze=[{patterns}]"]).freezing().stages == (0,)
 
 
 def test_from_a_run_and_a_checkpoint(run: Path, tmp_path: Path) -> None:
