@@ -148,6 +148,17 @@ def recipe_mapping(recipe: Recipe) -> dict[str, Any]:
     return content
 
 
+def comparable_mapping(mapping: Any) -> dict[str, Any]:
+    """A recipe's plain data, perhaps stored by an earlier version, with every field written out.
+
+    So is the section of the diffusion process, which `recipe_mapping` leaves null where the recipe does.
+    """
+    recipe = stored_recipe(mapping)
+    content = recipe_mapping(recipe)
+    content["diffusion"] = {**content["diffusion"], recipe.diffusion.process: to_mapping(recipe.diffusion.settings())}
+    return content
+
+
 def _contradictions(recipe: Recipe, unusable: Collection[str]) -> list[ConfigError]:
     """The errors of every check that reads no unusable section."""
     errors: list[ConfigError] = []

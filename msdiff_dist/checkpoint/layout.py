@@ -8,8 +8,8 @@ KIND is `param` (fp32 weights), an optimizer moment (`exp_avg`, `exp_avg_sq`, `m
 `ema.power`, `ema_LENGTH`; a folder `ema_snapshots/step_XXXXXXXX` has the same layout and holds the kinds `ema_LENGTH`
 alone. NAME is the parameter's name in the whole model, and START is the index of the range's first element in the
 flattened parameter. Frozen parameters have no moments, and their averages are their weights. So nothing depends on
-world size, ZeRO level or placement. The position in the data is the step:
-the next sample's number in the stream is step x batch_size.
+world size, ZeRO level or placement. The position in the data follows from the step: the next sample's number in the
+stream is (step - data_began) x batch_size, and data_began is 0 but for some branches of other runs.
 
 A folder named `step_*` is complete. Folders of other names may lie beside it:
 
@@ -53,8 +53,10 @@ class CheckpointIndex:
         world_size: how many ranks wrote the checkpoint.
         files: the tensor files, with their sizes, checksums and keys.
         data: fingerprint of the data set's shards, by source.
+        data_began: the step at which a branch of another run began the data anew, in an order of its own. The position
+            in the data is counted from there.
         optimizer_began: by prefix of the parameter names, the step at which the optimizer of a part began of which
-            something was frozen before. Those of other parts began with the run.
+            something was frozen before, or which is another one in a branch. Those of other parts began with the run.
         format: version of this layout.
     """
 
@@ -67,14 +69,16 @@ class CheckpointIndex:
     world_size: int
     files: list[StoredFile] = field(default_factory=list)
     data: list[list[str]] = field(default_factory=list)
+    data_began: int = 0
     optimizer_began: dict[str, int] = field(default_factory=dict)
     format: int = FORMAT
 
     def dump(self) -> str:
         """The index as JSON text."""
         content = asdict(self)
-        if not self.optimizer_began:  # a key that earlier versions do not know
-            del content["optimizer_began"]
+        for name in ("data_began", "optimizer_began"):
+            if not content[name]:  # a key that earlier versions do not know
+                del content[name]
         return json.dumps(content, indent=1)
 
     @staticmethod

@@ -126,7 +126,8 @@ def restore(
 ) -> None:
     """Put weights, moments and averages of a checkpoint into this rank's shards.
 
-    Collective: once the shards are filled, the network's own weights are gathered from them.
+    Collective: once the shards are filled, the network's own weights are gathered from them. An average that the
+    checkpoint does not have begins at the weights; that is so where a run branched with further averages.
 
     Args:
         began: by prefix of the parameter names, the step at which the part's optimizer began. One that begins at the
@@ -135,6 +136,7 @@ def restore(
     Raises:
         CorruptError: an element is missing.
     """
+    kinds = reader.kinds
     for prefix, shards in state.items():
 
         def read(kind: str, f: Fragment, prefix: str = prefix) -> Tensor:
@@ -143,8 +145,9 @@ def restore(
         steps = reader.index.step - began.get(prefix, 0)
         shards.restore(read, reader.index.moments if steps else [], steps)
         for kind, average in averages.items():
+            source = kind if kind in kinds else "param"
             for f in shards.fragments:
-                average[prefix][f.flat][f.offset : f.offset + f.numel].copy_(read(kind, f))
+                average[prefix][f.flat][f.offset : f.offset + f.numel].copy_(read(source, f))
 
 
 def start_from(

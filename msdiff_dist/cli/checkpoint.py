@@ -68,6 +68,11 @@ def inspect(path: _Any, step: _Step = None, as_json: _Json = False) -> None:
         f"written by   {report['world_size']} ranks, {report['bytes'] / 1e6:.1f} MB, format {report['format']}"
     )
     console.print(f"holds        {', '.join(report['kinds'])}")
+    if origin := report["branched_from"]:
+        console.print(f"branched     from {origin['run']} at step {origin['step']}", highlight=False)
+    for change in report["recipe_changes"]:
+        about = f"{change['field']} {change['old']!r} -> {change['new']!r}"
+        console.print(f"changed      since step {change['step']}: {about}", highlight=False)
 
 
 @app.command(cls=NamingCommand)
@@ -144,7 +149,13 @@ def diff(
 
 
 def _report(reader: CheckpointReader) -> dict[str, Any]:
-    index = reader.index
+    from dataclasses import asdict
+
+    from msdiff_dist.apps.train.branch import Origin
+    from msdiff_dist.training.recipe_changes import read_changes
+
+    index, run = reader.index, reader.folder.resolve().parent.parent
+    origin = Origin.of(run)
     return {
         "path": str(reader.folder),
         "recipe": index.recipe["name"],
@@ -157,6 +168,9 @@ def _report(reader: CheckpointReader) -> dict[str, Any]:
         "bytes": sum(f.size for f in index.files),
         "kinds": reader.kinds,
         "parts": _parts(index.shapes),
+        "branched_from": asdict(origin) if origin else None,
+        # Those that the checkpoint's weights were trained with.
+        "recipe_changes": [asdict(change) for change in read_changes(run) if change.step < index.step],
     }
 
 

@@ -19,6 +19,11 @@ def launch(
     gpus_per_node: Annotated[int | None, typer.Option(help="GPUs (and ranks) on each node.")] = None,
     time: Annotated[str | None, typer.Option(help="Limit of one start: 24:00:00, or 2-12:00 with days.")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/NAME, after the recipe.")] = None,
+    branch: Annotated[
+        Path | None,
+        typer.Option(help="A new run folder: begin there from the newest checkpoint of --run-dir."),
+    ] = None,
+    branch_from: Annotated[int | None, typer.Option(min=0, help="Branch from the checkpoint of this step.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, show plan and sbatch text; submit nothing.")
     ] = False,
@@ -38,7 +43,7 @@ def launch(
 
     given = {"nodes": nodes, "gpus_per_node": gpus_per_node, "time": time}
     asked = load_cluster(cluster, given)
-    folder, runs, parallel = launcher.runs_of(recipe, overrides or [], run_dir)
+    folder, runs, parallel = launcher.runs_of(recipe, overrides or [], run_dir, branch, branch_from)
     asked = dataclasses.replace(asked, max_parallel=parallel or asked.max_parallel)
     if dry_run:
         dry = launcher.dry_run(runs, asked, folder, folder.name)

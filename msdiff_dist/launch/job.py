@@ -35,7 +35,8 @@ class TrainJob:
 
     run_dir: the run folder. recipe: path of the resolved recipe in the launch's snapshot. signal_delay_s: seconds
     between the signal to stop and the kill. max_restarts: starts in a row without a new checkpoint, after which the job
-    gives up. gpus_per_node: GPUs that the job asked for on each node.
+    gives up. gpus_per_node: GPUs that the job asked for on each node. branch_of: the run that this one begins from,
+    if it is a branch, and branch_from: the step of the checkpoint, if one was named.
     """
 
     run_dir: str
@@ -43,6 +44,8 @@ class TrainJob:
     signal_delay_s: int
     max_restarts: int
     gpus_per_node: int = 0
+    branch_of: str | None = None
+    branch_from: int | None = None
 
     def __call__(self) -> str:
         job = submitit.JobEnvironment()
@@ -99,6 +102,7 @@ class TrainJob:
         """Train; returns the outcome, and the seconds from the signal to stop until all was saved (None: no signal)."""
         from omegaconf import OmegaConf
 
+        from msdiff_dist.apps.train.branch import Branch
         from msdiff_dist.apps.train.rank import run_rank
         from msdiff_dist.distributed.environment import print_error
         from msdiff_dist.recipe import recipe_from
@@ -111,7 +115,14 @@ class TrainJob:
             diary.write_end(f"rank {rank}: {type(error).__name__}: {error}")
 
         stop = StopRequest()
-        outcome = run_rank(recipe, Path(self.run_dir), stop=stop, gpus_per_node=self.gpus_per_node, lost=lost)
+        outcome = run_rank(
+            recipe,
+            Path(self.run_dir),
+            stop=stop,
+            gpus_per_node=self.gpus_per_node,
+            branch=Branch(Path(self.branch_of), self.branch_from) if self.branch_of else None,
+            lost=lost,
+        )
         return outcome, None if stop.requested_at is None else time.time() - stop.requested_at
 
     def _warn_if_slow(self, seconds: float | None) -> None:

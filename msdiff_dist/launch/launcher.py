@@ -17,6 +17,7 @@ import submitit
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from msdiff_dist.apps.train.branch import Branch, branched
 from msdiff_dist.apps.train.found_data import DataFinder
 from msdiff_dist.apps.train.plan import check_run, plan_run
 from msdiff_dist.apps.train.prediction import predict
@@ -34,26 +35,35 @@ from msdiff_dist.launch.slurm import has_clients
 from msdiff_dist.launch.snapshot import next_snapshot, take_snapshot
 from msdiff_dist.launch.submit import check_folder, check_job, make_executor, sbatch_text, submit
 from msdiff_dist.launch.watch import states
-from msdiff_dist.recipe import Recipe, load_recipe, recipe_mapping
+from msdiff_dist.recipe import Recipe, comparable_mapping, load_recipe, recipe_mapping
 from msdiff_dist.sweep import load_sweep, run_names
 from msdiff_dist.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe and its run folder."""
+    """A recipe, its run folder, and the run that it begins from, if it is a branch."""
 
     recipe: Recipe
     folder: Path
+    branch: Branch | None = None
 
 
-def runs_of(path: Path, overrides: Sequence[str], folder: Path | None) -> tuple[Path, list[Run], int | None]:
+def runs_of(
+    path: Path,
+    overrides: Sequence[str],
+    folder: Path | None,
+    branch: Path | None = None,
+    branch_from: int | None = None,
+) -> tuple[Path, list[Run], int | None]:
     """The folder of the job, its runs and the limit of parallel runs (None: not given), from a recipe or sweep file.
 
     Args:
         path: a recipe or a sweep.
         overrides: `key=value` changes to every run's recipe; a sweep's own changes come after them.
         folder: the run folder, or the folder of a sweep's run folders; None: `runs/NAME`.
+        branch: a new folder for them, if they are to begin from a checkpoint of the run in `folder`.
+        branch_from: the step of that checkpoint; None: the newest.
 
     Raises:
         ConfigError: naming the file's or the recipe's field.
@@ -61,15 +71,15 @@ def runs_of(path: Path, overrides: Sequence[str], folder: Path | None) -> tuple[
     sweep = load_sweep(path)
     if sweep is None:
         recipe = load_recipe(path, overrides)
-        folder = folder or Path("runs") / recipe.name
-        return folder, [Run(recipe, folder)], None
-    folder = folder or Path("runs") / path.stem
+        new, origin = branched(folder or Path("runs") / recipe.name, branch, branch_from)
+        return new, [Run(recipe, new, origin)], None
+    new, origin = branched(folder or Path("runs") / path.stem, branch, branch_from)
     base, errors, runs = path.parent / sweep.config.recipe, list[ConfigError](), []
     for name, changes in zip(run_names(sweep.config.changes), sweep.overrides(), strict=True):
         with collecting(errors):
-            runs.append(Run(load_recipe(base, [*overrides, *changes]), folder / name))
+            runs.append(Run(load_recipe(base, [*overrides, *changes]), new / name, origin))
     raise_all(errors)
-    return folder, runs, sweep.config.max_parallel
+    return new, runs, sweep.config.max_parallel
 
 
 def check_runs(runs: Sequence[Run], cluster: ClusterConfig) -> None:
@@ -88,8 +98,11 @@ def check_runs(runs: Sequence[Run], cluster: ClusterConfig) -> None:
     for run in runs:
         check_run(run.recipe, cluster.world_sizes, find, device_type=device_type if same_software else None)
         _check_elastic(run.recipe, cluster)
-        RunFolder(run.folder).check(recipe_mapping(run.recipe))
-        start_weights(run.recipe, RunFolder(run.folder).checkpoints)
+        RunFolder(run.folder, comparable_mapping).check(recipe_mapping(run.recipe))
+        if run.branch:
+            run.branch.check(run.recipe, run.folder)
+        else:
+            start_weights(run.recipe, RunFolder(run.folder, comparable_mapping).checkpoints)
     records = [record for run in runs if (record := JobRecord.load(run.folder))]
     for record in (record for record, state in zip(records, states(records), strict=True) if state.active):
         raise RunFolderError(
@@ -226,6 +239,8 @@ def launch(runs: Sequence[Run], cluster: ClusterConfig, folder: Path, name: str)
                 signal_delay_s=cluster.signal_delay_s,
                 max_restarts=cluster.max_restarts,
                 gpus_per_node=cluster.gpus_per_node,
+                branch_of=str(run.branch.old.resolve()) if run.branch else None,
+                branch_from=run.branch.step if run.branch else None,
             )
         )
     jobs = submit(make_executor(cluster, name, folder, snapshot / "code"), tasks)

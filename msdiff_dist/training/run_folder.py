@@ -2,6 +2,8 @@
 
 run/
   recipe.yaml         the resolved recipe
+  recipe_changes.jsonl  one line for each field that changed when the run was resumed; see `recipe_changes`
+  branched_from.json  of a run that began from a checkpoint of another one: which
   metrics.jsonl       one line a step
   tensorboard/        the same for TensorBoard
   checkpoints/        step_XXXXXXXX/, each complete or absent
@@ -16,7 +18,7 @@ import fcntl
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,46 +26,27 @@ from omegaconf import OmegaConf
 
 from msdiff_dist.checkpoint.power_profile import SNAPSHOTS
 from msdiff_dist.config import differences
-from msdiff_dist.errors import RunFolderError
+from msdiff_dist.errors import ConfigError, RunFolderError
 from msdiff_dist.files.atomic import atomic_write, partial_of, remove_partials, writing
 from msdiff_dist.files.text import read_yaml
+from msdiff_dist.training.recipe_changes import FILE as CHANGES
+from msdiff_dist.training.recipe_changes import Change, changes_at, may_change, read_changes, write_changes
 
-# Fields, or prefixes of fields, that may differ when a run is resumed: they say where and how it runs, not what it
-# computes.
-FREE_FIELDS = (
-    "train.steps",
-    "train.gradient_accumulation_steps",
-    "train.global_batch_size",  # compared with the checkpoint's batch size, which both fields may give
-    "train.micro_batch_size",
-    "train.threads",
-    "train.device",
-    "train.channels_last",
-    "train.compile",
-    "train.timeout_s",
-    "train.start_timeout_s",
-    "data.workers",
-    "data.shards",  # compared by content
-    "data.accept_changes",
-    "data.retries",
-    "data.allow_pipe",
-    "data.max_bad",
-    "encode.",
-    "parallel.",
-    "checkpoint.",
-    "ema.power.snapshot_every",
-    "preview.",
-    "metrics.",
-    "model.attention_backend",
-    "activation_checkpointing.",
-    "extensions",  # the other fields name what they add
-)
+ORIGIN = "branched_from.json"
+"""Of a run that began from a checkpoint of another one: which."""
 
 
 class RunFolder:
-    """Paths inside one run folder, and its lock. Nothing is created before `open`."""
+    """Paths inside one run folder, and its lock. Nothing is created before `open`.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        complete: gives a recipe that an earlier version stored the fields that it lacks, and all recipes one form, so
+            that they can be compared; None: they are compared as they are.
+    """
+
+    def __init__(self, path: Path, complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None) -> None:
         self.path = path
+        self._complete = complete or dict
         self.recipe_file = path / "recipe.yaml"
         self.metrics_file = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
@@ -86,7 +69,9 @@ class RunFolder:
             raise RunFolderError("--run-dir", str(self.path), "is not a folder", "Name a new or empty folder.")
         if not self.recipe_file.exists():
             # What launchers put there before a run has its recipe.
-            made_before = ("logs", "launch", ".lock", self.recipe_file.name)
+            made_before: tuple[str, ...] = ("logs", "launch", ".lock", self.recipe_file.name)
+            if (self.path / ORIGIN).exists():  # of a branch that was killed as it began
+                made_before = (*made_before, ORIGIN, self.checkpoints.name)
             stray = [p.name for p in self.path.iterdir() if (partial_of(p.name) or p.name) not in made_before]
             if stray:
                 raise RunFolderError(
@@ -94,15 +79,26 @@ class RunFolder:
                     "Name a new or empty folder.",
                 )  # fmt: skip
             return
-        before = self.stored_recipe() or {}
-        changed = [(f, a, b) for f, a, b in differences(before, dict(recipe)) if not f.startswith(FREE_FIELDS)]
+        changed = [(f, a, b) for f, a, b in self._differences(recipe) if not may_change(f)]
         changed = [(f, a, b) for f, a, b in changed if (f, b) != ("train.precision", "auto")]  # takes the run's
         if changed:
             lines = "; ".join(f"{f} was {a!r}, now {b!r}" for f, a, b in changed)
             raise RunFolderError(
                 "--run-dir", str(self.path), f"belongs to a run of another recipe ({lines})",
-                "Name another --run-dir, or restore these fields to resume this run.",
+                "Restore these fields to resume this run, or train the changed recipe in a run of its own: from this "
+                "run's newest checkpoint with `--branch NEW_RUN`, from scratch with another --run-dir.",
             )  # fmt: skip
+
+    def _differences(self, recipe: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+        """Dotted fields where `recipe` differs from the stored one, as (field, value stored, value now)."""
+        return differences(self._comparable(self.stored_recipe() or {}), self._complete(recipe))
+
+    def _comparable(self, stored: Mapping[str, Any]) -> Mapping[str, Any]:
+        try:
+            return self._complete(stored)
+        except ConfigError as e:
+            problem = f"holds a recipe that this version cannot read ({e})"
+            raise RunFolderError("--run-dir", str(self.path), problem, "Use the version that made the run.") from None
 
     def stored_recipe(self) -> dict[str, Any] | None:
         """The resolved recipe of the run in this folder, as plain data; None if there is none yet."""
@@ -110,8 +106,13 @@ class RunFolder:
             return None
         return read_yaml(self.recipe_file, "--run-dir")
 
-    def open(self, recipe: Mapping[str, Any]) -> None:
-        """Lock the folder for this process, create its subfolders and write the resolved recipe.
+    def open(self, recipe: Mapping[str, Any], begin: Callable[[], None] | None = None) -> None:
+        """Lock the folder for this process, create its subfolders, and write the resolved recipe of a new run.
+
+        `go_on` writes that of a run that is resumed.
+
+        Args:
+            begin: called before the recipe of a new run is written, while the folder is locked.
 
         Raises:
             RunFolderError: it belongs to another recipe, is in use by another process, or cannot be written.
@@ -124,10 +125,13 @@ class RunFolder:
                 self.close()
                 problem, remedy = "is in use by another running process", "Wait for it, or name another folder."
                 raise RunFolderError("--run-dir", str(self.path), problem, remedy)
-            remove_partials(self.path, [self.recipe_file.name, self.metrics_file.name])
+            remove_partials(self.path, [self.recipe_file.name, self.metrics_file.name, CHANGES, ORIGIN])
             # Before the subfolders: a folder with those and without a recipe would be refused, so a kill in between
             # would lock the same command out.
-            atomic_write(self.recipe_file, OmegaConf.to_yaml(OmegaConf.create(dict(recipe))))
+            if not self.recipe_file.exists():
+                if begin:
+                    begin()
+                self._write_recipe(recipe)
             for folder in (self.checkpoints, self.samples, self.logs):
                 folder.mkdir(exist_ok=True)
             for leftover in self.samples.glob(".*"):  # weights and unfinished grids of a preview when a kill came
@@ -143,6 +147,23 @@ class RunFolder:
             except BlockingIOError:
                 return True
         return False
+
+    def go_on(self, recipe: Mapping[str, Any], step: int) -> list[Change]:
+        """Record what changed in the recipe of the run, which goes on after `step` steps, and store the new recipe.
+
+        The folder must be open. Returns the changes of this start.
+        """
+        stored = self._comparable(self.stored_recipe() or {})
+        now = self._complete(recipe)
+        recorded = changes_at(step, read_changes(self.path), stored, now, time.time())
+        with writing("--run-dir", self.path, RunFolderError):
+            # In this order: after a kill in between, the change is found again, and its line with it.
+            write_changes(self.path, recorded)
+            self._write_recipe(recipe)
+        return [change for change in recorded if change.step == step]
+
+    def _write_recipe(self, recipe: Mapping[str, Any]) -> None:
+        atomic_write(self.recipe_file, OmegaConf.to_yaml(OmegaConf.create(dict(recipe))))
 
     def close(self) -> None:
         """Unlock the folder."""

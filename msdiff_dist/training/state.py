@@ -27,7 +27,9 @@ class TrainState:
 
     Attributes:
         step: optimizer steps done. Global batches 0 to step - 1 have been trained on, so it is the position in the data
-            too.
+            too, but for `data_began`.
+        data_began: the step at which a branch of another run began its data anew; global batch 0 is that of the step
+            after it. 0 for other runs.
         loss_average: the smoothed training loss, which `checkpoint.keep_best` compares.
         fingerprint: fingerprint of the data set's shards, by source; empty for a new run until its data are read.
         shapes: shape of every parameter of the whole model, by name.
@@ -46,6 +48,7 @@ class TrainState:
         self.loss_average = LossAverage()
         self.fingerprint: Fingerprint = []
         self.shapes = gather_shapes(shards)
+        self.data_began = 0
         self._recipe, self._batch_size, self._frozen = dict(recipe), batch_size, frozen
         self._optimizer_began: dict[str, int] = {}
 
@@ -60,6 +63,7 @@ class TrainState:
             moments=moment_kinds(self.shards),
             world_size=world_size,
             data=self.fingerprint,
+            data_began=self.data_began,
             optimizer_began=self._optimizer_began,
         )
 
@@ -75,7 +79,7 @@ class TrainState:
                 self._optimizer_began[part_of(name)] = checkpoint.index.step
         restore(checkpoint, self.shards, self.averages, self._optimizer_began)
         self.step, self.loss_average.value = checkpoint.index.step, checkpoint.index.loss
-        self.fingerprint = checkpoint.index.data
+        self.fingerprint, self.data_began = checkpoint.index.data, checkpoint.index.data_began
 
     def start_from(self, read: Callable[[str, int, int], Tensor]) -> None:
         """Take over weights alone, for a run at step 0. Collective.

@@ -43,12 +43,14 @@ def train_reference(
     steps: int,
     model: torch.nn.Module | None = None,
     is_frozen: Callable[[str], bool] = lambda name: False,
+    later: tuple[int, Recipe] | None = None,
 ) -> ReferenceRun:
     """Train `recipe` for `steps` steps.
 
     Args:
         model: the model to train; None: the recipe's own, with its first weights.
         is_frozen: whether the parameter of a name does not train.
+        later: steps after which another recipe holds, and that recipe, of the same model, optimizer and data.
     """
     seed, B = recipe.train.seed, recipe.train.batch_size(1)
     model, process = model or build_model(recipe.model, seed), recipe.process()
@@ -70,6 +72,10 @@ def train_reference(
     power = {length: {name: torch.zeros_like(p) for name, p in first.items()} for length in lengths}
     losses, norms = [], []
     for step in range(steps):
+        if later and step == later[0]:
+            recipe, process = later[1], later[1].process()
+            for group in optimizer.param_groups:
+                group["weight_decay"] = recipe.optimizer.weight_decay
         batch, draw = next(loader), quotas.draw(seed, step)
         x0, t_B = codec.to_latents(batch.x_nCHW), torch.from_numpy(draw.t_B)
         stage_B = torch.from_numpy(draw.stage_B)

@@ -34,7 +34,7 @@ from msdiff_dist.files.atomic import atomic_write
 from msdiff_dist.files.digest import sha256_of
 from msdiff_dist.files.text import Override
 from msdiff_dist.files.yaml_places import Places
-from msdiff_dist.recipe import Recipe, load_recipe, read_mapping, recipe_mapping
+from msdiff_dist.recipe import Recipe, comparable_mapping, load_recipe, read_mapping, recipe_mapping
 from msdiff_dist.sweep import overrides_of
 from msdiff_dist.terminal import duration
 from msdiff_dist.training.config import MOST_STEPS
@@ -207,7 +207,7 @@ def _check_image_shape(trial: Trial, shape: tuple[int, int, int], classifier: st
 
 def _check_folder(trial: Trial, settings: dict[str, Any]) -> None:
     """Refuse the folder of another run, and a run past a step at which it is neither scored nor has a checkpoint."""
-    RunFolder(trial.folder).check(recipe_mapping(trial.recipe))
+    RunFolder(trial.folder, comparable_mapping).check(recipe_mapping(trial.recipe))
     done = [step_of(p) for p in complete_checkpoints(trial.checkpoints)]
     scored = trial.scores(settings)
     lost = [s for s in trial.steps if s not in scored and s not in done and s <= max(done, default=0)]

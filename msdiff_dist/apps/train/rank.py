@@ -7,11 +7,13 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import IO
 
 import torch
 
+from msdiff_dist.apps.train.branch import Branch
 from msdiff_dist.apps.train.found_data import FoundData
 from msdiff_dist.apps.train.loop import Outcome, train
 from msdiff_dist.apps.train.trainer import Trainer
@@ -26,7 +28,7 @@ from msdiff_dist.distributed.lost_ranks import naming_lost_ranks
 from msdiff_dist.distributed.precision import agree_on_precision
 from msdiff_dist.distributed.progress import FINISH
 from msdiff_dist.errors import TrainingError
-from msdiff_dist.recipe import Recipe, recipe_mapping
+from msdiff_dist.recipe import Recipe, comparable_mapping, recipe_mapping
 from msdiff_dist.training.preemption import StopRequest
 from msdiff_dist.training.run_folder import RunFolder
 from msdiff_dist.training.sinks import SinkContext, Sinks
@@ -39,6 +41,7 @@ def run_rank(
     stop: StopRequest | None = None,
     found: FoundData | None = None,
     gpus_per_node: int = 0,
+    branch: Branch | None = None,
     lost: Callable[[TrainingError], None] = print_error,
 ) -> Outcome:
     """Train `recipe` in `run_dir` as the rank that the environment names, from the newest checkpoint if there is one.
@@ -48,12 +51,13 @@ def run_rank(
         stop: records when a signal asked to stop; None: a new one.
         found: the recipe's data, if the command has read them; None: rank 0 reads them.
         gpus_per_node: GPUs that the job asked for on each node; 0: none by itself.
+        branch: the run to begin from, if `run_dir` is a new run; it is looked at until `run_dir` has a recipe.
         lost: called, from a thread, when a rank is lost or hangs, before this process ends with status 1.
 
     Returns:
         "preempted" if a signal ended training early: everything is saved, and the same call resumes it.
     """
-    folder = RunFolder(run_dir)
+    folder = RunFolder(run_dir, comparable_mapping)
     with ExitStack() as stack:
         set_nccl_defaults(folder.path / "logs")
         limits = WaitLimits(
@@ -64,29 +68,60 @@ def run_rank(
         stack.enter_context(naming_lost_ranks(env))
         stop = stack.enter_context(stop or StopRequest())
         torch.set_num_threads(recipe.train.threads or threads_per_rank())
-        stored = on_rank_0(folder.stored_recipe)
-        so_far = stored["train"]["precision"] if stored else None
+        so_far = on_rank_0(lambda: _precision_so_far(folder, branch))
         precision = agree_on_precision(recipe.train.precision, env.device, so_far)
         choose_kernels(env.device, recipe.train.tf32)
         recipe = replace(recipe, train=replace(recipe.train, precision=precision.precision))
-        on_rank_0(lambda: folder.open(recipe_mapping(recipe)))
+        origins = on_rank_0(lambda: _opened(folder, recipe, branch, env.world_size, found))
         stack.callback(folder.close)
         trainer = stack.enter_context(Trainer(recipe, folder, env, found))
+        step = trainer.state.step
+        changes = on_rank_0(lambda: folder.go_on(recipe_mapping(recipe), step))
+        changed = [f"changed since step {step}: {'; '.join(map(str, changes))}"] if changes else []
         sinks = Sinks()
         if env.rank == 0:
             context = SinkContext(
                 folder=folder,
-                first_step=trainer.state.step,
+                first_step=step,
                 total_steps=recipe.train.steps,
                 terminal=terminal or sys.stderr,
             )
             sinks = stack.enter_context(Sinks.of_run(recipe.metrics, context))
         warnings = [*env.warnings, *([precision.warning] if precision.warning else [])]
-        for line in (trainer.describe(precision), *(f"warning: {w}" for w in warnings), *trainer.notes):
+        for line in (
+            trainer.describe(precision),
+            *chain(*origins),
+            *changed,
+            *(f"warning: {w}" for w in warnings),
+            *trainer.notes,
+        ):
             sinks.say(line)
         outcome = train(trainer, sinks, limits, lambda: stop.requested_at is not None or trainer.saver.failed)
         env.progress.enter(FINISH)
         return outcome
+
+
+def _precision_so_far(folder: RunFolder, branch: Branch | None) -> str | None:
+    """The precision of the run that goes on; None for one that begins. For rank 0 alone."""
+    if branch:
+        branch.is_made(folder.path)
+        return branch.precision(folder.path)
+    stored = folder.stored_recipe()
+    return stored["train"]["precision"] if stored else None
+
+
+def _opened(
+    folder: RunFolder, recipe: Recipe, branch: Branch | None, world_size: int, found: FoundData | None
+) -> list[list[str]]:
+    """Open the run folder; the lines about its origin, if it is a branch that begins now. For rank 0 alone."""
+    lines: list[list[str]] = []
+
+    def begin() -> None:
+        if branch:
+            lines.append(list(branch.begin(recipe, folder, world_size, found).lines()))
+
+    folder.open(recipe_mapping(recipe), begin)
+    return lines
 
 
 def _asked_gpus(recipe: Recipe, gpus_per_node: int) -> AskedGpus | None:

@@ -226,13 +226,19 @@ class Trainer:
         return index, null_context_TC
 
     def _build_feed(self, index: list[list[Shard]], groups: Groups) -> Feed:
-        recipe, env, step = self.recipe, self.env, self.state.step
+        recipe, env, start = self.recipe, self.env, self.state.step - self.state.data_began
         loader = on_every_rank(
             lambda: StepLoader(
-                recipe.data, recipe.train.seed, self.batch_size, env.rank, env.world_size, start_batch=step, index=index
+                recipe.data,
+                recipe.train.seed,
+                self.batch_size,
+                env.rank,
+                env.world_size,
+                start_batch=start,
+                index=index,
             )
         )
-        return build_feed(recipe, self._plan, loader, groups, env, start_batch=step)
+        return build_feed(recipe, self._plan, loader, groups, env, start_batch=start)
 
 
 def _ranks_per_node() -> int | None:

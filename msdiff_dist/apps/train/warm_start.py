@@ -28,14 +28,15 @@ def start_weights(recipe: Recipe, checkpoints: Path) -> Weights | None:
     if not any((Path(path) / file).is_file() for file in (CONFIG, INDEX)):
         raise ConfigError(_FIELD, path, "is neither an export folder nor a checkpoint", _remedy(Path(path)))
     weights = open_weights(Path(path))
-    changed = differences(_architecture(weights.description.model), _architecture(recipe.model))
+    changed = differences(architecture(weights.description.model), architecture(recipe.model))
     if changed:
         named = "; ".join(f"model.{field} is {there!r} there and {here!r} here" for field, there, here in changed)
         raise ConfigError(_FIELD, path, f"holds another model ({named})", "Make the recipe's model that one.")
     return weights
 
 
-def _architecture(model: ModelConfig) -> dict[str, object]:
+def architecture(model: ModelConfig) -> dict[str, object]:
+    """The fields of a model on which its weights depend, as plain data."""
     return {field: value for field, value in to_mapping(model).items() if field not in _FREE}
 
 

@@ -10,7 +10,7 @@ import pytest
 from msdiff_dist.errors import RunFolderError
 from msdiff_dist.training.run_folder import RunFolder
 
-RECIPE = {"name": "a", "optimizer": {"lr": 0.1}, "parallel": {"zero_shared": 1}, "train": {"steps": 5}}
+RECIPE = {"name": "a", "optimizer": {"eps": 0.1}, "parallel": {"zero_shared": 1}, "train": {"steps": 5}}
 
 
 def test_the_same_recipe_goes_on_and_another_is_refused(tmp_path: Path) -> None:
@@ -18,8 +18,8 @@ def test_the_same_recipe_goes_on_and_another_is_refused(tmp_path: Path) -> None:
     folder.open(RECIPE)
     folder.close()
     RunFolder(folder.path).check(RECIPE | {"parallel": {"zero_shared": 2}, "train": {"steps": 9}})
-    with pytest.raises(RunFolderError, match=r"optimizer\.lr was 0\.1, now 0\.2"):
-        RunFolder(folder.path).check(RECIPE | {"optimizer": {"lr": 0.2}})
+    with pytest.raises(RunFolderError, match=r"optimizer\.eps was 0\.1, now 0\.2"):
+        RunFolder(folder.path).check(RECIPE | {"optimizer": {"eps": 0.2}})
 
 
 def test_one_user_at_a_time(tmp_path: Path) -> None:
