@@ -131,6 +131,13 @@ class RunFolder:
             if not self.recipe_file.exists():
                 if begin:
                     begin()
+                elif (self.path / ORIGIN).exists():
+                    self.close()
+                    old = json.loads((self.path / ORIGIN).read_text())["run"]
+                    raise RunFolderError(
+                        "--run-dir", str(self.path), f"was to become a branch of {old}, and was not finished",
+                        "Give the command with --branch again, or remove the folder.",
+                    )  # fmt: skip
                 self._write_recipe(recipe)
             for folder in (self.checkpoints, self.samples, self.logs):
                 folder.mkdir(exist_ok=True)

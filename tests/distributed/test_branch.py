@@ -182,6 +182,9 @@ def test_a_kill_while_branching_is_made_good_by_the_same_command(tmp_path: Path)
     ):
         killed(*kept)
         assert same(branched(1, recipe_of(LESS), old, new, [3]), expected)
+    killed(".lock", "branched_from.json")
+    with pytest.raises(RunFolderError, match=r"was to become a branch of .*old"):
+        RunFolder(new, comparable_mapping).open(recipe_mapping(recipe_from(recipe_of(LESS))))
     killed(".lock", "branched_from.json", "checkpoints/step_00000002")
     branched_only.rename(new / "checkpoints/.step_00000002.partial")
     assert same(branched(1, recipe_of(LESS), old, new, [3]), expected)
@@ -212,7 +215,9 @@ def test_what_cannot_be_branched_is_refused_by_name(tmp_path: Path) -> None:
     old, new, recipe = tmp_path / "old", tmp_path / "new", recipe_from(recipe_of(ADAM))
     with pytest.raises(RunFolderError, match="no such run to branch from"):
         Branch(old).check(recipe, new)
-    RunFolder(old).open(recipe_mapping(recipe))
+    untrained = RunFolder(old)
+    untrained.open(recipe_mapping(recipe))
+    untrained.close()
     with pytest.raises(CheckpointError, match="holds no complete checkpoint to branch from"):
         Branch(old).check(recipe, new)
     train(1, recipe_of(ADAM), tmp_path / "trained", [1, 2])

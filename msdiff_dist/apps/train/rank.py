@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import IO
 
@@ -72,7 +71,7 @@ def run_rank(
         precision = agree_on_precision(recipe.train.precision, env.device, so_far)
         choose_kernels(env.device, recipe.train.tf32)
         recipe = replace(recipe, train=replace(recipe.train, precision=precision.precision))
-        origins = on_rank_0(lambda: _opened(folder, recipe, branch, env.world_size, found))
+        origin = on_rank_0(lambda: _opened(folder, recipe, branch, env.world_size, found))
         stack.callback(folder.close)
         trainer = stack.enter_context(Trainer(recipe, folder, env, found))
         step = trainer.state.step
@@ -89,8 +88,8 @@ def run_rank(
             sinks = stack.enter_context(Sinks.of_run(recipe.metrics, context))
         warnings = [*env.warnings, *([precision.warning] if precision.warning else [])]
         for line in (
+            *origin,
             trainer.describe(precision),
-            *chain(*origins),
             *changed,
             *(f"warning: {w}" for w in warnings),
             *trainer.notes,
@@ -112,15 +111,15 @@ def _precision_so_far(folder: RunFolder, branch: Branch | None) -> str | None:
 
 def _opened(
     folder: RunFolder, recipe: Recipe, branch: Branch | None, world_size: int, found: FoundData | None
-) -> list[list[str]]:
+) -> list[str]:
     """Open the run folder; the lines about its origin, if it is a branch that begins now. For rank 0 alone."""
-    lines: list[list[str]] = []
+    lines: list[str] = []
 
     def begin() -> None:
-        if branch:
-            lines.append(list(branch.begin(recipe, folder, world_size, found).lines()))
+        assert branch is not None
+        lines.extend(branch.begin(recipe, folder, world_size, found).lines())
 
-    folder.open(recipe_mapping(recipe), begin)
+    folder.open(recipe_mapping(recipe), begin if branch else None)
     return lines
 
 
