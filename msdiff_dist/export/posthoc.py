@@ -21,6 +21,7 @@ from msdiff_dist.checkpoint.layout import complete_checkpoints, step_of
 from msdiff_dist.checkpoint.load import CheckpointReader
 from msdiff_dist.checkpoint.power_profile import LONGEST, SNAPSHOTS, exponent, fit, kind_of
 from msdiff_dist.errors import CheckpointError
+from msdiff_dist.export.description import describe
 from msdiff_dist.export.weights import CheckpointWeights
 from msdiff_dist.models.freezing import freezing
 
@@ -39,7 +40,9 @@ class PosthocWeights(CheckpointWeights):
     """
 
     def __init__(self, readers: Sequence[CheckpointReader], length: float) -> None:
-        super().__init__(readers[-1])
+        # Not by the base class, which refuses a snapshot: that has averages of its own lengths alone.
+        self.reader, self._kind = readers[-1], "ema"
+        self.description = replace(describe(self.reader.index.recipe, self.reader.index.step), weights="ema")
         power = self.reader.index.recipe["ema"]["power"]
         sources = [(reader, held_length) for reader in readers for held_length in power["lengths"]]
         held_n2 = np.array([(reader.index.step, exponent(held_length)) for reader, held_length in sources])
