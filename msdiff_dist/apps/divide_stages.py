@@ -83,7 +83,7 @@ def cluster(request: ClusterRequest) -> Division | None:
         ConfigError, DataError, CheckpointError: options contradict each other, the data cannot be read, or there are no
             such boundaries.
     """
-    _check(request)
+    check_request(request)
     if request.method == "gradient":
         division, name = _divide_gradients(request)
     else:
@@ -104,7 +104,12 @@ def cluster(request: ClusterRequest) -> Division | None:
     return division
 
 
-def _check(request: ClusterRequest) -> None:
+def check_request(request: ClusterRequest) -> None:
+    """Refuse options that contradict each other, and data, runs and recipes that are not there.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: naming the option.
+    """
     check_between("--stages", request.stages, 1, 1000)
     if request.plot is not None and request.plot.suffix not in _PLOTS:
         problem = "is not the name of a picture"
@@ -129,6 +134,13 @@ def _check(request: ClusterRequest) -> None:
     if request.method == "optimal-denoiser" and (request.images is None) == (request.data is None):
         problem = "there can be only one data set" if request.data else "the optimal denoiser is one of a data set"
         raise ConfigError("--data", request.data, problem, "Give either --data SHARDS or --images FOLDER_OR_IDX.")
+    if request.method == "gradient":
+        assert request.run is not None
+        find_checkpoint(request.run)
+    else:
+        _diffusion(request)
+    if request.method == "optimal-denoiser":
+        _sources(request)
 
 
 def _diffusion(request: ClusterRequest) -> DiffusionConfig:

@@ -54,8 +54,7 @@ def encode(recipe: Recipe, out: Path, nproc: int, part: Part | None = None) -> M
         ConfigError: the recipe has no images to encode. DataError: too many are corrupt, or `out` holds something else.
         MsdiffError: an encoding process died.
     """
-    source = _source(recipe)
-    (shards,) = load_index(source)
+    source, shards = _source(recipe), source_shards(recipe)
     (fingerprints,) = fingerprint_shards([shards])
     tools = _Tools(recipe, torch.device("cpu"))
     part = part or Part()
@@ -90,6 +89,16 @@ class _Tools:
         self.encode_shard = ShardEncoder(
             recipe.encode, _source(recipe), Networks(self.codec.encode, posterior, self.text)
         )
+
+
+def source_shards(recipe: Recipe) -> list[Shard]:
+    """The shards of the images to encode.
+
+    Raises:
+        ConfigError: the recipe has no images to encode. DataError: the shards are missing or corrupt.
+    """
+    (shards,) = load_index(_source(recipe))
+    return shards
 
 
 def _source(recipe: Recipe) -> DataConfig:

@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
+from msdiff_dist.cli.before_work import checks_first, work_begins
 
+
+@checks_first
 def ablate(
     sweep: Annotated[Path, typer.Argument(help="Ablation YAML: recipe, variants, budget, seeds, points, score.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, as key=value.")] = None,
@@ -36,6 +39,7 @@ def ablate(
     if not dry_run:
         check_place("--out", folder, "folder")
     trials = plan_ablation(config, places, sweep.parent, folder, nproc)
+    work_begins()
     if dry_run:
         for t in share.share(trials):
             petaflops = t.step_petaflops * t.steps[-1]

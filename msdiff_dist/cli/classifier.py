@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from msdiff_dist.cli.before_work import checks_first, work_begins
 from msdiff_dist.cli.choices import NamingCommand
 
 app = typer.Typer(help="Classifiers in whose features `msdiff ablate` compares images.", no_args_is_help=True)
@@ -18,6 +19,7 @@ def _verbs() -> None:
 
 
 @app.command(cls=NamingCommand)
+@checks_first
 def train(
     recipe: Annotated[Path, typer.Argument(help="Recipe whose labelled images to train on.")],
     out: Annotated[Path, typer.Option(help="New .safetensors file.")],
@@ -36,6 +38,8 @@ def train(
     from msdiff_dist.shipped import refuse_existing
 
     refuse_existing(out)
-    model = train_classifier(load_recipe(recipe, overrides or []).data, steps, seed=seed)
+    data = load_recipe(recipe, overrides or []).data
+    work_begins()
+    model = train_classifier(data, steps, seed=seed)
     save_classifier(model, out)
     typer.echo(f"{out}: accuracy {model.info.accuracy:.2%} on a held-out tenth, {model.info.features} features")

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from msdiff_dist.cli import choices
+from msdiff_dist.cli.before_work import checks_first, work_begins
 from msdiff_dist.cli.choices import Names, NamingCommand
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def pack(
 
 
 @app.command(cls=NamingCommand)
+@checks_first
 def encode(
     recipe: Annotated[Path, typer.Argument(help="Recipe YAML with the sections encode, autoencoder and text_encoder.")],
     out: Annotated[Path, typer.Option(help="Folder for the latents: new, or of the same encoding, to resume it.")],
@@ -117,12 +119,16 @@ def encode(
     [bold]Example:[/bold] msdiff data encode emoji_text2img_3stage.yaml --out data/emoji-latents --nproc 2
     """
     from msdiff_dist.apps.encode import encode as encode_recipe
+    from msdiff_dist.apps.encode import source_shards
     from msdiff_dist.files.atomic import check_place
     from msdiff_dist.files.work_share import Part
     from msdiff_dist.recipe import load_recipe
 
     check_place("--out", out, "folder")
-    manifest = encode_recipe(load_recipe(recipe, overrides or []), out, nproc, Part(part, parts))
+    parsed, share = load_recipe(recipe, overrides or []), Part(part, parts)
+    source_shards(parsed)
+    work_begins()
+    manifest = encode_recipe(parsed, out, nproc, share)
     if manifest is None:
         typer.echo(f"part {part} is done; the last of the {parts} parts completes {out}")
         return
@@ -139,6 +145,7 @@ def encode(
 
 
 @app.command(cls=NamingCommand)
+@checks_first
 def check(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of shards.")],
     recipe: Annotated[
@@ -153,13 +160,18 @@ def check(
     [bold]Example:[/bold] msdiff data check data/emoji --recipe emoji_text2img_3stage.yaml
     """
     from msdiff_dist.data.make.check import check_folder, check_for_training
+    from msdiff_dist.errors import DataError
 
-    notes: list[str] = []
-    count = check_folder(folder)
+    parsed = None
     if recipe is not None:
         from msdiff_dist.recipe import load_recipe
 
-        notes = check_for_training(folder, load_recipe(recipe).data)
+        parsed = load_recipe(recipe)
+    if not folder.is_dir():
+        raise DataError("DIR", str(folder), "is not a folder", "Name the folder that holds the shards.")
+    work_begins()
+    count = check_folder(folder)
+    notes = check_for_training(folder, parsed.data) if parsed else []
     typer.echo("; ".join([f"{folder}: {count:,} samples, no corruption", *notes]))
 
 

@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
+from msdiff_dist.cli.before_work import checks_first, work_begins
 
+
+@checks_first
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder, or one checkpoint of it.")],
     out: Annotated[Path, typer.Option(help="New folder for the weights.")],
@@ -26,9 +29,13 @@ def export(
 
     Example: msdiff export runs/quickstart --out exported
     """
+    from msdiff_dist.checkpoint.layout import find_checkpoint
     from msdiff_dist.export.export import export as run_export
     from msdiff_dist.files.atomic import check_place
 
     check_place("--out", out, "new folder")
+    if ema_length is None:
+        find_checkpoint(run, step)
+    work_begins()
     for file in run_export(run, out, step, ema, ema_length):
         typer.echo(f"{file}  {file.stat().st_size / 1e6:.2f} MB")

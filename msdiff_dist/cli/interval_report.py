@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 from msdiff_dist.cli import choices
+from msdiff_dist.cli.before_work import checks_first, work_begins
 from msdiff_dist.cli.choices import Names
 
 
+@checks_first
 def interval_report(
     run: Annotated[Path, typer.Argument(help="Run folder, one checkpoint of it, or an export.")],
     reference: Annotated[Path, typer.Option(help="Run, checkpoint or export whose network samples everywhere else.")],
@@ -37,6 +39,7 @@ def interval_report(
     from msdiff_dist.convert.options import parse_boundaries
     from msdiff_dist.diffusion.solvers import SamplerConfig
     from msdiff_dist.errors import ConfigError
+    from msdiff_dist.evaluation.feature_classifier import load_classifier
     from msdiff_dist.evaluation.frechet import ScoreConfig
     from msdiff_dist.evaluation.interval_report import interval_report as report
     from msdiff_dist.evaluation.interval_report import markdown
@@ -54,4 +57,7 @@ def interval_report(
     except ConfigError as e:
         raise ConfigError("--sampler" if e.field == "name" else e.field, e.value, e.problem, e.remedy) from None
     score = ScoreConfig(classifier=str(classifier), reference=data, pictures=num, sampler=how, batch_size=batch_size)
+    open_weights(reference)
+    load_classifier(classifier)
+    work_begins()
     typer.echo(markdown(report(run, reference, boundaries, score, seed, out)))

@@ -8,9 +8,11 @@ from typing import Annotated, Literal
 import typer
 
 from msdiff_dist.cli import choices
+from msdiff_dist.cli.before_work import checks_first, work_begins
 from msdiff_dist.cli.choices import Names
 
 
+@checks_first
 def sample(
     run: Annotated[Path, typer.Argument(help="Run folder, one checkpoint of it, or an export.")],
     out: Annotated[Path, typer.Option(help="Folder for the images: new, or of the same command, to resume it.")],
@@ -59,7 +61,7 @@ def sample(
     """
     from msdiff_dist.diffusion.solvers import ChurnConfig, SamplerConfig
     from msdiff_dist.errors import ConfigError
-    from msdiff_dist.evaluation.sample_folder import sample_run
+    from msdiff_dist.evaluation.sample_folder import FolderSampling
     from msdiff_dist.evaluation.sampling_job import SamplingJob
     from msdiff_dist.export.weights import open_weights
     from msdiff_dist.files.atomic import check_place
@@ -86,6 +88,8 @@ def sample(
     job = SamplingJob(
         num=num, seed=seed, sampler=config, class_=class_, prompts=tuple(prompt or ()), batch_size=batch_size
     )
-    before, complete = sample_run(run, out, job, not raw, Part(part, parts), nfe)
+    sampling, share = FolderSampling(run, job, not raw, nfe), Part(part, parts)
+    work_begins()
+    before, complete = sampling.fill(out, share)
     made = f"{num} images and grid.png in {out}" if complete else f"part {part} of {parts} is done"
     typer.echo(made + (f" ({before} were there already)" if before else ""))

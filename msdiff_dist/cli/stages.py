@@ -11,12 +11,14 @@ from typing import Annotated, Literal
 import typer
 
 from msdiff_dist.cli import choices
+from msdiff_dist.cli.before_work import checks_first, work_begins
 from msdiff_dist.cli.choices import Names, NamingCommand
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Divide time into stages.")
 
 
 @app.command(cls=NamingCommand)
+@checks_first
 def cluster(
     fields: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields of the process, such as beta_max=10.")
@@ -52,7 +54,7 @@ def cluster(
 
     Example: msdiff stages cluster --method optimal-denoiser --process vp --stages 3 --data data/fashion-mnist --json
     """
-    from msdiff_dist.apps.divide_stages import ClusterRequest
+    from msdiff_dist.apps.divide_stages import ClusterRequest, check_request
     from msdiff_dist.apps.divide_stages import cluster as find_boundaries
     from msdiff_dist.files.atomic import check_place
     from msdiff_dist.stage_division.methods import DenoiserOptions
@@ -77,6 +79,8 @@ def cluster(
         write=write,
         command=command,
     )
+    check_request(request)
+    work_begins()
     division = find_boundaries(request)
     if division is None:
         return

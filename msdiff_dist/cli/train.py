@@ -8,7 +8,10 @@ from typing import Annotated
 
 import typer
 
+from msdiff_dist.cli.before_work import checks_first, only_checking, work_begins
 
+
+@checks_first
 def train(
     recipe: Annotated[Path, typer.Argument(help="Recipe YAML.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, as key=value.")] = None,
@@ -55,15 +58,17 @@ def train(
         origin.check(parsed, folder)
     else:
         start_weights(parsed, RunFolder(folder).checkpoints)
-    if os.environ.get("RANK", "0") == "0":
-        register_run(folder)
     if is_rank_process():
+        if os.environ["RANK"] == "0":
+            register_run(folder)
         from msdiff_dist.apps.train.rank import run_rank
 
         outcome: str = run_rank(parsed, folder, branch=origin)
     else:
-        found = check_run(parsed, [nproc], device_type=this_device().type)
+        found = check_run(parsed, [nproc], device_type=None if only_checking() else this_device().type)
         RunFolder(folder, comparable_mapping).check(recipe_mapping(parsed))
+        work_begins()
+        register_run(folder)
         from msdiff_dist.apps.train.local import run_local
 
         outcome = run_local(recipe_mapping(parsed), folder, nproc, found, origin)

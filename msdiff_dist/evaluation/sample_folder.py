@@ -22,7 +22,7 @@ from msdiff_dist.errors import RunFolderError
 from msdiff_dist.evaluation.generate import ImageGenerator
 from msdiff_dist.evaluation.grid import class_labels, write_grid
 from msdiff_dist.evaluation.sampling_job import SamplingJob
-from msdiff_dist.export.weights import open_weights
+from msdiff_dist.export.weights import Weights, open_weights
 from msdiff_dist.files.atomic import atomic_write, remove_partials
 from msdiff_dist.files.folder_claim import FolderClaim
 from msdiff_dist.files.work_share import Part, alone
@@ -35,36 +35,46 @@ _IN_GRID = 100
 _WRITERS = 16  # threads: each file waits milliseconds until the disk has it, and so many can wait at once
 
 
-def sample_run(
-    run: Path, out: Path, job: SamplingJob, ema: bool = True, part: Part | None = None, evaluations: int | None = None
-) -> tuple[int, bool]:
-    """Write the images of a job, or a part of them, into `out`, and grid.png once all are there.
-
-    Batches whose images all exist are skipped.
+class FolderSampling:
+    """A sampling job with the weights that it samples from. Requests that the model cannot meet are refused here.
 
     Args:
         run: a run folder, whose newest checkpoint is used, a checkpoint, or an export.
         ema: use the averaged weights.
-        part: share of the batches that this process samples; None: all.
         evaluations: number of network evaluations per image, instead of the sampler's `steps`.
-
-    Returns:
-        How many images existed before, and whether all exist now.
 
     Raises:
         ConfigError: the model has no such class, takes no prompts, or its process is not sampled by this sampler.
         CheckpointError: there are no such weights, or they are corrupt.
-        RunFolderError: `out` holds other files or is filled with other settings, another process does this part, or the
-            folder cannot be written.
     """
-    weights = open_weights(run, ema=ema)
-    num_classes = weights.description.model.num_classes
-    # Requests that the model cannot meet are refused before the folder is touched.
-    class_labels([0], num_classes, job.class_)
-    job = job.resolved(weights.description.process(), evaluations)
-    generator = ImageGenerator(weights, this_device())
-    generator.check_prompts(job.prompts)
-    part = part or Part()
+
+    def __init__(self, run: Path, job: SamplingJob, ema: bool = True, evaluations: int | None = None) -> None:
+        self._weights = open_weights(run, ema=ema)
+        description = self._weights.description
+        class_labels([0], description.model.num_classes, job.class_)
+        self._job = job.resolved(description.process(), evaluations)
+        self._generator = ImageGenerator(self._weights, this_device())
+        self._generator.check_prompts(job.prompts)
+
+    def fill(self, out: Path, part: Part | None = None) -> tuple[int, bool]:
+        """Write the images of the job, or a part of them, into `out`, and grid.png once all are there.
+
+        Batches whose images all exist are skipped.
+
+        Args:
+            part: share of the batches that this process samples; None: all.
+
+        Returns:
+            How many images existed before, and whether all exist now.
+
+        Raises:
+            RunFolderError: `out` holds other files or is filled with other settings, another process does this part, or
+                the folder cannot be written.
+        """
+        return _fill(out, self._job, self._weights, self._generator, part or Part())
+
+
+def _fill(out: Path, job: SamplingJob, weights: Weights, generator: ImageGenerator, part: Part) -> tuple[int, bool]:
     paths = [out / f"{i:05d}.png" for i in range(job.num)]
     mine = part.share(job.batches)
     claim = FolderClaim(folder=out, record=out / _RECORD, locks=out / _LOCKS, content="images", error=RunFolderError)
@@ -85,7 +95,7 @@ def sample_run(
             if complete:
                 remove_partials(out, [_GRID])
                 first = torch.stack([_read(path) for path in paths[:_IN_GRID]])
-                write_grid(first, out / _GRID, job.columns(num_classes))
+                write_grid(first, out / _GRID, job.columns(generator.num_classes))
     return before, complete
 
 

@@ -38,8 +38,6 @@ def check_folder(folder: Path) -> int:
     Raises:
         DataError: naming the first corrupt shard, and the corrupt sample where it is known.
     """
-    if not folder.is_dir():
-        raise DataError("DIR", str(folder), "is not a folder", "Name the folder that holds the shards.")
     manifest = load_manifest(str(folder / MANIFEST))
     if manifest is not None:
         return _check_latents(folder, manifest)
