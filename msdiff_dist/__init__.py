@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,11 +11,15 @@ if TYPE_CHECKING:
 
     from msdiff_dist.export.timed_model import TimedModel
 
+from msdiff_dist import third_party
+
 __version__ = "0.1.0"
 
-# xformers warns of an extension that does not load whenever diffusers imports it, also in commands that use neither.
-# Where a recipe asks for xformers, the check of its extension says so, and `msdiff doctor` does.
+# Whoever imports diffusers, as `load_model` may, is warned by xformers of an extension that does not load. Where a
+# recipe asks for xformers, a check says so.
 logging.getLogger("xformers").setLevel(logging.ERROR)
+if third_party.VARIABLE in os.environ:  # before any other library is imported
+    third_party.apply()
 
 
 def load_model(path: Path | str, ema: bool = True) -> TimedModel:

@@ -9,7 +9,7 @@ import sys
 import typer
 from rich.console import Console
 
-from msdiff_dist import __version__
+from msdiff_dist import __version__, third_party
 from msdiff_dist.cli import (
     ablate,
     array,
@@ -99,6 +99,7 @@ def _options(version: bool = typer.Option(False, "--version", callback=_version,
 
 def main() -> None:
     """Run the command. Exit status: 0 done, 2 an error that the user can correct, 1 any other failure."""
+    third_party.quiet()
     try:
         _run()
     except MsdiffError as e:

@@ -74,6 +74,13 @@ class FolderSampling:
         return _fill(out, self._job, self._weights, self._generator, part or Part())
 
 
+def sample_run(
+    run: Path, out: Path, job: SamplingJob, ema: bool = True, part: Part | None = None, evaluations: int | None = None
+) -> tuple[int, bool]:
+    """`FolderSampling` and its `fill` in one call: how many images existed before, and whether all exist now."""
+    return FolderSampling(run, job, ema, evaluations).fill(out, part)
+
+
 def _fill(out: Path, job: SamplingJob, weights: Weights, generator: ImageGenerator, part: Part) -> tuple[int, bool]:
     paths = [out / f"{i:05d}.png" for i in range(job.num)]
     mine = part.share(job.batches)

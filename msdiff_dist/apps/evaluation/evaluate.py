@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from msdiff_dist.apps.evaluation.sampling import sample_images
@@ -28,6 +26,7 @@ from msdiff_dist.evaluation.reference import Features, features_of, read_npz, re
 from msdiff_dist.evaluation.sampling_job import SamplingJob
 from msdiff_dist.evaluation.scores import METRICS, Reference, Score, ScoredImages, score
 from msdiff_dist.files.work_share import Part
+from msdiff_dist.terminal import track
 
 RECORDS = "evaluations.jsonl"
 
@@ -219,6 +218,6 @@ def _versions() -> dict[str, str]:
 
 def _shown(what: str) -> Any:
     def shown(batches: Iterable[Tensor]) -> Iterable[Tensor]:
-        return track(batches, description=what, console=Console(stderr=True), transient=True)
+        return track(batches, what, "batches")
 
     return shown
