@@ -34,7 +34,7 @@ def ends(*words: str) -> tuple[int, str]:
         ("sample run --out o --nun 3", "No such option: --nun"),
         ("sample run --out o --num three", "Invalid value for '--num'"),
         ("ablate no.yaml --part 3 --parts 2", "--part = 3: of 2 the parts are 0 to 1"),
-        ("sample /no/such/run --out o --part {part} --parts {parts}", "holds no complete checkpoint"),
+        ("sample /no/such/run --out o --part {part} --parts {parts}", "RUN = '/no/such/run': no such"),
         ("data encode no.yaml --out o", "RECIPE = 'no.yaml': no such file"),
         (f"data encode {RECIPES}/quickstart.yaml --out o data.shards=none", "shards not found: none"),
         (f"train {RECIPES}/debug.yaml train.steps=0", "train.steps"),
