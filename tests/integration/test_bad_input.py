@@ -109,9 +109,9 @@ def test_folders_that_are_not_this_run(msdiff: Msdiff, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert msdiff("train", DEBUG, "train.steps=1", "--run-dir", run).status == 0
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    other = msdiff("train", DEBUG, "optimizer.lr=0.1", "model.encoder_channels=32", "--run-dir", run)
+    other = msdiff("train", DEBUG, "optimizer.eps=0.1", "model.encoder_channels=32", "--run-dir", run)
     assert other.status == 2
-    for word in ("optimizer.lr was 0.0005, now 0.1", "model.encoder_channels was 16, now 32", "--run-dir"):
+    for word in ("optimizer.eps was 1e-08, now 0.1", "model.encoder_channels was 16, now 32", "--run-dir"):
         assert word in other.output
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
