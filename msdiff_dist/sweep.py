@@ -17,6 +17,7 @@ from msdiff_dist.config import from_mapping
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.files.text import Override, read_document, read_text
 from msdiff_dist.files.yaml_places import Places
+from msdiff_dist.files.yaml_tree import compose_yaml
 
 _MOST_RUNS = 10_000
 
@@ -82,8 +83,8 @@ def load_sweep(path: Path) -> Sweep | None:
     if not path.is_file():
         return None
     try:
-        loaded = yaml.compose(read_text(path, "SWEEP"), yaml.SafeLoader)
-    except (yaml.YAMLError, RecursionError, ConfigError):
+        loaded = compose_yaml(read_text(path, "SWEEP"))
+    except (yaml.YAMLError, ConfigError):
         return None
     is_sweep = isinstance(loaded, yaml.MappingNode) and any(
         key.value == "recipe" and isinstance(value, yaml.ScalarNode) for key, value in loaded.value

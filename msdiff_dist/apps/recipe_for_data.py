@@ -19,6 +19,7 @@ from msdiff_dist.data.make.shard_writer import DATASET_INFO
 from msdiff_dist.data.tar_members import TarError, samples
 from msdiff_dist.errors import ConfigError, DataError
 from msdiff_dist.files.atomic import atomic_write
+from msdiff_dist.files.json_text import parse_mapping
 from msdiff_dist.files.yaml_text import with_values
 from msdiff_dist.models.ldm.config import LDMConfig
 from msdiff_dist.recipe import Recipe, load_recipe, recipe_mapping
@@ -179,10 +180,10 @@ def _number_of_classes(data: str, shards: Sequence[Shard]) -> int:
     file = Path(data) / DATASET_INFO
     if file.is_file():
         try:
-            listed = json.loads(file.read_text())["classes"]
-        except (ValueError, KeyError, TypeError):
+            listed = parse_mapping(file.read_bytes())["classes"]
+        except (ValueError, KeyError):
             listed = []
-        if listed:
+        if isinstance(listed, list) and listed:
             return len(listed)
     labels = [sample.get("cls") for shard in shards for sample in samples(shard.path)]
     try:

@@ -152,10 +152,12 @@ class TensorReader:
             out: contiguous, on the CPU, of the stored type.
 
         Raises:
-            CorruptError: there is no such tensor of that type, or the file ends within it.
+            CorruptError: there is no such tensor of that type, or it, or the file, ends before the last element.
         """
         if name not in self.like or self.like[name].dtype != out.dtype:
             raise corrupt(self.path, f"it has no {out.dtype} tensor {name}")
+        if start + out.numel() > self.like[name].numel():  # what follows in the file is another tensor
+            raise corrupt(self.path, f"{name} ends before element {start + out.numel()}")
         at, target = self._offsets[name] + start * out.element_size(), _bytes_of(out)
         while len(target):  # the system may read less than it is asked for: 2 GiB at most on Linux
             count = os.preadv(self._file.fileno(), [target], at)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import os
 import weakref
-import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib.npyio import NpzFile
 from torch import Tensor
 
 from msdiff_dist.checkpoint.tensor_file import TensorReader
@@ -30,8 +30,9 @@ from msdiff_dist.convert.networks import (
 from msdiff_dist.convert.pickles.torch_file import TorchFile
 from msdiff_dist.convert.pickles.values import HarmError, PickleError, Shell, tensor_of
 from msdiff_dist.data.foreign import what_it_is
+from msdiff_dist.data.npy import read_npy_header
 from msdiff_dist.errors import CheckpointError
-from msdiff_dist.files.text import read_text
+from msdiff_dist.files.json_text import read_mapping
 
 RESIDENT = 1 << 26
 """Bytes of mapped files that may stay in memory before their pages are freed."""
@@ -126,10 +127,11 @@ class NpzSource(TensorSource):
         file = path.open("rb")
         weakref.finalize(self, file.close)  # numpy closes what it opens itself, but not when the archive is corrupt
         try:
-            # numpy reads an array with its shape, so each is read here once, and again when it is asked for.
             self._archive = np.load(file, allow_pickle=False)
-            self._meta = {key: torch.from_numpy(self._archive[key]).to("meta") for key in self._archive.files}
-        except (ValueError, OSError, TypeError, zipfile.BadZipFile, EOFError) as e:
+            if not isinstance(self._archive, NpzFile):
+                raise ValueError("it holds one array")
+            self._meta = {key: _npy_meta(self._archive, key) for key in self._archive.files}
+        except Exception as e:  # of the archive, its compression, or a header that is Python source
             raise _corrupt(path, e) from None
 
     def names(self) -> list[str]:
@@ -139,7 +141,19 @@ class NpzSource(TensorSource):
         return self._meta[key]
 
     def read(self, key: str) -> Tensor:
-        return torch.from_numpy(self._archive[key])
+        try:
+            array = self._archive[key]
+        except Exception as e:  # of the compression, a checksum, or a length
+            raise _corrupt(self.files[0], e) from None
+        return torch.from_numpy(array)
+
+
+def _npy_meta(archive: NpzFile, key: str) -> Tensor:
+    """An array's type and shape by its header alone: a small file may unpack to any size."""
+    name = key if key in archive.zip.namelist() else f"{key}.npy"
+    with archive.zip.open(name) as stream:
+        shape, dtype = read_npy_header(stream)
+    return torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, device="meta")
 
 
 class TorchSource(TensorSource):
@@ -282,14 +296,12 @@ def open_shards(index: Path) -> TensorSource:
     Raises:
         CheckpointError: the index is not JSON with a weight_map, or a file is missing or corrupt.
     """
-    text = read_text(index, "SRC", CheckpointError)
-    try:
-        names = sorted({Path(name).name for name in json.loads(text)["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise CheckpointError(str(index), None, f"is no index of weights ({e})", "Fetch it again.") from None
-    paths = [index.parent / name for name in names]
+    weight_map = read_mapping(index, CheckpointError, "Fetch it again.", "SRC").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(str(index), None, "is no index of weights (weight_map)", "Fetch it again.")
+    paths = [index.parent / name for name in sorted({Path(name).name for name in weight_map.values()})]
     for path in paths:
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path.is_file, no error of a name that cannot be one
             raise CheckpointError(str(path), None, f"is named by {index.name} and missing", "Add it.")
     if all(path.suffix == ".safetensors" for path in paths):
         return SafetensorsSource(paths)

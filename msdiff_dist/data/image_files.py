@@ -6,6 +6,7 @@ values have no fixed white is refused by name, never clipped.
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from msdiff_dist.data.foreign import what_it_is
+from msdiff_dist.errors import MsdiffError
 
 IMAGE_FIELDS = (
     "png", "jpg", "jpeg", "jpe", "jfif", "webp", "bmp", "ppm", "pgm", "gif", "tif", "tiff", "avif",
@@ -28,6 +30,8 @@ MOST_PIXELS_A_SIDE = 2**13
 """Of the largest square image."""
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 """What opening or decoding a corrupt image raises."""
+# Of Pillow; JPEG includes MPO. Its other readers may start programs (EPS), or are of files that are no images here.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "PPM", "GIF", "TIFF", "AVIF")
 _GREY = ("1", "L", "LA", "La")
 _ORIENTATION = 0x0112  # EXIF: 1 is upright
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
@@ -62,7 +66,7 @@ def read_image(
             white; the message is a clause.
         OSError, SyntaxError, EOFError: it is corrupt.
     """
-    with opened(source) as image:
+    with opened(source) as image, _only_unreadable():
         width, height = image.size
         if check_size is not None:
             check_size(width, height)
@@ -79,7 +83,8 @@ def read_image(
 def opened(source: bytes | Path) -> Iterator[Image.Image]:
     """The image before decoding: only its header is read. Errors are those of `read_image`."""
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        with _only_unreadable():
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats())
     except UnidentifiedImageError as e:
         head = source[:512] if isinstance(source, bytes) else _head(source)
         raise ValueError(what_it_is(head) or "is in no known image format") from e
@@ -87,9 +92,21 @@ def opened(source: bytes | Path) -> Iterator[Image.Image]:
         yield image
 
 
+@contextmanager
+def _only_unreadable() -> Iterator[None]:
+    """Turn what decoders let through at corrupt files, of many kinds, into a ValueError."""
+    try:
+        yield
+    except (*UNREADABLE, MsdiffError):
+        raise
+    except Exception as e:
+        raise ValueError(f"cannot be decoded ({type(e).__name__}: {e})") from e
+
+
 def is_plain(image: Image.Image, reading: ImageReading) -> bool:
     """Whether the file already holds what `read_image` makes of it: 8 bits, opaque, upright, one frame."""
-    turned = reading.orientation == "exif" and image.getexif().get(_ORIENTATION, 1) != 1
+    with _only_unreadable():
+        turned = reading.orientation == "exif" and image.getexif().get(_ORIENTATION, 1) != 1
     return image.mode in ("L", "RGB") and not image.has_transparency_data and not turned and _frames(image) == 1
 
 
@@ -111,6 +128,13 @@ def _frames(image: Image.Image) -> int:
     return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of `_FORMATS` that this Pillow knows."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
 def _head(path: Path) -> bytes:
     with path.open("rb") as file:
         return file.read(512)
@@ -119,11 +143,11 @@ def _head(path: Path) -> bytes:
 def _of_8_bits(image: Image.Image, stored: Image.Image) -> Image.Image:
     """The image with deeper grey scaled to 8 bits. `stored`: as it was opened, which knows the file's own fields."""
     if image.mode.startswith("I;16"):
-        return _scaled(image, *_range_of_16_bits(stored))
+        return _scaled_integers(image, *_range_of_16_bits(stored))
     if image.mode == "I":
         if stored.format not in ("PNG", "PPM"):  # of these two, Pillow gives 16 bits this mode
             raise ValueError("has 32-bit integer pixels, which have no fixed white: scale them to 8 or 16 bits")
-        return _scaled(image, 0, 65535)
+        return _scaled_integers(image, 0, 65535)
     if image.mode == "F":
         values = np.asarray(image)
         low, high = float(values.min()), float(values.max())
@@ -141,6 +165,14 @@ def _range_of_16_bits(image: Image.Image) -> tuple[float, float]:
     bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
     white = 2**bits - 1
     return (white, 0) if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else (0, white)
+
+
+def _scaled_integers(image: Image.Image, black: float, white: float) -> Image.Image:
+    """As `_scaled`, by a table of all values: an image in float64 would take eight times its memory."""
+    table = (
+        ((np.arange(65536, dtype=np.float64) - black) * (255 / (white - black))).round().clip(0, 255).astype(np.uint8)
+    )
+    return Image.fromarray(table[np.asarray(image)])
 
 
 def _scaled(image: Image.Image, black: float, white: float) -> Image.Image:

@@ -6,7 +6,6 @@ The counts come from the `index.json` beside the shards. A shard that no index l
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from msdiff_dist.data.access import (
 from msdiff_dist.data.corruption import Corruption, CorruptionReport
 from msdiff_dist.data.tar_members import TarError, sample_keys
 from msdiff_dist.errors import DataError
+from msdiff_dist.files.json_text import parse_mapping
 from msdiff_dist.terminal import track
 
 FIELD = "data.shards"
@@ -218,16 +218,24 @@ def _size(path: str) -> int | None:
 
 def _load_index(path: str, access: Access) -> dict[str, Mapping[str, Any]]:
     try:
-        index = json.loads(read_bytes(path, access))
+        index = parse_mapping(read_bytes(path, access))
         if index["__kind__"] != "wids-shard-index-v1":
             raise ValueError(f"unknown kind {index['__kind__']!r}")
-        return {base_name(entry["url"]): entry for entry in index["shardlist"] if int(entry["nsamples"]) >= 0}
+        return {base_name(str(entry["url"])): _checked(entry) for entry in index["shardlist"]}
     except (AbsentError, FileNotFoundError):
         return {}
     except OSError as e:
         raise DataError(FIELD, path, f"cannot be read ({e})", "Try again, or delete it to have shards counted.") from e
     except (ValueError, KeyError, TypeError) as e:
         raise DataError(FIELD, path, f"is not a shard index ({e!r})", "Delete it to have shards counted anew.") from e
+
+
+def _checked(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An entry whose numbers are numbers."""
+    for field, value in (("nsamples", entry["nsamples"]), ("filesize", entry.get("filesize", 0))):
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{entry['url']!r} has the {field} {str(value)[:20]}")
+    return entry
 
 
 def _expand_braces(pattern: str) -> list[str]:

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from msdiff_dist.files.json_text import parse_json
 from msdiff_dist.files.safetensors_header import Header, HeaderError, read_header
 
 Chunk = dict[str, NDArray[Any]]
@@ -81,6 +82,8 @@ def read_block(content: bytes, url: str) -> Chunk:
     header = _header(content)
     lists = _lists(header)
     keys = lists.pop("__key__")
+    if not keys:
+        raise BlockError("holds no samples")
     chunk = {"__key__": objects(keys), "__url__": objects([url] * len(keys))}
     chunk |= {name: objects([value.encode() for value in values]) for name, values in lists.items()}
     chunk |= _views(content, header)
@@ -124,10 +127,18 @@ def _header(content: bytes) -> Header:
 
 
 def _lists(header: Header) -> dict[str, list[str]]:
-    try:
-        return {name: json.loads(text) for name, text in header.metadata.items()}
-    except ValueError as e:
-        raise BlockError(f"is not a block of latents ({e!r})") from e
+    lists: dict[str, list[str]] = {}
+    for name, text in header.metadata.items():
+        try:
+            values = parse_json(text)
+            if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+                raise ValueError("is no list of texts")
+            for value in values:
+                value.encode()  # raises at half of a surrogate pair
+        except ValueError as e:
+            raise BlockError(f"is not a block of latents ({name} {e})") from e
+        lists[name] = values
+    return lists
 
 
 def _tensors(content: bytes) -> dict[str, Tensor]:
@@ -152,7 +163,10 @@ def _views(content: bytes, header: Header) -> dict[str, NDArray[Any]]:
             raise BlockError(f"is not a block of latents ({name} is of type {place.dtype})")
         if name != CHECKSUMS:
             flat = np.frombuffer(content, _DTYPES[place.dtype], math.prod(place.shape), place.start)
-            views[name] = flat.reshape(place.shape)
+            try:
+                views[name] = flat.reshape(place.shape)
+            except ValueError as e:  # numpy has fewer axes
+                raise BlockError(f"is not a block of latents ({name}: {e})") from e
     return views
 
 

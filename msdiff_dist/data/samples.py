@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from msdiff_dist.errors import DataError
 from msdiff_dist.randomness import crop_position, flips, generator, posterior_noise
 
 Array = NDArray[Any]
+_DIGITS = re.compile(rb"\s*\+?[0-9]{1,18}\s*")
 _DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("float16"),
     "float32": np.dtype("float32"),
@@ -170,6 +172,9 @@ def _labels(chunk: Chunk, config: DataConfig) -> Ints | None:
     if config.num_classes is None:
         return None
     column_n = _column(chunk, "cls")
+    if column_n.dtype != object and (column_n.dtype != np.int64 or column_n.ndim != 1):
+        problem = f"is {column_n.dtype}{list(column_n.shape[1:])}, not one int64"
+        raise _field_error(chunk, 0, "cls", problem, "Make the shard again.")
     label_n = np.array([_label(text) for text in column_n]) if column_n.dtype == object else column_n
     if not 0 <= label_n.min() <= label_n.max() < config.num_classes:
         wrong_n = np.flatnonzero((label_n < 0) | (label_n >= config.num_classes))
@@ -181,10 +186,8 @@ def _labels(chunk: Chunk, config: DataConfig) -> Ints | None:
 
 
 def _label(text: bytes) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        return -1  # out of range, so `_labels` reports it
+    # Python also reads `1_0`, and refuses thousands of digits.
+    return int(text) if _DIGITS.fullmatch(text) else -1  # out of range, so `_labels` reports it
 
 
 def _column(chunk: Chunk, field: str, row: int = 0) -> Array:

@@ -11,11 +11,10 @@ Bytes of a USTAR header that are used here (POSIX.1-1988): name 0-99, size 124-1
 
 from __future__ import annotations
 
+import io
 import itertools
-import lzma
 import re
 import tarfile
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
@@ -28,10 +27,15 @@ from msdiff_dist.data.latent_blocks import BLOCK_FIELD, BlockError, Chunk, block
 OnDuplicate = Callable[[str, str], None]
 """Called with the key of a sample and what comes twice, as a clause."""
 
+_LEAST_UNPACKED, _MOST_RATIO = (
+    1 << 25,
+    200,
+)  # a compressed archive may hold so many bytes, and so many for each of its own
+_MOST_SPARSE = 1 << 26  # bytes of a sparse file, which may be stored in a few
 BLOCK = 512  # bytes; a header is one, and content is padded to whole ones
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own bookkeeping members
 _OCTAL = re.compile(rb"[0-7]+")
-_PAX_RECORD = re.compile(rb"\d+ ([^=]+)=([^\n]*)\n")
+_PAX_RECORD = re.compile(rb"([1-9]\d{0,5}) ([^=\n]+)=([^\n]*)\n")
 # PAX records that do not change how the member after them is laid out; another one leaves the archive to `tarfile`.
 _PAX_PLAIN = {b"path", b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname"}
 
@@ -87,10 +91,13 @@ def members(stream: BinaryIO, with_data: bool = True) -> Iterator[tuple[str, byt
     Raises:
         TarError: the archive is corrupt or cut short.
     """
-    offset, given, extended_name = 0, 0, None
+    offset, given = 0, 0
+    records: dict[bytes, bytes] | None = None  # of the PAX header before this one
     while header := stream.read(BLOCK):
         kind = header[156:157]
         if header == bytes(BLOCK):
+            if records is not None:
+                raise TarError("cut short: its last header belongs to a member that is not there")
             return
         if not _checksum_holds(header):
             if offset == 0:  # perhaps a compressed archive
@@ -106,8 +113,12 @@ def members(stream: BinaryIO, with_data: bool = True) -> Iterator[tuple[str, byt
         digits = header[124:136].strip(b" \0") or b"0"
         if not _OCTAL.fullmatch(digits):  # the checksum only says that the header was written so
             raise TarError(f"a size that is no octal number in the header at byte {offset}")
-        size = int(digits, 8)
+        # Archives older than ustar write a folder as a file whose name ends in a slash. A folder has no content: its
+        # size is room for it, if anything (POSIX, ustar's typeflag 5).
+        is_folder = kind == b"5" or (kind == b"\0" and header[:100].split(b"\0", 1)[0].endswith(b"/"))
+        size = 0 if is_folder else int(digits, 8)
         padding = -size % BLOCK
+        extended_name = records.get(b"path") if records else None
         name = (extended_name or _plain_name(header)).decode("utf-8", "surrogateescape")
         content = b""
         if with_data or kind == b"x" or name.endswith(BLOCK_FIELD):
@@ -118,14 +129,13 @@ def members(stream: BinaryIO, with_data: bool = True) -> Iterator[tuple[str, byt
         else:
             stream.seek(size + padding, 1)
         if kind == b"x":
-            records = dict(_PAX_RECORD.findall(content))
-            if not records.keys() <= _PAX_PLAIN:
+            following, records = records, _pax_records(content)
+            if records is None or following is not None or not records.keys() <= _PAX_PLAIN:
                 yield from _through_tarfile(stream, given, with_data)
                 return
-            extended_name = records.get(b"path")
         else:
-            extended_name = None
-            if kind != b"5":
+            records = None
+            if not is_folder:
                 given += 1
                 yield name, content
         offset += BLOCK + size + padding
@@ -181,11 +191,45 @@ def _checksum_holds(header: bytes) -> bool:
     return stated == sum(header) - sum(header[148:156]) + 8 * ord(" ")
 
 
+def _pax_records(content: bytes) -> dict[bytes, bytes] | None:
+    """The records of a PAX header; None if one is not plainly `LENGTH KEY=VALUE` in one line."""
+    records, at = {}, 0
+    while at < len(content):
+        found = _PAX_RECORD.match(content, at)
+        # The length counts the whole record. A value may hold line ends, which only the length shows.
+        if found is None or int(found[1]) != found.end() - at or not found[3] or b"\0" in found[3]:
+            return None
+        records[found[2]], at = found[3], found.end()
+    return None if records.get(b"path", b"").endswith(b"/") else records
+
+
 def _plain_name(header: bytes) -> bytes:
     name = header[:100].split(b"\0", 1)[0]
     if header[257:263] == b"ustar\0" and header[345]:
         return header[345:500].split(b"\0", 1)[0] + b"/" + name
     return name
+
+
+def _size(stream: BinaryIO) -> int | None:
+    """Bytes in the whole stream; None if its source does not say."""
+    try:
+        return stream.seek(0, io.SEEK_END)
+    except io.UnsupportedOperation:
+        return None
+
+
+class _Member(tarfile.TarInfo):
+    """A header as `tarfile` reads it, but for one that is broken: there `tarfile` takes the archive to end."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> _Member:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.HeaderError as e:
+            # At the start, `tarfile` goes on to try compressed archives. Two empty blocks are the end mark.
+            if archive.offset == 0 or isinstance(e, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
+                raise
+            raise TarError(f"{e} at byte {archive.offset}") from e
 
 
 def _through_tarfile(stream: BinaryIO, given: int, with_data: bool) -> Iterator[tuple[str, bytes]]:
@@ -194,22 +238,38 @@ def _through_tarfile(stream: BinaryIO, given: int, with_data: bool) -> Iterator[
     It is read from its start, because a link may lead to any earlier member. Archives of deduplicated copies have hard
     links in the place of files; as samples they are files like others.
     """
+    packed = _size(stream)
     stream.seek(0)
     try:
-        with tarfile.open(fileobj=stream, mode="r:*") as archive:
+        with tarfile.open(fileobj=stream, mode="r:*", tarinfo=_Member) as archive:
+            most = None if packed is None or archive.fileobj is stream else _LEAST_UNPACKED + _MOST_RATIO * packed
             files = (member for member in archive if not member.isdir())
             for member in itertools.islice(files, given, None):
-                if not (member.isreg() or member.islnk() or member.issym()):
-                    raise TarError(f"member {member.name!r} is a device or pipe, not a file")
-                try:
-                    content = archive.extractfile(member)
-                except KeyError as e:
-                    raise TarError(
-                        f"member {member.name!r} is a link to {member.linkname!r}, which is not there"
-                    ) from e
-                assert content is not None
-                yield member.name, content.read() if with_data or member.name.endswith(BLOCK_FIELD) else b""
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as e:
+                if most is not None and member.offset_data + member.size > most:
+                    raise TarError(f"member {member.name!r} claims {member.size} bytes of {packed} compressed ones")
+                yield member.name, _content(archive, member, with_data)
+    except (TarError, OSError):
+        raise
+    # What its parsers of numbers, sparse files, nested headers and compressed data let through is of many kinds.
+    except Exception as e:
         stream.seek(0)
         what = what_it_is(stream.read(512)) if isinstance(e, tarfile.ReadError) else None
-        raise TarError(what or str(e)) from e
+        raise TarError(what or f"{type(e).__name__}: {e}") from e
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo, with_data: bool) -> bytes:
+    """Content of a file, or of the one that a link leads to; empty without `with_data`, but for blocks."""
+    if not (member.isreg() or member.islnk() or member.issym()):
+        raise TarError(f"member {member.name!r} is a device or pipe, not a file")
+    # Sparse files state their size, and may have no content; what links lead to is one file of the archive.
+    if member.size < 0 or (member.issparse() and member.size > _MOST_SPARSE):
+        raise TarError(f"member {member.name!r} claims {member.size} bytes")
+    try:
+        content = archive.extractfile(member)
+    except KeyError as e:
+        raise TarError(f"member {member.name!r} is a link to {member.linkname!r}, which is not there") from e
+    except RecursionError as e:
+        raise TarError(f"member {member.name!r} is a link that leads to itself") from e
+    if content is None:
+        raise TarError(f"member {member.name!r} is a link to {member.linkname!r}, which is no file")
+    return content.read() if with_data or member.name.endswith(BLOCK_FIELD) else b""

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from msdiff_dist.bounds import check_between, check_seed
+from msdiff_dist.config import from_mapping
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.make.images import read_images
 from msdiff_dist.errors import CheckpointError, ConfigError, DataError
 from msdiff_dist.files.atomic import atomic_write
+from msdiff_dist.files.json_text import parse_mapping
 from msdiff_dist.pixels import to_model_range
 from msdiff_dist.randomness import generator
 from msdiff_dist.terminal import track
@@ -134,11 +136,16 @@ def load_classifier(path: Path) -> FeatureClassifier:
     """
     try:
         with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {})[_KEY])
-            about |= {name: tuple(about[name]) for name in ("image_shape", "channels")}
-            model = FeatureClassifier(ClassifierInfo(**about))
+            about = from_mapping(ClassifierInfo, parse_mapping((file.metadata() or {})[_KEY]))
+            with torch.device("meta"):  # a size that was written wrong must not take memory
+                shapes = {name: p.shape for name, p in FeatureClassifier(about).state_dict().items()}
+            if {name: tuple(file.get_slice(name).get_shape()) for name in shapes} != {
+                n: tuple(s) for n, s in shapes.items()
+            }:
+                raise ValueError("its tensors are not those of its layers")
+            model = FeatureClassifier(about)
             model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as e:
+    except (OSError, SafetensorError, ConfigError, KeyError, TypeError, ValueError, RuntimeError) as e:
         problem = f"is no feature classifier ({' '.join(str(e).split())[:200]})" if path.is_file() else "no such file"
         remedy = "Make one with `msdiff classifier train`."
         raise CheckpointError("classifier", str(path), problem, remedy) from None

@@ -22,6 +22,7 @@ from msdiff_dist.evaluation.frechet import Gaussian, fit
 from msdiff_dist.evaluation.image_sets import ImageArray, ImageSet
 from msdiff_dist.evaluation.scores import Reference
 from msdiff_dist.files.atomic import atomic_write
+from msdiff_dist.files.json_text import parse_mapping
 
 Track = Callable[[Iterable[Tensor]], Iterable[Tensor]]
 _NEWEST_FORMAT = 1
@@ -121,7 +122,7 @@ def read_npz(path: Path, space: FeatureSpace) -> Reference | ImageArray:
     try:
         with np.load(path) as stored:
             held = {name: stored[name] for name in ("mu", "sigma", "arr_0", "about") if name in stored}
-    except (OSError, ValueError, zipfile.BadZipFile) as e:
+    except Exception as e:  # of the archive, its compression, or a header that is Python source
         raise refuse(f"is not a readable .npz file ({e})", "Copy it again.") from e
     images = held.get("arr_0")
     if images is not None and images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] in (1, 3):
@@ -131,7 +132,10 @@ def read_npz(path: Path, space: FeatureSpace) -> Reference | ImageArray:
             "holds neither images (arr_0) nor statistics (mu, sigma)", "Name a file of ADM, EDM or this package."
         )
     mean_D, covariance_DD = held["mu"].astype(np.float64), held["sigma"].astype(np.float64)
-    about = json.loads(str(held["about"])) if "about" in held else {}
+    try:
+        about = parse_mapping(str(held["about"])) if "about" in held else {}
+    except ValueError as e:
+        raise refuse(f"holds an `about` that {e}", "Make it again.") from None
     made_by = about.get("features", "inception")
     if about.get("identity", space.identity) != space.identity or made_by != space.name:
         whose = f"{made_by} ({about.get('identity', 'of EDM or ADM')})"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import replace
@@ -18,6 +17,7 @@ from msdiff_dist.checkpoint.tensor_file import CorruptError, TensorReader, corru
 from msdiff_dist.errors import CheckpointError
 from msdiff_dist.export.description import FORMAT, ModelDescription, describe, description_from
 from msdiff_dist.files.digest import sha256_of
+from msdiff_dist.files.json_text import parse_mapping
 
 CONFIG = "config.json"
 """File of an export that holds its `ModelDescription`."""
@@ -205,13 +205,12 @@ def _opened(folder: Path, verify: bool) -> CheckpointReader:
 
 def _read_description(path: Path) -> ModelDescription:
     try:
-        raw = json.loads(path.read_text())
-        newer = raw.get("format", FORMAT) > FORMAT  # raises TypeError or AttributeError if the file is no description
+        raw = parse_mapping(path.read_bytes())
     except OSError as e:
         raise corrupt(path, e.strerror or str(e)) from None
-    except (ValueError, TypeError, AttributeError):
-        raise corrupt(path, "it is not JSON") from None
-    if newer:
+    except ValueError as e:
+        raise corrupt(path, f"it {e}") from None
+    if isinstance(raw.get("format"), int) and raw["format"] > FORMAT:
         raise CheckpointError(
             "export", str(path), f"has format {raw['format']}, newer than {FORMAT}", "Use a newer msdiff_dist."
         )

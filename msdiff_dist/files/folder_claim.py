@@ -13,6 +13,7 @@ from typing import Any
 from msdiff_dist.config import differences
 from msdiff_dist.errors import UserError
 from msdiff_dist.files.atomic import atomic_write, partial_of, remove_partials, writing
+from msdiff_dist.files.json_text import parse_mapping
 from msdiff_dist.files.work_share import Part, alone, working
 
 _SHORT = reprlib.Repr()
@@ -75,7 +76,10 @@ class FolderClaim:
         if not self.record.exists():
             return
         # By way of JSON, tuples become lists and keys become strings, as in the record.
-        before, now = json.loads(self.record.read_text()), json.loads(json.dumps(settings))
+        try:
+            before, now = parse_mapping(self.record.read_bytes()), json.loads(json.dumps(settings))
+        except ValueError as e:
+            raise self._refused(f"holds a {self.record.name} that {e}", "Name a new folder.") from None
         changed = [f"{name} was {_SHORT.repr(a)}, now {_SHORT.repr(b)}" for name, a, b in differences(before, now)]
         if changed:
             remedy = "Run the command that began it, or name a new folder."

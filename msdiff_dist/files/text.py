@@ -14,13 +14,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from msdiff_dist.errors import ConfigError, UserError, collecting, raise_all
+from msdiff_dist.files.interpolations import check_resolved_size
 from msdiff_dist.files.yaml_places import COMMAND_LINE, Places, find_places
+from msdiff_dist.files.yaml_tree import compose_yaml, parse_yaml
 
 T = TypeVar("T")
 
 OVERRIDE = "override"
 """What errors call a change that was given as `key=value`."""
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_MAPPING = "tag:yaml.org,2002:map"
 _MOST_BYTES = 2**26  # of a text file that people write; a name may lead to a device or a shard
 
 
@@ -89,9 +92,9 @@ def read_document(path: Path, field: str, overrides: Sequence[str | Override] = 
     """
     text = read_text(path, field)
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        if not isinstance(root, yaml.MappingNode):
-            yaml.safe_load(text)  # what is no YAML for another reason is told first
+        root = compose_yaml(text)
+        if not isinstance(root, yaml.MappingNode) or root.tag != _MAPPING:  # a mapping may be tagged as a set
+            parse_yaml(text)  # what is no YAML for another reason is told first
             raise ConfigError(field, str(path), "is not a mapping of fields", "Write `field: value` lines.")
         places, errors = find_places(root, str(path))
         if errors:  # the keys that are left
@@ -100,9 +103,11 @@ def read_document(path: Path, field: str, overrides: Sequence[str | Override] = 
         for override in overrides:
             with collecting(errors):
                 loaded = _overridden(loaded, Override(override) if isinstance(override, str) else override, places)
+        check_resolved_size(OmegaConf.to_container(loaded, resolve=False))
         unresolved: list[ConfigError] = []
         content = _resolved(loaded, unresolved)
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as e:
+    # Of explicit types, such as `!!timestamp x`, PyYAML lets through what the conversion raises.
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError) as e:
         message = " ".join(str(e).split())
         what = "is not YAML" if isinstance(e, yaml.YAMLError) else "cannot be used"
         raise ConfigError(field, str(path), f"{what} ({message})", "Correct the file.") from None

@@ -17,6 +17,7 @@ from msdiff_dist.config import from_mapping
 from msdiff_dist.errors import ConfigError, raise_all
 from msdiff_dist.files.text import Document, read_document, read_text
 from msdiff_dist.files.yaml_places import Places
+from msdiff_dist.files.yaml_tree import compose_yaml
 from msdiff_dist.launch.gres import gpus, of_one_rank, parse_gres
 from msdiff_dist.shipped import where_to_get
 
@@ -222,8 +223,9 @@ def _sbatch_numbers(path: Path) -> Iterator[ConfigError]:
 
     It reads 16:30 as 990 and 0123 as 83. Other fields have one type each, but here numbers are as good as text.
     """
-    root = yaml.compose(read_text(path, "--cluster"), yaml.SafeLoader)
-    sections = [value for key, value in root.value if key.value == "sbatch"] if root is not None else []
+    root = compose_yaml(read_text(path, "--cluster"))
+    pairs = root.value if isinstance(root, yaml.MappingNode) else []
+    sections = [value for key, value in pairs if key.value == "sbatch"]
     for section in (node for node in sections if isinstance(node, yaml.MappingNode)):
         for key, node in section.value:
             is_number = node.tag == "tag:yaml.org,2002:int"

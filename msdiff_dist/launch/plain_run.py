@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from msdiff_dist.checkpoint.layout import complete_checkpoints, step_of
+from msdiff_dist.files.json_text import whole_lines
+from msdiff_dist.files.text import read_yaml
 from msdiff_dist.launch.record import JobState
 from msdiff_dist.training.run_folder import RunFolder
 
+_NUMBERS = ("step", "images_seen", "images_per_second", "loss")
 _TAIL_BYTES = 1 << 16  # enough of metrics.jsonl for the last hundred steps or so
 _RANK_LOG = re.compile(r"rank_(\d+)\.log")
 # The last line of a traceback: `package.module.SomeError: why`.
@@ -69,19 +69,30 @@ def plain_logs(folder: Path) -> dict[int, Path]:
 
 
 def total_steps(run: Path) -> int | None:
-    """`train.steps` of the run's recipe."""
+    """`train.steps` of the run's recipe; None where there is none.
+
+    Raises:
+        ConfigError: the recipe's file is no YAML.
+    """
     path = run / "recipe.yaml"
-    return OmegaConf.load(path).train.steps if path.is_file() else None
+    train = read_yaml(path, "RUN").get("train") if path.is_file() else None
+    steps = train.get("steps") if isinstance(train, dict) else None
+    return steps if type(steps) is int else None
 
 
 def last_metrics(run: Path) -> list[dict[str, Any]]:
-    """The metrics of the last steps, oldest first: complete lines of metrics.jsonl only."""
+    """The metrics of the last steps, oldest first: complete lines of metrics.jsonl only, with all of `_NUMBERS`."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         return []
     text, from_start = _tail(path)
-    whole = text.split(b"\n")[0 if from_start else 1 : -1]  # the first may be cut, the last is empty or being written
-    return [json.loads(line) for line in whole]
+    # The first line may be cut, the last is empty or being written.
+    first, last = 0 if from_start else text.find(b"\n") + 1, text.rfind(b"\n") + 1
+    return [line for line in whole_lines(text[first:last]) if _has_numbers(line)]
+
+
+def _has_numbers(line: dict[str, Any]) -> bool:
+    return all(isinstance(line.get(name), (int, float)) for name in _NUMBERS) and type(line["step"]) is int
 
 
 def last_step(run: Path) -> int:

@@ -6,7 +6,10 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from msdiff_dist.config import from_mapping
+from msdiff_dist.errors import ConfigError, RunFolderError
 from msdiff_dist.files.atomic import atomic_write
+from msdiff_dist.files.json_text import parse_mapping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +29,21 @@ class JobRecord:
 
     @staticmethod
     def load(folder: Path) -> JobRecord | None:
-        """The record in the run folder `folder`, None if nothing was launched there."""
+        """The record in the run folder `folder`, None if nothing was launched there.
+
+        Raises:
+            RunFolderError: the file holds something else.
+        """
         path = folder / "launch/job.json"
-        return JobRecord(**json.loads(path.read_text())) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            record = from_mapping(JobRecord, parse_mapping(path.read_bytes()))
+            if not record.job_ids:
+                raise ValueError("names no job")
+        except (ValueError, ConfigError) as e:
+            raise RunFolderError(str(path), None, f"is no record of a job ({e})", "Launch the run again.") from None
+        return record
 
     def save(self) -> None:
         """Write the record to its run folder."""

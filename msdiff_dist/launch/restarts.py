@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msdiff_dist.config import from_mapping
+from msdiff_dist.errors import ConfigError
+from msdiff_dist.files.json_text import whole_lines
+
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
@@ -23,7 +27,7 @@ class Start:
     job: str
     ranks: int
     step: int
-    outcome: str | None
+    outcome: str | None = None
 
 
 class Diary:
@@ -41,25 +45,25 @@ class Diary:
         found: list[Start] = []
         newest: dict[str, int] = {}  # key -> place in `found` of the newest start with it
         early: dict[str, str] = {}  # key -> the outcome that came before the start
-        for line in self._path.read_text().splitlines() if self._path.exists() else []:
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:  # cut off by a crash of the node
+        # A line may be cut off by a crash of the node.
+        for entry in whole_lines(self._path.read_bytes()) if self._path.exists() else []:
+            key, outcome = entry.get("key"), entry.get("outcome")
+            if not isinstance(key, str):
                 continue
-            key = entry["key"]
             if "step" in entry:
-                outcome = early.pop(key, None)
-                found.append(
-                    Start(
-                        time=entry["time"], job=entry["job"], ranks=entry["ranks"], step=entry["step"], outcome=outcome
-                    )
-                )
+                try:
+                    start = from_mapping(Start, {name: entry[name] for name in ("time", "job", "ranks", "step")})
+                except (KeyError, ConfigError):  # of another program, or edited
+                    continue
+                found.append(dataclasses.replace(start, outcome=early.pop(key, None)))
                 newest[key] = len(found) - 1
+            elif not isinstance(outcome, str):
+                continue
             elif key not in newest:
-                early.setdefault(key, entry["outcome"])
+                early.setdefault(key, outcome)
             # The first rank to fail has the cause; later ones report what followed from it.
             elif found[newest[key]].outcome is None:
-                found[newest[key]] = dataclasses.replace(found[newest[key]], outcome=entry["outcome"])
+                found[newest[key]] = dataclasses.replace(found[newest[key]], outcome=outcome)
         return found
 
     def write_start(self, ranks: int, step: int, **more: Any) -> None:

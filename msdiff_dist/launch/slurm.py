@@ -37,8 +37,9 @@ class JobInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Node:
-    name: str
+class Node:
+    """What one node has."""
+
     gpus: int
     cpus: int
     memory_mb: int
@@ -75,13 +76,7 @@ def check_cluster(cluster: ClusterConfig) -> None:
 
 
 def _check_nodes(cluster: ClusterConfig, partition: str) -> None:
-    rows = _query("sinfo", "-h", "-N", "-p", partition, "-o", "%N|%G|%c|%m").splitlines()
-    nodes = {}  # by name: a node has a line for each of the partitions asked for
-    for row in rows:
-        name, gres, cpus, memory = row.split("|")
-        nodes[name] = _Node(
-            name=name, gpus=gpus(parse_gres(gres)), cpus=int(cpus.rstrip("+")), memory_mb=int(memory.rstrip("+"))
-        )
+    nodes = parse_nodes(_query("sinfo", "-h", "-N", "-p", partition, "-o", "%N|%G|%c|%m"))
     if cluster.node_range[1] > len(nodes):
         raise ConfigError(
             "nodes", cluster.nodes, f"partition {partition!r} has {len(nodes)} nodes",
@@ -141,23 +136,78 @@ def job_infos(job_ids: Sequence[str]) -> dict[str, JobInfo]:
     wanted = sorted({job_id.split("_")[0] for job_id in job_ids})
     if not wanted or shutil.which("squeue") is None:
         return {}
-    found = {}
     # NAME:WIDTH, and "|" between columns. -r gives each task of an array a row; -t all includes jobs that have ended.
     fields = "JobArrayID:40|,State:40|,NumNodes:20|,RestartCnt:20|,Reason:60"
-    rows = _query("squeue", "-h", "-r", "-t", "all", "-j", ",".join(wanted), "-O", fields, check=False).splitlines()
-    for row in rows:
-        job_id, state, nodes, restarts, reason = (cell.strip() for cell in row.split("|"))
-        found[job_id] = JobInfo(
-            job_id=job_id, state=state, nodes=nodes, restarts=int(restarts), reason="" if reason == "None" else reason
-        )
+    found = parse_queue(_query("squeue", "-h", "-r", "-t", "all", "-j", ",".join(wanted), "-O", fields, check=False))
     unknown = [job_id for job_id in wanted if not any(known.split("_")[0] == job_id for known in found)]
     if unknown:
         accounting = ("sacct", "-n", "-P", "-X", "-j", ",".join(unknown), "-o", "JobID,State,NNodes")
-        for row in _query(*accounting, check=False).splitlines():
+        found |= parse_accounting(_query(*accounting, check=False))
+    return found
+
+
+def parse_nodes(text: str) -> dict[str, Node]:
+    """The nodes by name in rows `NAME|GRES|CPUS|MEMORY` of sinfo. A node of several partitions has a row for each.
+
+    Raises:
+        UserError: a row is of another form.
+    """
+    nodes = {}
+    for row in text.splitlines():
+        try:
+            name, gres, cpus, memory = row.split("|")
+            # sinfo puts a plus behind the smallest of several numbers.
+            node = Node(gpus=gpus(parse_gres(gres)), cpus=int(cpus.rstrip("+")), memory_mb=int(memory.rstrip("+")))
+        except ValueError:
+            raise _not_understood("sinfo", row) from None
+        nodes[name] = node
+    return nodes
+
+
+def parse_queue(text: str) -> dict[str, JobInfo]:
+    """The jobs by id in rows `ID|STATE|NODES|RESTARTS|REASON` of squeue.
+
+    Raises:
+        UserError: a row is of another form.
+    """
+    found = {}
+    for row in text.splitlines():
+        try:
+            job_id, state, nodes, restarts, reason = (cell.strip() for cell in row.split("|", 4))
+            found[job_id] = JobInfo(
+                job_id=job_id,
+                state=state,
+                nodes=nodes,
+                restarts=int(restarts),
+                reason="" if reason == "None" else reason,
+            )
+        except ValueError:
+            raise _not_understood("squeue", row) from None
+    return found
+
+
+def parse_accounting(text: str) -> dict[str, JobInfo]:
+    """The jobs by id in rows `ID|STATE|NODES` of sacct.
+
+    Raises:
+        UserError: a row is of another form.
+    """
+    found = {}
+    for row in text.splitlines():
+        try:
             job_id, state, nodes = row.split("|")
             # The state may be "CANCELLED by 1000".
             found[job_id] = JobInfo(job_id=job_id, state=state.split()[0], nodes=nodes, restarts=None)
+        except (ValueError, IndexError):
+            raise _not_understood("sacct", row) from None
     return found
+
+
+def _not_understood(command: str, row: str) -> UserError:
+    problem = f"answered with a row that is not understood: {row[:200]!r}"
+    return UserError(
+        "--cluster", command, problem, f"Run {command} by hand; a wrapper or plugin may add to its output."
+    )
 
 
 def _query(*command: str, check: bool = True) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging
 
 from msdiff_dist.errors import ConfigError
+from msdiff_dist.files.json_text import parse_mapping
 from msdiff_dist.models.identity import digest
 from msdiff_dist.models.text_encoder import TextEncoder, TextEncoderConfig
 
@@ -100,13 +100,13 @@ def _settings(folder: Path) -> dict[str, Any]:
                 f"Name a folder that holds {TEXT_ENCODER} and {TOKENIZER}, as Stable Diffusion's does.",
             )  # fmt: skip
     try:
-        settings: dict[str, Any] = json.loads((folder / TEXT_ENCODER / "config.json").read_text())
+        settings = parse_mapping((folder / TEXT_ENCODER / "config.json").read_bytes())
         kinds = settings.get("architectures") or ["CLIPTextModel"]
-    except (OSError, ValueError, AttributeError) as e:
+    except (OSError, ValueError) as e:
         problem = f"has a {TEXT_ENCODER}/config.json that cannot be read ({e})"
         raise ConfigError(_FIELD, str(folder), problem, "Copy the folder again.") from None
     if kinds != ["CLIPTextModel"]:
-        problem = f"holds a text encoder of class {', '.join(kinds)}"
+        problem = f"holds a text encoder of class {kinds}"
         raise ConfigError(_FIELD, str(folder), problem, "Name one of class CLIPTextModel, or an open_clip model.")
     return {"max_position_embeddings": 77, "hidden_size": 512, **settings}  # what CLIPTextConfig has by default
 

@@ -15,7 +15,6 @@ run/
 from __future__ import annotations
 
 import fcntl
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +27,7 @@ from msdiff_dist.checkpoint.power_profile import SNAPSHOTS
 from msdiff_dist.config import differences
 from msdiff_dist.errors import ConfigError, RunFolderError
 from msdiff_dist.files.atomic import atomic_write, partial_of, remove_partials, writing
+from msdiff_dist.files.json_text import parse_mapping
 from msdiff_dist.files.text import read_yaml
 from msdiff_dist.training.recipe_changes import FILE as CHANGES
 from msdiff_dist.training.recipe_changes import Change, changes_at, may_change, read_changes, write_changes
@@ -183,14 +183,16 @@ class RunFolder:
         if not self.metrics_file.exists():
             return
         kept = []
-        for line in self.metrics_file.read_text().splitlines():
+        for line in self.metrics_file.read_bytes().splitlines():
             try:
-                step = json.loads(line)["step"]
-            except (json.JSONDecodeError, KeyError):  # the torn last line of a killed run
+                step = parse_mapping(line)["step"]
+            except (ValueError, KeyError):  # the torn last line of a killed run
+                break
+            if not isinstance(step, int):
                 break
             if step <= after_step:
-                kept.append(line + "\n")
-        atomic_write(self.metrics_file, "".join(kept))
+                kept.append(line + b"\n")
+        atomic_write(self.metrics_file, b"".join(kept))
 
 
 def _locked(file: IO[str]) -> bool:

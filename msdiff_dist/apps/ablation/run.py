@@ -32,6 +32,7 @@ from msdiff_dist.evaluation.generate import ImageGenerator
 from msdiff_dist.export.weights import open_weights
 from msdiff_dist.files.atomic import atomic_write
 from msdiff_dist.files.digest import sha256_of
+from msdiff_dist.files.json_text import read_mapping as read_json
 from msdiff_dist.files.text import Override
 from msdiff_dist.files.yaml_places import Places
 from msdiff_dist.recipe import Recipe, comparable_mapping, load_recipe, read_mapping, recipe_mapping
@@ -108,10 +109,20 @@ class Trial:
         return self.folder / "checkpoints"
 
     def scores(self, settings: dict[str, Any]) -> dict[int, float]:
-        """The scores taken so far with these settings, by step."""
+        """The scores taken so far with these settings, by step.
+
+        Raises:
+            RunFolderError: their file holds something else.
+        """
         path = self.folder / "scores.json"
-        stored = json.loads(path.read_text()) if path.is_file() else {}
-        return {int(k): v for k, v in stored["scores"].items()} if stored.get("settings") == settings else {}
+        remedy = "Remove it to have the run scored again."
+        stored = read_json(path, RunFolderError, remedy) if path.is_file() else {}
+        if stored.get("settings") != settings:
+            return {}
+        try:
+            return {int(k): float(v) for k, v in stored["scores"].items()}
+        except (KeyError, AttributeError, TypeError, ValueError):
+            raise RunFolderError(str(path), None, "holds no scores by step", remedy) from None
 
 
 def load_ablation(path: Path, overrides: list[str]) -> tuple[AblationConfig, Places]:

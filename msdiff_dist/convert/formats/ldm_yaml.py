@@ -15,6 +15,7 @@ from msdiff_dist.diffusion.noise_schedule import ScheduleName
 from msdiff_dist.diffusion.processes.discrete import DiscreteConfig
 from msdiff_dist.errors import CheckpointError, ConfigError
 from msdiff_dist.files.text import read_text
+from msdiff_dist.files.yaml_tree import parse_yaml
 from msdiff_dist.models.ldm.config import LDMConfig
 
 # LDM's names of schedules and predictions, and ours. Its "linear" is linear in the square root of beta.
@@ -44,7 +45,7 @@ class LdmYaml:
         """
         text = read_text(path, "--config")
         try:
-            raw = yaml.safe_load(text)
+            raw = parse_yaml(text)
             model = raw["model"]["params"]
             unet = model["unet_config"]["params"]
         except (yaml.YAMLError, KeyError, TypeError) as e:
@@ -52,6 +53,11 @@ class LdmYaml:
                 "--config", str(path), f"is no LDM configuration ({type(e).__name__}: {' '.join(str(e).split())})",
                 "Give the YAML that holds model.params.unet_config.params.",
             ) from None  # fmt: skip
+        if not isinstance(model, Mapping) or not isinstance(unet, Mapping):
+            raise ConfigError(
+                "--config", str(path), "is no LDM configuration (model.params is no mapping)",
+                "Give the YAML that holds model.params.unet_config.params.",
+            )  # fmt: skip
         first_stage = model.get("first_stage_config") or {}
         return LdmYaml(
             path=path, model=model, unet=unet, first_stage=first_stage if isinstance(first_stage, Mapping) else {}

@@ -11,6 +11,7 @@ from typing import Any
 from msdiff_dist.convert.options import ConvertOptions
 from msdiff_dist.convert.tensor_sources import SafetensorsSource, TensorSource, open_shards, open_source
 from msdiff_dist.errors import CheckpointError
+from msdiff_dist.files.json_text import parse_mapping
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 """The file of weights that diffusers writes."""
@@ -59,14 +60,11 @@ def json_of(path: Path) -> dict[str, Any]:
         CheckpointError: it is missing, no JSON, or no object.
     """
     try:
-        content = json.loads(path.read_text())
+        return parse_mapping(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(str(path), None, "is missing", "Name a complete diffusers folder.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise CheckpointError(str(path), None, f"is no JSON ({e})", "Fetch the folder again.") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(str(path), None, "is no JSON object", "Fetch the folder again.")
-    return content
+    except ValueError as e:
+        raise CheckpointError(str(path), None, str(e), "Fetch the folder again.") from None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

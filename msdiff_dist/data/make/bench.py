@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import itertools
 import random
 import tarfile
 import tempfile
@@ -121,7 +120,23 @@ def _loaded(dataset: Any, batch_size: int, workers: int) -> Batches:
         multiprocessing_context="forkserver" if workers else None,
         worker_init_fn=set_up_worker,
     )
-    return itertools.chain.from_iterable(itertools.repeat(loader))
+    return _endless(loader)
+
+
+def _endless(loader: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The batches of a reader, again and again.
+
+    Raises:
+        DataError: it gives none, so that a measurement of it would wait for ever.
+    """
+    while True:
+        batches = iter(loader)
+        first = next(batches, None)
+        if first is None:
+            problem = "another reader finds no sample in the shards"
+            raise DataError("data.shards", "...", problem, "Check them with `msdiff data check`.")
+        yield first
+        yield from batches
 
 
 class _TarFiles(IterableDataset[Tensor]):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from msdiff_dist.bounds import check_between, check_seed
+from msdiff_dist.config import from_mapping
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.corruption import Corruption, CorruptionReport
 from msdiff_dist.data.index import FIELD, Shard
@@ -26,7 +27,8 @@ from msdiff_dist.data.make.manifest import ManifestFile, stored_file
 from msdiff_dist.data.make.shard_writer import Fields, write_shard
 from msdiff_dist.data.samples import Samples, decode
 from msdiff_dist.data.tar_members import TarError, chunks
-from msdiff_dist.errors import DataError
+from msdiff_dist.errors import ConfigError, DataError
+from msdiff_dist.files.json_text import parse_mapping
 from msdiff_dist.randomness import generator
 
 
@@ -102,10 +104,8 @@ class ShardRecord:
     def load(path: Path) -> ShardRecord | None:
         """Read a record; None if it is absent or incomplete."""
         try:
-            raw = json.loads(path.read_text())
-            shape = None if raw["shape"] is None else tuple(raw["shape"])
-            return ShardRecord(**{**raw, "file": ManifestFile(**raw["file"]), "shape": shape})
-        except (OSError, ValueError, TypeError, KeyError):
+            return from_mapping(ShardRecord, parse_mapping(path.read_bytes()))
+        except (OSError, ValueError, ConfigError):
             return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+_MOST_BYTES = 2**31  # of the values
 _BYTES = 0x08  # the format's code for unsigned bytes
 
 
@@ -21,11 +23,18 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
         ValueError: it is not an IDX file of bytes, or its length does not fit its shape.
     """
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        zeros, kind, rank = struct.unpack_from(">HBB", data)
-        shape = struct.unpack_from(f">{rank}I", data, 4)
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            zeros, kind, rank = struct.unpack(">HBB", stream.read(4))
+            shape = struct.unpack(f">{rank}I", stream.read(4 * rank))
+            if (zeros, kind) != (0, _BYTES):
+                raise ValueError("not an IDX file of bytes")
+            # One byte more than there should be: what follows could be of any length once it is unpacked.
+            size = math.prod(shape)
+            data = stream.read(min(size, _MOST_BYTES) + 1)
     except (EOFError, struct.error, zlib.error) as e:
         raise ValueError(f"cut short or not an IDX file: {e}") from None
-    if (zeros, kind) != (0, _BYTES):
-        raise ValueError("not an IDX file of bytes")
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
+    if len(data) != size:
+        raise ValueError(
+            f"its shape {list(shape)} asks for {size} bytes, and it has {'more' if len(data) > size else len(data)}"
+        )
+    return np.frombuffer(data, np.uint8).reshape(shape)

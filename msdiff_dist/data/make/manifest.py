@@ -19,6 +19,7 @@ from msdiff_dist.config import from_mapping, to_mapping
 from msdiff_dist.data.access import DEFAULT_ACCESS, AbsentError, Access, read_bytes
 from msdiff_dist.errors import ConfigError, DataError
 from msdiff_dist.files.digest import sha256_of
+from msdiff_dist.files.json_text import parse_mapping
 
 MANIFEST = "manifest.json"
 NULL_CONTEXT = "null_context.safetensors"
@@ -96,8 +97,8 @@ def load_manifest(address: str, access: Access = DEFAULT_ACCESS) -> Manifest | N
         DataError: the file is corrupt or of a newer format.
     """
     try:
-        mapping = json.loads(read_bytes(address, access))
-        if isinstance(mapping, dict) and mapping.get("format", 0) > FORMAT:
+        mapping = parse_mapping(read_bytes(address, access))
+        if isinstance(mapping.get("format"), int) and mapping["format"] > FORMAT:
             problem = f"is of format {mapping['format']}, newer than {FORMAT}"
             raise DataError("data.shards", address, problem, "Use a newer msdiff_dist.")
         return from_mapping(Manifest, mapping)

@@ -13,7 +13,7 @@ from PIL import Image
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.latent_blocks import BLOCK_FIELD, pack_block
 from msdiff_dist.data.loader import StepLoader, load_index
-from msdiff_dist.data.make.bench import _readers, bench
+from msdiff_dist.data.make.bench import _endless, _readers, bench
 from msdiff_dist.data.make.shard_writer import encode_image, write_shard
 from msdiff_dist.errors import DataError
 
@@ -57,3 +57,9 @@ def test_speeds_are_of_one_worker(tmp_path):
     assert next(StepLoader(write(tmp_path, "latent"), 0, 4)).x_nCHW.dtype == torch.float16
     with pytest.raises(DataError, match="no shards to read"):
         bench(DataConfig(kind="synthetic", latent_shape=(1, 4, 4)), 4, 0.1)
+
+
+def test_a_reader_that_gives_nothing_ends_the_measurement():
+    assert list(itertools.islice(_endless([torch.ones(1), torch.zeros(1)]), 5)) == [1, 0, 1, 0, 1]
+    with pytest.raises(DataError, match="no sample"):
+        next(_endless([]))

@@ -1,0 +1,1 @@
+"""Fuzzing of every parser of bytes that this package did not write itself."""
