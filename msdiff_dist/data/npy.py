@@ -42,10 +42,9 @@ def read_npy(content: bytes) -> NDArray[Any]:
             clause.
     """
     stream = io.BytesIO(content)
-    try:
-        shape, dtype = read_npy_header(stream)
-    except ValueError as e:
-        raise ValueError(what_it_is(content[:512]) or str(e)) from e
+    if not content.startswith(npy_format.MAGIC_PREFIX):
+        raise ValueError(what_it_is(content[:512]) or "is not a .npy array")
+    shape, dtype = read_npy_header(stream)
     claimed, present = math.prod(shape) * dtype.itemsize, len(content) - stream.tell()
     if claimed > present and not dtype.hasobject:  # np.load refuses objects
         raise ValueError(f"claims {dtype}{list(shape)}, {claimed} bytes, and has {present}")

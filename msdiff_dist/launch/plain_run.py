@@ -13,7 +13,7 @@ from msdiff_dist.files.text import read_yaml
 from msdiff_dist.launch.record import JobState
 from msdiff_dist.training.run_folder import RunFolder
 
-_NUMBERS = ("step", "images_seen", "images_per_second", "loss")
+_NUMBERS = ("images_seen", "images_per_second", "loss")
 _TAIL_BYTES = 1 << 16  # enough of metrics.jsonl for the last hundred steps or so
 _RANK_LOG = re.compile(r"rank_(\d+)\.log")
 # The last line of a traceback: `package.module.SomeError: why`.
@@ -81,18 +81,19 @@ def total_steps(run: Path) -> int | None:
 
 
 def last_metrics(run: Path) -> list[dict[str, Any]]:
-    """The metrics of the last steps, oldest first: complete lines of metrics.jsonl only, with all of `_NUMBERS`."""
+    """The metrics of the last steps, oldest first: complete lines of metrics.jsonl only, those of a step."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         return []
     text, from_start = _tail(path)
     # The first line may be cut, the last is empty or being written.
     first, last = 0 if from_start else text.find(b"\n") + 1, text.rfind(b"\n") + 1
-    return [line for line in whole_lines(text[first:last]) if _has_numbers(line)]
+    return [line for line in whole_lines(text[first:last]) if _is_of_a_step(line)]
 
 
-def _has_numbers(line: dict[str, Any]) -> bool:
-    return all(isinstance(line.get(name), (int, float)) for name in _NUMBERS) and type(line["step"]) is int
+def _is_of_a_step(line: dict[str, Any]) -> bool:
+    step = line.get("step")
+    return type(step) is int and step > 0 and all(isinstance(line.get(name, 0), (int, float)) for name in _NUMBERS)
 
 
 def last_step(run: Path) -> int:
