@@ -30,7 +30,7 @@ def parse_mapping(text: str | bytes) -> dict[str, Any]:
     """The mapping in a JSON text. Raises as `parse_json` does, and at anything that is no mapping."""
     content = parse_json(text)
     if not isinstance(content, dict):
-        raise ValueError(f"is no mapping but {type(content).__name__}")
+        raise ValueError(f"is no JSON object but {type(content).__name__}")
     return content
 
 

@@ -242,7 +242,7 @@ def json_hostile(valid: bytes) -> dict[str, bytes]:
 
 
 def _idx(array: Any) -> bytes:
-    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+    return bytes(struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes())
 
 
 def _read_idx(data: bytes, folder: Path) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,10 @@ def _hostile() -> dict[str, dict[str, bytes]]:
     }
 
 
+def _hostile_of(kind: str) -> dict[str, bytes]:
+    return _hostile().get(kind, {})
+
+
 def _read(data: bytes, folder: Path) -> Any:
     image = read_image(data, ImageReading())
     with opened(data) as stored:
@@ -146,8 +151,8 @@ TARGETS = tuple(
     Target(
         name=kind.lower(),
         read=_read,
-        seeds=lambda kind=kind: _seeds(kind),
-        hostile=lambda kind=kind: _hostile().get(kind, {}),
+        seeds=partial(_seeds, kind),
+        hostile=partial(_hostile_of, kind),
         refuses=UNREADABLE,
         oracle=_as_pillow,
         mutate=mutate_png if kind == "PNG" else mutate_bytes,

@@ -80,7 +80,7 @@ def _claim_is_equal(data: bytes, found: Any) -> None:
 
 def _shard_record() -> bytes:
     file = ManifestFile(name="0.tar", samples=3, bytes=5, sha256="0" * 64)
-    record = ShardRecord(**{"mark": "x", "file": file, "shape": (4, 8, 8), "count": 3, "sum": 1.5, "squares": 2.5})
+    record = ShardRecord(file=file, mark="x", shape=(4, 8, 8), count=3, sum=1.5, squares=2.5)
     return json.dumps(asdict(record)).encode()
 
 
