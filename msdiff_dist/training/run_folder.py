@@ -15,6 +15,7 @@ run/
 from __future__ import annotations
 
 import fcntl
+import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
