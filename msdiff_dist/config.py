@@ -193,6 +193,8 @@ def chosen(value: Any, is_variant: bool = False) -> Any:
     Args:
         is_variant: the dataclass is one of several; fields that name which one are kept, whatever they hold.
     """
+    if isinstance(value, (list, tuple)):
+        return [chosen(v, is_variant) for v in value]
     if not dataclasses.is_dataclass(value):
         return to_mapping(value)
     hints = typing.get_type_hints(type(value), include_extras=True)
@@ -204,9 +206,12 @@ def chosen(value: Any, is_variant: bool = False) -> Any:
 
 
 def _is_variant(hint: Any) -> bool:
-    """Whether a field of this type holds one of several dataclasses: a `Variant` or a union."""
+    """Whether a field of this type holds one of several dataclasses, or a list of such: a `Variant` or a union."""
     args = get_args(hint)
-    return any(isinstance(arg, Variant) for arg in args) or sum(map(dataclasses.is_dataclass, args)) > 1
+    return (
+        any(isinstance(arg, Variant) or _is_variant(arg) for arg in args)
+        or sum(map(dataclasses.is_dataclass, args)) > 1
+    )
 
 
 def _is_name(hint: Any) -> bool:

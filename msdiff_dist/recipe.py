@@ -182,16 +182,18 @@ def _check_stages(recipe: Recipe) -> None:
     stages, decoders = recipe.stages.num_stages, recipe.model.num_stages
     if stages != decoders:
         raise ConfigError(
-            "model.decoder_channels", list(recipe.model.decoder_channels),
+            f"model.{recipe.model.place_of('decoder_channels')}", list(recipe.model.decoder_channels),
             f"has {decoders} decoders for the {stages} stages of stages.boundaries = {list(recipe.stages.boundaries)}",
-            f"Give {stages} widths, or {decoders - 1} boundaries.",
+            f"Give {stages} decoders, or {decoders - 1} boundaries.",
         )  # fmt: skip
 
 
 def _check_shapes(recipe: Recipe) -> None:
     channels, height, width = recipe.latent_shape
     errors = [
-        ConfigError(f"model.{name}", number, f"the data has {channels} channels", f"Set it to {channels}.")
+        ConfigError(
+            f"model.{recipe.model.place_of(name)}", number, f"the data has {channels} channels", f"Set it to {channels}."
+        )
         for name in ("in_channels", "out_channels")
         if (number := getattr(recipe.model, name)) != channels
     ]
@@ -212,7 +214,8 @@ def _check_classes(recipe: Recipe) -> None:
     data, model = recipe.data, recipe.model
     if data.num_classes != model.num_classes:
         raise ConfigError(
-            "model.num_classes", model.num_classes, f"differs from data.num_classes = {data.num_classes}",
+            f"model.{model.place_of('num_classes')}", model.num_classes,
+            f"differs from data.num_classes = {data.num_classes}",
             "Give both the same number of classes, or neither.",
         )  # fmt: skip
 
@@ -221,7 +224,8 @@ def _check_context(recipe: Recipe) -> None:
     data, model = recipe.data, recipe.model
     if model.context_channels != (data.context_shape[1] if data.context_shape else None):
         raise ConfigError(
-            "model.context_dim", model.context_channels, f"does not fit data.context_shape = {data.context_shape}",
+            f"model.{model.place_of('context_dim')}", model.context_channels,
+            f"does not fit data.context_shape = {data.context_shape}",
             "Make context_dim the width of the stored context tokens, or leave both out.",
         )  # fmt: skip
 

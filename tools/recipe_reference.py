@@ -56,7 +56,7 @@ def _section(path: str, cls: type, known: dict[type, str]) -> Iterator[str]:
     prose = "\n\n".join(_prose(base) for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base))
     meanings = field_docs(cls)
     yield f"{prose}\n\n| field | type | default | |\n|---|---|---|---|"
-    for field in dataclasses.fields(cls):
+    for field in (f for f in dataclasses.fields(cls) if f.init):
         if "section" in field.metadata:
             for name in field.metadata["section"].table:
                 meaning = f"Settings of `{name}`, if it is the one in use."
@@ -65,8 +65,8 @@ def _section(path: str, cls: type, known: dict[type, str]) -> Iterator[str]:
         meaning = meanings[field.name].replace("|", "\\|")
         yield f"| `{field.name}` | {_type(hints[field.name])} | {_default(field)} | {meaning} |"
     yield ""
-    for field in dataclasses.fields(cls):
-        for inner in _dataclasses(hints[field.name]):
+    for field in (f for f in dataclasses.fields(cls) if f.init):
+        for inner in (each for each in _dataclasses(hints[field.name]) if each is not cls):
             yield from _section(f"{path}.{field.name}", inner, known)
         if "section" in field.metadata:
             for name, entry in field.metadata["section"].table.items():

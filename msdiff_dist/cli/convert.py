@@ -31,7 +31,13 @@ class Prediction(StrEnum):
 
 
 def convert(
-    src: Annotated[Path, typer.Argument(help="File or folder to convert.")],
+    src: Annotated[
+        list[Path],
+        typer.Argument(
+            help="File or folder to convert; or several, which become the stages of one model, stage 0 (nearest the "
+            "data, small timesteps) first."
+        ),
+    ],
     dst: Annotated[Path, typer.Argument(help="New folder, or file for LDM's formats (.safetensors or .ckpt).")],
     from_format: Annotated[str, typer.Option("--from", parser=READABLE, help="Format of SRC.")],
     to_format: Annotated[str, typer.Option("--to", parser=Names(choices.writable), help="Format of DST.")],
@@ -50,7 +56,9 @@ def convert(
     norm_groups: Annotated[
         int | None, typer.Option(help="Largest number of groups of a norm, for EDM and score_sde.")
     ] = None,
-    boundaries: Annotated[str | None, typer.Option(help="Inner stage boundaries, as 442,631.")] = None,
+    boundaries: Annotated[
+        str | None, typer.Option(help="Inner stage boundaries in the process's own time, as 442,631.")
+    ] = None,
     prediction: Annotated[Prediction | None, typer.Option(help="What the network predicts.")] = None,
     scale_factor: Annotated[float | None, typer.Option(help="Factor on latents.")] = None,
     no_null_class: Annotated[
@@ -62,9 +70,12 @@ def convert(
 ) -> None:
     """Convert weights between formats without rounding, with a report of every key: conversion_report.json.
 
-    The report is written to the new folder, or beside the new file.
+    The report is written to the new folder, or beside the new file. Several sources are unified models, which keep
+    their whole networks as the stages of one model.
 
     Example: msdiff convert model.ckpt exported --from ldm --to msdiff
+
+    Example: msdiff convert low_noise high_noise experts --boundaries 875 --from diffusers --to msdiff
     """
     from msdiff_dist.convert.conversion import convert as run
     from msdiff_dist.convert.options import ConvertOptions, parse_boundaries
@@ -85,7 +96,7 @@ def convert(
         key=key,
         model_ema=not no_model_ema,
     )
-    report = run(src, dst, from_format, to_format, options)
+    report = run(src[0] if len(src) == 1 else src, dst, from_format, to_format, options)
     left_out = sum("left_out" in entry for entry in report["keys"].values())
     typer.echo(
         f"{len(report['keys']) - left_out} tensors in {dst}; {left_out} skipped, each with its reason in the report"

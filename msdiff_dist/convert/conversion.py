@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from msdiff_dist import __version__
 from msdiff_dist.config import to_mapping
+from msdiff_dist.convert.edit.merge import merge
 from msdiff_dist.convert.edit.stages import extract_stage
 from msdiff_dist.convert.formats import FORMATS, PLAIN, readable, writable
 from msdiff_dist.convert.formats.deepspeed import DeepspeedSource
@@ -26,11 +28,15 @@ REPORT = "conversion_report.json"
 
 
 def convert(
-    src: Path, dst: Path, from_format: str, to_format: str, options: ConvertOptions | None = None
+    src: Path | Sequence[Path], dst: Path, from_format: str, to_format: str, options: ConvertOptions | None = None
 ) -> dict[str, Any]:
     """Convert a checkpoint; returns the report, which is also written: inside `dst` if a folder, beside it if a file.
 
     Nothing appears at `dst` unless everything succeeded.
+
+    Args:
+        src: a file or folder; or several, unified models that become the stages of one, the first nearest the data.
+            Each stage keeps an encoder of its own.
 
     Raises:
         ConfigError: a format is unknown, or an option is given that this conversion does not use.
@@ -39,11 +45,30 @@ def convert(
     options = options or ConvertOptions()
     _check_known("--from", from_format, readable())
     _check_known("--to", to_format, writable())
-    _check_used(options, from_format, to_format)
+    sources = [src] if isinstance(src, Path) else list(src)
+    _check_used(options, from_format, to_format, len(sources))
     if to_format == PLAIN:
-        return _plain(src, dst, from_format)
-    weights = read(src, from_format, options)
-    return write(weights, dst, to_format, options, {"path": str(src), "format": from_format})
+        return _plain(sources[0], dst, from_format)
+    if len(sources) == 1:
+        weights, path = read(sources[0], from_format, options), str(sources[0])
+        return write(weights, dst, to_format, options, {"path": path, "format": from_format})
+    paths = [str(path) for path in sources]
+    return write(_read_several(sources, from_format, options), dst, to_format, options,
+                 {"path": paths, "format": from_format})  # fmt: skip
+
+
+def _read_several(sources: Sequence[Path], from_format: str, options: ConvertOptions) -> ModelWeights:
+    """Unified models as the stages of one, each with an encoder of its own."""
+    names = [str(path) for path in sources]
+    if options.boundaries is None or len(options.boundaries) != len(sources) - 1:
+        given = None if options.boundaries is None else list(options.boundaries)
+        raise ConfigError(
+            "--boundaries", given, f"do not divide time among the {len(sources)} sources {', '.join(names)}",
+            f"Give {len(sources) - 1}, ascending; the first source is the stage nearest the data.",
+        )  # fmt: skip
+    of_each = replace(options, boundaries=None)  # a source is unified, so it has none
+    models = [read(path, from_format, of_each) for path in sources]
+    return merge(models, options.boundaries, share=False, names=names)
 
 
 def read(src: Path, from_format: str, options: ConvertOptions) -> ModelWeights:
@@ -87,8 +112,10 @@ def write(
         report = _report(weights, written, dst, to_format, {**source, "sha256": digests})
         if aside.is_dir():
             # Licences keep their names; other notes, such as a README, are about the source and not about the result.
-            for note in weights.notes:
-                shutil.copy(note, aside / (note.name if note.name.startswith("LICENSE") else f"SOURCE_{note.name}"))
+            for i, note in enumerate(weights.notes):
+                name = note.name if note.name.startswith("LICENSE") else f"SOURCE_{note.name}"
+                taken = (aside / name).exists() and (aside / name).read_bytes() != note.read_bytes()
+                shutil.copy(note, aside / (f"{name}.{i}" if taken else name))
             _save(report, aside / REPORT)
     if dst.is_file():
         _save(report, dst.with_name(REPORT))
@@ -145,18 +172,27 @@ def _save(report: Mapping[str, Any], path: Path) -> None:
     atomic_write(path, json.dumps(report, indent=1) + "\n")
 
 
-def _check_used(options: ConvertOptions, from_format: str, to_format: str) -> None:
+def _check_used(options: ConvertOptions, from_format: str, to_format: str, sources: int) -> None:
     """Raise if an option is given that neither the reader nor the writer uses: it would change nothing.
 
     Raises:
-        ConfigError: naming the option and those that this conversion takes.
+        ConfigError: naming the option and those that this conversion takes; or there are several sources for a format
+            that holds one.
     """
+    if sources > 1 and to_format == PLAIN:
+        raise ConfigError("--to", PLAIN, f"writes the tensors of one source, and {sources} are given", "Name one.")
+    if sources > 1 and options.stage is not None:
+        raise ConfigError(
+            "--stage", options.stage, f"takes a stage of one source, and {sources} are given", "Extract it first."
+        )
     plain = to_format == PLAIN  # writes every tensor as it is, so there is nothing to choose
     used = set() if plain else {*FORMATS[from_format].read_options, *FORMATS[to_format].write_options}
     # A flag --no-... says the opposite of its field.
     given = {FLAGS[name]: not value if value is False else value for name, value in options.given().items()}
+    if sources > 1:
+        used.add("boundaries")
     taken = [flag for name, flag in FLAGS.items() if name in used]
-    if not plain:
+    if not plain and sources == 1:
         taken.append("--stage")
     elif options.stage is not None:
         given["--stage"] = options.stage

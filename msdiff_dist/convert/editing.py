@@ -8,6 +8,7 @@ from typing import Any
 
 from msdiff_dist.convert.conversion import convert, read, write
 from msdiff_dist.convert.edit import stages
+from msdiff_dist.convert.edit.merge import merge as merged_model
 from msdiff_dist.convert.options import ConvertOptions
 
 
@@ -50,11 +51,12 @@ def merge(
     encoder; otherwise each stage keeps its own.
 
     Raises:
-        ConfigError: as `convert`, or the models differ in more than their widths, or in number from the boundaries.
+        ConfigError: as `convert`, or the models do not make one (`convert.edit.merge`).
         CheckpointError: as `convert`.
     """
     options = ConvertOptions()
-    merged = stages.merge([read(path, from_format, options) for path in models], boundaries)
+    opened = [read(path, from_format, options) for path in models]
+    merged = merged_model(opened, boundaries, names=[str(path) for path in models])
     return write(merged, dst, "msdiff", options, {"path": [str(p) for p in models], "format": from_format})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -71,6 +71,8 @@ class ModelWeights:
     """For each question that no file answers, the published models' answer, which was assumed."""
     notes: list[Path] = field(default_factory=list)
     """Files of the source about its licence and use, to be copied along."""
+    unstated: frozenset[Literal["diffusion", "autoencoder"]] = frozenset()
+    """Sections of the description that no file of the source states: the source is a network alone."""
 
     @property
     def model(self) -> ModelConfig:
@@ -107,6 +109,11 @@ def ldm_model(weights: ModelWeights, target: str) -> LDMConfig:
     Raises:
         CheckpointError: it is of another family, which the target does not have.
     """
+    if not weights.model.share_encoder:
+        raise CheckpointError(
+            "share_encoder", False, f"every stage has an encoder of its own, and {target}'s model has one",
+            "Convert one stage with --stage.",
+        )  # fmt: skip
     if not isinstance(weights.model, LDMConfig):
         raise CheckpointError(
             "model.family", weights.model.family, f"{target} has no network of this family", "Use another --to."

@@ -131,7 +131,10 @@ def given_boundaries(
     """
     if num_stages == 1:
         if given:
-            raise CheckpointError("--boundaries", given, "the checkpoint has one stage", "Remove --boundaries.")
+            raise CheckpointError(
+                "--boundaries", given, "the checkpoint has one stage",
+                "Remove --boundaries, or name a source for each stage, and the result last.",
+            )  # fmt: skip
         return (), []
     if given is None and num_stages == len(paper) + 1:
         listed = " and ".join(f"{b:g}" for b in paper)

@@ -36,7 +36,7 @@ def checkpoint_activations(part: nn.Module, config: ActivationCheckpointingConfi
     families = list(dict.fromkeys(FAMILIES.values()))  # several names may share one entry
     kinds = [family.encoder for family in families] if config.encoder else []
     kinds += [family.decoder for family in families] if config.decoders else []
-    chosen = [module for module in part.modules() if isinstance(module, tuple(kinds))]
+    chosen = [module for module in part.modules() if isinstance(module, tuple(kind for kind in kinds if kind))]
     for module in chosen:
         for block in module.modules():
             if any(family.recomputed(block) for family in families):

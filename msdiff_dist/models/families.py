@@ -30,9 +30,9 @@ class Family:
         config: dataclass of the recipe section `model`; its `family` defaults to the name in the table.
         encoder: called with (config, stage), builds a module that maps (x_BCHW, t_B, context, label, augment) to a flat
             tuple of batch-first features and raises what `config.check_conditions` raises. The stage only selects the
-            width, where each stage has an encoder of its own.
+            width, where each stage has an encoder of its own. None: the stages are whole networks of other families.
         decoder: called with (config, stage), builds a module that maps those features to the output
-            [B, out_channels, H, W].
+            [B, out_channels, H, W]. None as above.
         recomputed: predicate of modules inside encoder and decoder: True for a block that `activation_checkpointing`
             recomputes in the backward pass.
         resized_decoder: called with (old config, new config, stage), returns for each parameter of that decoder of
@@ -41,9 +41,9 @@ class Family:
     """
 
     config: type[UNetConfig]
-    encoder: type[nn.Module]
-    decoder: type[nn.Module]
-    recomputed: Callable[[nn.Module], bool]
+    encoder: type[nn.Module] | None = None
+    decoder: type[nn.Module] | None = None
+    recomputed: Callable[[nn.Module], bool] = lambda module: False
     resized_decoder: Callable[[Any, Any, int], dict[str, Resized | None]] | None = None
 
 

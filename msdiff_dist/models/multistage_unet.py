@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from msdiff_dist.models.config import ModelConfig
-from msdiff_dist.models.families import FAMILIES
+from msdiff_dist.models.families import FAMILIES, Family
 
 
 class MultistageUNet(nn.Module):
@@ -70,10 +70,11 @@ class SeparateStage(nn.Module):
 
     def __init__(self, config: ModelConfig, stage: int) -> None:
         super().__init__()
-        self.config = config
-        family = FAMILIES[config.family]
-        self.encoder = family.encoder(config, stage)
-        self.decoder = family.decoder(config, stage)
+        # The stage alone as a unified model, whose encoder and decoder are built as any other's.
+        self.config = config.of_stages([stage])
+        encoder, decoder = _kinds(FAMILIES[self.config.family])
+        self.encoder = encoder(self.config, 0)
+        self.decoder = decoder(self.config, 0)
 
     def forward(self, *features: Tensor) -> Tensor:
         # `PassThrough` drops inputs that are None, so what a condition is follows from which ones the model takes.
@@ -97,10 +98,18 @@ def build_parts(config: ModelConfig, stages: Iterable[int], seed: int = 0) -> tu
     The first weights of a part depend on `seed` and on which part it is, and on nothing else: a stage is the same on
     every rank that builds it, whatever else the rank builds. The state of torch's generator does not change.
     """
-    family = FAMILIES[config.family]
-    shared = _seeded(seed, "shared", family.encoder, config, 0) if config.share_encoder else PassThrough()
-    part = family.decoder if config.share_encoder else SeparateStage
+    part: type[nn.Module] = SeparateStage
+    shared: nn.Module = PassThrough()
+    if config.share_encoder:
+        encoder, part = _kinds(FAMILIES[config.family])
+        shared = _seeded(seed, "shared", encoder, config, 0)
     return shared, {k: _seeded(seed, f"stage {k}", part, config, k) for k in stages}
+
+
+def _kinds(family: Family) -> tuple[type[nn.Module], type[nn.Module]]:
+    assert family.encoder is not None, "a family of whole networks has no encoder"
+    assert family.decoder is not None
+    return family.encoder, family.decoder
 
 
 def _seeded(seed: int, name: str, part: Callable[..., nn.Module], *args: Any) -> nn.Module:

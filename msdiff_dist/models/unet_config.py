@@ -116,6 +116,10 @@ class UNetConfig:
         """Length of the vector that describes how a sample was augmented; 0 if the model takes none."""
         return 0
 
+    def place_of(self, name: str) -> str:
+        """Where a recipe's section `model` says what the attribute `name` is, for messages."""
+        return name
+
     def encoder_width(self, stage: int) -> int:
         """Base width of the encoder that `stage` uses."""
         return self.encoder_channels if isinstance(self.encoder_channels, int) else self.encoder_channels[stage]
@@ -167,6 +171,15 @@ class UNetConfig:
     def of_decoders(self, parts: Sequence[tuple[Self, int]], **changes: Any) -> Self:
         """This configuration with one decoder for each (model, stage) of `parts`, and with `changes`."""
         return replace(self, decoder_channels=tuple(model.decoder_channels[k] for model, k in parts), **changes)
+
+    def of_stages(self, stages: Sequence[int]) -> UNetConfig:
+        """The model with these stages alone. A single stage's encoder counts as shared: it is a unified model."""
+        one = len(stages) == 1
+        encoders = self.encoder_channels
+        if isinstance(encoders, tuple):
+            encoders = encoders[stages[0]] if one else tuple(encoders[k] for k in stages)
+        parts = [(self, k) for k in stages]
+        return self.of_decoders(parts, encoder_channels=encoders, share_encoder=one or self.share_encoder)
 
     def of_widths(self, widths: Sequence[int], attention: Sequence[Sequence[int]] | None = None) -> Self:
         """This unified model's configuration with one decoder for each of `widths`.

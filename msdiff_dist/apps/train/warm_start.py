@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from msdiff_dist.checkpoint.layout import INDEX, complete_checkpoints
 from msdiff_dist.config import differences, to_mapping
@@ -37,7 +39,14 @@ def start_weights(recipe: Recipe, checkpoints: Path) -> Weights | None:
 
 def architecture(model: ModelConfig) -> dict[str, object]:
     """The fields of a model on which its weights depend, as plain data."""
-    return {field: value for field, value in to_mapping(model).items() if field not in _FREE}
+    return _without_free(to_mapping(model))
+
+
+def _without_free(section: Mapping[str, Any]) -> dict[str, object]:
+    """A section `model`, and those of its networks, without the fields on which no weight depends."""
+    found = {field: value for field, value in section.items() if field not in _FREE}
+    networks = enumerate(found.pop("networks", ()))
+    return found | {f"networks[{k}]": _without_free(network) for k, network in networks}
 
 
 def _remedy(path: Path) -> str:

@@ -1,15 +1,13 @@
-"""Edits of a model's stages: extract one, grow several from a unified model, merge several unified models into one."""
+"""Edits of a model's stages: extract one, grow several from a unified model."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from msdiff_dist.convert.model_weights import FROZEN, JoinedSource, ModelWeights, empty_model
+from msdiff_dist.convert.model_weights import FROZEN, ModelWeights, empty_model
 from msdiff_dist.convert.tensor_sources import RenamedSource, TensorSource
 from msdiff_dist.diffusion.config import StagesConfig
 from msdiff_dist.errors import ConfigError
@@ -28,18 +26,7 @@ def extract_stage(weights: ModelWeights, stage: int) -> ModelWeights:
     model = weights.model
     if not 0 <= stage < model.num_stages:
         raise ConfigError("--stage", stage, f"the model has stages 0 to {model.num_stages - 1}", "Choose one of them.")
-    # For each name in the new model, the name in the old one.
-    old = f"stages.{stage}."
-    if model.share_encoder:
-        names = {k: k for k in weights.tensors.names() if k.startswith("shared.")}
-        names |= {_replaced(k, old, "stages.0."): k for k in weights.tensors.names() if k.startswith(old)}
-    else:  # every stage has an encoder of its own, which becomes the shared one of the single stage
-        names = {}
-        for k in weights.tensors.names():
-            if k.startswith(f"{old}encoder."):
-                names[_replaced(k, f"{old}encoder.", "shared.")] = k
-            elif k.startswith(f"{old}decoder."):
-                names[_replaced(k, f"{old}decoder.", "stages.0.")] = k
+    names = stage_names(weights, stage)
     renamed = {source: new for new, source in names.items()}
     # The report is about the source's keys: follow each through the new names.
     used, left_out = {}, dict(weights.left_out)
@@ -51,11 +38,26 @@ def extract_stage(weights: ModelWeights, stage: int) -> ModelWeights:
             left_out[key] = f"of another stage than {stage}"
     return replace(
         weights,
-        description=replace(weights.description, model=model_of_stages(model, [stage]), stages=StagesConfig()),
+        description=replace(weights.description, model=model.of_stages([stage]), stages=StagesConfig()),
         tensors=RenamedSource(weights.tensors, names),
         used=used,
         left_out=left_out,
     )
+
+
+def stage_names(weights: ModelWeights, stage: int) -> dict[str, str]:
+    """For each tensor of a stage's unified model, its name in the model of all stages."""
+    old = f"stages.{stage}."
+    if weights.model.share_encoder:
+        names = {k: k for k in weights.tensors.names() if k.startswith("shared.")}
+        return names | {_replaced(k, old, "stages.0."): k for k in weights.tensors.names() if k.startswith(old)}
+    names = {}  # every stage has an encoder of its own, which becomes the shared one of the single stage
+    for k in weights.tensors.names():
+        if k.startswith(f"{old}encoder."):
+            names[_replaced(k, f"{old}encoder.", "shared.")] = k
+        elif k.startswith(f"{old}decoder."):
+            names[_replaced(k, f"{old}decoder.", "stages.0.")] = k
+    return names
 
 
 def grow(
@@ -150,101 +152,6 @@ class GrownSource(TensorSource):
         _, stage, name = key.split(".", 2)
         out: Tensor = build_parts(self._model, [int(stage)])[1][int(stage)].state_dict()[name]
         return out
-
-
-def merge(models: Sequence[ModelWeights], boundaries: Sequence[float]) -> ModelWeights:
-    """One model whose stages are unified models, the first nearest the data, with the first one's autoencoder.
-
-    If all encoders are equal bit by bit, they become the one shared encoder; otherwise each stage keeps its own.
-
-    Args:
-        boundaries: inner stage boundaries, one fewer than models.
-
-    Raises:
-        ConfigError: the models differ in more than their widths, or their number does not fit the boundaries.
-    """
-    first = models[0]
-    if len(models) != len(boundaries) + 1 or len(models) < 2:
-        raise ConfigError(
-            "--boundaries", list(boundaries), f"do not divide time among {len(models)} models",
-            "Give one boundary fewer than models, and at least two models.",
-        )  # fmt: skip
-    for i, other in enumerate(models):
-        if other.description.diffusion != first.description.diffusion or not _alike(other.model, first.model):
-            raise ConfigError(
-                f"model {i}", other.model.decoder_channels,
-                "is not unified, or differs from the first in more than width",
-                "Merge models of one family, shape and diffusion process.",
-            )  # fmt: skip
-    shared = _same_encoders(models)
-    parts, used, left_out = [], {}, {}
-    for k, part in enumerate(models):
-        # The shared encoder is taken from the first model.
-        kept = [n for n in part.tensors.names() if not (shared and k and n.startswith("shared."))]
-        parts.append(RenamedSource(part.tensors, {_merged_name(n, k, shared): n for n in kept}))
-        # Sources may have the same keys, so the report has the model's number before them.
-        for key, names in part.used.items():
-            # A key gives tensors of the network or of a frozen one, never of both.
-            of_network = [_merged_name(n, k, shared) for n in names if not n.startswith(FROZEN)]
-            if of_network or k == 0:
-                used[f"{k}:{key}"] = of_network or names
-            else:
-                left_out[f"{k}:{key}"] = "the first model's is kept"
-        left_out |= {f"{k}:{key}": reason for key, reason in part.left_out.items()}
-    model = _merged_model([part.model for part in models], shared)
-    return replace(
-        first,
-        description=replace(
-            first.description, model=model, stages=StagesConfig(boundaries=tuple(map(float, boundaries)))
-        ),
-        tensors=JoinedSource(parts),
-        used=used,
-        left_out=left_out,
-        assumed=[f"{k}: {text}" for k, part in enumerate(models) for text in part.assumed],
-    )
-
-
-def _merged_name(name: str, stage: int, shared: bool) -> str:
-    """The name that a unified model's tensor has in the merged model."""
-    if name.startswith("stages.0."):
-        return _replaced(name, "stages.0.", f"stages.{stage}." if shared else f"stages.{stage}.decoder.")
-    return name if shared else _replaced(name, "shared.", f"stages.{stage}.encoder.")
-
-
-def _same_encoders(models: Sequence[ModelWeights]) -> bool:
-    """Whether all encoders are equal bit by bit."""
-    first, *others = (m.tensors for m in models)
-    names = [n for n in first.names() if n.startswith("shared.")]
-    return all(
-        n in other and other.meta(n).shape == first.meta(n).shape and torch.equal(other.read(n), first.read(n))
-        for other in others
-        for n in names
-    )
-
-
-def _alike(model: ModelConfig, other: ModelConfig) -> bool:
-    """Whether `model` is unified and differs from `other` in nothing but what may differ from stage to stage."""
-    fields = {f.name for f in dataclasses.fields(other)} - set(other.per_stage)
-    return (
-        type(model) is type(other)
-        and model.num_stages == 1
-        and all(getattr(model, name) == getattr(other, name) for name in fields)
-    )
-
-
-def _merged_model(models: Sequence[ModelConfig], shared: bool) -> ModelConfig:
-    first = models[0]
-    widths = tuple(m.encoder_width(0) for m in models)
-    encoders = widths[0] if len(set(widths)) == 1 else widths
-    return first.of_decoders([(m, 0) for m in models], encoder_channels=encoders, share_encoder=shared)
-
-
-def model_of_stages(model: ModelConfig, stages: Sequence[int]) -> ModelConfig:
-    """The configuration of the model with these stages alone. A single stage's encoder counts as shared."""
-    one = len(stages) == 1
-    encoders = model.encoder_width(stages[0]) if one else model.encoder_channels
-    parts = [(model, k) for k in stages]
-    return model.of_decoders(parts, encoder_channels=encoders, share_encoder=one or model.share_encoder)
 
 
 def _replaced(key: str, old: str, new: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from msdiff_dist.convert import carried
+from msdiff_dist.convert.edit.stages import extract_stage, stage_names
 from msdiff_dist.convert.formats.diffusers_scheduler import SCHEDULES, read_scheduler
 from msdiff_dist.convert.formats.diffusers_unet import STOCK, diffusers_unet_rules, model_of_stock, stock_config
 from msdiff_dist.convert.formats.frozen_networks import (
@@ -97,6 +98,7 @@ def read_diffusers(folder: Path, options: ConvertOptions) -> ModelWeights:
         text_encoder_weights=text,
         assumed=assumptions,  # not the U-Net's, whose schedule and scale the pipeline states
         notes=[p for pattern in _NOTES for p in sorted(folder.glob(pattern))],
+        unstated=frozenset() if has_index or vae else frozenset({"autoencoder"}),
     )
 
 
@@ -151,20 +153,21 @@ def read_unet(config: Mapping[str, Any], source: TensorSource, options: ConvertO
         used={k: [r.ours] for r in rules for k in r.theirs},
         left_out=dict(source.left_out),
         assumed=[f"noise schedule: betas 0.00085 to 0.012, {prediction}; a U-Net alone has no scheduler"],
+        unstated=frozenset({"diffusion", "autoencoder"}),
     )
 
 
 def write_diffusers(weights: ModelWeights, folder: Path, metadata: Mapping[str, str]) -> Written:
     """Write a pipeline's folder. The U-Net is of a stock class if one computes the same, else of our own.
 
+    Stages that share no encoder are written apart, each as the pipeline of a unified model: stage_0, stage_1 and so on.
+
     Raises:
-        CheckpointError: diffusers' schedulers do not have the model's process, or its stages share no encoder.
+        CheckpointError: diffusers' schedulers do not have the model's process.
     """
+    if not weights.model.share_encoder:
+        return _write_stages(weights, folder, metadata)
     model = ldm_model(weights, "diffusers")
-    if not model.share_encoder:
-        raise CheckpointError(
-            "share_encoder", False, "every stage has an encoder of its own", "Convert one stage with --stage."
-        )
     if weights.description.diffusion.process != "discrete":
         raise CheckpointError(
             "diffusion.process", weights.description.diffusion.process, "diffusers' schedulers take discrete timesteps",
@@ -189,6 +192,20 @@ def write_diffusers(weights: ModelWeights, folder: Path, metadata: Mapping[str, 
     written.remarks += _remarks(weights)
     write_frozen(_scaled(weights), folder / "vae", folder, folder, written, metadata)
     _write_index(weights, folder, config["_class_name"])
+    return written
+
+
+def _write_stages(weights: ModelWeights, folder: Path, metadata: Mapping[str, str]) -> Written:
+    """Write every stage, with its encoder, in a folder of its own."""
+    written = Written(names={})
+    for k in range(weights.model.num_stages):
+        below = f"stage_{k}"
+        one = write_diffusers(extract_stage(weights, k), folder / below, metadata)
+        ours = stage_names(weights, k)
+        for name, theirs in one.names.items():  # the autoencoder goes to every stage, under its own names
+            written.names.setdefault(ours.get(name, name), []).extend(f"{below}/{key}" for key in theirs)
+        written.files |= {f"{below}/{file}": digest for file, digest in one.files.items()}
+        written.remarks += [f"{below}: {remark}" for remark in one.remarks]
     return written
 
 

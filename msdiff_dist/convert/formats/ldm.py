@@ -250,11 +250,6 @@ def _checked_model(weights: ModelWeights, multistage: bool) -> LDMConfig:
         CheckpointError: it does not; the error names the field that differs.
     """
     model = ldm_model(weights, "LDM")
-    if not model.share_encoder:
-        raise CheckpointError(
-            "share_encoder", False, "every stage has an encoder of its own, and LDM's model has one",
-            "Convert one stage with --stage.",
-        )  # fmt: skip
     if not multistage and (model.num_stages > 1 or model.decoder_channels[0] != model.encoder_width(0)):
         raise CheckpointError(
             "decoder_channels", list(model.decoder_channels), "LDM's model has one decoder, as wide as its encoder",

@@ -52,13 +52,13 @@ def checked_song(weights: ModelWeights, family: str, process: str) -> SongConfig
         CheckpointError: the model is of another family or process, or its stages share no encoder.
     """
     model = weights.model
+    if not model.share_encoder:
+        raise CheckpointError(
+            "share_encoder", False, "every stage has an encoder of its own", "Convert one stage with --stage."
+        )
     if not isinstance(model, SongConfig) or model.family != family:
         raise CheckpointError("model.family", model.family, f"the other code has {family}", "Use another --to.")
     if weights.description.diffusion.process != process:
         found = weights.description.diffusion.process
         raise CheckpointError("diffusion.process", found, f"the other code has {process}", "Use another --to.")
-    if not model.share_encoder:
-        raise CheckpointError(
-            "share_encoder", False, "every stage has an encoder of its own", "Convert one stage with --stage."
-        )
     return model

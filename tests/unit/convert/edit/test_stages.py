@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from msdiff_dist.convert.conversion import read
-from msdiff_dist.convert.edit.stages import extract_stage, grow, merge
+from msdiff_dist.convert.edit.merge import merge
+from msdiff_dist.convert.edit.stages import extract_stage, grow
 from msdiff_dist.convert.model_weights import ModelWeights
 from msdiff_dist.convert.options import ConvertOptions
 from msdiff_dist.errors import ConfigError
@@ -169,7 +170,7 @@ def test_different_encoders_stay_apart(make_export: Any) -> None:
         assert torch.equal(loaded(merged)(x, t, zeros + stage), randomise(build_model(config))(x, t, zeros))
 
 
-def test_unlike_models_are_not_merged(make_export: Any) -> None:
-    other = replace(UNIFIED, use_scale_shift_norm=True)
-    with pytest.raises(ConfigError, match="model 1"):
+def test_models_of_other_inputs_are_not_merged(make_export: Any) -> None:
+    other = replace(UNIFIED, num_classes=5)
+    with pytest.raises(ConfigError, match=r"model 1.*num_classes"):
         merge([opened(make_export(UNIFIED, "a")), opened(make_export(other, "b"))], (500.0,))
