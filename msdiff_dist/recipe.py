@@ -192,7 +192,10 @@ def _check_shapes(recipe: Recipe) -> None:
     channels, height, width = recipe.latent_shape
     errors = [
         ConfigError(
-            f"model.{recipe.model.place_of(name)}", number, f"the data has {channels} channels", f"Set it to {channels}."
+            f"model.{recipe.model.place_of(name)}",
+            number,
+            f"the data has {channels} channels",
+            f"Set it to {channels}.",
         )
         for name in ("in_channels", "out_channels")
         if (number := getattr(recipe.model, name)) != channels

@@ -218,9 +218,10 @@ def _source_files(weights: ModelWeights) -> list[Path]:
 
 
 def _digests(files: Sequence[Path]) -> dict[str, str]:
-    """The SHA-256 of each file, by its name."""
+    """The SHA-256 of each file, by its name; by its path, where files of several sources have one name."""
+    named = len({path.name for path in files}) == len(files)
     with LongWork("reading", sum(path.stat().st_size for path in files), "MB") as work:
-        return {path.name: sha256_of(path, work.advance) for path in files}
+        return {path.name if named else str(path): sha256_of(path, work.advance) for path in files}
 
 
 def _check_known(option: str, name: str, known: Iterable[str]) -> None:

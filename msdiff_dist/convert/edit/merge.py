@@ -10,13 +10,20 @@ from typing import Any
 import torch
 
 from msdiff_dist.config import differences, to_mapping
-from msdiff_dist.convert.model_weights import JoinedSource, ModelWeights
-from msdiff_dist.convert.tensor_sources import RenamedSource
+from msdiff_dist.convert.model_weights import FROZEN, JoinedSource, ModelWeights
+from msdiff_dist.convert.tensor_sources import RenamedSource, TensorSource
 from msdiff_dist.diffusion.config import StagesConfig
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.export.description import ModelDescription
 from msdiff_dist.models.config import ModelConfig
 from msdiff_dist.models.separate import SeparateConfig
+
+
+def _held(one: ModelWeights, prefix: str) -> TensorSource | None:
+    """The tensors of a frozen network that the model brings, by the beginning of their names."""
+    if prefix == "autoencoder/":
+        return one.autoencoder_weights.tensors if one.autoencoder_weights else None
+    return one.text_encoder_weights.tensors if one.text_encoder_weights else None
 
 
 def merge(
@@ -26,7 +33,9 @@ def merge(
     share: bool = True,
     names: Sequence[str] | None = None,
 ) -> ModelWeights:
-    """One model whose stages are unified models, the first nearest the data, with the first autoencoder there is.
+    """One model whose stages are unified models, the first nearest the data.
+
+    The autoencoder and the text encoder are those of the first model that has them.
 
     Models that differ in nothing but widths make a model of their family; others one of the family `separate`. What a
     model's source does not say (`ModelWeights.unstated`) is taken from the others.
@@ -57,7 +66,10 @@ def merge(
     alike = all(_alike(one.model, models[0].model) for one in models)
     shared = share and alike and _same_encoders(models)
     model = _merged_model([one.model for one in models], shared) if alike else _separate(models, names)
-    with_autoencoder = next((k for k, one in enumerate(models) if one.autoencoder_weights is not None), None)
+    # The first model that has it, for each frozen network.
+    owners = {
+        prefix: next((k for k, one in enumerate(models) if _held(one, prefix) is not None), None) for prefix in FROZEN
+    }
     parts, used, left_out = [], {}, {}
     for k, part in enumerate(models):
         # The shared encoder is taken from the first model.
@@ -65,18 +77,19 @@ def merge(
         parts.append(RenamedSource(part.tensors, {_merged_name(n, k, shared): n for n in kept}))
         # Sources may have the same keys, so the report has the model's number before them.
         for key, ours in part.used.items():
-            # A key gives tensors of the network or of the autoencoder, never of both.
-            of_network = [_merged_name(n, k, shared) for n in ours if not n.startswith("autoencoder/")]
-            if of_network or k == with_autoencoder:
-                used[f"{k}:{key}"] = of_network or ours
+            # A key gives tensors of the network or of a frozen one, never of both.
+            owner = next((owners[prefix] for prefix in FROZEN if ours[0].startswith(prefix)), k)
+            if owner == k:
+                used[f"{k}:{key}"] = [n if n.startswith(FROZEN) else _merged_name(n, k, shared) for n in ours]
             else:
-                left_out[f"{k}:{key}"] = f"the autoencoder of {names[with_autoencoder or 0]} is kept"
+                left_out[f"{k}:{key}"] = f"that of {names[owner or 0]} is kept"
         left_out |= {f"{k}:{key}": reason for key, reason in part.left_out.items()}
     return replace(
         models[0],
         description=replace(description, model=model),
         tensors=JoinedSource(parts),
-        autoencoder_weights=None if with_autoencoder is None else models[with_autoencoder].autoencoder_weights,
+        autoencoder_weights=next((one.autoencoder_weights for one in models if one.autoencoder_weights), None),
+        text_encoder_weights=next((one.text_encoder_weights for one in models if one.text_encoder_weights), None),
         used=used,
         left_out=left_out,
         assumed=assumed,
@@ -110,7 +123,9 @@ def _described(
                     names[k], here, f"is its {section}.{field}, and {there!r} that of {names[stating[0]]}",
                     "Take models of one diffusion process, on the same latents.",
                 )  # fmt: skip
-    _check_same_autoencoder(models, names)
+    # Of an autoencoder the way into latents matters: a decoder may be fine-tuned without a change to them.
+    _check_same(models, names, "autoencoder/", ("encoder.", "quant_conv."), "latents")
+    _check_same(models, names, "text_encoder/", "", "captions' embeddings")
     for section in ("text_encoder", "context_shape", "sample_size"):
         stated = [(n, getattr(one.description, section)) for n, one in zip(names, models, strict=True)]
         stated = [(name, value) for name, value in stated if value is not None]
@@ -148,20 +163,27 @@ def _stated(description: ModelDescription, section: str) -> dict[str, Any]:
     return {name: value for name, value in to_mapping(description.autoencoder).items() if name != "path"}
 
 
-def _check_same_autoencoder(models: Sequence[ModelWeights], names: Sequence[str]) -> None:
-    """Raise `ConfigError` unless all encoders of latents that the sources hold are equal, up to rounding."""
-    held = [(name, one.autoencoder_weights.tensors) for name, one in zip(names, models, strict=True)
-            if one.autoencoder_weights is not None]  # fmt: skip
-    # Only the way into latents matters: a decoder of images may be fine-tuned without a change to the latents.
+def _check_same(
+    models: Sequence[ModelWeights], names: Sequence[str], prefix: str, keys: str | tuple[str, ...], gives: str
+) -> None:
+    """Raise `ConfigError` unless the frozen networks that the sources hold are equal, up to rounding.
+
+    Args:
+        keys: beginnings of the names of the tensors that are compared.
+        gives: what such a network makes, for the message.
+    """
+    held = [
+        (name, tensors) for name, one in zip(names, models, strict=True) if (tensors := _held(one, prefix)) is not None
+    ]
     for name, tensors in held[1:]:
         first = held[0][1]
-        for key in (n for n in first.names() if n.startswith(("encoder.", "quant_conv."))):
+        for key in (n for n in first.names() if n.startswith(keys)):
             same = key in tensors.names() and tensors.meta(key).shape == first.meta(key).shape
             # Half-precision copies of the same weights differ by rounding.
             if not (same and torch.allclose(tensors.read(key).float(), first.read(key).float(), rtol=1e-2, atol=1e-3)):
                 raise ConfigError(
-                    name, key, f"is another in its autoencoder than in that of {held[0][0]}: its latents are others",
-                    "Take models on the same latents.",
+                    name, prefix + key, f"is another tensor than that of {held[0][0]}, so its {gives} are others",
+                    f"Take models of the same {gives}.",
                 )  # fmt: skip
 
 

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet2DModel
+from typer.testing import CliRunner
 
+from msdiff_dist.cli.main import app
 from msdiff_dist.config import from_mapping, to_mapping
 from msdiff_dist.convert.conversion import convert
 from msdiff_dist.convert.editing import extract
@@ -233,3 +235,18 @@ def test_the_attention_of_all_networks_is_chosen_at_once() -> None:
     parts = [part.config.attention_backend for part in build_model(model).stages]
     assert parts == ["math", "math"]
     assert replace(model, attention_backend="auto").of_stages([1]).attention_backend == "auto"
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """Sources first, the result last; with two paths the second is the result, as it always was."""
+    sources = [_net(tmp_path, 0), _net(tmp_path, 1, LARGE)]
+    formats = ["--from", "diffusers", "--to", "msdiff"]
+    for words in (["0", "1", "joined", "--boundaries", "875"], ["0", "one"]):
+        paths = [str(sources[int(word)]) if word.isdigit() else word for word in words]
+        paths = [str(tmp_path / path) if path in ("joined", "one") else path for path in paths]
+        assert CliRunner().invoke(app, ["convert", *paths, *formats]).exit_code == 0
+    assert read_export(tmp_path / "joined", ConvertOptions()).model.num_stages == 2
+    assert read_export(tmp_path / "one", ConvertOptions()).model.num_stages == 1
+    merged = [str(tmp_path / "merged"), str(tmp_path / "one"), str(tmp_path / "one"), "--boundaries", "500"]
+    assert CliRunner().invoke(app, ["merge", *merged]).exit_code == 0
+    assert read_export(tmp_path / "merged", ConvertOptions()).model.share_encoder  # the encoders are equal
