@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet2DModel
+from transformers import CLIPTextModel
 from typer.testing import CliRunner
 
 from msdiff_dist.cli.main import app
@@ -23,6 +24,7 @@ from msdiff_dist.errors import UserError
 from msdiff_dist.models import LDMConfig, build_model
 from msdiff_dist.models.config import ModelConfig
 from msdiff_dist.models.flops import costs
+from tests.tiny_stable_diffusion import make_stable_diffusion
 from tests.unit.convert.convert_helpers import files_below, loaded, randomise
 
 SMALL: dict[str, Any] = {
@@ -250,3 +252,19 @@ def test_the_command(tmp_path: Path) -> None:
     merged = [str(tmp_path / "merged"), str(tmp_path / "one"), str(tmp_path / "one"), "--boundaries", "500"]
     assert CliRunner().invoke(app, ["merge", *merged]).exit_code == 0
     assert read_export(tmp_path / "merged", ConvertOptions()).model.share_encoder  # the encoders are equal
+
+
+def test_captions_are_embedded_once(tmp_path: Path) -> None:
+    """Folders of Stable Diffusion with one text encoder: every stage gets it back. Another encoder is refused."""
+    folders = [make_stable_diffusion(tmp_path / name) for name in ("near", "far")]
+    convert([*folders], tmp_path / "joined", "diffusers", "msdiff", ConvertOptions(boundaries=(875.0,)))
+    convert(tmp_path / "joined", tmp_path / "back", "msdiff", "diffusers")
+    first = CLIPTextModel.from_pretrained(folders[0] / "text_encoder").state_dict()
+    for k in (0, 1):
+        again = CLIPTextModel.from_pretrained(tmp_path / f"back/stage_{k}/text_encoder").state_dict()
+        assert all(torch.equal(v, again[name]) for name, v in first.items())
+    randomise(CLIPTextModel.from_pretrained(folders[1] / "text_encoder"), 5).save_pretrained(
+        folders[1] / "text_encoder"
+    )
+    with pytest.raises(UserError, match=r"far.*text_encoder.*captions"):
+        joined(tmp_path / "second", *folders)
