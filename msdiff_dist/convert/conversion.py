@@ -18,7 +18,7 @@ from msdiff_dist.convert.formats.deepspeed import DeepspeedSource
 from msdiff_dist.convert.model_weights import ModelWeights, Written
 from msdiff_dist.convert.options import FLAGS, ConvertOptions
 from msdiff_dist.convert.writing import appearing, write_safetensors
-from msdiff_dist.errors import ConfigError, did_you_mean
+from msdiff_dist.errors import CheckpointError, ConfigError, did_you_mean
 from msdiff_dist.files.atomic import atomic_write
 from msdiff_dist.files.digest import sha256_of
 from msdiff_dist.terminal import LongWork
@@ -67,7 +67,12 @@ def _read_several(sources: Sequence[Path], from_format: str, options: ConvertOpt
             f"Give {len(sources) - 1}, ascending; the first source is the stage nearest the data.",
         )  # fmt: skip
     of_each = replace(options, boundaries=None)  # a source is unified, so it has none
-    models = [read(path, from_format, of_each) for path in sources]
+    models = []
+    for path in sources:
+        try:
+            models.append(read(path, from_format, of_each))
+        except CheckpointError as e:
+            raise CheckpointError(f"{path}: {e.field}", e.value, e.problem, e.remedy) from None
     return merge(models, options.boundaries, share=False, names=names)
 
 
