@@ -15,7 +15,7 @@ def ablate(
     sweep: Annotated[Path, typer.Argument(help="Ablation YAML: recipe, variants, budget, seeds, points, score.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, as key=value.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of all runs. Default: runs/NAME, after the file.")] = None,
-    nproc: Annotated[int, typer.Option(min=1, help="Ranks of a run, on this machine.")] = 1,
+    nproc: Annotated[int, typer.Option(min=1, max=1024, help="Ranks of a run, on this machine.")] = 1,
     part: Annotated[int, typer.Option(min=0, help="Only this share of the runs, from 0.")] = 0,
     parts: Annotated[int, typer.Option(min=1, help="Shares that the runs are split into.")] = 1,
     dry_run: Annotated[

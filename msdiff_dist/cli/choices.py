@@ -106,7 +106,9 @@ class NamingCommand(TyperCommand):
         rest = super().parse_args(ctx, args)
         for parameter in self.params:
             given = ctx.params.get(parameter.name)
-            field = parameter.opts[0] if isinstance(parameter, TyperOption) else str(parameter.name).upper()
+            metavar = str(parameter.metavar or "")
+            named = metavar if metavar.isalpha() else str(parameter.name).upper()
+            field = parameter.opts[0] if isinstance(parameter, TyperOption) else named
             for value in given if isinstance(given, (list, tuple)) else (given,):
                 if empty and value == Path():
                     raise ConfigError(field, "", "is empty", "Name a file or folder; `.` is the current folder.")

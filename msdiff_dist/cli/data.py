@@ -107,7 +107,7 @@ def encode(
     recipe: Annotated[Path, typer.Argument(help="Recipe YAML with the sections encode, autoencoder and text_encoder.")],
     out: Annotated[Path, typer.Option(help="Folder for the latents: new, or of the same encoding, to resume it.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as key=value.")] = None,
-    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    nproc: Annotated[int, typer.Option(min=1, max=1024, help="Processes on this machine.")] = 1,
     part: Annotated[int, typer.Option(min=0, help="Encode this part of the shards only.")] = 0,
     parts: Annotated[int, typer.Option(min=1, help="Parts that fill the folder; the last one completes it.")] = 1,
 ) -> None:

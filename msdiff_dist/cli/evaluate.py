@@ -46,7 +46,7 @@ def evaluate(
     samples: Annotated[
         Path | None, typer.Option(help="Folder for the images. Default: one under the run's `evaluations`.")
     ] = None,
-    nproc: Annotated[int, typer.Option(min=1, help="Processes that sample, on this machine.")] = 1,
+    nproc: Annotated[int, typer.Option(min=1, max=1024, help="Processes that sample, on this machine.")] = 1,
     part: Annotated[int, typer.Option(min=0, help="Sample this part of the images only.")] = 0,
     parts: Annotated[int, typer.Option(min=1, help="Number of parts; the last to end computes the scores.")] = 1,
     write_statistics: Annotated[

@@ -15,7 +15,7 @@ from msdiff_dist.cli.before_work import checks_first, only_checking, work_begins
 def train(
     recipe: Annotated[Path, typer.Argument(help="Recipe YAML.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, as key=value.")] = None,
-    nproc: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine.")] = 1,
+    nproc: Annotated[int, typer.Option(min=1, max=1024, help="Ranks to start on this machine.")] = 1,
     run_dir: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/NAME, after the recipe.")] = None,
     branch: Annotated[
         Path | None,
