@@ -83,6 +83,14 @@ def noise(seed: int, batch: int, index_n: Ints, shape: Sequence[int], *, pinned:
     return out
 
 
+def held_out_noise(seed: int, row_n: Ints, shape: Sequence[int]) -> Tensor:
+    """Standard normal noise, float32 [n, *shape], of the evaluations of the held-out loss with these numbers."""
+    out = torch.empty(len(row_n), *shape)
+    for row, random in zip(out.numpy(), _streams(seed, "held out noise", last_n=row_n), strict=True):
+        random.standard_normal(out=row, dtype=np.float32)
+    return out
+
+
 def dropped_conditions(seed: int, batch: int, index_n: Ints, probability: float) -> Tensor:
     """Whether the condition of each sample is dropped, bool [n], for the samples with these indices."""
     if len(index_n) == 0:

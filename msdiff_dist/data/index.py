@@ -8,10 +8,13 @@ from __future__ import annotations
 import glob
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import braceexpand
+import numpy as np
+from numpy.typing import NDArray
 
 from msdiff_dist.data.access import (
     DEFAULT_ACCESS,
@@ -25,6 +28,7 @@ from msdiff_dist.data.access import (
     read_bytes,
 )
 from msdiff_dist.data.corruption import Corruption, CorruptionReport
+from msdiff_dist.data.portion import Portion
 from msdiff_dist.data.tar_members import TarError, sample_keys
 from msdiff_dist.errors import DataError
 from msdiff_dist.files.json_text import parse_mapping
@@ -44,12 +48,26 @@ class Shard:
         num_samples: samples in it; of a corrupt shard without index, those before the corruption.
         size: bytes; None if that is not known without opening it.
         problem: what was found wrong with it when samples were counted, as a clause.
+        portion: which of its samples are used; None: all.
     """
 
     path: str
     num_samples: int
     size: int | None = None
     problem: str | None = None
+    portion: Portion | None = None
+
+    @cached_property
+    def used(self) -> int:
+        """How many samples are used."""
+        return self.num_samples if self.portion is None else int(self.used_n.sum())
+
+    @property
+    def used_n(self) -> NDArray[np.bool_]:
+        """Whether each sample is used, [num_samples]."""
+        if self.portion is None:
+            return np.ones(self.num_samples, np.bool_)
+        return self.portion.of(base_name(self.path), self.num_samples)
 
 
 class IndexFiles:

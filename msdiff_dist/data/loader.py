@@ -171,7 +171,7 @@ class _Schedule:
         self.config, self.index, self.seed, self.global_batch_size = config, index, seed, global_batch_size
         self.mixture = Mixture([source.weight for source in config.mixed]) if config.mixed else None
         self.orders = [
-            StreamOrder([s.num_samples for s in shards], config.lanes, config.shuffle, _source_seed(seed, source))
+            StreamOrder([s.used for s in shards], config.lanes, config.shuffle, _source_seed(seed, source))
             for source, shards in enumerate(index)
         ]
 

@@ -173,15 +173,15 @@ class _Reader:
         self._shards, self._access, self._corruption = shards, access, corruption
 
     def places(self, number: int) -> Iterator[Rows]:
-        """As many samples as the shard was counted to hold.
+        """As many samples as the shard was counted to hold of those that are used.
 
         A shard that has lost some repeats its own from the first on. One that has lost all gives those of the next
         shard that can be read.
         """
-        places, given, source = self._shards[number].num_samples, 0, number
+        places, given, source = self._shards[number].used, 0, number
         while given < places:
             before = given
-            for chunk, rows in self._readable(source):
+            for chunk, rows in self._used(source):
                 if given == places:
                     break
                 rows = rows[: places - given]
@@ -193,6 +193,20 @@ class _Reader:
                     raise DataError(
                         FIELD, self._shards[number].path, "neither this nor any other shard can be read", "Repair them."
                     )
+
+    def _used(self, number: int) -> Iterator[Rows]:
+        """The samples of `_readable` that are used."""
+        shard = self._shards[number]
+        if shard.portion is None:
+            yield from self._readable(number)
+            return
+        keep_n = shard.used_n
+        first = 0
+        for chunk, rows in self._readable(number):
+            edges = np.flatnonzero(np.diff(keep_n[first : first + len(rows)], prepend=False, append=False))
+            for start, stop in edges.reshape(-1, 2).tolist():
+                yield chunk, rows[start:stop]
+            first += len(rows)
 
     def _readable(self, number: int) -> Iterator[Rows]:
         """The samples of a shard up to its end or the first corruption."""

@@ -28,7 +28,7 @@ class ImageGenerator:
 
     def __init__(self, weights: Weights, device: torch.device) -> None:
         description = weights.description
-        self._weights, self._device, self._model = weights, device, description.model
+        self._weights, self.device, self._model = weights, device, description.model
         self._codec = LatentCodec(description.autoencoder, False, device)
         self._process, self._partition = description.process(), description.partition()
         self._latent_shape = description.latent_shape
@@ -64,10 +64,10 @@ class ImageGenerator:
         # The class after the last stands for a dropped label.
         null = None if label_n is None else torch.full_like(label_n, self._model.num_classes or 0)
         context, null_context = self._prompter(index_n, prompts)
-        unconditional = Condition(None if null is None else null.to(self._device), null_context)
+        unconditional = Condition(None if null is None else null.to(self.device), null_context)
 
         def network(*inputs: Any) -> Tensor:
-            output = self._network(*inputs)
+            output = self.network(*inputs)
             called()
             return output
 
@@ -79,8 +79,8 @@ class ImageGenerator:
             seed=seed,
             index_n=index_n,
             shape=self._latent_shape,
-            device=self._device,
-            condition=Condition(None if label_n is None else label_n.to(self._device), context),
+            device=self.device,
+            condition=Condition(None if label_n is None else label_n.to(self.device), context),
             unconditional=None if null is None and null_context is None else unconditional,
         )
         if not torch.isfinite(x0).all():
@@ -108,7 +108,7 @@ class ImageGenerator:
         """Stages whose decoders have been loaded so far."""
         return sorted(self._stages)
 
-    def _network(self, x_in: Tensor, t_in: Tensor, stage: int, label: Tensor | None, context: Tensor | None) -> Tensor:
+    def network(self, x_in: Tensor, t_in: Tensor, stage: int, label: Tensor | None, context: Tensor | None) -> Tensor:
         """The network's output in one stage: the `ModelFn` that `sample` calls."""
         if stage not in self._stages:
             self._stages[stage] = self._load(build_parts(self._model, [stage])[1][stage], f"stages.{stage}.")
@@ -120,7 +120,7 @@ class ImageGenerator:
     def _load(self, module: nn.Module, prefix: str) -> nn.Module:
         # `prefix` selects the part's tensors among those of the whole model.
         module.load_state_dict(self._weights.module_state(prefix))
-        return module.to(self._device, self._dtype).eval()
+        return module.to(self.device, self._dtype).eval()
 
 
 class SplicedGenerator(ImageGenerator):
@@ -142,6 +142,6 @@ class SplicedGenerator(ImageGenerator):
             owner = inside if lo <= start < hi else outside
             self._owners.append((owner, int(owner._partition.stage_of(np.array(start)))))
 
-    def _network(self, x_in: Tensor, t_in: Tensor, stage: int, label: Tensor | None, context: Tensor | None) -> Tensor:
+    def network(self, x_in: Tensor, t_in: Tensor, stage: int, label: Tensor | None, context: Tensor | None) -> Tensor:
         owner, own_stage = self._owners[stage]
-        return owner._network(x_in, t_in, own_stage, label, context)
+        return owner.network(x_in, t_in, own_stage, label, context)

@@ -63,7 +63,7 @@ def before_rounding(folder: Path, labels: torch.Tensor | None = None) -> torch.T
     weights = open_weights(folder, ema=False)
     description, generator = weights.description, ImageGenerator(weights, torch.device("cpu"))
     return sample(
-        generator._network, description.process(), description.partition(), SamplerConfig(name="ddim", steps=STEPS),
+        generator.network, description.process(), description.partition(), SamplerConfig(name="ddim", steps=STEPS),
         seed=SEED,
         index_n=range(COUNT), shape=description.latent_shape, condition=Condition(labels),
     )  # fmt: skip
