@@ -22,6 +22,7 @@ from msdiff_dist.diffusion.stage_partition import StagePartition, build_partitio
 from msdiff_dist.distributed.placement import ParallelConfig
 from msdiff_dist.errors import ConfigError, collecting, raise_all
 from msdiff_dist.evaluation.grid import PreviewConfig
+from msdiff_dist.evaluation.held_out_loss import ValidationConfig
 from msdiff_dist.files.text import Document, Override, read_document
 from msdiff_dist.models.activation_checkpointing import ActivationCheckpointingConfig
 from msdiff_dist.models.autoencoder import AutoencoderConfig
@@ -59,6 +60,7 @@ class Recipe:
     activation_checkpointing: ActivationCheckpointingConfig = field(default_factory=ActivationCheckpointingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+    validation: ValidationConfig | None = None
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     extensions: tuple[str, ...] = ()
     """Python modules imported when the recipe, or a model that it trained, is loaded; they may add U-Net families,
@@ -311,6 +313,14 @@ def _check_preview(recipe: Recipe) -> None:
         raise e.within("preview.sampler.") from None
 
 
+def _check_validation(recipe: Recipe) -> None:
+    if recipe.validation is not None and recipe.data.kind == "synthetic" and recipe.validation.fraction is not None:
+        raise ConfigError(
+            "validation.fraction", recipe.validation.fraction, "data of kind synthetic have no samples to hold out",
+            "Leave validation out.",
+        )  # fmt: skip
+
+
 _CHECKS: dict[Callable[[Recipe], None], tuple[str, ...]] = {
     _check_name: ("name",),
     _check_extensions: ("extensions",),
@@ -321,6 +331,7 @@ _CHECKS: dict[Callable[[Recipe], None], tuple[str, ...]] = {
     _check_condition_dropout: ("train", "data", "model"),
     _check_augmentation: ("augmentation", "data", "autoencoder", "model"),
     _check_preview: ("preview", "diffusion"),
+    _check_validation: ("validation", "data"),
     _check_compilation: ("train", "parallel", "activation_checkpointing"),
     _check_freezing: ("train", "model", "parallel"),
 }

@@ -17,7 +17,7 @@ from msdiff_dist.cli.choices import Names
 def evaluate(
     subject: Annotated[Path, typer.Argument(help="Run, checkpoint, export, or folder of images.")],
     metrics: Annotated[
-        str, typer.Option(help="Metrics, joined by commas: fid, kid, prdc, is, mind, clip.")
+        str, typer.Option(help="Metrics, joined by commas: fid, kid, prdc, is, mind, clip, loss.")
     ] = "fid,kid",
     features: Annotated[
         str,
@@ -49,6 +49,9 @@ def evaluate(
     nproc: Annotated[int, typer.Option(min=1, max=1024, help="Processes that sample, on this machine.")] = 1,
     part: Annotated[int, typer.Option(min=0, help="Sample this part of the images only.")] = 0,
     parts: Annotated[int, typer.Option(min=1, help="Number of parts; the last to end computes the scores.")] = 1,
+    held_out: Annotated[
+        str | None, typer.Option(help="Shards for the metric loss. Default: what the run held out (`validation`).")
+    ] = None,
     write_statistics: Annotated[
         Path | None, typer.Option(help="Write the reference's mu and sigma to this .npz file, as EDM and ADM read it.")
     ] = None,
@@ -86,18 +89,19 @@ def evaluate(
         samples=samples,
         nproc=nproc,
         part=Part(part, parts),
+        held_out=held_out,
         statistics=write_statistics,
     )
     found = evaluate_subject(request)
     if found is None:
         typer.echo(f"part {part} of {parts} is done")
         return
-    about = found.record["features"]
     table = Table("metric", "value", "95 % interval")
     for name, score in found.scores.items():
         table.add_row(name, f"{score.value:.5g}", f"{score.low:.5g} to {score.high:.5g}")
     Console().print(table)
-    typer.echo(f"{found.record['num']} images, features {about['name']} ({about['digest']})")
+    if about := found.record.get("features"):
+        typer.echo(f"{found.record['num']} images, features {about['name']} ({about['digest']})")
     for note in found.notes:
         typer.echo(f"note: {note}", err=True)
     if found.file is not None:

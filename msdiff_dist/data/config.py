@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from msdiff_dist.bounds import check_between, check_bytes, check_name
@@ -150,6 +150,10 @@ class DataConfig:
     def mixed(self) -> tuple[SourceConfig, ...]:
         """The sources: `sources`, or `shards` as the only one; none for kind `synthetic`."""
         return self.sources or ((SourceConfig(shards=self.shards),) if self.shards else ())
+
+    def validated_on(self, shards: str | tuple[str, ...]) -> DataConfig:
+        """The same kind of samples, read from other shards and whole."""
+        return replace(self, shards=shards, sources=(), max_bad=0)
 
     @property
     def access(self) -> Access:

@@ -48,7 +48,8 @@ class ValidationConfig:
     every: int = 1000
     """Steps between validations; there is one after the last step as well."""
     num: int = 1024
-    """Evaluations: pairs of a sample and a time. For each kind of weights, each costs a third of training on a sample."""
+    """Evaluations: pairs of a sample and a time. Each costs a third of training on a sample, for each kind of
+    weights."""
     batch_size: int = 16
     """Evaluations computed at once. Their last bits depend on it."""
     seed: int = 0
@@ -167,10 +168,11 @@ class HeldOutLoss:
         ]
 
     def shares(self, stages_of_rank: Sequence[Sequence[int]]) -> list[list[Batch]]:
-        """The batches of each rank: those of a stage are dealt to the ranks that hold it."""
+        """The batches of each rank: those of a stage are dealt to the ranks that hold it, or to all if none does."""
         mine: list[list[Batch]] = [[] for _ in stages_of_rank]
         for stage in range(len(self._probability_K)):
             holders = [rank for rank, held in enumerate(stages_of_rank) if stage in held]
+            holders = holders or list(range(len(stages_of_rank)))
             for i, batch in enumerate(b for b in self.batches if b.stage == stage):
                 mine[holders[i % len(holders)]].append(batch)
         return mine
@@ -215,6 +217,12 @@ class HeldOutLoss:
             "loss_per_bin": [self._mean(losses_n, self.evaluations.bin_n == b) for b in range(BINS)],
             "unweighted": self._mean(losses_n, np.ones(len(losses_n), np.bool_)),
         }
+
+    def interval(self, losses_n: Floats) -> float:
+        """Half the width of the 95 % interval of `unweighted`, from the spread of the losses inside the bins."""
+        means_B = np.array([self._mean(losses_n, self.evaluations.bin_n == b) for b in range(BINS)])
+        residual_n = losses_n - means_B[self.evaluations.bin_n]
+        return float(1.96 * np.sqrt((self.evaluations.weight_n**2 * residual_n**2).sum()))
 
     def _mean(self, values_n: Floats, where_n: NDArray[np.bool_]) -> float:
         weight_n = self.evaluations.weight_n[where_n]

@@ -60,6 +60,8 @@ class StepMetrics:
         balance: mean over maximum of the ranks' busy time.
         petaflops: 1e15 floating-point operations of all steps so far, forward and backward.
         damaged: corrupt shards and samples skipped since this start of the run, each counted once.
+        validation: held-out loss after this step, at steps that validate: `loss` (the objective), `loss_per_stage`,
+            `loss_per_bin`, `unweighted`, `weights` (`ema` or `raw`), and under `raw` the same of the last weights.
     """
 
     step: int
@@ -73,6 +75,7 @@ class StepMetrics:
     balance: float
     petaflops: float
     damaged: int
+    validation: dict[str, Any] | None = None
 
     def scalars(self) -> dict[str, float]:
         """Every number by a name of its own: `loss`, `loss_per_stage/0`, `seconds/data`."""
@@ -90,7 +93,7 @@ def _flatten(name: str, value: Any, into: dict[str, float]) -> None:
     elif isinstance(value, list):
         for i, item in enumerate(value):
             _flatten(f"{name}/{i}", item, into)
-    elif value is not None:
+    elif value is not None and not isinstance(value, str):
         into[name] = float(value)
 
 

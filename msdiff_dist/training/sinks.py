@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import IO, Annotated, Protocol
+from typing import IO, Annotated, Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -56,7 +56,10 @@ class JsonLines:
 
     def write(self, metrics: StepMetrics) -> None:
         """Append a line."""
-        self._file.write(json.dumps(asdict(metrics)) + "\n")
+        content = asdict(metrics)
+        if metrics.validation is None:  # steps that validate have the key, and no others
+            del content["validation"]
+        self._file.write(json.dumps(content) + "\n")
 
     def say(self, text: str) -> None:
         """Ignore it: the file holds metrics only."""
@@ -119,6 +122,8 @@ class Terminal:
         # The first step is not timed: it takes longer than the others.
         self._first = self._first or (step, self._lines.elapsed)
         due = step % max(1, self._total // 20) == 0 or step == self._total
+        if metrics.validation is not None:
+            self.say(f"step {step}/{self._total}  held-out loss {held_out(metrics.validation)}")
         if not self._is_terminal and (due or self._lines.due()):
             self._lines.written()
             self.say(f"step {step}/{self._total}  loss {metrics.loss:.4f}  {rate:.0f} img/s{self._eta(step)}")
@@ -135,6 +140,12 @@ class Terminal:
     def close(self) -> None:
         """Leave the terminal as it was."""
         self._bar.stop()
+
+
+def held_out(validation: Mapping[str, Any]) -> str:
+    """A held-out loss in words."""
+    raw = f", {validation['raw']['loss']:.4f} of the last weights" if "raw" in validation else ""
+    return f"{validation['loss']:.4f}{raw}"
 
 
 SINKS: Table[Callable[[SinkContext], MetricSink]] = Table("metric sink", {"tensorboard": TensorBoard})

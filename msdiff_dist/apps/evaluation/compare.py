@@ -52,11 +52,10 @@ def compare(runs: Sequence[Path]) -> list[Comparison]:
     for run in runs:
         for record in _records(run):
             # What decides whether numbers compare. The sampler does not: samplers are compared too.
-            key = (
-                record["features"]["digest"],
-                record["num"],
-                record["reference"]["key"] or record["reference"]["name"],
-            )
+            key: tuple[Any, ...] = (record.get("held_out", {}).get("digest"),)
+            if "features" in record:
+                about = record["reference"]
+                key = (record["features"]["digest"], record["num"], about["key"] or about["name"])
             name = f"{run}{'' if record.get('weights') != 'raw' else ' (raw)'}, step {record.get('step')}"
             groups.setdefault(key, {})[name] = record
     return [_table(group) for group in groups.values()]
@@ -77,8 +76,11 @@ def _table(group: dict[str, dict[str, Any]]) -> Comparison:
             within = apart <= (spread[name] ** 2 + spread[best] ** 2) ** 0.5
             mark = "best" if name == best else "noise" if within else ""
             rows[name][metric] = Compared(value=value, low=low, high=high, mark=mark)
-    features, reference = first["features"], first["reference"]
-    title = f"{features['name']} ({features['digest']}), {first['num']} images, against {reference['name']}"
+    if "features" in first:
+        features, reference = first["features"], first["reference"]
+        title = f"{features['name']} ({features['digest']}), {first['num']} images, against {reference['name']}"
+    else:
+        title = f"held-out loss of {first['held_out']['num']} evaluations ({first['held_out']['digest']})"
     return Comparison(title=title, metrics=metrics, rows=tuple(rows.items()))
 
 
@@ -90,8 +92,10 @@ def _records(run: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(file.read_text().splitlines(), 1):
         try:
             record = json.loads(line)
-            if not {"metrics", "intervals", "features", "num", "reference"} <= record.keys():
-                raise ValueError("fields are missing")
+            if not {"metrics", "intervals"} <= record.keys():
+                raise ValueError("it has no metrics")
+            if "held_out" not in record and not {"features", "num", "reference"} <= record.keys():
+                raise ValueError("it does not say what was compared")
         except (ValueError, AttributeError) as e:
             raise DataError("RUN", f"{file}:{number}", f"is no evaluation ({e})", "Remove the line.") from e
         records.append(record)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from msdiff_dist.apps.evaluation.loss import held_out
 from msdiff_dist.apps.evaluation.sampling import sample_images
 from msdiff_dist.apps.evaluation.subject import Subject, open_subject, with_prompts
 from msdiff_dist.config import to_mapping
@@ -29,6 +30,7 @@ from msdiff_dist.files.work_share import Part
 from msdiff_dist.terminal import track
 
 RECORDS = "evaluations.jsonl"
+LOSS = "loss"  # the held-out loss: a metric that needs no images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,7 @@ class EvaluationRequest:
         ema: use the averaged weights.
         samples: folder for the images; None: one of the subject's own.
         nproc: sampling processes on this machine. part: share of the images that this command samples.
+        held_out: shards for the metric `loss`; None: what the run held out.
         statistics: file to which the reference's mean and covariance are written.
     """
 
@@ -59,11 +62,13 @@ class EvaluationRequest:
     samples: Path | None = None
     nproc: int = 1
     part: Part = field(default_factory=Part)
+    held_out: str | None = None
     statistics: Path | None = None
 
     def __post_init__(self) -> None:
         for name in self.metrics:
-            METRICS.choose("--metrics", name)
+            if name != LOSS:
+                METRICS.choose("--metrics", name)
         if "clip" in self.metrics and self.features != "clip":
             raise ConfigError("--metrics", "clip", "is computed by the network of --features clip", "Add that option.")
 
@@ -93,6 +98,11 @@ def evaluate(request: EvaluationRequest) -> Evaluation | None:
         ConfigError, DataError, CheckpointError: what was asked for does not fit together or is missing.
     """
     subject = open_subject(request.subject, request.ema)
+    loss = held_out(subject, request.held_out, request.ema) if LOSS in request.metrics else None
+    names = [name for name in request.metrics if name != LOSS]
+    if not names:
+        assert loss is not None
+        return _recorded(subject, loss.scores, {"held_out": loss.about, "notes": []})
     # Before anything is sampled: weights that are missing are found now.
     space, clip = _space(request)
     reference_images = _reference_images(request, subject)
@@ -108,30 +118,40 @@ def evaluate(request: EvaluationRequest) -> Evaluation | None:
     features = features_of(own, space, "SUBJECT", _shown("features of the images"))
     reference, about_reference = _reference(request, reference_images, space, features)
     images = ScoredImages(features_ND=features.features_ND, logits_NK=features.logits_NK, **_text(clip, job, features))
-    scores = {key: found for name in request.metrics for key, found in score(name, images, reference, job.seed).items()}
+    scores = {key: found for name in names for key, found in score(name, images, reference, job.seed).items()}
     if request.statistics is not None:
         write_npz(request.statistics, reference, space, about_reference["num"] or 0)
     num = len(features.features_ND)
-    notes = tuple(_notes(request.metrics, num, space))
-    record = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        **subject.described(),
-        "metrics": {key: found.value for key, found in scores.items()},
-        "intervals": {key: [found.low, found.high] for key, found in scores.items()},
+    notes = list(_notes(names, num, space))
+    about = {
         "features": {"name": space.name, "digest": space.identity, "weights": space.weights},
         "num": num,
         "image_shape": list(features.image_shape),
         "seed": job.seed if subject.weights is not None else None,
         "sampler": to_mapping(job.sampler) if subject.weights is not None else None,
         "reference": about_reference,
+        "notes": notes,
+    }
+    if loss is not None:
+        scores, about = scores | loss.scores, about | {"held_out": loss.about}
+    return _recorded(subject, scores, about)
+
+
+def _recorded(subject: Subject, scores: dict[str, Score], about: dict[str, Any]) -> Evaluation:
+    """The evaluation, added to the subject's `evaluations.jsonl`."""
+    record = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **subject.described(),
+        "metrics": {key: found.value for key, found in scores.items()},
+        "intervals": {key: [found.low, found.high] for key, found in scores.items()},
+        **about,
         "versions": _versions(),
-        "notes": list(notes),
     }
     file = subject.home / RECORDS if subject.weights is not None else None
     if file is not None:
         with file.open("a") as lines:  # one write of one line: several commands at once do not mix theirs
             lines.write(json.dumps(record) + "\n")
-    return Evaluation(scores=scores, record=record, notes=notes, file=file)
+    return Evaluation(scores=scores, record=record, notes=tuple(about["notes"]), file=file)
 
 
 def _space(request: EvaluationRequest) -> tuple[FeatureSpace, ClipModel | None]:

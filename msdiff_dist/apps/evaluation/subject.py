@@ -51,7 +51,8 @@ class Subject:
     @property
     def home(self) -> Path:
         """The folder that keeps the evaluations: the run's, for its checkpoints too."""
-        return self.path.parent.parent if (self.path / INDEX).is_file() else self.path
+        in_run = (self.path / INDEX).is_file() and self.path.parent.name == "checkpoints"
+        return self.path.parent.parent if in_run else self.path
 
     def described(self) -> dict[str, Any]:
         """The subject as JSON values."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 from msdiff_dist.apps.train.trainer import Trainer
 from msdiff_dist.distributed.environment import limit_waits
 from msdiff_dist.distributed.heartbeat import WaitLimits
-from msdiff_dist.distributed.progress import PREVIEW, READ, RECORD
+from msdiff_dist.distributed.progress import PREVIEW, READ, RECORD, VALIDATE
 from msdiff_dist.training.metrics import Meter
 from msdiff_dist.training.sinks import Sinks
 
@@ -37,7 +38,16 @@ def train(trainer: Trainer, sinks: Sinks, limits: WaitLimits, stop_requested: Ca
         progress.enter(RECORD)
         for corruption in outcome.corruption:
             sinks.say(f"skipped: {corruption}")
-        sinks.write(meter.measure(step, outcome, lr, time.perf_counter() - start))
+        metrics = meter.measure(step, outcome, lr, time.perf_counter() - start)
+        if trainer.validation_is_due():  # before the checkpoint, which is kept or not by its loss
+            start = time.perf_counter()
+            progress.enter(VALIDATE)
+            limit_waits(limits.start_s)
+            metrics = replace(metrics, validation=trainer.validate())
+            limit_waits(limits.step_s)
+            progress.enter(RECORD)
+            metrics.seconds["validation"] = time.perf_counter() - start
+        sinks.write(metrics)
         start = time.perf_counter()
         trainer.save_if_due(now=step == total or outcome.stop_requested)
         meter.saving = time.perf_counter() - start

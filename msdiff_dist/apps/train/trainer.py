@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from msdiff_dist.apps.train.latent_checks import check_latents
 from msdiff_dist.apps.train.parts import build_engines, build_feed, build_preparation
 from msdiff_dist.apps.train.plan import plan_run
 from msdiff_dist.apps.train.preview import write_preview
+from msdiff_dist.apps.train.validation import Validation, store_samples, trained_shards
 from msdiff_dist.apps.train.warm_start import start_weights
 from msdiff_dist.checkpoint.background import BackgroundSaver
 from msdiff_dist.checkpoint.resume import open_newest_intact, remove_later
@@ -84,7 +86,8 @@ class Trainer:
         self.saver = BackgroundSaver(folder.checkpoints, folder.snapshots, shards, self.ema.averages, recipe.checkpoint)
         env.progress.enter(OPEN)
         index, null_context_TC = self._open_data(found)
-        self.feed = self._build_feed(index, groups)
+        self._validation = self._open_validation(index)
+        self.feed = self._build_feed(trained_shards(recipe, index), groups)
         objective = Objective(recipe.process(), recipe.train.loss)
         self.prepare = build_preparation(recipe, objective, null_context_TC, env)
         self.train_step = TrainStep(
@@ -106,7 +109,8 @@ class Trainer:
         outcome = self.train_step(lr, stop_requested)
         self.state.step += 1
         self.ema.update(self.state.step)
-        self.state.loss_average.update(self.state.step, outcome.loss)
+        if self._validation is None:  # else checkpoints are compared by their held-out loss
+            self.state.loss_average.update(self.state.step, outcome.loss)
         return outcome
 
     def save_if_due(self, now: bool = False) -> None:
@@ -124,6 +128,21 @@ class Trainer:
         """Whether a snapshot of the averages of `ema.power` is due after the current step."""
         power = self.recipe.ema.power
         return power is not None and self.state.step % power.snapshot_every == 0
+
+    def validation_is_due(self) -> bool:
+        """Whether the held-out loss is to be computed after the current step."""
+        config, step = self.recipe.validation, self.state.step
+        return config is not None and (step == self.recipe.train.steps or step % config.every == 0)
+
+    def validate(self) -> dict[str, Any]:
+        """The held-out loss of the current weights and averages. The ranks exchange them through a folder."""
+        assert self._validation is not None
+        weights = self.folder.samples / f".validated_{self.state.step:08d}"
+        kinds = HostCopy(self.state.shards, self.ema.averages).take(["ema", "param"])
+        write_checkpoint(weights, kinds, self.state.index(self.env.world_size), main_exchange())
+        found = self._validation(weights)
+        self.state.loss_average.value = found["loss"]
+        return found
 
     def preview_is_due(self) -> bool:
         """Whether a grid is to be sampled after the current step."""
@@ -224,6 +243,16 @@ class Trainer:
         index, self.state.fingerprint, note, null_context_TC = on_rank_0(read)
         self.notes += [note] if note else []
         return index, null_context_TC
+
+    def _open_validation(self, index: list[list[Shard]]) -> Validation | None:
+        """The held-out loss, if the recipe asks for it. Rank 0 reads the samples, once in a run."""
+        recipe, config = self.recipe, self.recipe.validation
+        if config is None:
+            return None
+        on_rank_0(lambda: store_samples(recipe, config, self.folder.path, index))
+        return on_every_rank(
+            lambda: Validation(recipe, config, self.folder.path, self.placement.stages_of_rank, self.env)
+        )
 
     def _build_feed(self, index: list[list[Shard]], groups: Groups) -> Feed:
         recipe, env, start = self.recipe, self.env, self.state.step - self.state.data_began
