@@ -20,7 +20,8 @@ class CheckpointConfig:
     keep_every: int = 0
     """Checkpoints of every so many steps are kept too; 0: none."""
     keep_best: bool = False
-    """The checkpoint with the lowest smoothed training loss is kept too."""
+    """The checkpoint with the lowest loss is kept too: the held-out loss with `validation`, else the smoothed training
+    loss."""
     at: tuple[int, ...] = ()
     """Further steps that are saved, and kept."""
 

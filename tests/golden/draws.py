@@ -19,11 +19,14 @@ from msdiff_dist.data.index import read_index, resolve_shards
 from msdiff_dist.data.make.datasets.digits import digits
 from msdiff_dist.data.make.encoding import EncodeConfig, Networks, ShardEncoder
 from msdiff_dist.data.make.pack import pack
+from msdiff_dist.data.portion import Portion
 from msdiff_dist.data.tar_members import chunks
+from msdiff_dist.diffusion.processes.discrete import DiscreteConfig, DiscreteProcess
 from msdiff_dist.diffusion.processes.vp import VPConfig, VPProcess
 from msdiff_dist.diffusion.sampling import image_generators
+from msdiff_dist.evaluation.held_out_loss import evaluations
 from msdiff_dist.evaluation.scores import bootstrap_draw, mind_directions
-from msdiff_dist.randomness import crop_position
+from msdiff_dist.randomness import crop_position, held_out_noise
 from msdiff_dist.stage_division.optimal_denoiser import draw_samples, limit_similarities
 from tests.golden.batches import digest
 from tests.golden.cases import write_images
@@ -42,8 +45,21 @@ def draws_record(folder: Path) -> dict[str, Any]:
         "encode": digest(encoded["latent.npy"]),
         "encode flipped": digest(encoded["latent_flip.npy"]),
         "bootstrap": bootstrap_draw(SEED, 1, 100, 12).tolist(),
+        **_held_out(),
         "mind directions": mind_directions(3)[:, 0].tolist(),
         **_divided(),
+    }
+
+
+def _held_out() -> dict[str, Any]:
+    """Which samples are held out, and what is drawn for the evaluations of their loss."""
+    process = DiscreteProcess(DiscreteConfig())
+    found = evaluations(process, 50, 64, SEED)
+    return {
+        "held out": np.flatnonzero(Portion(0.3, True).of("00001.tar", 40)).tolist(),
+        "held out samples": found.sample_n[:16].tolist(),
+        "held out times": found.t_n[::4].tolist(),
+        "held out noise": digest(held_out_noise(SEED, np.array([0, 7]), (3, 2)).numpy()),
     }
 
 
