@@ -51,7 +51,7 @@ MAY_CHANGE: tuple[Fields, ...] = (
         "steps",
     ),
     Fields(
-        ("checkpoint.", "preview.", "metrics.", "ema.power.snapshot_every"),
+        ("checkpoint.", "preview.", "metrics.", "validation.every", "validation.weights", "ema.power.snapshot_every"),
         "what is saved, drawn and written; trains the same",
     ),
     Fields(
@@ -85,6 +85,7 @@ MUST_STAY: tuple[Fields, ...] = (
         "they decide the order of samples, and a checkpoint's position in the data is a number in that order. The end "
         "of an epoch is no better place for a change: a batch may hold samples of two epochs",
     ),
+    Fields(("validation.fraction", "validation.shards"), "what is held out must never have been trained on"),
     Fields(("data.flip", "data.crop", "augmentation."), "what is trained is a function of seed, step and index alone"),
 )
 """Examples of all the others, for the documentation: what is not in `MAY_CHANGE` must stay as it is."""
