@@ -150,8 +150,10 @@ class NpzSource(TensorSource):
 
 def _npy_meta(archive: NpzFile, key: str) -> Tensor:
     """An array's type and shape by its header alone: a small file may unpack to any size."""
-    name = key if key in archive.zip.namelist() else f"{key}.npy"
-    with archive.zip.open(name) as stream:
+    files = archive.zip
+    assert files is not None, "the archive is open"
+    name = key if key in files.namelist() else f"{key}.npy"
+    with files.open(name) as stream:
         shape, dtype = read_npy_header(stream)
     return torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, device="meta")
 

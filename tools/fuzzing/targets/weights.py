@@ -86,7 +86,7 @@ def _read_safetensors(data: bytes, folder: Path) -> Any:
 def _as_library(data: bytes, found: Any) -> None:
     header, tensors = found
     try:
-        theirs = dict(safetensors.deserialize(data))
+        theirs = dict(safetensors.deserialize(data))  # type: ignore[no-untyped-call]
     except Exception as e:
         raise DisagreementError(f"safetensors refuses: {type(e).__name__} {e}") from e
     if theirs.keys() != tensors.keys():
