@@ -61,7 +61,8 @@ def train_reference(
     optimizer = optimizer_factory(recipe.optimizer, fused=False)(training)
     trained_parts = {tuple(name.split(".")[:2]) for name, p in model.named_parameters() if p.requires_grad}
     drawn = [k for k in range(recipe.stages.num_stages) if ("stages", str(k)) in trained_parts]
-    if any(part == "shared" for part, _ in trained_parts):
+    # Gradients reach a shared part from every stage; a model of other names than ours trains on all stages too.
+    if not drawn or any(part == "shared" for part, _ in trained_parts):
         drawn = list(range(recipe.stages.num_stages))
     quotas = StageQuotas(process, recipe.partition(), recipe.stages.sampling, B, drawn)
     codec = LatentCodec(recipe.autoencoder, recipe.data.kind != "image", torch.device("cpu"))
