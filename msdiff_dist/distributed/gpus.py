@@ -9,7 +9,7 @@ from typing import Any
 from msdiff_dist.distributed.precision import Precision
 from msdiff_dist.errors import ConfigError, did_you_mean
 
-GIB, TERA, GIGA, MICRO = 2**30, 1e12, 1e9, 1e-6
+GIB, PETA, TERA, GIGA, MICRO = 2**30, 1e15, 1e12, 1e9, 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,34 @@ GPUS: dict[str, Gpu] = {
     )
 }
 
+# By what the driver calls them. The speeds above are those of SXM modules, so PCIe cards of H100 and H200, which are
+# slower, are not here; nor are slices of a GPU, whose names end in MIG and their size.
+_DEVICE_NAMES = {
+    "NVIDIA A100-SXM4-40GB": "a100-40g",
+    "NVIDIA A100-PCIE-40GB": "a100-40g",
+    "NVIDIA A100-SXM4-80GB": "a100-80g",
+    "NVIDIA A100 80GB PCIe": "a100-80g",
+    "NVIDIA B200": "b200",
+    "NVIDIA H100 80GB HBM3": "h100-80g",
+    "NVIDIA H200": "h200-141g",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA GeForce RTX 3090": "rtx3090",
+    "NVIDIA GeForce RTX 4090": "rtx4090",
+    "Tesla V100-SXM2-16GB": "v100-32g",
+    "Tesla V100-SXM2-32GB": "v100-32g",
+}
+
 _REQUIRED = ("memory", "bandwidth", "tflops")
+
+
+def peak_petaflops(device_name: str, precision: Precision, tf32: bool) -> float | None:
+    """1e15 operations a second at the peak of the GPU that the driver calls `device_name`; None: not known.
+
+    Args:
+        tf32: as in `Gpu.matrix_flops`.
+    """
+    gpu = GPUS.get(_DEVICE_NAMES.get(device_name, ""))
+    return (gpu.matrix_flops(precision, tf32) / PETA or None) if gpu else None
 
 
 def parse_gpu(text: str) -> Gpu:

@@ -14,7 +14,7 @@ from msdiff_dist.launch.record import JobState
 from msdiff_dist.training.run_folder import RunFolder
 
 _NUMBERS = ("images_seen", "images_per_second", "loss")
-_TAIL_BYTES = 1 << 16  # enough of metrics.jsonl for the last hundred steps or so
+_TAIL_BYTES = 1 << 18  # enough of metrics.jsonl for the last hundreds of steps, or twenty of 1,024 ranks
 _RANK_LOG = re.compile(r"rank_(\d+)\.log")
 # The last line of a traceback: `package.module.SomeError: why`.
 _RAISED = re.compile(r"(?:\w+\.)*(\w*(?:Error|Exception|Interrupt|Exit)(?:: .*)?)")
@@ -93,7 +93,9 @@ def last_metrics(run: Path) -> list[dict[str, Any]]:
 
 def _is_of_a_step(line: dict[str, Any]) -> bool:
     step = line.get("step")
-    return type(step) is int and step > 0 and all(isinstance(line.get(name, 0), (int, float)) for name in _NUMBERS)
+    eta = line.get("eta_seconds")
+    numbers = [*(line.get(name, 0) for name in _NUMBERS), 0 if eta is None else eta]
+    return type(step) is int and step > 0 and all(isinstance(number, (int, float)) for number in numbers)
 
 
 def last_step(run: Path) -> int:

@@ -134,8 +134,7 @@ def _progress(run: Path, state: JobState, job_id: str = "", restarts: int | None
         return status
     rate = statistics.median(m["images_per_second"] for m in tail[-20:])
     last = tail[-1]
-    images_per_step = last["images_seen"] / last["step"]
-    eta = (total - last["step"]) * images_per_step / rate if total is not None and rate > 0 and state.active else None
+    eta = last.get("eta_seconds") if state.active else None  # runs of earlier versions have none
     return dataclasses.replace(status, step=last["step"], images_per_second=rate, eta_s=eta, loss=last["loss"])
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from msdiff_dist.data.corruption import Corruption
+from msdiff_dist.training.time_left import TimeLeft
 
 LOSS_WINDOW = 100
 """Steps over which the training loss is smoothed."""
@@ -24,6 +25,7 @@ class StepOutcome:
         grad_norm: norm of the gradient of the whole model, before clipping.
         stop_requested: whether some rank was asked to stop.
         busy_W: each rank's seconds of forward computation.
+        memory_W: most bytes that each rank has held so far, as `peak_bytes` counts them.
         corruption: corrupt shards and samples that some rank met in this step and none before.
         seconds: wall time on this rank by activity: `data` and `routing` (waiting for them), `compute` and `optimizer`.
             On GPUs the last two are the device's, and like `busy_W` those of the newest step that it has finished.
@@ -34,6 +36,7 @@ class StepOutcome:
     grad_norm: float
     stop_requested: bool
     busy_W: list[float]
+    memory_W: list[int]
     corruption: list[Corruption]
     seconds: dict[str, float]
 
@@ -58,6 +61,12 @@ class StepMetrics:
         seconds: wall time on rank 0 by activity, as in `StepOutcome`; `checkpoint` is the time for which training stood
             still for a checkpoint before this step.
         balance: mean over maximum of the ranks' busy time.
+        busy_seconds: each rank's seconds in forward passes, to four significant digits.
+        slowest_rank: the rank with the most of them.
+        memory_bytes: most bytes that the fullest rank has held since this start: tensors on a GPU, a process on a CPU.
+        mfu: model FLOP/s utilization (2204.02311, appendix B): `step_petaflops` over the wall time of the step, as a
+            share of what all GPUs compute at their peak; None on devices whose peak is not known.
+        eta_seconds: expected seconds until the run ends, as `TimeLeft` has them.
         petaflops: 1e15 floating-point operations of all steps so far, forward and backward.
         damaged: corrupt shards and samples skipped since this start of the run, each counted once.
         validation: held-out loss after this step, at steps that validate: `loss` (the objective), `loss_per_stage`,
@@ -73,15 +82,24 @@ class StepMetrics:
     images_per_second: float
     seconds: dict[str, float]
     balance: float
+    busy_seconds: list[float]
+    slowest_rank: int
+    memory_bytes: int
+    mfu: float | None
+    eta_seconds: float | None
     petaflops: float
     damaged: int
     validation: dict[str, Any] | None = None
 
     def scalars(self) -> dict[str, float]:
-        """Every number by a name of its own: `loss`, `loss_per_stage/0`, `seconds/data`."""
+        """Every number by a name of its own: `loss`, `loss_per_stage/0`, `seconds/data`.
+
+        All but `busy_seconds`, of which there are as many as ranks: `balance` and `slowest_rank` stand for them.
+        """
         found: dict[str, float] = {}
         for field in fields(self):
-            _flatten(field.name, getattr(self, field.name), found)
+            if field.name != "busy_seconds":
+                _flatten(field.name, getattr(self, field.name), found)
         return found
 
 
@@ -103,20 +121,26 @@ class Meter:
     Args:
         batch_size: the global batch size.
         step_petaflops: 1e15 floating-point operations of one step of the whole job, forward and backward.
+        peak_petaflops: 1e15 floating-point operations that all devices compute in a second at most; None: not known.
+        time_left: says how long the run will go on.
 
     Attributes:
         saving: seconds for which training stood still for the checkpoint after the last step.
     """
 
-    def __init__(self, batch_size: int, step_petaflops: float) -> None:
-        self._batch_size, self._step_petaflops = batch_size, step_petaflops
+    def __init__(
+        self, batch_size: int, step_petaflops: float, peak_petaflops: float | None, time_left: TimeLeft
+    ) -> None:
+        self._batch_size, self._step_petaflops, self._peak_petaflops = batch_size, step_petaflops, peak_petaflops
+        self._time_left = time_left
         self._corrupt = 0
         self.saving = 0.0
 
     def measure(self, step: int, outcome: StepOutcome, lr: float, elapsed: float) -> StepMetrics:
-        """Metrics of `step`, counted from 1, which took `elapsed` seconds."""
+        """Metrics of `step`, counted from 1, which has just ended and took `elapsed` seconds."""
         self._corrupt += len(outcome.corruption)
         saving, self.saving = self.saving, 0.0
+        eta, peak = self._time_left.after(step), self._peak_petaflops
         return StepMetrics(
             step=step,
             loss=outcome.loss,
@@ -127,6 +151,11 @@ class Meter:
             images_per_second=self._batch_size / elapsed,
             seconds={**outcome.seconds, "checkpoint": saving},
             balance=outcome.balance,
+            busy_seconds=[float(f"{busy:.4g}") for busy in outcome.busy_W],
+            slowest_rank=max(range(len(outcome.busy_W)), key=outcome.busy_W.__getitem__),
+            memory_bytes=max(outcome.memory_W),
+            mfu=self._step_petaflops / elapsed / peak if peak else None,
+            eta_seconds=None if eta is None else round(eta, 1),
             petaflops=step * self._step_petaflops,
             damaged=self._corrupt,
         )

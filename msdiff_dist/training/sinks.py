@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import IO, Annotated, Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from msdiff_dist.bounds import check_different
 from msdiff_dist.registry import Table
@@ -104,34 +104,26 @@ class Terminal:
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(),
             TaskProgressColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:.0f} img/s  ETA"),
-            TimeRemainingColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:.0f} img/s{task.fields[eta]}"),
             console=self._console,
             disable=not self._is_terminal,
         )
         done = context.first_step
-        self._task = self._bar.add_task("train", total=self._total, completed=done, loss=float("nan"), rate=0.0)
+        self._task = self._bar.add_task("train", total=self._total, completed=done, loss=float("nan"), rate=0.0, eta="")
         self._bar.start()
         self._lines = Lines()
-        self._first: tuple[int, float] | None = None  # step that was written first, and when
 
     def write(self, metrics: StepMetrics) -> None:
         """Move the bar; in a log file, print the line if one is due."""
         step, rate = metrics.step, metrics.images_per_second
-        self._bar.update(self._task, completed=step, loss=metrics.loss, rate=rate)
-        # The first step is not timed: it takes longer than the others.
-        self._first = self._first or (step, self._lines.elapsed)
+        eta = "" if metrics.eta_seconds is None else f"  ETA {duration(metrics.eta_seconds)}"
+        self._bar.update(self._task, completed=step, loss=metrics.loss, rate=rate, eta=eta)
         due = step % max(1, self._total // 20) == 0 or step == self._total
         if metrics.validation is not None:
             self.say(f"step {step}/{self._total}  held-out loss {held_out(metrics.validation)}")
         if not self._is_terminal and (due or self._lines.due()):
             self._lines.written()
-            self.say(f"step {step}/{self._total}  loss {metrics.loss:.4f}  {rate:.0f} img/s{self._eta(step)}")
-
-    def _eta(self, step: int) -> str:
-        assert self._first is not None
-        steps, seconds = step - self._first[0], self._lines.elapsed - self._first[1]
-        return f"  ETA {duration((self._total - step) * seconds / steps)}" if steps > 0 and step < self._total else ""
+            self.say(f"step {step}/{self._total}  loss {metrics.loss:.4f}  {rate:.0f} img/s{eta}")
 
     def say(self, text: str) -> None:
         """Print one line, above the bar."""

@@ -15,6 +15,7 @@ from msdiff_dist.distributed.agree import joined
 from msdiff_dist.distributed.device_clock import DeviceClock
 from msdiff_dist.distributed.engines import ReducedGradients, StageParallelEngines
 from msdiff_dist.distributed.environment import Environment
+from msdiff_dist.distributed.peak_memory import peak_bytes
 from msdiff_dist.distributed.progress import COMPUTE, REDUCE, UPDATE
 from msdiff_dist.errors import TrainingError
 from msdiff_dist.training.feed import Feed, MicroBatch
@@ -77,6 +78,7 @@ class TrainStep:
             agreement.add("loss sum", loss_sum_K)
             busy = self._engines.forward_clock.take()
             agreement.add_own("busy", busy, self._env.rank, self._env.world_size)
+            agreement.add_own("memory", peak_bytes(self._env.device), self._env.rank, self._env.world_size)
             agreement.add("stop", float(stop_requested))
             agreement.add("corrupt", float(len(corruption)))
             self._env.progress.enter(REDUCE)
@@ -93,6 +95,7 @@ class TrainStep:
             grad_norm=float(gradients.norm),
             stop_requested=bool(gradients.sums["stop"] > 0),
             busy_W=gradients.sums["busy"].tolist(),
+            memory_W=[int(peak) for peak in gradients.sums["memory"].tolist()],
             corruption=self._new_corruption(corruption) if gradients.sums["corrupt"] > 0 else [],
             seconds={
                 "data": waited.data,

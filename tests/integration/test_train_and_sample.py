@@ -41,6 +41,11 @@ def test_digits_from_shards_to_images(msdiff: Msdiff, digits: Path, tmp_path: Pa
     assert {"data", "routing", "compute", "optimizer"} <= set(lines[0]["seconds"])
     assert lines[-1]["images_seen"] == 6 * 72
     assert all(0 < m["balance"] <= 1 for m in lines)
+    assert all(len(m["busy_seconds"]) == 3 for m in lines)
+    assert all(m["busy_seconds"][m["slowest_rank"]] == max(m["busy_seconds"]) for m in lines)
+    assert all(m["memory_bytes"] > 1 << 27 for m in lines), "torch alone takes more"
+    assert [m["eta_seconds"] is None for m in lines] == [True, False, False, False, False, True]
+    assert [m["mfu"] for m in lines] == [None] * 6
     assert (whole / "samples/step_00000006.png").exists()
     assert list((whole / "tensorboard").iterdir())
     assert len(complete_checkpoints(whole / "checkpoints")) == 1

@@ -13,6 +13,7 @@ from msdiff_dist.distributed.heartbeat import WaitLimits
 from msdiff_dist.distributed.progress import PREVIEW, READ, RECORD, VALIDATE
 from msdiff_dist.training.metrics import Meter
 from msdiff_dist.training.sinks import Sinks
+from msdiff_dist.training.time_left import TimeLeft
 
 Outcome = Literal["finished", "preempted"]
 
@@ -27,8 +28,15 @@ def train(trainer: Trainer, sinks: Sinks, limits: WaitLimits, stop_requested: Ca
     Returns:
         "preempted" if some rank asked to stop before the last step: everything is saved, and the run can be resumed.
     """
-    recipe, meter = trainer.recipe, Meter(trainer.batch_size, trainer.step_petaflops)
-    total, progress = recipe.train.steps, trainer.env.progress
+    recipe, progress = trainer.recipe, trainer.env.progress
+    total, validation = recipe.train.steps, recipe.validation
+    pauses = {
+        "checkpoint": recipe.checkpoint.every,
+        "preview": recipe.preview.every,
+        "validation": validation.every if validation else 0,
+    }
+    time_left = TimeLeft(total, pauses)
+    meter = Meter(trainer.batch_size, trainer.step_petaflops, trainer.peak_petaflops, time_left)
     limit_waits(limits.step_s)
     for step in range(trainer.state.step + 1, total + 1):
         start, progress.step = time.perf_counter(), step
@@ -47,17 +55,21 @@ def train(trainer: Trainer, sinks: Sinks, limits: WaitLimits, stop_requested: Ca
             limit_waits(limits.step_s)
             progress.enter(RECORD)
             metrics.seconds["validation"] = time.perf_counter() - start
+            time_left.paused("validation", metrics.seconds["validation"])
         sinks.write(metrics)
         start = time.perf_counter()
-        trainer.save_if_due(now=step == total or outcome.stop_requested)
-        meter.saving = time.perf_counter() - start
+        if trainer.save_if_due(now=step == total or outcome.stop_requested):
+            meter.saving = time.perf_counter() - start
+            time_left.paused("checkpoint", meter.saving)
         if outcome.stop_requested and step < total:
             return "preempted"
         if trainer.preview_is_due():
+            start = time.perf_counter()
             progress.enter(PREVIEW)
             limit_waits(limits.start_s)
             trainer.preview()
             limit_waits(limits.step_s)
+            time_left.paused("preview", time.perf_counter() - start)
     images, petaflops = total * trainer.batch_size, total * trainer.step_petaflops
     sinks.say(f"trained {total} steps on {images} images, {petaflops:.4g} PFLOP")
     return "finished"

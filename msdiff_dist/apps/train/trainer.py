@@ -28,8 +28,9 @@ from msdiff_dist.distributed.agree import from_rank_0, main_exchange, on_every_r
 from msdiff_dist.distributed.engines import StageParallelEngines
 from msdiff_dist.distributed.environment import Environment
 from msdiff_dist.distributed.frozen_weights import keep_aside
+from msdiff_dist.distributed.gpus import peak_petaflops
 from msdiff_dist.distributed.groups import Groups, all_ranks, make_groups
-from msdiff_dist.distributed.precision import PrecisionChoice
+from msdiff_dist.distributed.precision import Precision, PrecisionChoice
 from msdiff_dist.distributed.progress import BUILD, OPEN, PLACE, RESTORE, SAVE
 from msdiff_dist.distributed.zero_state import ShardedState
 from msdiff_dist.errors import MsdiffError
@@ -59,6 +60,7 @@ class Trainer:
     Attributes:
         state: what checkpoints save, the number of steps done included.
         notes: lines for the user about how the run was resumed.
+        step_petaflops: 1e15 floating-point operations of a step of the whole job.
 
     Raises:
         UserError: on every rank, if any rank refuses the recipe, its data or the checkpoints.
@@ -100,6 +102,16 @@ class Trainer:
             max_bad=recipe.data.max_bad,
         )
 
+    @property
+    def peak_petaflops(self) -> float | None:
+        """1e15 operations a second at the peak of all ranks' GPUs, if they are like this one; None: not known."""
+        if self.env.device.type != "cuda":
+            return None
+        precision: Precision = "bf16" if self.recipe.train.precision == "bf16" else "fp32"
+        name = torch.cuda.get_device_name(self.env.device)
+        of_one = peak_petaflops(name, precision, self.recipe.train.tf32)
+        return None if of_one is None else self.env.world_size * of_one
+
     def step(self, lr: float, stop_requested: bool = False) -> StepOutcome:
         """Take one optimizer step, and update the averages and the smoothed loss.
 
@@ -113,11 +125,15 @@ class Trainer:
             self.state.loss_average.update(self.state.step, outcome.loss)
         return outcome
 
-    def save_if_due(self, now: bool = False) -> None:
-        """Begin the checkpoint and the snapshot that are due after the current step; if `now`, a checkpoint anyway."""
+    def save_if_due(self, now: bool = False) -> bool:
+        """Begin the checkpoint and the snapshot that are due after the current step; if `now`, a checkpoint anyway.
+
+        Returns whether there was one to begin.
+        """
         checkpoint, snapshot = now or self.recipe.checkpoint.due(self.state.step), self.snapshot_is_due()
         if checkpoint or snapshot:
             self.save(checkpoint=checkpoint, snapshot=snapshot)
+        return checkpoint or snapshot
 
     def save(self, *, checkpoint: bool = True, snapshot: bool = False) -> None:
         """Begin to save the current state; `saver.finish` waits for it."""

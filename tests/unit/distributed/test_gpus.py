@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from msdiff_dist.distributed.gpus import GIB, GPUS, parse_gpu
+from msdiff_dist.distributed.gpus import GIB, GPUS, parse_gpu, peak_petaflops
 from msdiff_dist.errors import ConfigError
 
 
@@ -17,6 +17,15 @@ def test_every_gpu_has_plausible_numbers() -> None:
         assert gpu.fp32_tflops < max(gpu.tflops, gpu.tf32_tflops, gpu.fp32_tflops * 1.01)
         assert gpu.network <= gpu.link
         assert gpu.matrix_flops("fp32", tf32=False) <= gpu.matrix_flops("fp32", tf32=True)
+
+
+def test_peaks_by_the_names_of_the_driver() -> None:
+    for name, gpu in (("NVIDIA H100 80GB HBM3", "h100-80g"), ("Tesla V100-SXM2-32GB", "v100-32g")):
+        assert peak_petaflops(name, "fp32", tf32=False) == pytest.approx(GPUS[gpu].fp32_tflops / 1e3)
+    assert peak_petaflops("NVIDIA A100-SXM4-40GB", "bf16", tf32=False) == pytest.approx(0.312)
+    assert peak_petaflops("Tesla V100-SXM2-32GB", "bf16", tf32=False) is None
+    for slower in ("NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GeForce RTX 4090 D", ""):
+        assert peak_petaflops(slower, "bf16", tf32=False) is None
 
 
 def test_help_and_guide_have_every_name() -> None:

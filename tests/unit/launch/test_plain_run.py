@@ -36,7 +36,10 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def train(folder: RunFolder, steps: int) -> None:
-    lines = [{"step": n, "images_seen": 4 * n, "images_per_second": 2.0, "loss": 1 / n} for n in range(1, steps + 1)]
+    lines = [
+        {"step": n, "images_seen": 4 * n, "images_per_second": 2.0, "loss": 1 / n, "eta_seconds": 2.0 * (8 - n)}
+        for n in range(1, steps + 1)
+    ]
     folder.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -64,7 +67,7 @@ def test_the_lock_says_whether_it_runs(run: RunFolder) -> None:
         (status,) = run_statuses([run.path])
         assert (status.state.state, status.state.active) == (state, watched)
         assert (status.job_id, status.step, status.total_steps, status.loss) == ("", 5, 8, 1 / 5)
-        assert status.eta_s == (3 * 4 / 2.0 if watched else None)
+        assert status.eta_s == (6.0 if watched else None)
         run.close()
     assert "killed" in plain_state(run.path).reason
 

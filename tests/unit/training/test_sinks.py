@@ -17,7 +17,8 @@ from msdiff_dist.training.sinks import MetricsConfig, SinkContext, Sinks
 
 METRICS = StepMetrics(
     step=1, loss=0.5, loss_per_stage=[0.25, 0.75], grad_norm=2.0, lr=1e-3, images_seen=8, images_per_second=4.0,
-    seconds={"data": 0.1}, balance=1.0, petaflops=0.0, damaged=0,
+    seconds={"data": 0.1}, balance=1.0, busy_seconds=[1.0, 1.0], slowest_rank=0, memory_bytes=1 << 20, mfu=None,
+    eta_seconds=None, petaflops=0.0, damaged=0,
 )  # fmt: skip
 
 
@@ -32,13 +33,13 @@ def test_every_sink_takes_every_step(tmp_path: Path) -> None:
     with Sinks.of_run(MetricsConfig(), context(tmp_path, terminal)) as sinks:
         sinks.say("begins")
         for step in range(1, 41):
-            sinks.write(replace(METRICS, step=step, loss=1 / step))
+            sinks.write(replace(METRICS, step=step, loss=1 / step, eta_seconds=40.0 - step if 1 < step < 40 else None))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines] == [1 / step for step in range(1, 41)]
     assert lines[0]["loss_per_stage"] == [0.25, 0.75]
     printed = terminal.getvalue().splitlines()
     assert printed[0] == "begins"
-    line = r"step 2/40  loss 0\.5000  4 img/s  ETA 0:00:0\d"
+    line = r"step 2/40  loss 0\.5000  4 img/s  ETA 0:00:38"
     assert re.fullmatch(line, printed[1]), "a line for every twentieth of the run"
     assert printed[-1] == "step 40/40  loss 0.0250  4 img/s"
     assert len(printed) == 21
