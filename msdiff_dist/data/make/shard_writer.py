@@ -8,7 +8,7 @@ import json
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
@@ -26,6 +26,16 @@ DATASET_INFO = "dataset.json"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Attribution:
+    """Whose work a part of a data set is, for licences that ask for it."""
+
+    part: str
+    author: str
+    licence: str
+    url: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
     """What `dataset.json` says about a folder of shards."""
 
@@ -33,6 +43,7 @@ class DatasetInfo:
     licence: str
     origin: str
     classes: tuple[str, ...] = ()
+    attributions: tuple[Attribution, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +53,7 @@ class WrittenDataset:
     Attributes:
         bytes: size of all shards together.
         class_counts: samples by label; labels without samples are absent.
+        left_out: what was skipped, by name, each with the reason.
     """
 
     out: Path
@@ -50,6 +62,7 @@ class WrittenDataset:
     samples: int
     bytes: int
     class_counts: Mapping[int, int]
+    left_out: tuple[tuple[str, str], ...] = ()
 
 
 def encode_image(image: Image.Image) -> bytes:
@@ -157,6 +170,7 @@ def _bytes(folder: Path) -> int:
 
 def _description(written: WrittenDataset) -> dict[str, object]:
     info = written.info
+    attributions = {"attributions": [asdict(part) for part in info.attributions]} if info.attributions else {}
     return {
         "name": info.name,
         "licence": info.licence,
@@ -167,4 +181,5 @@ def _description(written: WrittenDataset) -> dict[str, object]:
             {"label": label, "name": name, "samples": written.class_counts.get(label, 0)}
             for label, name in enumerate(info.classes)
         ],
+        **attributions,
     }
