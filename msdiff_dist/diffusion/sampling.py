@@ -44,6 +44,7 @@ def sample(
     device: torch.device | str = "cpu",
     condition: Condition | None = None,
     unconditional: Condition | None = None,
+    seen: Callable[[float, int, Tensor], object] | None = None,
 ) -> Tensor:
     """Samples [n, *shape], float32: the images, or latents, with the numbers `index_n`.
 
@@ -51,6 +52,7 @@ def sample(
         shape: [C, H, W] of a sample.
         condition: labels and context of all n samples; None: the model takes none.
         unconditional: labels and context that stand for dropped ones, which guidance needs.
+        seen: called with time, stage and estimate of x0 [n, *shape] after each network call.
 
     Raises:
         ConfigError: guidance without an `unconditional` condition, or a sampler that does not fit the process.
@@ -76,7 +78,10 @@ def sample(
         if guided:
             conditional, without = output.chunk(2)
             output = without + config.guidance_scale * (conditional - without)
-        return process.denoised(output, x, t_n)
+        estimate = process.denoised(output, x, t_n)
+        if seen is not None:
+            seen(t, stage, estimate)
+        return estimate
 
     # Drawn on the CPU, so that an image does not depend on the device.
     generators = image_generators(seed, index_n)

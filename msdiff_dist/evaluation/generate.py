@@ -47,6 +47,7 @@ class ImageGenerator:
         label_n: Tensor | None = None,
         prompts: Sequence[str] = (),
         called: Callable[[], object] = lambda: None,
+        seen: Callable[[float, int, Tensor], object] | None = None,
     ) -> Tensor:
         """The uint8 images [n, C, H, W] with the numbers `index_n`.
 
@@ -56,6 +57,8 @@ class ImageGenerator:
             label_n: int64 class of each image, for a model with classes.
             prompts: image i has prompt i modulo their number; if there are none, the caption is empty.
             called: called after each of the `calls` of the network.
+            seen: called with time, stage and estimate of x0 after each of them: latents of a latent model, which
+                `to_images` decodes.
 
         Raises:
             ConfigError: there are prompts, but the model takes none.
@@ -82,12 +85,17 @@ class ImageGenerator:
             device=self.device,
             condition=Condition(None if label_n is None else label_n.to(self.device), context),
             unconditional=None if null is None and null_context is None else unconditional,
+            seen=seen,
         )
         if not torch.isfinite(x0).all():
             raise CheckpointError(
                 "RUN", self._weights.description.name, "makes images that are not numbers (NaN or infinity)",
                 "Sample an earlier checkpoint: the training diverged.",
             )  # fmt: skip
+        return self._codec.to_images(x0)
+
+    def to_images(self, x0: Tensor) -> Tensor:
+        """The uint8 images [n, C, H, W] of samples, or latents, [n, C, H, W]."""
         return self._codec.to_images(x0)
 
     def calls(self, sampler: SamplerConfig) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -87,20 +87,27 @@ class SamplingJob:
         """Numbers of the images of each batch."""
         return [range(i, min(i + self.batch_size, self.num)) for i in range(0, self.num, self.batch_size)]
 
-    def draw(self, generator: ImageGenerator, index_n: Sequence[int], work: LongWork | None = None) -> Tensor:
+    def draw(
+        self,
+        generator: ImageGenerator,
+        index_n: Sequence[int],
+        work: LongWork | None = None,
+        seen: Callable[[float, int, Tensor], object] | None = None,
+    ) -> Tensor:
         """The images with the numbers `index_n`, uint8 [n, C, H, W].
 
         Args:
             work: counts images; each call of the network makes a part of them.
+            seen: is shown the estimates of x0, as `ImageGenerator` has it.
 
         Raises:
             ConfigError: there is no such class, or there are prompts for a model that takes none.
         """
         labels = class_labels(index_n, generator.num_classes, self.class_)
         if work is None:
-            return generator(index_n, self.sampler, self.seed, labels, self.prompts)
+            return generator(index_n, self.sampler, self.seed, labels, self.prompts, seen=seen)
         share = len(index_n) / generator.calls(self.sampler)
-        return generator(index_n, self.sampler, self.seed, labels, self.prompts, lambda: work.advance(share))
+        return generator(index_n, self.sampler, self.seed, labels, self.prompts, lambda: work.advance(share), seen)
 
     def columns(self, num_classes: int | None) -> int | None:
         """Number of columns of the grid, one per class; None: a square grid."""

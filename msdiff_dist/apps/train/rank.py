@@ -12,6 +12,7 @@ from typing import IO
 
 import torch
 
+from msdiff_dist.apps.report.write import report_at_end
 from msdiff_dist.apps.train.branch import Branch
 from msdiff_dist.apps.train.found_data import FoundData
 from msdiff_dist.apps.train.loop import Outcome, train
@@ -97,7 +98,10 @@ def run_rank(
             sinks.say(line)
         outcome = train(trainer, sinks, limits, lambda: stop.requested_at is not None or trainer.saver.failed)
         env.progress.enter(FINISH)
-        return outcome
+    # Here the last checkpoint is complete, and no rank waits for this one.
+    if outcome == "finished" and env.rank == 0:
+        print(report_at_end(folder.path), file=terminal or sys.stderr, flush=True)
+    return outcome
 
 
 def _precision_so_far(folder: RunFolder, branch: Branch | None) -> str | None:

@@ -1,0 +1,121 @@
+"""The HTML file of a report: one file without references to others.
+
+Jinja escapes all texts; BokehJS, which draws the charts, comes out of the installed bokeh.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any, TypeVar
+
+import jinja2
+from markupsafe import Markup
+
+from msdiff_dist.apps.report.charts import charts_of
+from msdiff_dist.apps.report.nearest import Nearest
+from msdiff_dist.apps.report.pictures import Picture, sample_grids
+from msdiff_dist.apps.report.run_data import RunData
+from msdiff_dist.apps.report.strip import Strip
+from msdiff_dist.apps.report.tables import (
+    Table,
+    differing,
+    evaluation_table,
+    history,
+    plan_tables,
+    summary,
+    versions,
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """What the page shows of one run."""
+
+    name: str
+    summary: list[tuple[str, str]]
+    plan: list[Table]
+    evaluations: Table | None
+    history: list[str]
+    grids: list[Picture]
+    strip: Strip | None
+    nearest: Nearest | None
+    problems: list[str] = field(default_factory=list)
+
+
+def page(
+    runs: Sequence[RunData],
+    strips: Sequence[Strip | None] = (),
+    nearest: Sequence[Nearest | None] = (),
+    refresh_s: float = 0.0,
+) -> str:
+    """The report on one or several runs.
+
+    Args:
+        strips, nearest: for each run, or none at all.
+        refresh_s: seconds after which the page asks its server whether there is more to show; 0: it has no server.
+    """
+    sections = [
+        _section(run, strips[i] if strips else None, nearest[i] if nearest else None) for i, run in enumerate(runs)
+    ]
+    charts = charts_of(runs)
+    here = files(__package__) / "templates"
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string((here / "page.html").read_text()).render(
+        title=", ".join(run.name for run in runs),
+        runs=sections,
+        charts=charts,
+        differing=differing(runs),
+        written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        versions=versions(),
+        refresh_s=refresh_s,
+        data=_script_data(charts.data()),
+        style=Markup((here / "report.css").read_text()),
+        script=Markup((here / "report.js").read_text()),
+        library=_library(),
+    )
+
+
+def _section(run: RunData, strip: Strip | None, nearest: Nearest | None) -> Section:
+    problems = list(run.problems)
+
+    def tried(what: str, make: Callable[[], T], otherwise: T) -> T:
+        try:
+            return make()
+        except Exception as e:  # a run folder may hold anything; the other sections are shown
+            problems.append(f"{what} cannot be shown: {e}")
+            return otherwise
+
+    return Section(
+        name=run.name,
+        summary=tried("The summary", lambda: summary(run), []),
+        plan=tried("The plan", lambda: plan_tables(run), []),
+        evaluations=tried("The evaluations", lambda: evaluation_table(run), None),
+        history=tried("The history", lambda: history(run), []),
+        grids=sample_grids(run, problems),
+        strip=strip,
+        nearest=nearest,
+        problems=problems,
+    )
+
+
+def _script_data(content: Any) -> Markup:
+    """JSON for a script element, which no text in it can end."""
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def _library() -> Markup:
+    """BokehJS as a script's text."""
+    import bokeh
+
+    scripts = files(bokeh) / "server" / "static" / "js"
+    text = "\n".join((scripts / name).read_text("utf-8") for name in ("bokeh.min.js", "bokeh-api.min.js"))
+    return Markup(text.replace("</script", "<\\/script"))
