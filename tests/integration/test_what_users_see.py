@@ -28,7 +28,7 @@ def test_training_and_conversion_print_our_lines_only(tmp_path: Path) -> None:
     steps = ["train.steps=2", "train.precision=fp32", "data.workers=0"]
     lines = stderr_of("train", RECIPES / "debug.yaml", *steps, "--run-dir", tmp_path / "run")
     ours = [r"debug: .* parameters in fp32.*", r"step 1/2  loss .* img/s", r"step 2/2  loss .* img/s"]
-    ours.append(r"trained 2 steps .*")
+    ours += [r"trained 2 steps .*", r"report: .*/run/report\.html"]
     assert len(lines) == len(ours), lines
     assert all(re.fullmatch(pattern, line) for pattern, line in zip(ours, lines, strict=True)), lines
     assert stderr_of("export", tmp_path / "run", "--out", tmp_path / "export") == []

@@ -102,6 +102,7 @@ def test_same_sources_same_bytes(wheel: Path, tmp_path: Path) -> None:
 def test_it_holds_the_package_and_the_shipped_files(wheel: Path) -> None:
     inside = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
     package = {str(p.relative_to(ROOT)) for p in (ROOT / "msdiff_dist").rglob("*.py")} | {"msdiff_dist/py.typed"}
+    package |= {str(p.relative_to(ROOT)) for p in (ROOT / "msdiff_dist/apps/report/templates").iterdir()}
     shipped = {f"msdiff_dist/{p.relative_to(ROOT)}" for f in ("recipes", "slurm") for p in (ROOT / f).rglob("*.*")}
     assert inside == package | shipped
 

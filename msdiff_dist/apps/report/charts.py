@@ -100,9 +100,9 @@ def _training(run: RunData) -> dict[str, Column]:
     for phase in PHASES:
         seconds = _column(lines, "seconds", phase)
         if any(seconds):
-            columns[f"below_{phase}"] = top.tolist()
+            columns[f"below_{phase}"] = list(top.tolist())
             top = top + np.array([v or 0.0 for v in seconds])
-            columns[f"seconds_{phase}"] = top.tolist()
+            columns[f"seconds_{phase}"] = list(top.tolist())
     columns |= _of_ranks(lines)
     # A mean of ranks' numbers is the number of no rank.
     thinned = {

@@ -10,13 +10,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jinja2
 from markupsafe import Markup
 
 from msdiff_dist.apps.report.charts import charts_of
-from msdiff_dist.apps.report.nearest import Nearest
 from msdiff_dist.apps.report.pictures import Picture, sample_grids
 from msdiff_dist.apps.report.run_data import RunData
 from msdiff_dist.apps.report.strip import Strip
@@ -29,6 +28,9 @@ from msdiff_dist.apps.report.tables import (
     summary,
     versions,
 )
+
+if TYPE_CHECKING:
+    from msdiff_dist.apps.report.nearest import Nearest
 
 T = TypeVar("T")
 

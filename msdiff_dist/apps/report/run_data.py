@@ -80,7 +80,8 @@ def read_run(folder: Path, name: str) -> RunData:
     if stored is None and not problems:
         problems.append("There is no recipe.yaml.")
     recipe = tried("recipe.yaml", lambda: stored_recipe(stored), None) if stored else None
-    every = tried("metrics.jsonl", lambda: list(_metrics(folder / "metrics.jsonl", problems)), [])
+    nothing: list[dict[str, Any]] = []
+    every = tried("metrics.jsonl", lambda: list(_metrics(folder / "metrics.jsonl", problems)), nothing)
     steps = sorted({line["step"]: line for line in every}.values(), key=lambda line: line["step"])
     not_numbers = sum(number(line, "loss") is None for line in steps)
     if not_numbers:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from msdiff_dist.apps.report.nearest import nearest_images
 from msdiff_dist.apps.report.page import page
 from msdiff_dist.apps.report.run_data import RunData, read_run
 from msdiff_dist.apps.report.strip import Strip, denoising_strip, is_cheap
@@ -51,8 +50,11 @@ def report(
     """
     runs = read_runs(folders)
     strips = [denoising_strip(run, device, _ROWS) if strip else _cheap_strip(run) for run in runs]
-    found = [nearest_images(run, nearest, device) if nearest else None for run in runs]
-    return page(runs, strips, found, refresh_s)
+    if not nearest:
+        return page(runs, strips, refresh_s=refresh_s)
+    from msdiff_dist.apps.report.nearest import nearest_images  # its networks, which other reports do not need
+
+    return page(runs, strips, [nearest_images(run, nearest, device) for run in runs], refresh_s)
 
 
 def _cheap_strip(run: RunData) -> Strip | None:

@@ -12,7 +12,6 @@ from typing import IO
 
 import torch
 
-from msdiff_dist.apps.report.write import report_at_end
 from msdiff_dist.apps.train.branch import Branch
 from msdiff_dist.apps.train.found_data import FoundData
 from msdiff_dist.apps.train.loop import Outcome, train
@@ -100,6 +99,8 @@ def run_rank(
         env.progress.enter(FINISH)
     # Here the last checkpoint is complete, and no rank waits for this one.
     if outcome == "finished" and env.rank == 0:
+        from msdiff_dist.apps.report.write import report_at_end  # its libraries are no reason to start later
+
         print(report_at_end(folder.path), file=terminal or sys.stderr, flush=True)
     return outcome
 
