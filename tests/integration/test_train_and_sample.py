@@ -48,6 +48,9 @@ def test_digits_from_shards_to_images(msdiff: Msdiff, digits: Path, tmp_path: Pa
     assert [m["mfu"] for m in lines] == [None] * 6
     assert (whole / "samples/step_00000006.png").exists()
     assert list((whole / "tensorboard").iterdir())
+    written = (whole / "report.html").read_text()
+    assert "could not be shown" not in written
+    assert [f"stage {k}<small>" in written for k in range(4)] == [True, True, True, False]  # the strip of a small model
     assert len(complete_checkpoints(whole / "checkpoints")) == 1
     assert [step_of(p) for p in complete_checkpoints(whole / "ema_snapshots")] == [2, 4, 6]
     made = msdiff("export", whole, "--ema-length", 0.07, "--step", 4, "--out", out / "export")

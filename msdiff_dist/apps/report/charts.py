@@ -79,6 +79,7 @@ def charts_of(runs: Sequence[RunData]) -> Charts:
         *(_phases(r, run, many) for r, run in enumerate(runs)),
         _over("speed", "Balance: mean over maximum of the ranks' busy time", "balance", runs, "balance"),
         *_ranks(runs),
+        _over("speed", "Model FLOP/s utilization", "MFU", runs, "mfu"),
         _over("optimizer", "Learning rate", "learning rate", runs, "lr"),
         _over("optimizer", "Gradient norm, before clipping", "gradient norm", runs, "grad_norm", log=True),
     ]:
@@ -92,7 +93,7 @@ def _training(run: RunData) -> dict[str, Column]:
     """Columns over the steps of a run; many steps are averaged, in groups of equal size."""
     lines = run.steps
     columns: dict[str, Column] = {name: _column(lines, key) for name, key in AXES.items()}
-    for key in ("loss", "images_per_second", "balance", "lr", "grad_norm"):
+    for key in ("loss", "images_per_second", "balance", "mfu", "lr", "grad_norm"):
         columns[key] = _column(lines, key)
     for k in range(run.num_stages):
         columns[f"stage{k}"] = _column(lines, "loss_per_stage", k)

@@ -54,8 +54,14 @@ def test_each_call_gets_the_stage_of_its_time(config: SamplerConfig) -> None:
         calls.append((t.unique().item(), stage))
         return torch.zeros_like(x)
 
-    sample(spy, PROCESS, PARTITION, config, seed=0, index_n=[0, 1, 2], shape=SHAPE)
-    assert calls == sampler_times(PROCESS, PARTITION, config)
+    seen: list[tuple[float, int]] = []
+
+    def see(t: float, stage: int, x0: torch.Tensor) -> None:
+        seen.append((t, stage))
+        assert x0.shape == (3, *SHAPE)
+
+    sample(spy, PROCESS, PARTITION, config, seed=0, index_n=[0, 1, 2], shape=SHAPE, seen=see)
+    assert seen == calls == sampler_times(PROCESS, PARTITION, config)
     assert [stage for _, stage in calls] == PARTITION.stage_of(np.array([t for t, _ in calls])).tolist()
     assert {stage for _, stage in calls} == {0, 1, 2}
 

@@ -179,13 +179,15 @@ def test_long_runs_are_averaged(tmp_path: Path) -> None:
 
 def test_ranks_of_the_metrics_are_shown_where_there_are_any(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    lines = [{**metrics(s), "busy_seconds": [1.0, 3.0, 2.0], "memory_bytes": [2**30, 2**31, 0]} for s in (1, 2)]
+    lines = [{**metrics(s), "busy_seconds": [1.0, 3.0, 2.0], "memory_bytes": 2**31, "mfu": 0.25} for s in (1, 2)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     charts = charts_of([read_run(run, "run")])
     assert charts.sources["run0"]["slowest"] == [1, 1]
     assert charts.sources["run0"]["busy_mean"] == [2, 2]
     assert charts.sources["run0"]["memory"] == [2, 2]
-    assert {"Slowest rank", "Memory of the fullest rank"} <= {chart.title for chart in charts.charts}
+    assert {"Slowest rank", "Memory of the fullest rank", "Model FLOP/s utilization"} <= {
+        chart.title for chart in charts.charts
+    }
 
 
 def test_plan_and_compute(tmp_path: Path) -> None:
