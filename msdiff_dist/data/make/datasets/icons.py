@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,15 +114,7 @@ def _set(name: str, path: Path, info: Mapping[str, Any]) -> _Set:
 
 def _chosen(known: Sequence[_Set], sets: str, licences: str | None) -> list[_Set]:
     """The sets that are asked for, of the licences that are asked for, by name."""
-    by_licence = {one.licence.lower(): one.licence for one in known}
-    allowed = set(LICENCES)
-    if licences is not None:
-        words = _words("--licences", licences)
-        for word in words:
-            if word.lower() not in by_licence:
-                problem = f"no set has the licence {word!r}"
-                raise ConfigError("--licences", licences, problem, did_you_mean(word, by_licence.values()))
-        allowed = {by_licence[word.lower()] for word in words}
+    allowed = set(LICENCES) if licences is None else _allowed(licences, {one.licence for one in known})
     if sets in (COLOUR, PLAIN, ALL):
         asked = [one for one in known if sets == ALL or one.colour == (sets == COLOUR)]
         found = [one for one in asked if one.licence in allowed]
@@ -141,6 +134,20 @@ def _chosen(known: Sequence[_Set], sets: str, licences: str | None) -> list[_Set
             problem = f"the licence of {word} is {licence}, not one of {', '.join(sorted(allowed))}"
             raise ConfigError("--sets", sets, problem, f"Leave it out, or add {licence} to --licences.")
     return [by_name[word] for word in sorted(words)]
+
+
+def _allowed(licences: str, of_sets: set[str]) -> set[str]:
+    """The licences that are asked for; a name without its version, as CC0, stands for every version."""
+    known = of_sets | set(LICENCES)
+    allowed: set[str] = set()
+    for word in _words("--licences", licences):
+        any_version = re.compile(rf"{re.escape(word)}(-\d.*)?", re.IGNORECASE)
+        found = {name for name in known if any_version.fullmatch(name)}
+        if not found:
+            problem = f"no set has the licence {word!r}"
+            raise ConfigError("--licences", licences, problem, did_you_mean(word, known))
+        allowed |= found
+    return allowed
 
 
 def _words(field: str, value: str) -> list[str]:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import functools
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
 from msdiff_dist.data.image_files import UNREADABLE, ImageReading, read_image
 from msdiff_dist.data.make.datasets.labelled_image import Collection, LabelledImage, Split, tenth_apart
+from msdiff_dist.data.make.datasets.svg import check_resvg, drawn_svg
 from msdiff_dist.data.make.processes import in_processes
 from msdiff_dist.data.make.shard_writer import DatasetInfo, encode_image
-from msdiff_dist.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +52,8 @@ def drawn(
     Raises:
         DataError: there are SVG files among them, and resvg is not installed.
     """
-    if any(_is_svg(picture.content) for picture in pictures) and find_spec("resvg_py") is None:
-        problem = "is drawn from SVG files by resvg, which is not installed"
-        raise DataError("DATASET", info.name, problem, "Install it: pip install resvg-py")
+    if any(_is_svg(picture.content) for picture in pictures):
+        check_resvg(info.name)
     order = tenth_apart(len(pictures), split)
     skipped = list(left_out)
     images = in_processes(
@@ -82,7 +79,7 @@ def draw(content: str | Path, size: int, mode: str) -> bytes | str:
     """The PNG file of a picture, or the reason why there is none."""
     try:
         if _is_svg(content):
-            image = _drawn_svg(content if isinstance(content, str) else content.read_text(encoding="utf-8"), size)
+            image = drawn_svg(content if isinstance(content, str) else content.read_text(encoding="utf-8"), size)
         else:
             image = read_image(Path(content), ImageReading())
         if image.size != (size, size):
@@ -97,11 +94,3 @@ def draw(content: str | Path, size: int, mode: str) -> bytes | str:
 
 def _is_svg(content: str | Path) -> bool:
     return isinstance(content, str) or content.suffix.lower() == ".svg"
-
-
-def _drawn_svg(svg: str, size: int) -> Image.Image:
-    import resvg_py
-
-    # Fonts of the machine would make the same command draw other images elsewhere.
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="white", skip_system_fonts=True)
-    return Image.open(io.BytesIO(png)).convert("RGB")

@@ -132,8 +132,20 @@ def test_groups_of_sets_take_those_of_permissive_licences(tmp_path: Path, sets: 
 
 
 @pytest.mark.parametrize(
+    ("licences", "classes"),
+    [("MIT,Apache-2.0,CC0", ["warm"]), ("cc-by-sa", ["cold"]), ("CC-BY-SA-4.0,mit", ["cold", "warm"])],
+)
+def test_licences_are_known_by_name_or_name_and_version(
+    tmp_path: Path, sets: Path, licences: str, classes: list[str]
+) -> None:
+    needs_resvg()
+    assert list(prepare("icons", tmp_path / "out", sets, size=8, licences=licences).info.classes) == classes
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"sets": "colour", "licences": "CC-BY"}, ["--sets", "none of the 2 sets"]),
         ({"sets": "warn"}, ["--sets", "'warn'", "Did you mean 'warm'"]),
         ({"sets": "warm,"}, ["--sets", "between two commas"]),
         ({"sets": "warm,warm"}, ["--sets", "twice"]),
@@ -166,9 +178,24 @@ def test_files_that_are_no_sets_are_named(tmp_path: Path, file: str, words: str)
 def test_without_resvg_the_command_to_install_it_is_given(
     tmp_path: Path, sets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("msdiff_dist.data.make.datasets.pictures.find_spec", lambda name: None)
+    monkeypatch.setattr("msdiff_dist.data.make.datasets.svg.find_spec", lambda name: None)
     with pytest.raises(DataError, match="pip install resvg-py"):
         prepare("icons", tmp_path / "out", sets)
+
+
+def test_icons_that_name_files_or_are_nested_deep_are_skipped(tmp_path: Path) -> None:
+    needs_resvg()
+    Image.new("RGB", (16, 16), RED).save(tmp_path / "secret.png")
+    shown = f'<image width="16" height="16" xlink:href="{tmp_path}/secret.png"/>'
+    own = '<g id="a"><rect width="16" height="16" fill="#00f"/></g><use xlink:href="#a"/>'
+    nested = {f"deep-{n}": {"body": "<g>" * n + rect("#00f") + "</g>" * n} for n in (90, 110, 50_000)}
+    icon_set(tmp_path / "package", "odd", {"shown": {"body": shown}, "own": {"body": own}, **nested})
+    written = prepare("icons", tmp_path / "out", tmp_path / "package", size=16)
+    reasons = dict(written.left_out)
+    assert set(reasons) == {"odd:shown", "odd:deep-110", "odd:deep-50000"}
+    assert "another file" in reasons["odd:shown"]
+    assert "nested 112 deep" in reasons["odd:deep-110"]
+    assert all((pixels == BLUE).all() for pixels, _, _ in made(tmp_path / "out").values())
 
 
 def test_options_of_other_data_sets_are_refused(tmp_path: Path) -> None:
