@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from msdiff_dist.cli.main import app
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.loader import StepLoader
 from msdiff_dist.data.make import packages
@@ -129,6 +131,16 @@ def test_groups_of_sets_take_those_of_permissive_licences(tmp_path: Path, sets: 
     )
     assert both.info.classes == ("warm",)
     assert both.samples == 1
+
+
+def test_the_command_lists_what_it_skipped(tmp_path: Path, sets: Path) -> None:
+    needs_resvg()
+    options = ["--source", str(sets), "--sets", "line", "--size", "16", "--licences", "MIT", "--nproc", "1"]
+    done = CliRunner().invoke(app, ["data", "prepare", "icons", *options, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert "skipped 4 pictures:" in done.output
+    assert "line:blank: is white all over" in done.output
+    assert set(made(tmp_path / "out")) == {"line:wide", "line:moved"}
 
 
 @pytest.mark.parametrize(
