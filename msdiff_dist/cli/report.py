@@ -31,7 +31,7 @@ def report(
     Example: msdiff report runs/quickstart --out quickstart.html
     """
     from msdiff_dist.apps.report.serve import REFRESH_S, ReportServer
-    from msdiff_dist.apps.report.write import NAME, read_runs
+    from msdiff_dist.apps.report.write import NAME, Drawn, Request, read_runs
     from msdiff_dist.apps.report.write import report as report_on
     from msdiff_dist.distributed.environment import this_device
     from msdiff_dist.errors import ConfigError
@@ -45,14 +45,15 @@ def report(
         target = out or folders[0] / NAME
         check_place("--out", target, "file")
         with writing("--out", target, WriteError):
-            atomic_write(target, report_on(folders, device, strip, nearest))
+            atomic_write(target, report_on(Request(folders, device, strip, nearest)))
         typer.echo(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")
         return
     if out is not None:
         raise ConfigError(
             "--out", str(out), "has no meaning with --live, which serves the report", "Remove one of them."
         )
-    with ReportServer(folders, lambda: report_on(folders, device, strip, nearest, REFRESH_S), port) as server:
+    request, kept = Request(folders, device, strip, nearest, REFRESH_S), dict[Path, Drawn]()
+    with ReportServer(folders, lambda: report_on(request, kept), port) as server:
         typer.echo(f"serving {server.address} until Ctrl-C")
         try:
             server.serve_forever()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from msdiff_dist.apps.report.write import report
+from msdiff_dist.apps.report.write import Request, report
 from tests.unit.apps.report.made_run import make_run
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -34,7 +34,7 @@ def browser() -> Iterator[object]:
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     file = folder / "report.html"
-    file.write_text(report([make_run(folder / "<b>run")], torch.device("cpu")))
+    file.write_text(report(Request([make_run(folder / "<b>run")], torch.device("cpu"))))
     return file
 
 

@@ -21,7 +21,7 @@ from msdiff_dist.apps.report.pictures import sample_grids
 from msdiff_dist.apps.report.run_data import MOST_POINTS, read_run
 from msdiff_dist.apps.report.serve import ReportServer
 from msdiff_dist.apps.report.tables import differing, plan_tables
-from msdiff_dist.apps.report.write import report, report_at_end
+from msdiff_dist.apps.report.write import Drawn, Request, report, report_at_end
 from msdiff_dist.apps.train.costs import step_petaflops
 from msdiff_dist.apps.train.plan import plan_run
 from msdiff_dist.errors import ConfigError, RunFolderError
@@ -62,7 +62,7 @@ class Page(HTMLParser):
 
 
 def page_on(*folders: Path) -> Page:
-    return Page(report(folders, CPU))
+    return Page(report(Request(folders, CPU)))
 
 
 def test_it_shows_everything_that_a_run_folder_has(tmp_path: Path) -> None:
@@ -153,9 +153,24 @@ def test_a_corrupt_checkpoint_costs_the_strip_alone(tmp_path: Path) -> None:
     assert "Loss" in {chart["title"] for chart in page.data["charts"]}
 
 
+def test_a_checkpoint_is_sampled_once(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "preview.every=5")
+    kept: dict[Path, Drawn] = {}
+    first = Page(report(Request([run], CPU), kept))
+    (sampled,) = kept.values()
+    (run / f"checkpoints/step_{STEPS:08d}/checkpoint.json").unlink()  # else what is said would be another thing
+    assert sampled.problem
+    second = Page(report(Request([run], CPU), kept))
+    assert first.text.count(sampled.problem) == second.text.count(sampled.problem) == 1
+    later = run / f"checkpoints/step_{STEPS + 1:08d}"
+    later.mkdir()
+    report(Request([run], CPU), kept)
+    assert list(kept)[1:] == [later]
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="is no run folder"):
-        report([tmp_path], CPU)
+        report(Request([tmp_path], CPU))
 
 
 def test_columns_are_those_of_the_metrics(tmp_path: Path) -> None:
@@ -252,7 +267,7 @@ def test_at_the_end_of_a_run_a_line_says_what_happened(tmp_path: Path) -> None:
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[ReportServer]:
     run = make_run(tmp_path / "run")
-    with ReportServer([run], lambda: report([run], CPU, refresh_s=1.0), 0) as server:
+    with ReportServer([run], lambda: report(Request([run], CPU, refresh_s=1.0)), 0) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield server
