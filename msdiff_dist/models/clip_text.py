@@ -106,7 +106,7 @@ def _settings(folder: Path) -> dict[str, Any]:
         problem = f"has a {TEXT_ENCODER}/config.json that cannot be read ({e})"
         raise ConfigError(_FIELD, str(folder), problem, "Copy the folder again.") from None
     if kinds != ["CLIPTextModel"]:
-        problem = f"holds a text encoder of class {kinds}"
+        problem = f"holds a text encoder of class {', '.join(map(str, kinds)) if isinstance(kinds, list) else kinds}"
         raise ConfigError(_FIELD, str(folder), problem, "Name one of class CLIPTextModel, or an open_clip model.")
     return {"max_position_embeddings": 77, "hidden_size": 512, **settings}  # what CLIPTextConfig has by default
 

@@ -150,7 +150,7 @@ MISTAKES = {
     "variant's recipe": (["variants.wide={recipe: none.yaml}"], ["variants.wide: RECIPE", "no such file"]),
     "steps": (["variants.wide={train.steps: 7}"], ["train.steps", "follows from the budget"]),
     "classifier": (["score.classifier=none.safetensors"], ["classifier", "no such file"]),
-    "other shape": (["budget=1", "variants.wide={data.image_size: 32}"], ["score.classifier", "[1, 32, 32]"]),
+    "other shape": (["budget=1", "variants.wide={data.image_size: 32}"], ["data.image_size = 32", "16x16 pixels"]),
     "sampler": (["score.sampler.name=heun"], ["variants.unified: name", "heun"]),
     "field": (["scor.pictures=3"], ["scor", "not a known field"]),
     "part": (["--part", 2, "--parts", 2], ["--part"]),

@@ -110,7 +110,7 @@ def test_report(msdiff: Msdiff, runs: Path, digits: Path, tmp_path: Path) -> Non
     assert "diffusion.process = 'vp'" in refused("--reference", runs / "vp", "--out", new)
     assert "outside the process" in refused("--reference", runs / "unified", "--out", new, "--intervals", "442,2000")
     assert "no list" in refused("--reference", runs / "unified", "--out", new, "--intervals", "a,b")
-    assert "is not empty" in refused("--reference", runs / "unified", "--out", out)
+    assert "exists already" in refused("--reference", runs / "unified", "--out", out)
     assert not new.exists()
 
 

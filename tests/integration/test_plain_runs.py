@@ -87,7 +87,7 @@ def test_a_run_is_watched_from_outside(
 
 def test_the_error_of_a_failed_run_is_shown(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = ["train", str(RECIPE), "optimizer.lr=1e30", "train.steps=50", "--run-dir", str(run)]
+    command = ["train", str(RECIPE), "optimizer.lr=1000", "train.steps=50", "--run-dir", str(run)]
     done = subprocess.run([sys.executable, "-m", "msdiff_dist.cli.main", *command], capture_output=True, text=True)
     assert done.returncode == 1
     state = status(run)["state"]

@@ -41,6 +41,7 @@ BASES = {
         text_encoder={"name": "ViT-B-32"},
         encode={"data": IMAGES},
         ema={"power": {"snapshot_every": 5}},
+        validation={"shards": "nowhere"},
         preview={"every": 5, "num": 4, "sampler": {"steps": 5}},
     ),
     "vp": base("fashion_mnist_dpm_3stage"),

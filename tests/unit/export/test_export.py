@@ -121,7 +121,7 @@ def test_refused(run: Path, tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda out: (out / "model.safetensors").unlink(), "No such file"),
-        (lambda out: (out / "config.json").write_text("{"), "is not JSON"),
+        (lambda out: (out / "config.json").write_text("{"), "no JSON"),
         (lambda out: (out / "config.json").write_text('{"format": 9}'), "format 9, newer than"),
         (lambda out: (out / "config.json").write_text("{}"), "is no export folder"),
         (lambda out: (out / "shared.safetensors").replace(out / "model.safetensors"), "parameters are missing"),

@@ -10,7 +10,7 @@ import webdataset
 
 from msdiff_dist.data.index import read_index, resolve_shards, scan
 from msdiff_dist.data.make.shard_writer import DatasetInfo, even_sizes, write_dataset, write_shard
-from msdiff_dist.errors import DataError
+from msdiff_dist.errors import DataError, UserError
 
 INFO = DatasetInfo(name="things", licence="CC0", origin="here", classes=("a", "b"))
 
@@ -82,5 +82,5 @@ def test_a_failure_leaves_nothing_behind(tmp_path):
 
 def test_an_output_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match=r"--out = .*file/out.*cannot be written"):
+    with pytest.raises(UserError, match=r"--out = .*file/out.*file is not a folder"):
         write_dataset(tmp_path / "file" / "out", INFO, things(3), [3])
