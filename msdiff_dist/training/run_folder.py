@@ -6,6 +6,7 @@ run/
   branched_from.json  of a run that began from a checkpoint of another one: which
   metrics.jsonl       one line a step
   tensorboard/        the same for TensorBoard
+  wandb_run.json, mlflow_run.json  which runs of these trackers it is
   checkpoints/        step_XXXXXXXX/, each complete or absent
   ema_snapshots/      the same, with the averages of ema.power alone
   samples/            step_XXXXXXXX.png, one grid each
@@ -37,6 +38,9 @@ ORIGIN = "branched_from.json"
 """Of a run that began from a checkpoint of another one: which."""
 
 
+_TRACKED = ("wandb_run.json", "mlflow_run.json")
+
+
 class RunFolder:
     """Paths inside one run folder, and its lock. Nothing is created before `open`.
 
@@ -57,6 +61,10 @@ class RunFolder:
         self.logs = path / "logs"
         self._lock_file = path / ".lock"
         self._lock: IO[str] | None = None
+
+    def tracker_file(self, tracker: str) -> Path:
+        """The file that says which run of an experiment tracker this one is."""
+        return self.path / f"{tracker}_run.json"
 
     def check(self, recipe: Mapping[str, Any]) -> None:
         """Refuse a folder that is not a run folder, or that belongs to a recipe that computes something else.
@@ -126,7 +134,7 @@ class RunFolder:
                 self.close()
                 problem, remedy = "is in use by another running process", "Wait for it, or name another folder."
                 raise RunFolderError("--run-dir", str(self.path), problem, remedy)
-            remove_partials(self.path, [self.recipe_file.name, self.metrics_file.name, CHANGES, ORIGIN])
+            remove_partials(self.path, [self.recipe_file.name, self.metrics_file.name, CHANGES, ORIGIN, *_TRACKED])
             # Before the subfolders: a folder with those and without a recipe would be refused, so a kill in between
             # would lock the same command out.
             if not self.recipe_file.exists():

@@ -1,51 +1,29 @@
-"""Where metrics go: metrics.jsonl, the terminal, TensorBoard, and what other packages add to `SINKS`. Rank 0 only."""
+"""Where metrics go: metrics.jsonl, the terminal, TensorBoard, trackers, and what other packages add to `SINKS`.
+
+Rank 0 only.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
 from types import TracebackType
-from typing import IO, Annotated, Any, Protocol
+from typing import Annotated, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from msdiff_dist.bounds import check_different
+from msdiff_dist.errors import ConfigError, raise_all
 from msdiff_dist.registry import Table
 from msdiff_dist.terminal import Lines, duration
+from msdiff_dist.training.metric_sink import GridSink, MetricSink, SinkContext
 from msdiff_dist.training.metrics import StepMetrics
-from msdiff_dist.training.run_folder import RunFolder
-
-
-class MetricSink(Protocol):
-    """Takes every step's metrics, in order."""
-
-    def write(self, metrics: StepMetrics) -> None:
-        """Record one step."""
-
-    def say(self, text: str) -> None:
-        """Show one line to the user; a sink that holds numbers only ignores it."""
-
-    def close(self) -> None:
-        """Write what is buffered. Called once, also after a failure."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SinkContext:
-    """The run that a sink is opened for.
-
-    Attributes:
-        folder: the run folder.
-        first_step: steps done before this start.
-        total_steps: step at which training ends.
-        terminal: where messages for the user go: a terminal or a log file.
-    """
-
-    folder: RunFolder
-    first_step: int
-    total_steps: int
-    terminal: IO[str]
+from msdiff_dist.training.mlflow_tracker import MlflowConfig, mlflow_tracker
+from msdiff_dist.training.wandb_tracker import WandbConfig, wandb_tracker
 
 
 class JsonLines:
@@ -140,8 +118,12 @@ def held_out(validation: Mapping[str, Any]) -> str:
     return f"{validation['loss']:.4f}{raw}"
 
 
-SINKS: Table[Callable[[SinkContext], MetricSink]] = Table("metric sink", {"tensorboard": TensorBoard})
+SINKS: Table[Callable[[SinkContext], MetricSink]] = Table(
+    "metric sink", {"tensorboard": TensorBoard, "wandb": wandb_tracker, "mlflow": mlflow_tracker}
+)
 """Sinks that a recipe can name in `metrics.sinks`; metrics.jsonl and the terminal are always there."""
+
+_OPTIONAL = {"wandb", "mlflow"}  # sinks named after the package that they need, which not everyone installs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,9 +132,34 @@ class MetricsConfig:
 
     sinks: tuple[Annotated[str, SINKS], ...] = ("tensorboard",)
     """Where metrics go, besides metrics.jsonl and the terminal."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    """Settings of the sink `wandb`."""
+    mlflow: MlflowConfig = field(default_factory=MlflowConfig)
+    """Settings of the sink `mlflow`."""
 
     def __post_init__(self) -> None:
         check_different("sinks", self.sinks)
+
+
+def check_installed(config: MetricsConfig) -> None:
+    """Check that the packages are there which the recipe's sinks need. Imports none of them.
+
+    Raises:
+        ConfigError: naming those that are missing, and how to install them.
+    """
+    raise_all(
+        ConfigError(
+            "metrics.sinks", name, f"the package {name} is not installed",
+            f"Install it with `pip install {name}`, or leave it out.",
+        )
+        for name in config.sinks
+        if name in _OPTIONAL and not _is_installed(name)
+    )  # fmt: skip
+
+
+def _is_installed(package: str) -> bool:
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None  # a mere folder of this name, such as W&B's own, has no origin
 
 
 class Sinks:
@@ -164,7 +171,10 @@ class Sinks:
     @classmethod
     def of_run(cls, config: MetricsConfig, context: SinkContext) -> Sinks:
         """metrics.jsonl, the sinks that the recipe names, and the terminal."""
-        return cls([make(context) for make in (JsonLines, *(SINKS[name] for name in config.sinks), Terminal)])
+        terminal = Terminal(context)
+        context = replace(context, say=terminal.say)
+        named = [SINKS[name](replace(context, settings=getattr(config, name, None))) for name in config.sinks]
+        return cls([JsonLines(context), *named, terminal])
 
     def write(self, metrics: StepMetrics) -> None:
         """Give one step's metrics to every sink."""
@@ -175,6 +185,12 @@ class Sinks:
         """Give one line to every sink."""
         for sink in self._sinks:
             sink.say(text)
+
+    def grid(self, step: int, path: Path) -> None:
+        """Give the grid of images of a step to every sink that takes them."""
+        for sink in self._sinks:
+            if isinstance(sink, GridSink):
+                sink.grid(step, path)
 
     def __enter__(self) -> Sinks:
         return self

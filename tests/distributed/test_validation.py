@@ -16,8 +16,9 @@ from msdiff_dist.checkpoint.layout import CheckpointIndex, complete_checkpoints,
 from msdiff_dist.data.make.shard_writer import write_index, write_shard
 from msdiff_dist.distributed.heartbeat import WaitLimits
 from msdiff_dist.testing import run_distributed
+from msdiff_dist.training.metric_sink import SinkContext
 from msdiff_dist.training.run_folder import RunFolder
-from msdiff_dist.training.sinks import JsonLines, SinkContext, Sinks
+from msdiff_dist.training.sinks import JsonLines, Sinks
 from tests.distributed.tiny_run import ADAM, open_run, recipe_of
 from tests.unit.data.conftest import npy
 

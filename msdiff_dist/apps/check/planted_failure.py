@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from msdiff_dist.training.metric_sink import SinkContext
 from msdiff_dist.training.metrics import StepMetrics
-from msdiff_dist.training.sinks import SINKS, SinkContext
+from msdiff_dist.training.sinks import SINKS
 
 
 class PlantedFailure:

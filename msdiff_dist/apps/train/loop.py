@@ -67,7 +67,7 @@ def train(trainer: Trainer, sinks: Sinks, limits: WaitLimits, stop_requested: Ca
             start = time.perf_counter()
             progress.enter(PREVIEW)
             limit_waits(limits.start_s)
-            trainer.preview()
+            sinks.grid(step, trainer.preview())
             limit_waits(limits.step_s)
             time_left.paused("preview", time.perf_counter() - start)
     images, petaflops = total * trainer.batch_size, total * trainer.step_petaflops

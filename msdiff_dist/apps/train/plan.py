@@ -23,6 +23,7 @@ from msdiff_dist.models.flops import ModelCosts, costs
 from msdiff_dist.models.xformers_attention import check_installation
 from msdiff_dist.recipe import Recipe
 from msdiff_dist.training.optimizer import OPTIMIZERS
+from msdiff_dist.training.sinks import check_installed
 
 MOST_RANKS = 2**20
 """Ranks that a run may have."""
@@ -142,7 +143,8 @@ def check_run(
     *,
     device_type: str | None,
 ) -> FoundData:
-    """Check placement, attention backend, lanes, shards, manifests and first samples before any rank starts.
+    """Check all that can be checked before any rank starts: placement, attention backend, metric sinks, and of the data
+    lanes, shards, manifests and first samples.
 
     Args:
         world_sizes: the numbers of ranks on which the run may start.
@@ -157,6 +159,8 @@ def check_run(
     """
     if recipe.model.attention_backend == "xformers" and device_type is not None:
         check_installation(device_type)
+    if device_type is not None:
+        check_installed(recipe.metrics)
     batch_sizes = {world_size: plan_run(recipe, world_size).batch_size for world_size in world_sizes}
     return check_data(recipe, batch_sizes, find)
 

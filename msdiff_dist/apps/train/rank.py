@@ -28,9 +28,10 @@ from msdiff_dist.distributed.precision import agree_on_precision
 from msdiff_dist.distributed.progress import FINISH
 from msdiff_dist.errors import TrainingError
 from msdiff_dist.recipe import Recipe, comparable_mapping, recipe_mapping
+from msdiff_dist.training.metric_sink import SinkContext
 from msdiff_dist.training.preemption import StopRequest
 from msdiff_dist.training.run_folder import RunFolder
-from msdiff_dist.training.sinks import SinkContext, Sinks
+from msdiff_dist.training.sinks import Sinks, check_installed
 
 
 def run_rank(
@@ -71,6 +72,7 @@ def run_rank(
         precision = agree_on_precision(recipe.train.precision, env.device, so_far)
         choose_kernels(env.device, recipe.train.tf32)
         recipe = replace(recipe, train=replace(recipe.train, precision=precision.precision))
+        on_rank_0(lambda: check_installed(recipe.metrics))
         origin = on_rank_0(lambda: _opened(folder, recipe, branch, env.world_size, found))
         stack.callback(folder.close)
         trainer = stack.enter_context(Trainer(recipe, folder, env, found))
@@ -84,6 +86,7 @@ def run_rank(
                 first_step=step,
                 total_steps=recipe.train.steps,
                 terminal=terminal or sys.stderr,
+                recipe=recipe_mapping(recipe),
             )
             sinks = stack.enter_context(Sinks.of_run(recipe.metrics, context))
         warnings = [*env.warnings, *([precision.warning] if precision.warning else [])]

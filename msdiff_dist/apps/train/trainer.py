@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -165,13 +166,18 @@ class Trainer:
         every, step = self.recipe.preview.every, self.state.step
         return every > 0 and (step == self.recipe.train.steps or step % every == 0)
 
-    def preview(self) -> None:
-        """Sample a grid with the current averages, every rank its share. The ranks exchange them through a folder."""
+    def preview(self) -> Path:
+        """Sample a grid with the current averages, every rank its share. The ranks exchange them through a folder.
+
+        Returns the image file.
+        """
         step = self.state.step
         weights = self.folder.samples / f".weights_{step:08d}"
         averages = HostCopy(self.state.shards, self.ema.averages).take(["ema"])
         write_checkpoint(weights, averages, self.state.index(self.env.world_size), main_exchange())
-        write_preview(self.recipe, weights, self.folder.samples / f"step_{step:08d}.png", self.env)
+        target = self.folder.samples / f"step_{step:08d}.png"
+        write_preview(self.recipe, weights, target, self.env)
+        return target
 
     def describe(self, precision: PrecisionChoice) -> str:
         """One line for the user: what is about to run, in which precision and why."""

@@ -7,13 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch.utils.tensorboard  # noqa: F401  here: while its first import takes seconds, lines of a log become due
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from msdiff_dist.config import from_mapping
 from msdiff_dist.errors import ConfigError
+from msdiff_dist.training.metric_sink import SinkContext
 from msdiff_dist.training.metrics import StepMetrics
 from msdiff_dist.training.run_folder import RunFolder
-from msdiff_dist.training.sinks import MetricsConfig, SinkContext, Sinks
+from msdiff_dist.training.sinks import MetricsConfig, Sinks
 
 METRICS = StepMetrics(
     step=1, loss=0.5, loss_per_stage=[0.25, 0.75], grad_norm=2.0, lr=1e-3, images_seen=8, images_per_second=4.0,
