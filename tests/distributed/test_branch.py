@@ -121,8 +121,8 @@ def first_batch(rank: int, world_size: int, mapping: dict[str, Any], path: Path)
     ("changes", "because"),
     [
         ({"train__seed": 3}, "train.seed was 0, now 3"),
-        ({"data__lanes": 6}, "data.lanes was 12, now 6"),
-        ({"train__global_batch_size": 12}, "the global batch was 24, now 12"),
+        pytest.param({"data__lanes": 6}, "data.lanes was 12, now 6", marks=pytest.mark.slow),
+        pytest.param({"train__global_batch_size": 12}, "the global batch was 24, now 12", marks=pytest.mark.slow),
     ],
 )
 def test_another_order_of_samples_begins_anew_and_is_kept(

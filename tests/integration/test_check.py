@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]  # its parts have quick tests: tests/unit/apps/test_check.py
 
 
 def test_this_cpu_passes(tmp_path: Path) -> None:

@@ -51,7 +51,8 @@ def test_every_recipe_reads_the_images(name: str, kind: str, shards: Path, tmp_p
     images = recipe.data if recipe.data.kind == "image" else recipe.encode.data
     assert images is not None
     assert recipe.name == "mine"
-    assert images.image_size == (size or before.data.image_size or 32)
+    known = before.data if before.encode.data is None else before.encode.data
+    assert images.image_size == (size or known.image_size)
     has_classes = before.data.num_classes is not None and kind == "colour"
     assert recipe.data.num_classes == recipe.model.num_classes == (2 if has_classes else None)
     batch = next(iter(StepLoader(images, 0, 12, index=find_data(images).shards)))

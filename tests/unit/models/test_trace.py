@@ -88,7 +88,7 @@ def growth(action: Callable[[], object]) -> tuple[int, int, object]:
     [
         (LDM, KEEP, 0.05),
         (SONG, KEEP, 0.05),
-        (dataclasses.replace(LDM, share_encoder=False), KEEP, 0.05),
+        pytest.param(dataclasses.replace(LDM, share_encoder=False), KEEP, 0.05, marks=pytest.mark.slow),
         (LDM, RECOMPUTE, 0.2),
     ],
     ids=["ldm", "song", "separate", "recomputed"],
