@@ -59,7 +59,7 @@ test-distributed: setup  ## tests on several gloo ranks of this machine
 	$(PYTEST) -m "not slow" tests/distributed $(PYTEST_ARGS)
 
 test: lint  ## lint, types, import contract and every test but the long campaigns (make test-slow)
-	$(PYTEST) -m "not slow" -n 3 $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" -n 2 $(PYTEST_ARGS)
 
 test-slow: setup  ## the long campaigns: random kills, hours of pre-emption in minutes
 	$(PYTEST) -m slow $(PYTEST_ARGS)

@@ -30,6 +30,7 @@ def steps_of(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
+@pytest.mark.slow
 def test_a_background_run_is_cancelled_and_resumed(tmp_path: Path) -> None:
     run, cluster = tmp_path / "faces", tmp_path / "cluster.yaml"
     cluster.write_text("{executor: local, tasks_per_node: 2}")

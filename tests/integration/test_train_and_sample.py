@@ -154,6 +154,7 @@ def _ranks_of(process: subprocess.Popen[str]) -> list[int]:
     return sorted(found)
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_is_named_and_the_run_resumes(tmp_path: Path) -> None:
     run = tmp_path / "run"
     long = ["train.steps=100000", "checkpoint.every=2", "--nproc", "2"]

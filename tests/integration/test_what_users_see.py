@@ -37,6 +37,7 @@ def test_training_and_conversion_print_our_lines_only(tmp_path: Path) -> None:
     assert all(line.startswith("note: ") for line in notes), notes
 
 
+@pytest.mark.slow
 def test_long_work_prints_lines_with_rate_and_time_left(digits: Path) -> None:
     shards = [f"data.shards={digits}", "data.lanes=12", "data.workers=1"]
     lines = stderr_of("data", "bench", RECIPES / "quickstart.yaml", *shards, "--seconds", 0.4, "--batch-size", 64)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 # One process imports the libraries; each module is then imported in a fork of it, where no other of ours is loaded yet.
 SCRIPT = """
@@ -26,6 +28,7 @@ LIBRARIES = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_module_can_be_imported_first() -> None:
     paths = sorted((ROOT / "msdiff_dist").rglob("*.py"))
     names = [".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in paths]

@@ -87,9 +87,9 @@ def growth(action: Callable[[], object]) -> tuple[int, int, object]:
     ("config", "checkpointing", "tolerance"),
     [
         (LDM, KEEP, 0.05),
-        (SONG, KEEP, 0.05),
+        pytest.param(SONG, KEEP, 0.05, marks=pytest.mark.slow),
         pytest.param(dataclasses.replace(LDM, share_encoder=False), KEEP, 0.05, marks=pytest.mark.slow),
-        (LDM, RECOMPUTE, 0.2),
+        pytest.param(LDM, RECOMPUTE, 0.2, marks=pytest.mark.slow),
     ],
     ids=["ldm", "song", "separate", "recomputed"],
 )
