@@ -47,7 +47,7 @@ class ValidationConfig:
     """Shards of their own, in the form of `data.shards`, to validate on."""
     every: int = 1000
     """Steps between validations; there is one after the last step as well."""
-    num: int = 1024
+    num: int = 512
     """Evaluations: pairs of a sample and a time. Each costs a third of training on a sample, for each kind of
     weights."""
     batch_size: int = 16
