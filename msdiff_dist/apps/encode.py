@@ -6,9 +6,7 @@ encode a part, and who ends last writes `manifest.json` with the scale factor me
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
-import signal
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.queues import SimpleQueue
@@ -27,6 +25,7 @@ from msdiff_dist.data.loader import load_index
 from msdiff_dist.data.make.encoding import Networks, ShardEncoder, ShardRecord, measured_scale
 from msdiff_dist.data.make.manifest import MANIFEST, NULL_CONTEXT, Manifest, ManifestFile, NetworkIdentity, stored_file
 from msdiff_dist.data.make.shard_writer import write_index
+from msdiff_dist.data.worker_processes import end_with_parent
 from msdiff_dist.distributed.cores import cores, threads_of
 from msdiff_dist.errors import ConfigError, DataError, MsdiffError
 from msdiff_dist.files.atomic import atomic_write, remove_partials
@@ -38,7 +37,6 @@ from msdiff_dist.recipe import Recipe, recipe_from, recipe_mapping
 from msdiff_dist.terminal import LongWork
 
 _RECORDS = ".encode"
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl: a signal for this process when its parent ends
 
 
 def encode(recipe: Recipe, out: Path, nproc: int, part: Part | None = None) -> Manifest | None:
@@ -187,7 +185,7 @@ def _start_process(recipe: dict[str, Any], devices: SimpleQueue[str], threads: i
     """Body of an encoding process's start. `encoded` counts the images of all processes."""
     global _process_tools
     # The process ends with the command; finished shards stay, and the unfinished one is encoded again.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     torch.set_num_threads(threads)
     _process_tools = _Tools(recipe_from(recipe), torch.device(devices.get()))
 

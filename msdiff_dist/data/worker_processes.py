@@ -6,6 +6,7 @@ workers must outlive the signal.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
@@ -13,6 +14,7 @@ import os
 import signal
 import threading
 
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl: a signal for this process when its parent ends
 _CLUSTER_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -46,3 +48,8 @@ def _end_with_rank() -> None:
     assert rank is not None
     rank.join()
     os._exit(1)
+
+
+def end_with_parent() -> None:
+    """Have this process killed when its parent ends, at any point of its work; what it writes must bear that."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

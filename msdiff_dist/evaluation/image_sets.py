@@ -103,9 +103,9 @@ class ShardImages:
     @property
     def key(self) -> str:
         """Digest of the shards' fingerprint and of how the images are read."""
-        read_as = replace(self.config, shards=(), sources=(), kind="synthetic", latent_shape=(1, 1, 1), image_size=None)
-        parts = (fingerprint_shards(load_index(self.config)), read_as.reading, self.config.x_shape, self.config.resize)
-        return hashlib.sha256(repr((parts, self.num)).encode()).hexdigest()[:16]
+        config = self.config
+        read_as = (config.reading, config.x_shape, config.resize, self.num)
+        return hashlib.sha256(repr((fingerprint_shards(load_index(config)), read_as)).encode()).hexdigest()[:16]
 
     def batches(self) -> Iterator[Tensor]:
         """All images, or the first `num`. Errors are those of `read_images`."""

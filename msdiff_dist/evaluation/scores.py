@@ -78,6 +78,7 @@ class Metric:
     Attributes:
         compute: the values by name.
         least: number of images below which the values say little.
+        higher_is_better: the names of values of which this is true.
         drawn: what the bootstrap computes instead, where `compute` already averages over draws.
         draws: of the bootstrap.
         most: images in a draw. If there are more, the standard deviation is scaled by the root of the draw's share.
@@ -86,6 +87,7 @@ class Metric:
 
     compute: Compute
     least: int
+    higher_is_better: tuple[str, ...] = ()
     drawn: Compute | None = None
     draws: int = 20
     most: int | None = None
@@ -181,10 +183,16 @@ METRICS: Table[Metric] = Table(
     {
         "fid": Metric(compute=fid, least=10_000),
         "kid": Metric(compute=kid, drawn=_kid_of_one_subset, least=1000, most=_SUBSET_SIZE),
-        "prdc": Metric(compute=prdc, least=1000, draws=10, most=_MOST_NEIGHBOURS),
-        "is": Metric(compute=inception_score, least=5000, needs=("logits_NK",)),
+        "prdc": Metric(
+            compute=prdc,
+            least=1000,
+            higher_is_better=("precision", "recall", "density", "coverage"),
+            draws=10,
+            most=_MOST_NEIGHBOURS,
+        ),
+        "is": Metric(compute=inception_score, least=5000, higher_is_better=("is",), needs=("logits_NK",)),
         "mind": Metric(compute=mind, least=1000),
-        "clip": Metric(compute=clip, least=100, needs=("text_NE",)),
+        "clip": Metric(compute=clip, least=100, higher_is_better=("clip", "retrieval"), needs=("text_NE",)),
     },
 )
 """What `msdiff evaluate --metrics` computes from features, by name."""

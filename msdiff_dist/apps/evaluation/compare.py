@@ -10,8 +10,7 @@ from typing import Any
 
 from msdiff_dist.apps.evaluation.evaluate import RECORDS
 from msdiff_dist.errors import DataError
-
-_HIGHER_IS_BETTER = ("is", "precision", "recall", "density", "coverage", "clip", "retrieval")
+from msdiff_dist.evaluation.scores import METRICS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +66,7 @@ def _table(group: dict[str, dict[str, Any]]) -> Comparison:
     rows: dict[str, dict[str, Compared]] = {name: {} for name in group}
     for metric in metrics:
         held = {name: record for name, record in group.items() if metric in record["metrics"]}
-        sign = -1 if metric in _HIGHER_IS_BETTER else 1
+        sign = -1 if any(metric in known.higher_is_better for known in METRICS.values()) else 1
         best = min(held, key=lambda name: sign * held[name]["metrics"][metric])
         spread = {name: record["intervals"][metric][1] - record["metrics"][metric] for name, record in held.items()}
         for name, record in held.items():

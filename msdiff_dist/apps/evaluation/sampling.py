@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
-import signal
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
 
+from msdiff_dist.data.worker_processes import end_with_parent
 from msdiff_dist.distributed.cores import cores, threads_of
 from msdiff_dist.errors import MsdiffError
 from msdiff_dist.evaluation.sample_folder import sample_run
 from msdiff_dist.evaluation.sampling_job import SamplingJob
 from msdiff_dist.files.work_share import Part
-
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl: a signal for this process when its parent ends
 
 
 def sample_images(run: Path, out: Path, job: SamplingJob, ema: bool, nproc: int, part: Part) -> bool:
@@ -48,7 +45,7 @@ def sample_images(run: Path, out: Path, job: SamplingJob, ema: bool, nproc: int,
 
 
 def _start(threads: int) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     torch.set_num_threads(threads)
 
 

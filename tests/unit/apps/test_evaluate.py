@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from PIL import Image
 from msdiff_dist.apps.evaluation import evaluate as evaluation
 from msdiff_dist.apps.evaluation.compare import compare
 from msdiff_dist.apps.evaluation.evaluate import EvaluationRequest, evaluate
+from msdiff_dist.data.config import DataConfig
+from msdiff_dist.data.make.pack import pack
 from msdiff_dist.errors import ConfigError, DataError, UserError
 from msdiff_dist.evaluation.feature_spaces import load_feature_space
 from msdiff_dist.evaluation.frechet import fit, frechet_distance
+from msdiff_dist.evaluation.image_sets import ShardImages
 from msdiff_dist.evaluation.sampling_job import SamplingJob
 
 
@@ -155,3 +159,13 @@ def test_compare_marks_the_best_and_what_may_be_noise(tmp_path: Path) -> None:
         compare(runs)
     with pytest.raises(DataError, match="msdiff evaluate"):
         compare([tmp_path])
+
+
+def test_shards_of_other_sizes_are_read_as_the_run_reads_them(tmp_path: Path) -> None:
+    """A run on images that it scales, as `msdiff init --data` writes, has its own data for a reference."""
+    pack(_images(tmp_path / "images", 1, shape=(20, 30, 3)), tmp_path / "shards")
+    config = DataConfig(shards=str(tmp_path / "shards"), image_size=16, resize="cover", num_classes=2)
+    images = ShardImages(config)
+    assert sum(len(batch) for batch in images.batches()) == 12
+    assert images.key == ShardImages(config).key
+    assert images.key != ShardImages(replace(config, resize="pad")).key
