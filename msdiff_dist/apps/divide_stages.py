@@ -31,7 +31,9 @@ from msdiff_dist.randomness import noise
 from msdiff_dist.recipe import load_recipe, recipe_from, stored_recipe
 from msdiff_dist.stage_division.gradient_affinity import gradient_affinity
 from msdiff_dist.stage_division.image_blocks import BlockSource, image_sources, shard_sources
+from msdiff_dist.stage_division.intervals import Lengths
 from msdiff_dist.stage_division.methods import (
+    ALGORITHM_1,
     DenoiserOptions,
     Division,
     Method,
@@ -57,8 +59,8 @@ class ClusterRequest:
 
     process: its name; None: the recipe's to write to, or else vp. fields: `key=value` changes to the process's section.
     data: shards. images: a folder or an IDX file. run: the run folder whose gradients are compared. options: of the
-    optimal denoiser; its seed is also that of gradients. plot, write: files. command: the command line, for the comment
-    on the boundaries in a recipe.
+    optimal denoiser; its seed is also that of gradients. lengths: of the stages. plot, write: files. command: the
+    command line, for the comment on the boundaries in a recipe.
     """
 
     method: Method
@@ -69,6 +71,7 @@ class ClusterRequest:
     images: Path | None = None
     run: Path | None = None
     options: DenoiserOptions = field(default_factory=DenoiserOptions)
+    lengths: Lengths = field(default_factory=Lengths)
     plot: Path | None = None
     write: Path | None = None
     command: str = ""
@@ -90,11 +93,11 @@ def cluster(request: ClusterRequest) -> Division | None:
         diffusion = _diffusion(request)
         process, name = build_process(diffusion), diffusion.process
         if request.method == "optimal-denoiser":
-            division, is_first = _divide_data(process, _sources(request), request.stages, request.options)
+            division, is_first = _divide_data(process, _sources(request), request)
             if not is_first:
                 return None
         else:
-            division = divide_by_schedule(process, request.method, request.stages)
+            division = divide_by_schedule(process, request.method, request.stages, request.lengths)
     division = replace(division, process_name=name)
     if request.plot:
         plot(division, request.plot)
@@ -126,6 +129,10 @@ def check_request(request: ClusterRequest) -> None:
         if value is not None and request.method not in methods:
             problem = f"has no meaning for --method {request.method}"
             raise ConfigError(f"--{name}", str(value), problem, f"Remove it, or use --method {methods[0]}.")
+    if request.method == "optimal-denoiser" and request.stages == ALGORITHM_1 and request.lengths.limited:
+        value = [request.lengths.min, request.lengths.max]
+        problem = f"the paper's Algorithm 1, which finds {ALGORITHM_1} stages, has no lengths to choose"
+        raise ConfigError("--min-length, --max-length", value, problem, "Leave them out, or use another --alpha.")
     if request.method == "gradient" and request.run is None:
         raise ConfigError("--run", None, "gradients are those of a trained model", "Name a run folder.")
     if request.method == "gradient" and (request.process or request.fields):
@@ -162,24 +169,23 @@ def _sources(request: ClusterRequest) -> list[BlockSource]:
     return image_sources(request.images) if request.images is not None else shard_sources(request.data or "")
 
 
-def _divide_data(
-    process: Process, sources: list[BlockSource], stages: int, options: DenoiserOptions
-) -> tuple[Division, bool]:
+def _divide_data(process: Process, sources: list[BlockSource], request: ClusterRequest) -> tuple[Division, bool]:
     """Division by the optimal denoiser, with a progress bar, and whether this process is rank 0 or the only one.
 
     Under torchrun or srun every rank reads its share of the sources, on its own device; the call is collective.
     """
     count = sum(source.count for source in sources)
+    stages, options, lengths = request.stages, request.options, request.lengths
     if is_rank_process():
         with process_group(WaitLimits(step_s=_WAIT_S, start_s=_WAIT_S)) as env:
             share = sum(source.count for source in sources[env.rank :: env.world_size])
             with _passes(share) if env.rank == 0 else nullcontext() as work:
                 counted = _counting(work)
                 blocks = float_blocks(sources, options.value_range, env.device, env.rank, env.world_size, counted)
-                return divide_by_optimal_denoiser(process, blocks, count, stages, options), env.rank == 0
+                return divide_by_optimal_denoiser(process, blocks, count, stages, options, lengths), env.rank == 0
     with _passes(count) as work:
         blocks = float_blocks(sources, options.value_range, this_device(), track=_counting(work))
-        return divide_by_optimal_denoiser(process, blocks, count, stages, options), True
+        return divide_by_optimal_denoiser(process, blocks, count, stages, options, lengths), True
 
 
 def _passes(count: int) -> LongWork:
@@ -220,7 +226,7 @@ def _divide_gradients(request: ClusterRequest) -> tuple[Division, str]:
     grid = clock_grid(process, GRADIENT_GRID).tolist()
     times = track(grid, "gradients at", "times")
     affinity = gradient_affinity(shared, decoders, objective, partition, x0, eps, times, label, context)
-    return divide_by_affinity(process, affinity, request.stages), recipe.diffusion.process
+    return divide_by_affinity(process, affinity, request.stages, request.lengths), recipe.diffusion.process
 
 
 def write_boundaries(recipe: Path, boundaries: Sequence[float], how: str) -> None:

@@ -43,8 +43,18 @@ def cluster(
     ] = 0.9,
     samples: Annotated[int, typer.Option(help="Noisy samples to denoise.")] = 2000,
     last_limit: Annotated[
-        Literal["at-1", "at-t"], typer.Option(help="Where eps*_1 is taken: x_1 (Eq. 5), or x_t (the paper's scripts).")
-    ] = "at-1",
+        Literal["at-1", "at-t"],
+        typer.Option(
+            help="Where eps*_1 is taken: at x_t, as in the paper's scripts, which gave its boundaries; or at x_1, as "
+            "in its text (Eq. 5), which puts the last boundary later."
+        ),
+    ] = "at-t",
+    min_length: Annotated[
+        float, typer.Option(help="Least length of a stage, as a fraction of time. The paper's scripts: 1/(2 K).")
+    ] = 0.0,
+    max_length: Annotated[
+        float, typer.Option(help="Greatest length of a stage, as a fraction of time. The paper's scripts: 3/(2 K).")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the drawn samples, noises and times.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write the similarity curves or matrix, as .png or .pdf.")] = None,
@@ -57,6 +67,7 @@ def cluster(
     from msdiff_dist.apps.divide_stages import ClusterRequest, check_request
     from msdiff_dist.apps.divide_stages import cluster as find_boundaries
     from msdiff_dist.files.atomic import check_place
+    from msdiff_dist.stage_division.intervals import Lengths
     from msdiff_dist.stage_division.methods import DenoiserOptions
 
     for option, file in (("--plot", plot), ("--write", write)):
@@ -75,6 +86,7 @@ def cluster(
         images=images,
         run=run,
         options=options,
+        lengths=Lengths(min=min_length, max=max_length),
         plot=plot,
         write=write,
         command=command,

@@ -19,7 +19,12 @@ from msdiff_dist.errors import ConfigError
 from msdiff_dist.files.atomic import atomic_write
 from msdiff_dist.pixels import centred, unit
 from msdiff_dist.stage_division.image_blocks import BlockSource, DataBlocks
-from msdiff_dist.stage_division.intervals import affinity_boundaries, snr_boundaries, timestep_boundaries
+from msdiff_dist.stage_division.intervals import (
+    Lengths,
+    affinity_boundaries,
+    snr_boundaries,
+    timestep_boundaries,
+)
 from msdiff_dist.stage_division.optimal_denoiser import (
     Blocks,
     LastLimit,
@@ -35,13 +40,15 @@ from msdiff_dist.stage_division.optimal_denoiser import (
 Method = Literal["timestep", "snr", "gradient", "optimal-denoiser"]
 ValueRange = Literal["01", "11"]
 
+ALGORITHM_1 = 3
+"""Stages that the paper's Algorithm 1 finds; any other number is cut from a matrix of similarities."""
 PAIR_GRID = 21
 """Times, evenly spaced on the clock, between which `pairwise_similarity` compares denoisers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserOptions:
-    """Settings of the method `optimal-denoiser`. The default of eta is that of the paper's published scripts.
+    """Settings of the method `optimal-denoiser`. Defaults of eta and last_limit are the paper's published scripts'.
 
     Args:
         eta: two entries of noise estimates are alike if they differ by at most this.
@@ -56,7 +63,7 @@ class DenoiserOptions:
     alpha: float = 0.9
     samples: int = 2000
     value_range: ValueRange = "01"
-    last_limit: LastLimit = "at-1"
+    last_limit: LastLimit = "at-t"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -92,16 +99,16 @@ class Division:
     process_name: str | None = None
 
 
-def divide_by_schedule(process: Process, method: Literal["timestep", "snr"], stages: int) -> Division:
+def divide_by_schedule(process: Process, method: Literal["timestep", "snr"], stages: int, lengths: Lengths) -> Division:
     """Stages that need no data: of equal length, or of similar signal-to-noise ratio."""
-    found = (timestep_boundaries if method == "timestep" else snr_boundaries)(process, stages)
+    found = (timestep_boundaries if method == "timestep" else snr_boundaries)(process, stages, lengths)
     return Division(method=method, process=process, stages=stages, boundaries=rounded(found))
 
 
-def divide_by_affinity(process: Process, affinity_GG: np.ndarray, stages: int) -> Division:
+def divide_by_affinity(process: Process, affinity_GG: np.ndarray, stages: int, lengths: Lengths) -> Division:
     """Stages of similar gradients, from their cosine similarities at the times of `clock_grid`."""
     grid = clock_grid(process, len(affinity_GG))
-    found = rounded(affinity_boundaries(grid, affinity_GG, stages))
+    found = rounded(affinity_boundaries(grid, affinity_GG, stages, lengths))
     return Division(
         method="gradient",
         process=process,
@@ -113,7 +120,7 @@ def divide_by_affinity(process: Process, affinity_GG: np.ndarray, stages: int) -
 
 
 def divide_by_optimal_denoiser(
-    process: Process, blocks: Blocks, count: int, stages: int, options: DenoiserOptions
+    process: Process, blocks: Blocks, count: int, stages: int, options: DenoiserOptions, lengths: Lengths
 ) -> Division:
     """Stages of similar optimal denoisers: Algorithm 1 for three stages, else the best cut of the similarity matrix.
 
@@ -121,21 +128,22 @@ def divide_by_optimal_denoiser(
         blocks: the data.
         count: its number of samples.
         options: the matrix takes `samples` / 21 draws, at 21 times each.
+        lengths: of the stages cut from the matrix. Algorithm 1 has none to choose.
 
     Raises:
         ConfigError: the data has no such stages with these options. DataError: there is too little data.
     """
     about = f"{count} samples, {options.samples} draws, eta {options.eta:g}"
-    if stages == 3:
+    if stages == ALGORITHM_1:
         draws = draw_samples(blocks, count, options.samples, options.seed)
         limits = limit_similarities(process, blocks, draws, options.eta, options.seed, options.last_limit)
         found = rounded(limit_boundaries(process, limits, options.alpha))
         return Division(
             method="optimal-denoiser",
             process=process,
-            stages=3,
+            stages=stages,
             boundaries=found,
-            found_by=f"{about}, alpha {options.alpha:g}",
+            found_by=f"{about}, alpha {options.alpha:g}, limit of the last stage {options.last_limit}",
             limits=limits,
         )
     if not 1 <= stages <= PAIR_GRID:
@@ -145,7 +153,7 @@ def divide_by_optimal_denoiser(
     draws = draw_samples(blocks, count, max(1, options.samples // PAIR_GRID), options.seed)
     sigmas = process.sigma_of(clock_times(process, np.linspace(0, 1, PAIR_GRID)))
     matrix = pairwise_similarity(blocks, draws, sigmas, options.eta)
-    found = rounded(pairwise_boundaries(process, matrix, stages))
+    found = rounded(pairwise_boundaries(process, matrix, stages, lengths))
     return Division(
         method="optimal-denoiser", process=process, stages=stages, boundaries=found, found_by=about, matrix_GG=matrix
     )

@@ -20,7 +20,7 @@ from msdiff_dist.diffusion.process import Process
 from msdiff_dist.distributed.agree import maximum, summed
 from msdiff_dist.errors import ConfigError, DataError
 from msdiff_dist.randomness import generator
-from msdiff_dist.stage_division.intervals import similarity_intervals
+from msdiff_dist.stage_division.intervals import ANY_LENGTH, Lengths, similarity_intervals
 
 Blocks = Callable[[], Iterable[tuple[int, Tensor]]]
 """Each call is one pass over the data. It yields (index of the block's first sample, block [b, d] in float64)."""
@@ -158,7 +158,7 @@ class _Posterior:
 
 
 def limit_similarities(
-    process: Process, blocks: Blocks, draws: Draws, eta: float, seed: int, last_limit: LastLimit = "at-1"
+    process: Process, blocks: Blocks, draws: Draws, eta: float, seed: int, last_limit: LastLimit = "at-t"
 ) -> LimitSimilarities:
     """D(t, 0) and D(t, 1) (Eq. 5) of each draw, at times drawn uniformly on the clock.
 
@@ -166,8 +166,9 @@ def limit_similarities(
 
     Args:
         eta: two entries are alike if they differ by at most this.
-        last_limit: where the limit t = 1 is taken: `at-1` at x_1 of the same sample and noise, as Eq. 5 defines D, or
-            `at-t` at x_t, as the paper's published scripts compute it. The latter puts the last boundary earlier.
+        last_limit: where the limit t = 1 is taken: `at-t` at x_t, as the paper's published scripts compute it and its
+            boundaries were found, or `at-1` at x_1 of the same sample and noise, as the paper's text has it (Eq. 5).
+            The latter puts the last boundary later.
     """
     u_M = np.sort(generator(seed, "optimal denoiser times").random(len(draws.noise_Md)))
     sigma_M = torch.from_numpy(process.sigma_of(clock_times(process, u_M))).to(draws.mean_d)
@@ -224,12 +225,14 @@ def pairwise_similarity(blocks: Blocks, draws: Draws, sigma_G: np.ndarray, eta: 
     return (similarity / M).numpy()
 
 
-def pairwise_boundaries(process: Process, similarity_GG: np.ndarray, stages: int) -> list[float]:
+def pairwise_boundaries(
+    process: Process, similarity_GG: np.ndarray, stages: int, lengths: Lengths = ANY_LENGTH
+) -> list[float]:
     """Boundaries of the best cut of a similarity matrix over the clock times 0, 1/(G-1), ..., 1.
 
     They lie half-way on the clock between the last time of one stage and the first of the next.
     """
-    between = (similarity_intervals(similarity_GG, stages) - 0.5) / (len(similarity_GG) - 1)
+    between = (similarity_intervals(similarity_GG, stages, lengths) - 0.5) / (len(similarity_GG) - 1)
     boundaries: list[float] = clock_times(process, between).tolist()
     return boundaries
 

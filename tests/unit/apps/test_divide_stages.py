@@ -13,6 +13,7 @@ from msdiff_dist.apps.divide_stages import ClusterRequest, cluster, write_bounda
 from msdiff_dist.diffusion.processes.vp import VPProcess
 from msdiff_dist.errors import ConfigError, DataError
 from msdiff_dist.recipe import load_recipe
+from msdiff_dist.stage_division.intervals import Lengths
 from msdiff_dist.stage_division.methods import DenoiserOptions
 
 RECIPES = Path(__file__).parents[3] / "recipes"
@@ -131,6 +132,8 @@ def test_a_recipe_that_cannot_have_the_boundaries_is_left_alone(recipe: Path) ->
         (ClusterRequest(method="snr", stages=3, process="vp", fields=["beta_mox=10"]), "beta_max"),
         (ClusterRequest(method="snr", stages=3, process="vp", fields=["beta_max"]), "key=value"),
         (ClusterRequest(method="snr", stages=3, plot=Path("x.unknown")), "--plot"),
+        (ClusterRequest(method="snr", stages=3, lengths=Lengths(min=0.5)), "--min-length"),
+        (ClusterRequest(method="optimal-denoiser", stages=3, data="a", lengths=Lengths(min=0.1)), "Algorithm 1"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(request_: ClusterRequest, message: str) -> None:

@@ -18,6 +18,7 @@ from msdiff_dist.diffusion.processes.vp import VPConfig, VPProcess
 from msdiff_dist.diffusion.stage_partition import build_partition
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.stage_division.intervals import (
+    Lengths,
     affinity_boundaries,
     best_intervals,
     centred_costs,
@@ -54,6 +55,38 @@ def test_centred_clusters_are_the_best_of_all(steps: list[float], stages: int) -
     cuts = best_intervals(centred_costs(feature), stages)
     assert len(cuts) == stages - 1
     assert sum(cost(i, j) for i, j in intervals(tuple(cuts), G)) == pytest.approx(search(cost, G, stages))
+
+
+@given(st.integers(6, 11), st.integers(1, 4), st.integers(0, 1000))
+def test_lengths_limit_the_search(G: int, stages: int, seed: int) -> None:
+    """Against a search over the divisions whose stages all have floor(G / 2K) to ceil(3 G / 2K) points."""
+    costs = np.random.default_rng(seed).random((G, G))
+    least, most = G // (2 * stages), -(-3 * G // (2 * stages))
+    allowed = [
+        sum(costs[i, j - 1] for i, j in intervals(cuts, G))
+        for cuts in itertools.combinations(range(1, G), stages - 1)
+        if all(least <= j - i <= most for i, j in intervals(cuts, G))
+    ]
+    lengths = Lengths(min=1 / (2 * stages), max=min(1, 3 / (2 * stages)))
+    cuts = best_intervals(costs, stages, lengths)
+    assert all(least <= j - i <= most for i, j in intervals(tuple(cuts), G))
+    assert sum(costs[i, j - 1] for i, j in intervals(tuple(cuts), G)) == pytest.approx(min(allowed))
+
+
+def test_a_limit_of_the_length_moves_boundaries_of_the_papers_grid() -> None:
+    """Without limits the noisiest of two stages by signal-to-noise ratio holds 0.432 of the clock."""
+    assert snr_boundaries(VP, 2) == [0.568]
+    assert snr_boundaries(VP, 2, Lengths(min=0.45)) == [0.551], "450 of the times 0.001, ..., 1"
+    assert snr_boundaries(DISCRETE, 2, Lengths(max=0.5)) == [500]
+
+
+def test_lengths_that_no_division_has_are_refused() -> None:
+    for lengths, message in ((Lengths(min=0.4), "--min-length = 0.4: 3 stages"), (Lengths(max=0.3), "--max-length")):
+        with pytest.raises(ConfigError, match=message):
+            timestep_boundaries(VP, 3, lengths)
+    for low, high, name in ((-0.1, 1, "--min-length"), (0.5, 0.4, "--max-length"), (0, 0, "--max-length")):
+        with pytest.raises(ConfigError, match=name):
+            Lengths(min=low, max=high)
 
 
 @given(st.integers(4, 8), st.integers(1, 4), st.integers(0, 1000))

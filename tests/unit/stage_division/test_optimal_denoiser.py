@@ -74,7 +74,7 @@ def test_blocked_noise_equals_equation_4(process: Process) -> None:
 def test_limit_similarities_equal_a_loop_over_the_definition(process: Process) -> None:
     data = clothes()
     draws = draw_samples(blocks_of(data), len(data), 60, seed=2)
-    ours = limit_similarities(process, blocks_of(data), draws, ETA, seed=2)
+    ours = limit_similarities(process, blocks_of(data), draws, ETA, seed=2, last_limit="at-1")
     assert np.all(np.diff(ours.clock_M) > 0)
     last = float(process.sigma_of(clock_times(process, 1.0)))
     for i, u in enumerate(ours.clock_M):
@@ -87,11 +87,39 @@ def test_limit_similarities_equal_a_loop_over_the_definition(process: Process) -
 def test_the_official_limit_is_the_mean_denoiser_at_the_same_noisy_sample() -> None:
     data = clothes()
     draws = draw_samples(blocks_of(data), len(data), 30, seed=2)
-    ours = limit_similarities(VP, blocks_of(data), draws, ETA, seed=2, last_limit="at-t")
+    ours = limit_similarities(VP, blocks_of(data), draws, ETA, seed=2)
     for i, t in enumerate(clock_times(VP, ours.clock_M)):
         y, eps, sigma = draws.sample_Md[i], draws.noise_Md[i], float(VP.sigma_of(t))
         at_t, by_mean = naive_noise(data, VP, y, eps, t), (y + sigma * eps - data.mean(0)) / sigma
         assert ours.to_noise_M[i] == pytest.approx(alike(at_t, by_mean), abs=1e-6)
+
+
+def published_boundaries(data: np.ndarray, draws: Draws, t_M: np.ndarray, alpha: float) -> list[float]:
+    """Algorithm 1 with numpy alone, in the scripts' form: all three estimates at one x_t, for beta from 0.1 to 20."""
+    to_data, to_noise = [], []
+    for y, eps, t in zip(draws.sample_Md.numpy(), draws.noise_Md.numpy(), t_M, strict=True):
+        log_s = -0.25 * t**2 * 19.9 - 0.5 * t * 0.1
+        s, std = np.exp(log_s), np.sqrt(1 - np.exp(2 * log_s))
+        x, sigma = s * y + std * eps, std / s
+        logit = -((x - s * data) ** 2).sum(1) / (2 * std**2)
+        w = np.exp(logit - logit.max())
+        best, by_mean = x / std - w @ data / (w.sum() * sigma), x / std - data.mean(0) / sigma
+        to_data.append(np.mean(np.abs(best - eps) < ETA))
+        to_noise.append(np.mean(np.abs(best - by_mean) < ETA))
+    n = len(t_M)
+    first = [t_M[k] for k in range(1, n) if np.mean(to_data[:k]) >= alpha]
+    last = [t_M[k] for k in range(n) if np.mean(to_noise[k:]) >= alpha]
+    return [max(first), min(last)]
+
+
+def test_boundaries_are_those_of_the_published_form_of_algorithm_1() -> None:
+    data = clothes()
+    draws = draw_samples(blocks_of(data), len(data), 400, seed=6)
+    published, text = (limit_similarities(VP, blocks_of(data), draws, ETA, 6, *form) for form in ((), ("at-1",)))
+    expected = published_boundaries(data.numpy(), draws, clock_times(VP, published.clock_M), 0.9)
+    assert limit_boundaries(VP, published, 0.9) == pytest.approx(expected)
+    assert limit_boundaries(VP, text, 0.9)[0] == expected[0], "the limits differ at t = 1 alone"
+    assert limit_boundaries(VP, text, 0.9)[1] > expected[1], "and the text's puts the last stage later"
 
 
 def test_pairwise_similarity_equals_a_loop_over_the_definition() -> None:
