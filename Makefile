@@ -38,7 +38,7 @@ wheel: setup  ## dist/*.whl, built twice: the same bytes
 quickstart: setup  ## train digits on 4 ranks, then sample from the run
 	test -f data/digits/index.json || $(BIN)/msdiff data prepare digits --out data/digits
 	$(BIN)/msdiff train recipes/quickstart.yaml --nproc 4 --run-dir $(RUN)
-	rm -rf $(RUN)/final && $(BIN)/msdiff sample $(RUN) --num 100 --sampler ddim --eta 1 --clip --steps 50 --guidance 2 --out $(RUN)/final
+	rm -rf $(RUN)/final && $(BIN)/msdiff sample $(RUN) --num 100 --sampler ddim --eta 1 --clip --last clean --steps 50 --guidance 2 --out $(RUN)/final
 
 format: setup  ## put the code into ruff's form and apply its safe corrections
 	$(BIN)/ruff check --fix .

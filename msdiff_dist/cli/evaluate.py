@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -37,6 +37,10 @@ def evaluate(
         typer.Option(parser=Names(choices.solvers, checked=False), help="Solver. Default: the process's own."),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the solver.")] = 50,
+    last: Annotated[
+        Literal["first_time", "clean"],
+        typer.Option(help="Where the last step of ddim and dpmpp_2m ends: use clean for pixels, not latents."),
+    ] = "first_time",
     eta: Annotated[float, typer.Option(min=0, max=1, help="Noise of ddim's steps.")] = 0.0,
     clip_x0: Annotated[bool, typer.Option("--clip", help="Keep x0 in [-1, 1]: for pixels, not latents.")] = False,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 1.0,
@@ -62,7 +66,7 @@ def evaluate(
     The same command resumes: images that are there are not sampled again, and features of the reference are kept. The
     result is added to the run's evaluations.jsonl; `msdiff compare` shows those of several runs.
 
-    Example: msdiff evaluate runs/quickstart --metrics fid,kid --num 1000
+    Example: msdiff evaluate runs/quickstart --metrics fid,kid --num 1000 --last clean
     """
     from msdiff_dist.apps.evaluation.evaluate import EvaluationRequest
     from msdiff_dist.apps.evaluation.evaluate import evaluate as evaluate_subject
@@ -76,7 +80,7 @@ def evaluate(
             check_place(option, file, "file")
     if samples is not None:
         check_place("--samples", samples, "folder")
-    config = SamplerConfig(name=sampler, steps=steps, eta=eta, clip=clip_x0, guidance_scale=guidance)
+    config = SamplerConfig(name=sampler, steps=steps, last=last, eta=eta, clip=clip_x0, guidance_scale=guidance)
     request = EvaluationRequest(
         subject=subject,
         job=SamplingJob(num=num, seed=seed, sampler=config, batch_size=batch_size),

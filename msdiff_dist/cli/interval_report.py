@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -27,6 +27,10 @@ def interval_report(
         str | None, typer.Option(parser=Names(choices.solvers, checked=False), help="Solver, as for sample.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the solver.")] = 50,
+    last: Annotated[
+        Literal["first_time", "clean"],
+        typer.Option(help="Where the last step of ddim and dpmpp_2m ends: use clean for pixels, not latents."),
+    ] = "first_time",
     clip: Annotated[bool, typer.Option(help="Keep x0 in [-1, 1]: for pixels, not latents.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the images.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 250,
@@ -53,7 +57,7 @@ def interval_report(
         raise ConfigError("--intervals", e.value, e.problem, e.remedy) from None
     open_weights(run)  # imports the recipe's extensions, one of which may add the solver
     try:
-        how = SamplerConfig(name=sampler, steps=steps, clip=clip)
+        how = SamplerConfig(name=sampler, steps=steps, last=last, clip=clip)
     except ConfigError as e:
         raise ConfigError("--sampler" if e.field == "name" else e.field, e.value, e.problem, e.remedy) from None
     score = ScoreConfig(classifier=str(classifier), reference=data, pictures=num, sampler=how, batch_size=batch_size)

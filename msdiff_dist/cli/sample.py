@@ -33,6 +33,10 @@ def sample(
     end: Annotated[
         float | None, typer.Option(help="Last t or sigma, of a vp or edm process. Default: t_min, sigma_min.")
     ] = None,
+    last: Annotated[
+        Literal["first_time", "clean"],
+        typer.Option(help="Where the last step of ddim and dpmpp_2m ends: use clean for pixels, not latents."),
+    ] = "first_time",
     eta: Annotated[float, typer.Option(min=0, max=1, help="Noise of ddim's steps.")] = 0.0,
     churn: Annotated[float, typer.Option(min=0, help="Noise of heun's steps, S_churn.")] = 0.0,
     spacing: Annotated[
@@ -57,7 +61,7 @@ def sample(
 
     The same command on the same folder resumes: it makes the images that are missing.
 
-    Example: msdiff sample runs/quickstart --num 100 --steps 50 --sampler ddim --out samples
+    Example: msdiff sample runs/quickstart --num 100 --steps 50 --sampler ddim --last clean --out samples
     """
     from msdiff_dist.diffusion.solvers import ChurnConfig, SamplerConfig
     from msdiff_dist.errors import ConfigError
@@ -79,6 +83,7 @@ def sample(
             eta=eta,
             spacing=spacing,
             end=end,
+            last=last,
             clip=clip,
             guidance_scale=guidance,
             churn=ChurnConfig(amount=churn),

@@ -16,6 +16,8 @@ from msdiff_dist.diffusion.denoiser import Denoiser
 from msdiff_dist.errors import ConfigError
 
 Spacing = Literal["leading", "trailing", "uniform", "log_snr", "rho"]
+Last = Literal["first_time", "clean"]
+"""Where a sampler's last step ends: at the noise level of the process's first time, or at clean data."""
 
 
 class Process(ABC):
@@ -75,15 +77,19 @@ class Process(ABC):
     # These follow from them.
 
     def sampling_times(
-        self, steps: int, spacing: Spacing | None = None, end: float | None = None
+        self, steps: int, spacing: Spacing | None = None, end: float | None = None, last: Last | None = None
     ) -> tuple[np.ndarray, float]:
         """Times [steps], descending, of a sampler's steps, and the sigma that the last step ends at (0: clean data).
 
         Args:
-            spacing: one of `spacings`, None for the first. `leading` is i T / steps + 1, as in LDM; `trailing` goes
-                down from T - 1 in steps of T / steps, as in diffusers; `uniform` is even in time, `log_snr` in log-SNR,
-                `rho` in sigma^(1/rho) (2206.00364, Eq. 5).
+            spacing: one of `spacings`, None for the first. `leading` is i T / steps + 1: LDM's times where steps
+                divides T (elsewhere LDM takes more steps than were asked for); `trailing` goes down from T - 1 in steps
+                of T / steps, as in diffusers; `uniform` is even in time, `log_snr` in log-SNR, `rho` in sigma^(1/rho)
+                (2206.00364, Eq. 5).
             end: last time, in the process's unit, where the process lets it be chosen.
+            last: `first_time`: the last step ends at the process's first time, or at `end`; where that time is itself
+                one of the steps', at clean data. `clean`: at clean data, and the last time is `end` where the process
+                has one. None: what `spaced_times` gives, clean data for all processes but `vp`.
 
         Raises:
             ConfigError: the process does not offer this spacing, end or number of steps.
@@ -92,7 +98,16 @@ class Process(ABC):
         if spacing not in self.spacings:
             problem = f"a process in {self.unit} does not offer this spacing"
             raise ConfigError("spacing", spacing, problem, f"Choose from: {', '.join(self.spacings)}.")
-        return self.spaced_times(steps, spacing, end)
+        times, landing = self.spaced_times(steps, spacing, end)
+        if last == "first_time" and landing == 0 and times[-1] > self.lo:
+            landing = float(self.sigma_of(self.lo))
+        elif last == "clean" and landing > 0:
+            # The steps that would end at the last time are one fewer, since the step from there is one too.
+            if steps > 1:
+                end_time = max(float(self.time_of(landing)), self.lo)
+                times = np.append(self.spaced_times(steps - 1, spacing, end)[0], end_time)
+            landing = 0.0
+        return times, landing
 
     def perturb(self, x0_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Tensor:
         """x_t = s x_0 + n noise, [B, C, H, W] (Eq. 1)."""

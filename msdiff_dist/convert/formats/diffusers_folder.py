@@ -277,7 +277,7 @@ def _model_of_own(config: Mapping[str, Any]) -> LDMConfig:
 
 
 def _scheduler_config(discrete: DiscreteConfig) -> dict[str, Any]:
-    # One step of offset, as in LDM's own sampler, and the last step ends at alphas_cumprod = 1.
+    # One step of offset, and the last step ends at timestep 0, as in LDM's own sampler.
     return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": discrete.timesteps,
@@ -286,7 +286,7 @@ def _scheduler_config(discrete: DiscreteConfig) -> dict[str, Any]:
         "beta_schedule": SCHEDULES[discrete.schedule],
         "prediction_type": discrete.prediction_type,
         "clip_sample": False,
-        "set_alpha_to_one": True,
+        "set_alpha_to_one": False,
         "steps_offset": 1,
         "timestep_spacing": "leading",
     }

@@ -110,7 +110,8 @@ class DiscreteProcess(Process):
         if steps > self.hi:
             raise ConfigError("steps", steps, f"the process has {self.hi} timesteps", f"Use at most {self.hi}.")
         if end is not None:
-            raise ConfigError("end", end, "a discrete process is always sampled to clean data", "Omit it.")
+            problem = "the end of a discrete process is its first timestep"
+            raise ConfigError("end", end, problem, "Omit it; `last` says where the last step ends.")
         i = np.arange(steps)
         if spacing == "leading":
             # LDM shifts its timesteps by one. With steps less than two timesteps apart that could pass the last one.

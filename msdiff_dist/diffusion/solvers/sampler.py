@@ -11,7 +11,7 @@ from torch import Tensor
 
 from msdiff_dist.bounds import check_between
 from msdiff_dist.config import INFINITE
-from msdiff_dist.diffusion.process import Process, Spacing
+from msdiff_dist.diffusion.process import Last, Process, Spacing
 from msdiff_dist.diffusion.solvers.dpm_solver import dpm_solver_singlestep
 from msdiff_dist.diffusion.solvers.heun import heun, heun_steps
 from msdiff_dist.diffusion.solvers.schedulers import ddim, ddpm, dpmpp_2m
@@ -27,8 +27,8 @@ def _variance_preserving(process: Process) -> bool:
 SOLVERS: Table[Solver] = Table(
     "solver",
     {
-        "ddim": Solver(run=ddim, fits=_variance_preserving, options=("eta",), clips=True),
-        "dpmpp_2m": Solver(run=dpmpp_2m, fits=_variance_preserving),
+        "ddim": Solver(run=ddim, fits=_variance_preserving, options=("eta", "last"), clips=True),
+        "dpmpp_2m": Solver(run=dpmpp_2m, fits=_variance_preserving, options=("last",)),
         "ddpm": Solver(run=ddpm, fits=_variance_preserving, clips=True),
         "dpm_3s": Solver(
             run=dpm_solver_singlestep,
@@ -81,6 +81,11 @@ class SamplerConfig:
     """How the sampling times are spaced; null takes the process's default."""
     end: float | None = None
     """Last time that is sampled, of a `vp` process (default t_min) or an `edm` process (default sigma_min)."""
+    last: Last = "first_time"
+    """Where the last step of `ddim` and `dpmpp_2m` ends. `first_time`: at the noise level of the first timestep, as in
+    LDM's and DPM-Solver's code, or at `end`; autoencoders decode latents with so little noise. `clean`: at clean data,
+    for pixels, where that noise shows (with LDM's betas 5 of 255 levels). `ddpm` and `heun` end at clean data, `dpm_3s`
+    at `end`."""
     clip: bool = False
     """Clip estimates of x_0 to [-1, 1]: for pixels, not for latents. `ddim` still takes its estimate of the noise from
     the estimate before clipping. Early in training `ddim` with eta 1 and clip gives the cleanest images."""
@@ -105,6 +110,10 @@ class SamplerConfig:
             raise ConfigError(
                 "churn.amount", self.churn.amount, f"{self.name} has no churn", "Omit it, or use the heun sampler."
             )
+        if self.last != "first_time" and "last" not in solver.options:
+            raise ConfigError(
+                "last", self.last, f"{self.name} has no choice of it", "Omit it, or use the ddim sampler."
+            )
         if self.steps < solver.least_steps:
             problem = f"{self.name} needs at least {solver.least_steps} evaluations"
             raise ConfigError("steps", self.steps, problem, f"Use at least {solver.least_steps}.")
@@ -126,7 +135,7 @@ class SamplerConfig:
             problem = f"{name} supports only {' or '.join(solver.spacings)}"
             raise ConfigError("spacing", named.spacing, problem, "Omit it.")
         # Called only for its checks: it refuses spacings, ends and numbers of steps that the process does not offer.
-        process.sampling_times(named.steps, named.spacing, named.end)
+        process.sampling_times(named.steps, named.spacing, named.end, named.last)
         return named
 
 

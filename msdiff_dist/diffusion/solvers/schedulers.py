@@ -19,6 +19,8 @@ from msdiff_dist.diffusion.solvers.solver import Denoise
 if TYPE_CHECKING:
     from msdiff_dist.diffusion.solvers.sampler import SamplerConfig
 
+_FEW_STEPS = 10
+
 
 def ddim(
     denoise: Denoise, process: Process, config: SamplerConfig, x: Tensor, generators: list[torch.Generator]
@@ -29,7 +31,8 @@ def ddim(
     def scheduler(sigmas: np.ndarray) -> Any:
         return _ancestral(DDIMScheduler, sigmas, config)
 
-    return _run(scheduler, denoise, process, config, x, generators, eta=config.eta)
+    times = process.sampling_times(config.steps, config.spacing, config.end, config.last)
+    return _run(scheduler, times, denoise, process, x, generators, eta=config.eta)
 
 
 def ddpm(
@@ -41,31 +44,39 @@ def ddpm(
     def scheduler(sigmas: np.ndarray) -> Any:
         return _ancestral(DDPMScheduler, sigmas, config)
 
-    return _run(scheduler, denoise, process, config, x, generators)
+    times = process.sampling_times(config.steps, config.spacing, config.end)
+    return _run(scheduler, times, denoise, process, x, generators)
 
 
 def dpmpp_2m(
     denoise: Denoise, process: Process, config: SamplerConfig, x: Tensor, generators: list[torch.Generator]
 ) -> Tensor:
-    """DPM-Solver++ multistep of order 2 (2211.01095)."""
+    """DPM-Solver++ multistep of order 2 (2211.01095, Algorithm 2).
+
+    The first step is of order 1. So is the last one if it ends at clean data, where the log-SNR is infinite, or if the
+    steps are fewer than ten, with which order 2 is unstable (as in the authors' code).
+    """
     from diffusers import DPMSolverMultistepScheduler
 
     def scheduler(sigmas: np.ndarray) -> Any:
         # Entry 0 is where sampling ends, so the timesteps are steps, ..., 1. The scheduler derives float32 sigmas from
         # its own betas; they are replaced by the exact ones, in descending order.
-        made: Any = DPMSolverMultistepScheduler(**_common(sigmas))
+        final = "sigma_min" if sigmas[0] else "zero"
+        few = config.steps < _FEW_STEPS
+        made: Any = DPMSolverMultistepScheduler(**_common(sigmas), lower_order_final=few, final_sigmas_type=final)
         made.set_timesteps(timesteps=list(range(config.steps, 0, -1)))
         made.sigmas = torch.from_numpy(sigmas[::-1].copy())
         return made
 
-    return _run(scheduler, denoise, process, config, x, generators)
+    times = process.sampling_times(config.steps, config.spacing, config.end, config.last)
+    return _run(scheduler, times, denoise, process, x, generators)
 
 
 def _run(
     scheduler_of: Callable[[np.ndarray], Any],
+    sampling_times: tuple[np.ndarray, float],
     denoise: Denoise,
     process: Process,
-    config: SamplerConfig,
     x: Tensor,
     generators: list[torch.Generator],
     **options: float,
@@ -74,11 +85,12 @@ def _run(
 
     Args:
         scheduler_of: makes the scheduler from sigmas [steps + 1], ascending: sigma of schedule entry i.
+        sampling_times: of the process.
         options: passed to each of its steps.
     """
-    times, landing = process.sampling_times(config.steps, config.spacing, config.end)
+    times, landing = sampling_times
     scheduler = scheduler_of(np.array([landing, *process.sigma_of(times[::-1])]))
-    for index, t in zip(range(config.steps, 0, -1), times.tolist(), strict=True):
+    for index, t in zip(range(len(times), 0, -1), times.tolist(), strict=True):
         x = scheduler.step(denoise(x, t), torch.tensor(index), x, generator=generators, **options).prev_sample
     return x
 

@@ -31,7 +31,8 @@ class Solver:
             x_T, noise of standard deviation `process.prior_std`, steps through the times of `process.sampling_times`,
             and draws all further noise from the generators, one per sample.
         fits: whether the solver can sample a process.
-        options: those of `eta` and `churn` that the solver uses; a configuration that sets another one is refused.
+        options: those of `eta`, `churn` and `last` that the solver uses; a configuration that sets another one is
+            refused.
         spacings: the spacings that the solver supports; None: all that the process offers.
         least_steps: smallest `SamplerConfig.steps`.
         steps_of: `SamplerConfig.steps` for a number of network evaluations. It raises `ConfigError` with the field

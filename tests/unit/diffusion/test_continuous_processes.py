@@ -132,6 +132,12 @@ def test_continuous_sampling_times(steps: int) -> None:
         assert landing == pytest.approx(VP.sigma_of(1e-3))
         even = np.log(VP.sigma_of(times)) if spacing == "log_snr" else times
         np.testing.assert_allclose(np.diff(even, 2), 0, atol=1e-9)
+        assert VP.sampling_times(steps, spacing, 1e-3, "first_time")[1] == landing
+        times, landing = VP.sampling_times(steps, spacing, 1e-2, "clean")
+        assert (len(times), times[0], landing) == (steps, pytest.approx(1), 0)
+        assert times[-1] == pytest.approx(1e-2), "the end is the last time, before clean data"
+        even = np.log(VP.sigma_of(times)) if spacing == "log_snr" else times
+        np.testing.assert_allclose(np.diff(even, 2), 0, atol=1e-9)
     times, landing = EDM.sampling_times(steps)
     np.testing.assert_allclose(
         times, [(80 ** (1 / 7) * (1 - u) + 0.002 ** (1 / 7) * u) ** 7 for u in np.linspace(0, 1, steps)]

@@ -90,8 +90,20 @@ def test_sampling_times_descend_inside_the_process(spacing: str, steps: int) -> 
 
 
 def test_sampling_times_of_ldm() -> None:
-    assert discrete().sampling_times(200, "leading")[0].tolist() == list(range(996, 0, -5))
+    for steps in (4, 20, 50, 100, 200, 250, 500):
+        uniform = 1 + np.arange(0, 1000, 1000 // steps)  # make_ddim_timesteps of LDM's code
+        assert discrete().sampling_times(steps, "leading")[0].tolist() == uniform[::-1].tolist()
     assert discrete().sampling_times(4, "trailing")[0].tolist() == [999, 749, 499, 249]
+
+
+def test_the_last_step_ends_at_timestep_0_unless_it_starts_there() -> None:
+    sigma_0 = np.sqrt(0.0015 / 0.9985)  # beta_start is the variance of timestep 0
+    for steps, spacing in ((50, "leading"), (500, "leading"), (50, "trailing"), (500, "trailing")):
+        assert discrete().sampling_times(steps, spacing, last="first_time")[1] == pytest.approx(sigma_0)
+        assert discrete().sampling_times(steps, spacing, last="clean")[1] == 0
+    for steps, spacing in ((1000, "leading"), (1000, "trailing"), (50, "log_snr")):
+        times, landing = discrete().sampling_times(steps, spacing, last="first_time")
+        assert (times[-1], landing) == (0, 0)
 
 
 @pytest.mark.parametrize(

@@ -69,28 +69,44 @@ def test_each_call_gets_the_stage_of_its_time(config: SamplerConfig) -> None:
 @pytest.mark.parametrize(
     ("config", "reference", "options"),
     [
-        (SamplerConfig(name="ddim", steps=50, spacing="trailing"), diffusers.DDIMScheduler, {}),
-        (SamplerConfig(name="dpmpp_2m", steps=20, spacing="trailing"), diffusers.DPMSolverMultistepScheduler, {}),
-        (SamplerConfig(name="ddpm", steps=50, spacing="trailing"), diffusers.DDPMScheduler, {}),
+        (SamplerConfig(name="ddim", last="clean"), diffusers.DDIMScheduler, {"set_alpha_to_one": True}),
+        (SamplerConfig(name="ddim"), diffusers.DDIMScheduler, {"set_alpha_to_one": False}),
+        (SamplerConfig(name="ddim", eta=1.0), diffusers.DDIMScheduler, {"set_alpha_to_one": False}),
         (
-            SamplerConfig(name="ddim", steps=50, eta=1.0, clip=True, spacing="trailing"),
+            SamplerConfig(name="ddim", eta=1.0, clip=True, last="clean", spacing="trailing"),
             diffusers.DDIMScheduler,
-            {"eta": 1.0},
+            {},
         ),
+        (SamplerConfig(name="ddim", steps=1000), diffusers.DDIMScheduler, {"steps_offset": 0}),
+        (
+            SamplerConfig(name="dpmpp_2m", steps=20, spacing="trailing", last="clean"),
+            diffusers.DPMSolverMultistepScheduler,
+            {},
+        ),
+        *(
+            (
+                SamplerConfig(name="dpmpp_2m", steps=steps, spacing="trailing"),
+                diffusers.DPMSolverMultistepScheduler,
+                {"final_sigmas_type": "sigma_min"},
+            )
+            for steps in (8, 20)
+        ),
+        (SamplerConfig(name="ddpm", spacing="trailing"), diffusers.DDPMScheduler, {}),
     ],
 )
 def test_same_images_as_diffusers_on_the_full_schedule(config: SamplerConfig, reference: type, options: dict) -> None:
-    clip = {} if config.name == "dpmpp_2m" else {"clip_sample": config.clip}
-    scheduler = reference(
-        1000, 0.0015, 0.0195, "scaled_linear", prediction_type="epsilon", timestep_spacing="trailing", **clip
-    )
+    if config.name != "dpmpp_2m":
+        options = {"clip_sample": config.clip} | options
+    options = {"steps_offset": int(config.spacing is None)} | options  # LDM's, for spacing "leading"
+    spacing = config.spacing or "leading"
+    scheduler = reference(1000, 0.0015, 0.0195, "scaled_linear", timestep_spacing=spacing, **options)
     scheduler.set_timesteps(config.steps)
-    generators = image_generators(0, [0, 1])
+    generators, noise = image_generators(0, [0, 1]), {"eta": config.eta} if config.eta else {}
     x = torch.stack([torch.randn(SHAPE, generator=g) for g in generators])
     for t in scheduler.timesteps:
         stage = int(PARTITION.stage_of(np.array(int(t))))
         output = network(x, torch.full((2,), float(t)), stage, None, None)
-        x = scheduler.step(output, t, x, generator=generators, **options).prev_sample
+        x = scheduler.step(output, t, x, generator=generators, **noise).prev_sample
     ours = sample(network, PROCESS, PARTITION, config, seed=0, index_n=[0, 1], shape=SHAPE)
     torch.testing.assert_close(ours, x, atol=2e-4, rtol=2e-4)
 

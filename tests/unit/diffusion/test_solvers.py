@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -46,7 +47,7 @@ def square_root(matrix: torch.Tensor) -> torch.Tensor:
 
 def flow_error(process: Process, config: SamplerConfig) -> float:
     """Largest error on the probability flow x_T -> s_0 MEAN + C_0^(1/2) C_T^(-1/2) (x_T - s_T MEAN)."""
-    times, landing = process.sampling_times(config.steps, config.spacing, config.end)
+    times, landing = process.sampling_times(config.steps, config.spacing, config.end, config.last)
     (s_T, n_T), (s_0, n_0) = scales(process, float(process.sigma_of(times[0]))), scales(process, landing)
     root_T, root_0 = (square_root(s**2 * COVARIANCE + n**2 * EYE) for s, n in ((s_T, n_T), (s_0, n_0)))
     x_T = process.prior_std * torch.cat([EYE, -EYE, 2 * MIX])
@@ -61,6 +62,7 @@ def flow_error(process: Process, config: SamplerConfig) -> float:
         (VP, "ddim", "log_snr", (128, 256), 1, 0.02),
         (VP, "ddim", "uniform", (128, 256), 1, 0.04),
         (VP, "dpmpp_2m", "log_snr", (128, 256), 2, 3e-4),
+        (VP, "dpmpp_2m", "uniform", (256, 512), 2, 2e-3),
         (VP, "dpm_3s", "log_snr", (71, 143), 3, 1e-4),  # 24 and 48 steps in log-SNR, the last of order 2
         (EDM, "heun", "rho", (128, 256), 2, 1e-3),
     ],
@@ -77,7 +79,59 @@ def test_the_probability_flow_is_solved_with_the_stated_order(
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "log_snr"])
 def test_the_discrete_process_is_solved_up_to_its_last_step(name: str, spacing: str) -> None:
     """Timesteps end at sigma 0.04; from there to clean data is one step, whatever their number."""
-    assert flow_error(DISCRETE, SamplerConfig(name=name, steps=500, spacing=spacing)) < 0.03
+    clean = flow_error(DISCRETE, SamplerConfig(name=name, steps=500, spacing=spacing, last="clean"))
+    assert clean < 0.03
+    first = flow_error(DISCRETE, SamplerConfig(name=name, steps=500, spacing=spacing))
+    if spacing == "log_snr":
+        assert first == clean, "the last step is from timestep 0"
+    else:
+        assert first < {"ddim": 8e-3, "dpmpp_2m": 1e-3}[name]
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m"])
+@pytest.mark.parametrize(("spacing", "steps"), [("leading", 4), ("leading", 50), ("trailing", 20)])
+def test_a_single_image_keeps_its_noise_down_to_timestep_0(name: str, spacing: str, steps: int) -> None:
+    """Of data with one value every step is exact: the noise of x_T stays, at the scale of the time where it ends."""
+    value, noise = torch.tensor([[0.7, -0.4]], dtype=torch.float64), torch.tensor([[1.3, -0.8]], dtype=torch.float64)
+    times, _ = DISCRETE.sampling_times(steps, spacing)
+    s_T, n_T = scales(DISCRETE, float(DISCRETE.sigma_of(times[0])))
+
+    def solved(last: str) -> torch.Tensor:
+        config = SamplerConfig(name=name, steps=steps, spacing=spacing, last=last)
+        return solve(lambda x, t: value, DISCRETE, config, s_T * value + n_T * noise, [torch.Generator()])
+
+    # alphas_cumprod[0] is 1 - beta_start = 0.9985.
+    exact = math.sqrt(0.9985) * value + math.sqrt(0.0015) * noise
+    torch.testing.assert_close(solved("first_time"), exact, rtol=0, atol=1e-6)
+    torch.testing.assert_close(solved("clean"), value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("process", "last"), [(VP, "first_time"), (DISCRETE, "first_time"), (VP, "clean")])
+@pytest.mark.parametrize("steps", [9, 10, 25])
+def test_dpmpp_2m_is_the_papers_algorithm(process: Process, last: str, steps: int) -> None:
+    """2211.01095, Algorithm 2. The last step has order 1 if there are few, or if it ends at infinite log-SNR."""
+    spacing = "log_snr" if process is VP else "trailing"
+    times, landing = process.sampling_times(steps, spacing, None, last)
+    sigmas = [*process.sigma_of(times).tolist(), landing]
+    x_T = torch.randn(2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
+        return torch.tanh(2 * x + math.log(float(process.sigma_of(t))))
+
+    x, before, r = x_T, None, 1.0
+    for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
+        (_, n), (s_next, n_next) = scales(process, sigma), scales(process, sigma_next)
+        estimate = denoise(x, times[i])
+        first = before is None or sigma_next == 0 or (i == steps - 1 and steps < 10)
+        h = math.inf if sigma_next == 0 else math.log(sigma / sigma_next)
+        if i:
+            r = math.log(sigmas[i - 1] / sigma) / h
+        d = estimate if first else (1 + 1 / (2 * r)) * estimate - 1 / (2 * r) * before
+        x, before = n_next / n * x - s_next * math.expm1(-h) * d, estimate
+    config = SamplerConfig(name="dpmpp_2m", steps=steps, spacing=spacing, last=last)
+    # The scheduler computes its steps in float32.
+    solved = solve(denoise, process, config, x_T, [torch.Generator()] * 2)
+    torch.testing.assert_close(solved, x, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -124,14 +178,14 @@ def test_heun_takes_two_evaluations_for_each_step_but_the_last() -> None:
 
 
 def test_clip_keeps_estimates_in_range() -> None:
-    for process, name in [
-        (DISCRETE, "ddim"),
-        (DISCRETE, "ddpm"),
-        (DISCRETE, "dpmpp_2m"),
-        (VP, "dpm_3s"),
-        (EDM, "heun"),
+    for process, name, last in [
+        (DISCRETE, "ddim", "clean"),
+        (DISCRETE, "ddpm", "first_time"),
+        (DISCRETE, "dpmpp_2m", "clean"),
+        (VP, "dpm_3s", "first_time"),
+        (EDM, "heun", "first_time"),
     ]:
-        config = SamplerConfig(name=name, steps=30, clip=True)
+        config = SamplerConfig(name=name, steps=30, clip=True, last=last)
         x_T = process.prior_std * torch.ones(1, 4, dtype=torch.float64)
         x = solve(lambda x, t: torch.full_like(x, 3.0), process, config, x_T, image_generators(0, [0]))
         torch.testing.assert_close(x, torch.ones_like(x), atol=0.02, rtol=0)
@@ -156,6 +210,8 @@ def test_clip_keeps_estimates_in_range() -> None:
         (VP, {"name": "ddpm", "eta": 0.5}, "eta"),
         (VP, {"churn": ChurnConfig(amount=1.0)}, "churn.amount"),
         (DISCRETE, {"churn": ChurnConfig(amount=1.0)}, "churn.amount"),
+        (DISCRETE, {"name": "ddpm", "last": "clean"}, "last"),
+        (EDM, {"last": "clean"}, "last"),
     ],
 )
 def test_samplers_that_do_not_fit_are_refused(process: Process, fields: dict, field: str) -> None:
