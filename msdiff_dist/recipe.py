@@ -16,9 +16,10 @@ from msdiff_dist.config import from_mapping, to_mapping, with_current_names
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.make.encoding import EncodeConfig
 from msdiff_dist.diffusion.augmentation import AUGMENT_LABELS, AugmentationConfig
-from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig, build_process
+from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig, build_process, build_times
 from msdiff_dist.diffusion.process import Process
 from msdiff_dist.diffusion.stage_partition import StagePartition, build_partition
+from msdiff_dist.diffusion.training_times import TrainingTimes
 from msdiff_dist.distributed.placement import ParallelConfig
 from msdiff_dist.errors import ConfigError, collecting, raise_all
 from msdiff_dist.evaluation.grid import PreviewConfig
@@ -88,6 +89,10 @@ class Recipe:
     def process(self) -> Process:
         """The diffusion process."""
         return build_process(self.diffusion)
+
+    def times(self) -> TrainingTimes:
+        """The times that are trained on, and the weights of their losses."""
+        return build_times(self.diffusion)
 
     def freezing(self) -> Freezing:
         """The parameters that do not train, and the stages whose samples are trained on."""
@@ -188,6 +193,10 @@ def _check_stages(recipe: Recipe) -> None:
             f"has {decoders} decoders for the {stages} stages of stages.boundaries = {list(recipe.stages.boundaries)}",
             f"Give {stages} decoders, or {decoders - 1} boundaries.",
         )  # fmt: skip
+
+
+def _check_times(recipe: Recipe) -> None:
+    recipe.times()
 
 
 def _check_shapes(recipe: Recipe) -> None:
@@ -324,6 +333,7 @@ def _check_validation(recipe: Recipe) -> None:
 _CHECKS: dict[Callable[[Recipe], None], tuple[str, ...]] = {
     _check_name: ("name",),
     _check_extensions: ("extensions",),
+    _check_times: ("diffusion",),
     _check_stages: ("stages", "diffusion", "model"),
     _check_shapes: ("data", "autoencoder", "model"),
     _check_classes: ("data", "model"),

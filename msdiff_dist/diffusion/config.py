@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from msdiff_dist.config import section_of
 from msdiff_dist.diffusion.process import Process
 from msdiff_dist.diffusion.processes import PROCESSES
+from msdiff_dist.diffusion.training_times import TimesConfig, TrainingTimes
 from msdiff_dist.errors import ConfigError
 
 StageSampling = Literal["uniform", "equal"] | tuple[float, ...]
@@ -21,6 +22,8 @@ class DiffusionConfig:
     process: Annotated[str, PROCESSES] = "discrete"
     """Diffusion process."""
     section: Any = field(default=None, metadata=section_of(PROCESSES, "process"))
+    times: TimesConfig | None = None
+    """Times drawn and weighted otherwise than by the process; null: as the process does."""
 
     def settings(self) -> Any:
         """The process's own dataclass, with its defaults where the recipe has no section."""
@@ -32,6 +35,15 @@ def build_process(config: DiffusionConfig) -> Process:
     return PROCESSES[config.process].build(config.settings())
 
 
+def build_times(config: DiffusionConfig) -> TrainingTimes:
+    """The times that the recipe trains on.
+
+    Raises:
+        ConfigError: `diffusion.times` does not fit the process.
+    """
+    return TrainingTimes(build_process(config), config.times)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StagesConfig:
     """How time is divided into stages, and how often each stage is trained."""
@@ -40,8 +52,9 @@ class StagesConfig:
     """The K - 1 inner boundaries of K stages, ascending, in the process's own unit (timestep, t or sigma). An empty
     list is a unified model."""
     sampling: StageSampling = "uniform"
-    """Probability of each stage in the objective: `uniform` keeps the process's own distribution of times, `equal`
-    gives every stage 1/K, a list gives K relative weights."""
+    """Probability of each stage in the objective: `uniform` keeps the distribution of times, the process's own or
+    that of `diffusion.times`; `equal` gives every stage 1/K, a list gives K relative weights. Inside a stage times
+    always follow that distribution."""
 
     def __post_init__(self) -> None:
         if any(not math.isfinite(b) for b in self.boundaries):

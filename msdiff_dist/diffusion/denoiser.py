@@ -100,11 +100,11 @@ class EDMDenoiser(Denoiser):
 
     c_skip = sigma_data^2 / (n^2 + sigma_data^2), c_out = n sigma_data / sqrt(n^2 + sigma_data^2), and
     c_in = 1 / sqrt(n^2 + sigma_data^2). EDM's weight on the squared error of D is 1 / c_out^2, which is weight one on
-    that of F.
+    that of F. With `min_snr_gamma` it is min(SNR, gamma) instead (2303.09556), which is c_out^2 times that on F.
     """
 
-    def __init__(self, sigma_data: float) -> None:
-        self.sigma_data = sigma_data
+    def __init__(self, sigma_data: float, min_snr_gamma: float | None = None) -> None:
+        self.sigma_data, self.gamma = sigma_data, min_snr_gamma
 
     def scale_input(self, x_t: Tensor, s: Tensor, n: Tensor) -> Tensor:
         return x_t / self._total(n)
@@ -118,7 +118,10 @@ class EDMDenoiser(Denoiser):
         return (self.sigma_data / total) ** 2 * x_t + n * self.sigma_data / total * output
 
     def weight(self, s: Tensor, n: Tensor) -> Tensor:
-        return torch.ones_like(s)
+        if self.gamma is None:
+            return torch.ones_like(s)
+        c_out = n * self.sigma_data / self._total(n)
+        return torch.clamp((s / n) ** 2, max=self.gamma) * c_out**2
 
     def _total(self, n: Tensor) -> Tensor:
         return torch.sqrt(n**2 + self.sigma_data**2)

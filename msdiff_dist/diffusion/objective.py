@@ -12,6 +12,7 @@ from torch import Tensor
 
 from msdiff_dist.diffusion.loss import LossKind, sample_losses
 from msdiff_dist.diffusion.process import Process
+from msdiff_dist.diffusion.training_times import TrainingTimes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,17 +33,22 @@ class NoisedBatch:
 
 
 class Objective:
-    """The loss of a diffusion process: E weight(t) |F(c_in x_t, c_noise) - target|, squared for `l2` (Eq. 2)."""
+    """The loss of a diffusion process: E weight(t) |F(c_in x_t, c_noise) - target|, squared for `l2` (Eq. 2).
 
-    def __init__(self, process: Process, kind: LossKind = "l2") -> None:
+    Args:
+        times: gives the weights; None: the process does.
+    """
+
+    def __init__(self, process: Process, kind: LossKind = "l2", times: TrainingTimes | None = None) -> None:
         self.process, self.kind = process, kind
+        self._times = times or TrainingTimes(process)
 
     def noised(self, x0_nCHW: Tensor, noise_nCHW: Tensor, t_n: Tensor) -> NoisedBatch:
         """The clean samples, noised by `noise_nCHW` to the times `t_n` in the process's unit (Eq. 1)."""
         x_t = self.process.perturb(x0_nCHW, noise_nCHW, t_n)
         x_in, time_n = self.process.network_input(x_t, t_n)
         target = self.process.target(x0_nCHW, noise_nCHW, t_n)
-        return NoisedBatch(x_nCHW=x_in, time_n=time_n, target_nCHW=target, weight_n=self.process.weight(t_n))
+        return NoisedBatch(x_nCHW=x_in, time_n=time_n, target_nCHW=target, weight_n=self._times.weight(t_n))
 
     def losses(self, output_nCHW: Tensor, batch: NoisedBatch, rows: slice = slice(None)) -> Tensor:
         """Weighted loss of each sample, float32 [n], where the output is that for `rows` of the batch."""

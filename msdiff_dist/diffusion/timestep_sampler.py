@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from msdiff_dist.diffusion.config import StageSampling
-from msdiff_dist.diffusion.process import Process
 from msdiff_dist.diffusion.stage_partition import StagePartition
+from msdiff_dist.diffusion.training_times import TimeDistribution
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.randomness import stage_order, time_uniforms
 
@@ -45,6 +45,7 @@ class StageQuotas:
             global batch is an unbiased estimate of the objective although quotas are rounded to whole numbers.
 
     Args:
+        times: the distribution of times in training.
         stages: the stages to draw; None: all.
 
     Raises:
@@ -53,14 +54,14 @@ class StageQuotas:
 
     def __init__(
         self,
-        process: Process,
+        times: TimeDistribution,
         partition: StagePartition,
         sampling: StageSampling,
         global_batch_size: int,
         stages: Sequence[int] | None = None,
     ) -> None:
-        self._process, self._partition = process, partition
-        self.probability_K = stage_probabilities(process, partition, sampling)
+        self._times, self._partition = times, partition
+        self.probability_K = stage_probabilities(times, partition, sampling)
         drawn = np.full(partition.num_stages, True)
         if stages is not None and len(stages) < partition.num_stages:
             drawn = np.isin(np.arange(partition.num_stages), stages)
@@ -90,14 +91,14 @@ class StageQuotas:
         # same stages.
         stage_B = np.repeat(np.arange(len(quotas)), quotas)[stage_order(seed, batch, B)]
         u_B = time_uniforms(seed, batch, B)
-        t_B = np.empty(B, np.int64 if self._process.discrete else np.float64)
+        t_B = np.empty(B, np.int64 if self._times.discrete else np.float64)
         micro_B = np.empty(B, np.int64)
         first, by_stage = 0, np.argsort(stage_B, kind="stable")
-        # Inside its stage a sample's time follows the process's own distribution, by the inverse of the distribution
+        # Inside its stage a sample's time follows the distribution of times, by the inverse of the distribution
         # function. A stage's samples go to the micro batches in order of index, as evenly as whole numbers allow.
         for k, bounds in enumerate(self._micro_bounds(accumulation_steps).T):
             members = by_stage[first : first + quotas[k]]
-            t_B[members] = self._process.quantile(u_B[members], *self._partition.interval(k))
+            t_B[members] = self._times.quantile(u_B[members], *self._partition.interval(k))
             micro_B[members] = np.searchsorted(bounds[1:], np.arange(quotas[k]), side="right")
             first += quotas[k]
         return StepDraw(stage_B, t_B, micro_B)
@@ -107,13 +108,13 @@ class StageQuotas:
         return self.quotas_K * np.arange(accumulation_steps + 1)[:, None] // accumulation_steps
 
 
-def stage_probabilities(process: Process, partition: StagePartition, sampling: StageSampling) -> np.ndarray:
+def stage_probabilities(times: TimeDistribution, partition: StagePartition, sampling: StageSampling) -> np.ndarray:
     """Probability [K] of each stage under `stages.sampling`."""
     K = partition.num_stages
     if sampling == "equal":
         return np.full(K, 1 / K)
     if sampling == "uniform":
-        weights = np.array([process.mass(*partition.interval(k)) for k in range(K)])
+        weights = np.array([times.mass(*partition.interval(k)) for k in range(K)])
     else:
         weights = np.array(sampling)
     values: np.ndarray = weights / weights.sum()

@@ -25,6 +25,7 @@ from msdiff_dist.data.samples import Samples
 from msdiff_dist.diffusion.loss import LossKind, sample_losses
 from msdiff_dist.diffusion.process import Process
 from msdiff_dist.diffusion.stage_partition import StagePartition
+from msdiff_dist.diffusion.training_times import TrainingTimes
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.evaluation.generate import ImageGenerator
 from msdiff_dist.models.autoencoder import LatentCodec
@@ -138,6 +139,8 @@ class HeldOutLoss:
     Args:
         samples: the held-out samples, as `data` stores them.
         stored_latents: they are latents, not images.
+        times: the training's distribution and weights of times. The evaluations do not depend on it, only the sums do
+            that are named so in `summary`.
         probability_K: probability of each stage in the objective.
     """
 
@@ -148,12 +151,13 @@ class HeldOutLoss:
         *,
         stored_latents: bool,
         process: Process,
+        times: TrainingTimes,
         partition: StagePartition,
         probability_K: Floats,
         loss: LossKind,
     ) -> None:
         self._config, self._samples, self._stored_latents = config, samples, stored_latents
-        self._process, self._loss, self._probability_K = process, loss, probability_K
+        self._process, self._times, self._loss, self._probability_K = process, times, loss, probability_K
         self.evaluations = evaluations(process, len(samples.key_n), config.num, config.seed)
         self.stage_n = partition.stage_of(np.asarray(self.evaluations.t_n))
         counts_K = np.bincount(self.stage_n, minlength=partition.num_stages)
@@ -205,12 +209,15 @@ class HeldOutLoss:
     def summary(self, losses_n: Floats) -> dict[str, float | list[float]]:
         """Means of the losses of all evaluations, in order.
 
-        `loss` is the objective, weights of stages and times included; `unweighted` the mean over the training's
-        distribution of times; `loss_per_stage` has the process's weights, `loss_per_bin` none.
+        `loss` is the objective, weights of stages and times included, and `loss_per_stage` that of each stage: they
+        follow the times and weights of the training, `diffusion.times` and min-SNR among them. `unweighted` is the mean
+        over the process's own distribution of times, and `loss_per_bin` over parts of it: they depend on none of that,
+        so runs with other objectives compare by them.
         """
-        time_weight_n = self._process.weight(torch.from_numpy(np.asarray(self.evaluations.t_n))).double().numpy()
-        weighted_n = time_weight_n * losses_n
-        per_stage = [self._mean(weighted_n, self.stage_n == k) for k in range(len(self._probability_K))]
+        t_n = np.asarray(self.evaluations.t_n)
+        weighted_n = self._times.weight(torch.from_numpy(t_n)).double().numpy() * losses_n
+        ratio_n = self._times.density_ratio(t_n)
+        per_stage = [self._mean(weighted_n, self.stage_n == k, ratio_n) for k in range(len(self._probability_K))]
         return {
             "loss": float(self._probability_K @ np.array(per_stage)),
             "loss_per_stage": per_stage,
@@ -224,6 +231,6 @@ class HeldOutLoss:
         residual_n = losses_n - means_B[self.evaluations.bin_n]
         return float(1.96 * np.sqrt((self.evaluations.weight_n**2 * residual_n**2).sum()))
 
-    def _mean(self, values_n: Floats, where_n: NDArray[np.bool_]) -> float:
-        weight_n = self.evaluations.weight_n[where_n]
+    def _mean(self, values_n: Floats, where_n: NDArray[np.bool_], ratio_n: Floats | float = 1.0) -> float:
+        weight_n = (self.evaluations.weight_n * ratio_n)[where_n]
         return float(weight_n @ values_n[where_n] / weight_n.sum())

@@ -46,7 +46,7 @@ MAY_CHANGE: tuple[Fields, ...] = (
     ),
     Fields(("train.condition_dropout",), "holds from the next step on; which samples drop what is drawn anew"),
     Fields(
-        ("diffusion.discrete.min_snr_gamma", "diffusion.vp.min_snr_gamma"),
+        ("diffusion.discrete.min_snr_gamma", "diffusion.vp.min_snr_gamma", "diffusion.edm.min_snr_gamma"),
         "weighs the losses to come; the smoothed loss, which `checkpoint.keep_best` compares, mixes both for about 100 "
         "steps",
     ),
@@ -72,7 +72,10 @@ MAY_CHANGE: tuple[Fields, ...] = (
 
 MUST_STAY: tuple[Fields, ...] = (
     Fields(("model.", "stages.boundaries"), "the weights belong to them"),
-    Fields(("diffusion.process", "train.loss", "stages.sampling"), "another objective is another training"),
+    Fields(
+        ("diffusion.process", "diffusion.times.", "train.loss", "stages.sampling"),
+        "another objective is another training",
+    ),
     Fields(
         ("optimizer.name", "optimizer.betas", "optimizer.eps", "optimizer.momentum"),
         "the moments were made with them",

@@ -64,7 +64,7 @@ def train_reference(
     # Gradients reach a shared part from every stage; a model of other names than ours trains on all stages too.
     if not drawn or any(part == "shared" for part, _ in trained_parts):
         drawn = list(range(recipe.stages.num_stages))
-    quotas = StageQuotas(process, recipe.partition(), recipe.stages.sampling, B, drawn)
+    quotas = StageQuotas(recipe.times(), recipe.partition(), recipe.stages.sampling, B, drawn)
     codec = LatentCodec(recipe.autoencoder, recipe.data.kind != "image", torch.device("cpu"))
     loader = StepLoader(recipe.data, seed, B)
     ema = [p.detach().clone() for p in parameters]
@@ -91,7 +91,7 @@ def train_reference(
             dropped = dropped_conditions(seed, step, batch.index_n, recipe.train.condition_dropout)
             label = torch.where(dropped, recipe.model.num_classes, label)
         output = model(x_in, time_in, stage_B, None, label, augment_labels)
-        weight_B = process.weight(t_B) * torch.from_numpy(quotas.importance_K).float()[stage_B]
+        weight_B = recipe.times().weight(t_B) * torch.from_numpy(quotas.importance_K).float()[stage_B]
         loss = (weight_B * sample_losses(output, process.target(x0, eps, t_B), recipe.train.loss)).sum() / B
         optimizer.zero_grad()
         loss.backward()

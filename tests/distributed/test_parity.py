@@ -38,11 +38,11 @@ CASES = [
     ("disjoint", "adamw", 1, 1, 2, []),
     ("disjoint", "adamw", 3, 1, 1, ["data.workers=2"]),
     ("shared", "adamw", 2, 2, 1, []),
-    ("shared", "sgd", 1, 1, 2, ["stages.sampling=uniform"]),
+    ("shared", "sgd", 1, 1, 2, ["stages.sampling=uniform", "diffusion.times={suppressed_from: 600}"]),
     ("shared", "adamw", 3, 1, 2, ["stages.sampling=[3,2,1]"]),
     ("crossed", "adamw", 2, 2, 2, []),
     ("shared", "adamw", 1, 2, 1, ["model.share_encoder=false"]),
-    ("two", "adamw", 1, 1, 1, ["stages.boundaries=[]", "model.decoder_channels=[24]"]),
+    ("two", "adamw", 1, 1, 1, ["stages.boundaries=[]", "model.decoder_channels=[24]", "diffusion.times={}"]),
 ]
 SMALL = [
     f"train.steps={STEPS}", "train.global_batch_size=24", "train.precision=fp32", "optimizer.grad_clip=0.3",

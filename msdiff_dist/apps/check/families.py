@@ -94,10 +94,10 @@ def _case(recipe: Recipe) -> _Case:
     with torch.no_grad():  # fresh networks end in zeros, through which no gradient reaches the other layers
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=generator), alpha=0.05)
-    quotas = StageQuotas(recipe.process(), recipe.partition(), recipe.stages.sampling, _BATCH)
+    quotas = StageQuotas(recipe.times(), recipe.partition(), recipe.stages.sampling, _BATCH)
     draw = quotas.draw(0, 0)
     shape = (_BATCH, *recipe.latent_shape)
-    objective = Objective(recipe.process(), recipe.train.loss)
+    objective = Objective(recipe.process(), recipe.train.loss, recipe.times())
     batch = objective.noised(
         torch.randn(shape, generator=generator), torch.randn(shape, generator=generator), torch.from_numpy(draw.t_B)
     )

@@ -109,7 +109,7 @@ def _part_fields(part: PartCost) -> dict[str, Any]:
 
 
 def _training_shares(recipe: Recipe) -> tuple[float, ...]:
-    shares = stage_probabilities(recipe.process(), recipe.partition(), recipe.stages.sampling)
+    shares = stage_probabilities(recipe.times(), recipe.partition(), recipe.stages.sampling)
     drawn = np.isin(np.arange(len(shares)), recipe.freezing().stages)
     return tuple((np.where(drawn, shares, 0) / shares[drawn].sum()).tolist())
 

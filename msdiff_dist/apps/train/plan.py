@@ -62,7 +62,7 @@ def plan_run(recipe: Recipe, world_size: int, ranks_per_node: int | None = None)
     batch_size = recipe.train.batch_size(world_size)
     _check_batch(recipe, batch_size, world_size)
     stages = recipe.freezing().stages
-    quotas = StageQuotas(recipe.process(), recipe.partition(), recipe.stages.sampling, batch_size, stages)
+    quotas = StageQuotas(recipe.times(), recipe.partition(), recipe.stages.sampling, batch_size, stages)
     model_costs = recipe_costs(recipe)
     cost_K = model_costs.step_macs_K
     explicit = None if recipe.parallel.placement == "auto" else recipe.parallel.placement

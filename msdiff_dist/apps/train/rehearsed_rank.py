@@ -48,7 +48,7 @@ def rehearse_rank(recipe: Recipe, plan: RunPlan, rank: int) -> RehearsedRank:
         shared, stages = _blank_parts(recipe, held)
         engines = build_engines(recipe, shared, stages, groups, device)
         _make_light(engines, _small_size(recipe), trace)
-        objective = Objective(recipe.process(), recipe.train.loss)
+        objective = Objective(recipe.process(), recipe.train.loss, recipe.times())
         reader = _BlankReader(recipe.data, plan.batch_size, rank, world_size)
         feed = build_feed(recipe, plan, reader, groups, env, start_batch=0)
         prepare = build_preparation(recipe, objective, None, env)

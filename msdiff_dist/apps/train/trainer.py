@@ -91,7 +91,7 @@ class Trainer:
         index, null_context_TC = self._open_data(found)
         self._validation = self._open_validation(index)
         self.feed = self._build_feed(trained_shards(recipe, index), groups)
-        objective = Objective(recipe.process(), recipe.train.loss)
+        objective = Objective(recipe.process(), recipe.train.loss, recipe.times())
         self.prepare = build_preparation(recipe, objective, null_context_TC, env)
         self.train_step = TrainStep(
             self.feed,

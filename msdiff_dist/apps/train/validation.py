@@ -65,14 +65,15 @@ def held_out_samples(
 
 def held_out_loss(recipe: Recipe, config: ValidationConfig, samples: Samples) -> HeldOutLoss:
     """The fixed evaluations of a recipe's objective."""
-    process, partition = recipe.process(), recipe.partition()
+    times, partition = recipe.times(), recipe.partition()
     return HeldOutLoss(
         config,
         samples,
         stored_latents=recipe.data.kind != "image",
-        process=process,
+        process=recipe.process(),
+        times=times,
         partition=partition,
-        probability_K=stage_probabilities(process, partition, recipe.stages.sampling),
+        probability_K=stage_probabilities(times, partition, recipe.stages.sampling),
         loss=recipe.train.loss,
     )
 

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from msdiff_dist.bounds import check_between
-from msdiff_dist.diffusion.denoiser import EDMDenoiser
+from msdiff_dist.diffusion.denoiser import EDMDenoiser, check_min_snr_gamma
 from msdiff_dist.diffusion.process import Process, Spacing
 from msdiff_dist.errors import ConfigError
 
@@ -35,6 +35,9 @@ class EDMConfig:
     """Largest noise level of the sampler (EDM's Eq. 5)."""
     rho: float = 7.0
     """The sampler's noise levels are evenly spaced in sigma^(1/rho) (EDM's Eq. 5)."""
+    min_snr_gamma: float | None = None
+    """Weigh the error of the denoised image by min(SNR, gamma) (2303.09556), where SNR = 1 / sigma^2. null: EDM's
+    weight, SNR + 1 / sigma_data^2."""
 
     def __post_init__(self) -> None:
         for name in ("p_std", "sigma_data", "sigma_min", "rho"):
@@ -46,6 +49,7 @@ class EDMConfig:
         for name in ("sigma_data", "sigma_min", "sigma_max"):
             check_between(name, getattr(self, name), _LEAST_SIGMA, 1 / _LEAST_SIGMA)
         check_between("p_std", self.p_std, 1e-6, _MOST_LOG_SIGMA)
+        check_min_snr_gamma(self.min_snr_gamma)
         farthest = abs(self.p_mean) + 10 * self.p_std  # standard normal numbers in fp64 reach 9
         if farthest > _MOST_LOG_SIGMA:
             name = "p_mean" if abs(self.p_mean) > 10 * self.p_std else "p_std"
@@ -65,7 +69,7 @@ class EDMProcess(Process):
     lo, hi = 0.0, math.inf
 
     def __init__(self, config: EDMConfig) -> None:
-        super().__init__(EDMDenoiser(config.sigma_data))
+        super().__init__(EDMDenoiser(config.sigma_data, config.min_snr_gamma))
         self._config = config
         self.prior_std = config.sigma_max
 

@@ -75,6 +75,11 @@ def test_edm_loss_is_the_weighted_denoising_error() -> None:
     ours = EDM.weight(sigma_B) * sample_losses(output, target)
     error = (EDM.denoised(output, x_t, sigma_B).double() - x0).square().mean((1, 2, 3))
     torch.testing.assert_close(ours.double(), (sigma_B**2 + 0.25) / (sigma_B * 0.5) ** 2 * error, rtol=1e-3, atol=1e-6)
+    min_snr = EDMProcess(EDMConfig(min_snr_gamma=5.0))
+    ours = min_snr.weight(sigma_B) * sample_losses(output, target)
+    torch.testing.assert_close(ours.double(), (1 / sigma_B**2).clamp(max=5) * error, rtol=1e-3, atol=1e-6)
+    tiny = torch.tensor([1e-34, 1e30], dtype=torch.float64)  # all that training can draw
+    assert min_snr.weight(tiny).isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,17 @@ def test_min_snr_weighs_the_error_of_the_sample(prediction_type: str) -> None:
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_min_snr_weights_of_the_paper(prediction_type: str) -> None:
+    """Hang et al. 2023: min(SNR, gamma) for x_0, over SNR for the noise, over SNR + 1 for v; SNR = a / (1 - a)."""
+    process = discrete(prediction_type, min_snr_gamma=5.0)
+    a = np.cumprod(1 - np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2)
+    snr = a / (1 - a)
+    least = np.minimum(snr, 5.0)
+    expected = {"epsilon": least / snr, "v_prediction": least / (snr + 1), "sample": least}[prediction_type]
+    np.testing.assert_allclose(process.weight(torch.arange(1000)), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
 def test_without_min_snr_all_weights_are_one(prediction_type: str) -> None:
     assert torch.equal(discrete(prediction_type).weight(torch.arange(1000)), torch.ones(1000))
 

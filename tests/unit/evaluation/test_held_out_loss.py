@@ -15,6 +15,7 @@ from msdiff_dist.diffusion.processes.discrete import DiscreteConfig, DiscretePro
 from msdiff_dist.diffusion.processes.edm import EDMConfig, EDMProcess
 from msdiff_dist.diffusion.processes.vp import VPConfig, VPProcess
 from msdiff_dist.diffusion.stage_partition import build_partition
+from msdiff_dist.diffusion.training_times import TimesConfig, TrainingTimes
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.evaluation.held_out_loss import BINS, HeldOutLoss, ValidationConfig, evaluations
 from msdiff_dist.models.autoencoder import AutoencoderConfig, LatentCodec
@@ -58,7 +59,9 @@ class _Model:
         )
 
 
-def _loss(process: Process, boundaries: tuple[float, ...], **config: Any) -> HeldOutLoss:
+def _loss(
+    process: Process, boundaries: tuple[float, ...], times: TimesConfig | None = None, **config: Any
+) -> HeldOutLoss:
     rng = np.random.default_rng(0)
     samples = Samples(
         key_n=np.arange(37).astype(object),
@@ -70,6 +73,7 @@ def _loss(process: Process, boundaries: tuple[float, ...], **config: Any) -> Hel
         samples,
         stored_latents=True,
         process=process,
+        times=TrainingTimes(process, times),
         partition=build_partition(StagesConfig(boundaries=boundaries), process),
         probability_K=np.full(len(boundaries) + 1, 1 / (len(boundaries) + 1)),
         loss="l2",
@@ -97,6 +101,23 @@ def test_models_of_other_stages_are_compared_on_the_same_evaluations() -> None:
     losses_n = np.random.default_rng(1).random(150)
     assert one.summary(losses_n)["unweighted"] == three.summary(losses_n)["unweighted"]
     assert one.summary(losses_n)["loss_per_bin"] == three.summary(losses_n)["loss_per_bin"]
+
+
+def test_models_of_other_objectives_are_compared_on_the_same_evaluations() -> None:
+    """Unweighted losses depend on neither min-SNR nor the times of training; the loss follows both."""
+    weighted = DiscreteProcess(DiscreteConfig(min_snr_gamma=5.0))
+    plain, other = _loss(PROCESSES[0], ()), _loss(weighted, (), TimesConfig(suppressed_from=700, suppression=5.0))
+    losses_n, t_n = np.random.default_rng(1).random(150), plain.evaluations.t_n
+    for name in ("sample_n", "t_n", "weight_n", "bin_n"):
+        assert np.array_equal(getattr(plain.evaluations, name), getattr(other.evaluations, name))
+    found, expected = other.summary(losses_n), plain.summary(losses_n)
+    assert found["unweighted"] == expected["unweighted"]
+    assert found["loss_per_bin"] == expected["loss_per_bin"]
+    # The density of the draws, k or 1, times min(SNR, gamma) / SNR, times the rate of change between 0.4 and 0.6.
+    snr, rate = weighted.sigma_of(t_n) ** -2, np.gradient(1 - weighted.alphas_cumprod)
+    weight_n = np.minimum(snr, 5) / snr * (0.4 + 0.2 * (rate[t_n] - rate.min()) / (rate.max() - rate.min()))
+    density_n = plain.evaluations.weight_n * np.where(t_n < 700, 5, 1)
+    assert found["loss"] == pytest.approx((density_n * weight_n * losses_n).sum() / density_n.sum(), rel=1e-5)
 
 
 def test_the_interval_covers_other_draws() -> None:

@@ -1,0 +1,134 @@
+"""The times that training draws and the weights of their losses: the process's own, or those of SpeeD (2405.17403).
+
+The paper finds that near noise, from a time tau on, x_t hardly changes any more with t (its convergence area), and that
+many timesteps lie there. Asymmetric sampling draws them k times less often: with T equally likely timesteps,
+P(t) = k / (T + tau (k - 1)) below tau and 1 / (T + tau (k - 1)) from it on. Change-aware weighting multiplies the loss
+by the rate at which the variance of the noise grows, d(n_t^2)/dt, scaled to [1 - lambda, lambda].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from msdiff_dist.bounds import check_between
+from msdiff_dist.diffusion.noise_schedule import alphas_cumprod, betas
+from msdiff_dist.diffusion.process import Process
+from msdiff_dist.errors import ConfigError
+
+_GRID = 10_001  # times of a continuous process among which the slowest and fastest change are found
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimesConfig:
+    """SpeeD (2405.17403): times near noise, where x_t hardly changes any more, are drawn less often, and a loss counts
+    the more the faster the noise grows."""
+
+    suppressed_from: float | None = None
+    """First of the times that are drawn less often, in the process's unit: the paper's tau. null: where the
+    signal-to-noise ratio is that of the paper's 700 of 1000 timesteps with linear betas from 0.0001 to 0.02."""
+    suppression: float = 5.0
+    """How many times less often than without this section they are drawn, relative to the others: the paper's k."""
+    change_weight: float | None = 0.6
+    """Weight of the loss where the variance of the noise grows fastest with time; where it grows slowest, the weight is
+    1 - change_weight. The paper's lambda. null: the process's weights alone."""
+
+    def __post_init__(self) -> None:
+        check_between("suppression", self.suppression, 1, 1e6)
+        check_between("change_weight", self.change_weight, 0.5, 1)
+
+
+class TimeDistribution(Protocol):
+    """A distribution of times: that of a `Process`, or `TrainingTimes`."""
+
+    @property
+    def discrete(self) -> bool:
+        """Whether times are whole numbers."""
+
+    def mass(self, lo: float, hi: float) -> float:
+        """Probability of [lo, hi)."""
+
+    def quantile(self, u: np.ndarray, lo: float, hi: float) -> np.ndarray:
+        """Times in [lo, hi) that follow the distribution, restricted to it, from uniforms u in [0, 1)."""
+
+
+class TrainingTimes:
+    """The distribution of times in training, and the weights of their losses.
+
+    Args:
+        config: None: the process's own distribution and weights.
+
+    Raises:
+        ConfigError: naming the field of `diffusion.times` that does not fit the process.
+    """
+
+    def __init__(self, process: Process, config: TimesConfig | None = None) -> None:
+        self._process, self._k, self._tau, self._lambda = process, 1.0, process.hi, None
+        self.discrete = process.discrete
+        if config is not None:
+            self._k, self._lambda = config.suppression, config.change_weight
+            self._tau = _suppressed_from(config, process)
+        if self._lambda is not None:
+            rate = process.noise_growth(_grid(process)).double()
+            self._slowest, self._span = float(rate.min()), float(rate.max() - rate.min())
+            if not self._span > 0:
+                problem = "has no meaning where the noise grows at the same rate at all times"
+                raise ConfigError("diffusion.times.change_weight", self._lambda, problem, "Write null.")
+        self._total = self._scaled_mass(process.lo, process.hi)
+
+    def mass(self, lo: float, hi: float) -> float:
+        """Probability of [lo, hi)."""
+        return self._scaled_mass(lo, hi) / self._total
+
+    def quantile(self, u: np.ndarray, lo: float, hi: float) -> np.ndarray:
+        """Times in [lo, hi) that follow the distribution, restricted to it, from uniforms u in [0, 1)."""
+        tau = min(max(self._tau, lo), hi)
+        if not lo < tau < hi:  # one density all over: the process's own
+            return self._process.quantile(u, lo, hi)
+        # The first `share` of the uniforms is for the times below tau; each part is stretched to [0, 1) again.
+        share = self._k * self._process.mass(lo, tau) / self._scaled_mass(lo, hi)
+        early = u < share
+        t = np.empty(u.shape, np.int64 if self.discrete else np.float64)
+        t[early] = self._process.quantile(u[early] / share, lo, tau)
+        t[~early] = self._process.quantile((u[~early] - share) / (1 - share), tau, hi)
+        return t
+
+    def density_ratio(self, t: np.ndarray) -> np.ndarray:
+        """Density at times t relative to that of the process's own distribution, float64 of t's shape."""
+        return np.where(np.asarray(t) < self._tau, self._k, 1.0) / self._total
+
+    def weight(self, t_B: Tensor) -> Tensor:
+        """Weight of each sample's loss, float32 [B]: the process's, times that of change."""
+        weight_B = self._process.weight(t_B)
+        if self._lambda is None:
+            return weight_B
+        change_B = ((self._process.noise_growth(t_B) - self._slowest) / self._span).clamp(0, 1)
+        return weight_B * (1 - self._lambda + (2 * self._lambda - 1) * change_B)
+
+    def _scaled_mass(self, lo: float, hi: float) -> float:
+        tau = min(max(self._tau, lo), hi)
+        before = self._k * self._process.mass(lo, tau) if lo < tau else 0.0
+        return before + (self._process.mass(tau, hi) if tau < hi else 0.0)
+
+
+def _suppressed_from(config: TimesConfig, process: Process) -> float:
+    tau, field = config.suppressed_from, "diffusion.times.suppressed_from"
+    if tau is None:
+        a = float(alphas_cumprod(betas("linear", 1000, 1e-4, 0.02))[700])
+        tau = float(process.time_of(np.sqrt((1 - a) / a)))
+    if not process.lo < tau < process.hi:
+        problem = f"lies outside the process, whose {process.unit} runs from {process.lo} to {process.hi}"
+        raise ConfigError(field, config.suppressed_from, problem, "Choose a time between them.")
+    if process.discrete and tau != int(tau):
+        raise ConfigError(field, tau, "times of a discrete process are whole numbers", f"Write {round(tau)}.")
+    return tau
+
+
+def _grid(process: Process) -> Tensor:
+    if process.discrete:
+        return torch.arange(int(process.lo), int(process.hi))
+    return torch.linspace(process.lo, process.hi, _GRID, dtype=torch.float64)
