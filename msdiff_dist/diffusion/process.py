@@ -44,7 +44,7 @@ class Process(ABC):
     def __init__(self, denoiser: Denoiser) -> None:
         self.denoiser = denoiser
 
-    # Each process defines these; `noise_growth` only those whose variance stays one.
+    # Each process defines these.
 
     @abstractmethod
     def scales(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,15 +53,6 @@ class Process(ABC):
     @abstractmethod
     def network_time(self, t_B: Tensor) -> Tensor:
         """The network's time input (c_noise), float32 [B]."""
-
-    def noise_growth(self, t_B: Tensor) -> Tensor:
-        """d(n^2)/dt, the rate at which the variance of the noise grows with time, float32 [B].
-
-        Raises:
-            ConfigError: the process does not say; only ones that preserve variance need to.
-        """
-        problem = f"needs a process whose variance stays one, and this one runs in {self.unit}"
-        raise ConfigError("diffusion.times.change_weight", "given", problem, "Write null.")
 
     @abstractmethod
     def mass(self, lo: float, hi: float) -> float:

@@ -20,7 +20,7 @@ from msdiff_dist.diffusion.noise_schedule import alphas_cumprod, betas
 from msdiff_dist.diffusion.process import Process
 from msdiff_dist.errors import ConfigError
 
-_GRID = 10_001  # times of a continuous process among which the slowest and fastest change are found
+_GRID = 10_001  # times of a continuous process at which weights of change are computed; linear between them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,17 +67,12 @@ class TrainingTimes:
     """
 
     def __init__(self, process: Process, config: TimesConfig | None = None) -> None:
-        self._process, self._k, self._tau, self._lambda = process, 1.0, process.hi, None
-        self.discrete = process.discrete
+        self._process, self.discrete = process, process.discrete
+        self._k, self._tau, self._change_weights = 1.0, process.hi, None
         if config is not None:
-            self._k, self._lambda = config.suppression, config.change_weight
-            self._tau = _suppressed_from(config, process)
-        if self._lambda is not None:
-            rate = process.noise_growth(_grid(process)).double()
-            self._slowest, self._span = float(rate.min()), float(rate.max() - rate.min())
-            if not self._span > 0:
-                problem = "has no meaning where the noise grows at the same rate at all times"
-                raise ConfigError("diffusion.times.change_weight", self._lambda, problem, "Write null.")
+            self._k, self._tau = config.suppression, _suppressed_from(config, process)
+            if config.change_weight is not None:
+                self._change_weights = torch.from_numpy(change_weights(config.change_weight, process))
         self._total = self._scaled_mass(process.lo, process.hi)
 
     def mass(self, lo: float, hi: float) -> float:
@@ -104,10 +99,16 @@ class TrainingTimes:
     def weight(self, t_B: Tensor) -> Tensor:
         """Weight of each sample's loss, float32 [B]: the process's, times that of change."""
         weight_B = self._process.weight(t_B)
-        if self._lambda is None:
+        if self._change_weights is None:
             return weight_B
-        change_B = ((self._process.noise_growth(t_B) - self._slowest) / self._span).clamp(0, 1)
-        return weight_B * (1 - self._lambda + (2 * self._lambda - 1) * change_B)
+        if self._change_weights.device != t_B.device:
+            self._change_weights = self._change_weights.to(t_B.device)
+        table, process = self._change_weights, self._process
+        if self.discrete:
+            return weight_B * table[t_B.long()]
+        at_B = (t_B.double() - process.lo) / (process.hi - process.lo) * (len(table) - 1)
+        below_B = at_B.long().clamp(0, len(table) - 2)
+        return weight_B * torch.lerp(table[below_B], table[below_B + 1], (at_B - below_B).float())
 
     def _scaled_mass(self, lo: float, hi: float) -> float:
         tau = min(max(self._tau, lo), hi)
@@ -128,7 +129,23 @@ def _suppressed_from(config: TimesConfig, process: Process) -> float:
     return tau
 
 
-def _grid(process: Process) -> Tensor:
-    if process.discrete:
-        return torch.arange(int(process.lo), int(process.hi))
-    return torch.linspace(process.lo, process.hi, _GRID, dtype=torch.float64)
+def change_weights(most: float, process: Process) -> np.ndarray:
+    """Weights of change-aware weighting at all timesteps, or evenly from first to last time; float32.
+
+    They are linear in d(n^2)/dt, from 1 - `most` where it is least to `most`.
+
+    Raises:
+        ConfigError: the variance of x_t is not always one, or the noise grows at one rate at all times.
+    """
+    if not process.variance_preserving:
+        problem = f"needs a process that keeps the variance of x_t at one, and this one, in {process.unit}, does not"
+        raise ConfigError("diffusion.times.change_weight", most, problem, "Write null.")
+    last, num = (process.hi - 1, int(process.hi)) if process.discrete else (process.hi, _GRID)
+    grid = np.linspace(process.lo, last, num)
+    rate = np.gradient(1 / (1 + process.sigma_of(grid) ** -2.0), edge_order=1 if process.discrete else 2)
+    span = rate.max() - rate.min()
+    if not span > 0:
+        problem = "has no meaning where the noise grows at one rate at all times"
+        raise ConfigError("diffusion.times.change_weight", most, problem, "Write null.")
+    weights: np.ndarray = (1 - most + (2 * most - 1) * (rate - rate.min()) / span).astype(np.float32)
+    return weights

@@ -47,6 +47,7 @@ BASES = {
     "vp": base("fashion_mnist_dpm_3stage"),
     "edm": base("fashion_mnist_edm_3stage"),
 }
+BASES["edm"]["diffusion"]["times"] = {"change_weight": None}  # which EDM refuses
 # Of these bases only what the first one has not: the process, its family and samplers, and data of images.
 SECTIONS = {"vp": ("diffusion", "data", "model"), "edm": ("diffusion", "augmentation", "preview", "model")}
 

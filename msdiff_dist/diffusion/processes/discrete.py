@@ -80,21 +80,14 @@ class DiscreteProcess(Process):
         super().__init__(build_denoiser(config.prediction_type, config.min_snr_gamma))
         self.lo, self.hi = 0, config.timesteps
         self.alphas_cumprod = alphas_cumprod(config.betas())
-        growth = np.gradient(1 - self.alphas_cumprod)
-        table = np.stack([np.sqrt(self.alphas_cumprod), np.sqrt(1 - self.alphas_cumprod), growth])
+        table = np.stack([np.sqrt(self.alphas_cumprod), np.sqrt(1 - self.alphas_cumprod)])
         self._table = torch.from_numpy(table.astype(np.float32))
 
     def scales(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
-        s_B, n_B = self._table_on(t_B.device)[:2, t_B.long()]
+        if self._table.device != t_B.device:
+            self._table = self._table.to(t_B.device)
+        s_B, n_B = self._table[:, t_B.long()]
         return s_B, n_B
-
-    def noise_growth(self, t_B: Tensor) -> Tensor:
-        return self._table_on(t_B.device)[2, t_B.long()]
-
-    def _table_on(self, device: torch.device) -> Tensor:
-        if self._table.device != device:
-            self._table = self._table.to(device)
-        return self._table
 
     def network_time(self, t_B: Tensor) -> Tensor:
         return t_B.float()

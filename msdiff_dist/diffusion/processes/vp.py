@@ -65,11 +65,6 @@ class VPProcess(Process):
         # n^2 = 1 - s^2 by expm1, which does not cancel near t = 0.
         return torch.exp(log_s_B).float(), torch.sqrt(-torch.expm1(2 * log_s_B)).float()
 
-    def noise_growth(self, t_B: Tensor) -> Tensor:
-        t_B = t_B.double()
-        beta_B = self._beta_min + t_B * self._slope
-        return (beta_B * torch.exp(-t_B * (t_B * self._slope / 2 + self._beta_min))).float()  # beta(t) s^2
-
     def network_time(self, t_B: Tensor) -> Tensor:
         return (999 * t_B).float()  # as the networks of 2011.13456 take it: the scale of 1000 timesteps
 
