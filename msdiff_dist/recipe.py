@@ -22,6 +22,7 @@ from msdiff_dist.diffusion.stage_partition import StagePartition, build_partitio
 from msdiff_dist.diffusion.training_times import TrainingTimes
 from msdiff_dist.distributed.placement import ParallelConfig
 from msdiff_dist.errors import ConfigError, collecting, raise_all
+from msdiff_dist.evaluation.during_training import EvaluationConfig
 from msdiff_dist.evaluation.grid import PreviewConfig
 from msdiff_dist.evaluation.held_out_loss import ValidationConfig
 from msdiff_dist.files.text import Document, Override, read_document
@@ -62,6 +63,7 @@ class Recipe:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     validation: ValidationConfig | None = None
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     extensions: tuple[str, ...] = ()
     """Python modules imported when the recipe, or a model that it trained, is loaded; they may add U-Net families,
@@ -85,6 +87,11 @@ class Recipe:
         """[C, H, W] of what the diffusion model works on."""
         shape = self.data.x_shape
         return self.autoencoder.latent_shape(shape[0], shape[1]) if self.data.kind == "image" else shape
+
+    def reference_images(self) -> DataConfig | None:
+        """The images that the model is trained on, themselves or their latents; None where unknown."""
+        data = self.data if self.data.kind == "image" else self.encode.data
+        return None if data is None or not data.mixed else data
 
     def process(self) -> Process:
         """The diffusion process."""
@@ -322,6 +329,21 @@ def _check_preview(recipe: Recipe) -> None:
         raise e.within("preview.sampler.") from None
 
 
+def _check_evaluation(recipe: Recipe) -> None:
+    config = recipe.evaluation
+    if not config.every:
+        return
+    try:
+        config.sampler.for_process(recipe.process())
+    except ConfigError as e:
+        raise e.within("evaluation.sampler.") from None
+    if config.reference is None and recipe.reference_images() is None:
+        raise ConfigError(
+            "evaluation.reference", None, "is needed: it is not known which images this trains on",
+            "Give shards, a folder of images or an .npz file.",
+        )  # fmt: skip
+
+
 def _check_validation(recipe: Recipe) -> None:
     if recipe.validation is not None and recipe.data.kind == "synthetic" and recipe.validation.fraction is not None:
         raise ConfigError(
@@ -342,6 +364,7 @@ _CHECKS: dict[Callable[[Recipe], None], tuple[str, ...]] = {
     _check_augmentation: ("augmentation", "data", "autoencoder", "model"),
     _check_preview: ("preview", "diffusion"),
     _check_validation: ("validation", "data"),
+    _check_evaluation: ("evaluation", "diffusion", "data", "encode"),
     _check_compilation: ("train", "parallel", "activation_checkpointing"),
     _check_freezing: ("train", "model", "parallel"),
 }

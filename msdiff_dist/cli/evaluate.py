@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -12,6 +12,9 @@ from rich.table import Table
 
 from msdiff_dist.cli import choices
 from msdiff_dist.cli.choices import Names
+
+if TYPE_CHECKING:
+    from msdiff_dist.apps.evaluation.evaluate import Evaluation
 
 
 def evaluate(
@@ -56,6 +59,9 @@ def evaluate(
     held_out: Annotated[
         str | None, typer.Option(help="Shards for the metric loss. Default: what the run held out (`validation`).")
     ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Evaluate each new checkpoint of a run that is trained, to its last step.")
+    ] = False,
     write_statistics: Annotated[
         Path | None, typer.Option(help="Write the reference's mu and sigma to this .npz file, as EDM and ADM read it.")
     ] = None,
@@ -66,13 +72,16 @@ def evaluate(
     The same command resumes: images that are there are not sampled again, and features of the reference are kept. The
     result is added to the run's evaluations.jsonl; `msdiff compare` shows those of several runs.
 
+    With --follow it waits for the checkpoints of a run that is being trained, and keeps each until it is evaluated.
+
     Example: msdiff evaluate runs/quickstart --metrics fid,kid --num 1000 --last clean
     """
     from msdiff_dist.apps.evaluation.evaluate import EvaluationRequest
     from msdiff_dist.apps.evaluation.evaluate import evaluate as evaluate_subject
+    from msdiff_dist.apps.evaluation.follow import follow as follow_run
     from msdiff_dist.diffusion.solvers import SamplerConfig
     from msdiff_dist.evaluation.sampling_job import SamplingJob
-    from msdiff_dist.files.atomic import WriteError, atomic_write, check_place, writing
+    from msdiff_dist.files.atomic import check_place
     from msdiff_dist.files.work_share import Part
 
     for option, file in (("--json", json_file), ("--write-statistics", write_statistics)):
@@ -96,10 +105,21 @@ def evaluate(
         held_out=held_out,
         statistics=write_statistics,
     )
+    if follow:
+        follow_run(request, lambda found: _show(found, json_file), lambda line: typer.echo(line, err=True))
+        return
     found = evaluate_subject(request)
     if found is None:
         typer.echo(f"part {part} of {parts} is done")
         return
+    _show(found, json_file)
+
+
+def _show(found: Evaluation, json_file: Path | None) -> None:
+    from msdiff_dist.files.atomic import WriteError, atomic_write, writing
+
+    if "step" in found.record:
+        typer.echo(f"step {found.record['step']}")
     table = Table("metric", "value", "95 % interval")
     for name, score in found.scores.items():
         table.add_row(name, f"{score.value:.5g}", f"{score.low:.5g} to {score.high:.5g}")

@@ -35,6 +35,7 @@ RECORD = Phase("write metrics")
 SAVE = Phase("save", patient=True)
 VALIDATE = Phase("validation", patient=True)
 PREVIEW = Phase("preview", patient=True)
+EVALUATE = Phase("evaluation", patient=True)
 FINISH = Phase("finish", patient=True)
 ENDED = Phase("ended", patient=True)
 

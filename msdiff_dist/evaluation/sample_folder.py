@@ -82,7 +82,7 @@ def sample_run(
 
 
 def _fill(out: Path, job: SamplingJob, weights: Weights, generator: ImageGenerator, part: Part) -> tuple[int, bool]:
-    paths = [out / f"{i:05d}.png" for i in range(job.num)]
+    paths = [image_path(out, i) for i in range(job.num)]
     mine = part.share(job.batches)
     claim = FolderClaim(folder=out, record=out / _RECORD, locks=out / _LOCKS, content="images", error=RunFolderError)
     names = {_GRID, *(path.name for path in paths)}
@@ -95,7 +95,7 @@ def _fill(out: Path, job: SamplingJob, weights: Weights, generator: ImageGenerat
         with LongWork("sampling", total, "images", done=total - to_make) as work:
             for index_n in missing:
                 images = job.draw(generator, index_n, work)
-                list(writers.map(_write, images, [paths[i] for i in index_n]))
+                list(writers.map(write_image, images, [paths[i] for i in index_n]))
         # Several processes may end at once: one at a time checks whether all images are there and writes the grid.
         with alone(out / _LOCKS):
             complete = all(path.exists() for path in paths)
@@ -106,7 +106,13 @@ def _fill(out: Path, job: SamplingJob, weights: Weights, generator: ImageGenerat
     return before, complete
 
 
-def _write(image_CHW: Tensor, path: Path) -> None:
+def image_path(folder: Path, number: int) -> Path:
+    """The file of the image with this number."""
+    return folder / f"{number:05d}.png"
+
+
+def write_image(image_CHW: Tensor, path: Path) -> None:
+    """Write a uint8 image [C, H, W] as PNG, complete or not at all."""
     image = Image.fromarray(image_CHW.permute(1, 2, 0).squeeze(-1).numpy())
     atomic_write(path, lambda f: image.save(f, format="PNG"))
 

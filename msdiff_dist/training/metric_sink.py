@@ -32,6 +32,14 @@ class GridSink(Protocol):
         """Record the grid of images in the file `path`, sampled after `step` steps."""
 
 
+@runtime_checkable
+class EvaluationSink(Protocol):
+    """A sink that takes evaluations, too. They come later than the step that they are of."""
+
+    def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
+        """Record the scores of a step by names of their own: `evaluation/mobilenet/fid`."""
+
+
 def _nowhere(text: str) -> None:
     """Show nothing."""
 

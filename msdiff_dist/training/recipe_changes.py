@@ -51,7 +51,8 @@ MAY_CHANGE: tuple[Fields, ...] = (
         "steps",
     ),
     Fields(
-        ("checkpoint.", "preview.", "metrics.", "validation.every", "validation.weights", "ema.power.snapshot_every"),
+        ("checkpoint.", "preview.", "metrics.", "evaluation.", "validation.every", "validation.weights",
+         "ema.power.snapshot_every"),
         "what is saved, drawn and written; trains the same",
     ),
     Fields(

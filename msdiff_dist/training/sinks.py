@@ -20,7 +20,7 @@ from msdiff_dist.bounds import check_different
 from msdiff_dist.errors import ConfigError, raise_all
 from msdiff_dist.registry import Table
 from msdiff_dist.terminal import Lines, duration
-from msdiff_dist.training.metric_sink import GridSink, MetricSink, SinkContext
+from msdiff_dist.training.metric_sink import EvaluationSink, GridSink, MetricSink, SinkContext
 from msdiff_dist.training.metrics import StepMetrics
 from msdiff_dist.training.mlflow_tracker import MlflowConfig, mlflow_tracker
 from msdiff_dist.training.wandb_tracker import WandbConfig, wandb_tracker
@@ -62,6 +62,11 @@ class TensorBoard:
         for name, value in metrics.scalars().items():
             if name != "step":
                 self._board.add_scalar(name, value, metrics.step)
+
+    def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
+        """Record the scores of an evaluation."""
+        for name, value in scores.items():
+            self._board.add_scalar(name, value, step)
 
     def say(self, text: str) -> None:
         """Ignore it: TensorBoard shows numbers."""
@@ -116,6 +121,16 @@ def held_out(validation: Mapping[str, Any]) -> str:
     """A held-out loss in words."""
     raw = f", {validation['raw']['loss']:.4f} of the last weights" if "raw" in validation else ""
     return f"{validation['loss']:.4f}{raw}"
+
+
+def evaluation_scores(record: Mapping[str, Any]) -> dict[str, float]:
+    """The scores in a record of evaluations.jsonl by names that say what they are of: `evaluation/mobilenet/fid`."""
+    space = record.get("features", {}).get("name", "")
+    prefix = "/".join(["evaluation", *(["raw"] if record.get("weights") == "raw" else [])])
+    return {
+        f"{prefix}/{name}" if name.startswith("loss") else f"{prefix}/{space}/{name}": float(value)
+        for name, value in record["metrics"].items()
+    }
 
 
 SINKS: Table[Callable[[SinkContext], MetricSink]] = Table(
@@ -191,6 +206,16 @@ class Sinks:
         for sink in self._sinks:
             if isinstance(sink, GridSink):
                 sink.grid(step, path)
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """Give a record of evaluations.jsonl to every sink that takes them, and to the user in a line."""
+        scores = evaluation_scores(record)
+        for sink in self._sinks:
+            if isinstance(sink, EvaluationSink):
+                sink.evaluation(record["step"], scores)
+        words = "  ".join(f"{name.removeprefix('evaluation/')} {value:.5g}" for name, value in scores.items())
+        num = f" of {record['num']} images" if "num" in record else ""
+        self.say(f"evaluation of step {record['step']}: {words}{num}")
 
     def __enter__(self) -> Sinks:
         return self

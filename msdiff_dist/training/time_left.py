@@ -34,8 +34,16 @@ class TimeLeft:
 
     def paused(self, kind: str, seconds: float) -> None:
         """Training stood still for a checkpoint, a preview or validation."""
-        self._pauses[kind] = [*self._pauses[kind][1 - WINDOW :], seconds]
+        self.stood_still(seconds)
+        self.cost(kind, seconds)
+
+    def stood_still(self, seconds: float) -> None:
+        """Training stood still for a part of a longer pause, which `cost` reports when it has ended."""
         self._paused += seconds
+
+    def cost(self, kind: str, seconds: float) -> None:
+        """A pause took so long, perhaps in several parts."""
+        self._pauses[kind] = [*self._pauses[kind][1 - WINDOW :], seconds]
 
     def after(self, step: int) -> float | None:
         """Seconds until the run ends, asked at the end of each step; None at the first one of a start and at the last.

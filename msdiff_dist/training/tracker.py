@@ -67,6 +67,11 @@ class Tracker:
         if not self._failed:
             self._queue.put((step, path))
 
+    def evaluation(self, step: int, scores: Scalars) -> None:
+        """Queue the scores of an evaluation."""
+        if not self._failed:
+            self._queue.put({"step": step, **scores})
+
     def say(self, text: str) -> None:
         """Ignore it: a tracker shows numbers."""
 

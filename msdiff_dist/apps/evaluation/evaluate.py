@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from msdiff_dist.apps.evaluation.sampling import sample_images
 from msdiff_dist.apps.evaluation.subject import Subject, open_subject, with_prompts
 from msdiff_dist.config import to_mapping
 from msdiff_dist.data.config import DataConfig
+from msdiff_dist.data.loader import load_index
 from msdiff_dist.distributed.environment import this_device
 from msdiff_dist.errors import ConfigError, DataError
 from msdiff_dist.evaluation.clip_model import DEFAULT_MODEL, ClipModel
@@ -26,6 +28,8 @@ from msdiff_dist.evaluation.image_sets import ImageFolder, ImageSet, ShardImages
 from msdiff_dist.evaluation.reference import Features, features_of, read_npz, reference_of, write_npz
 from msdiff_dist.evaluation.sampling_job import SamplingJob
 from msdiff_dist.evaluation.scores import METRICS, Reference, Score, ScoredImages, score
+from msdiff_dist.export.weights import Weights
+from msdiff_dist.files.json_text import parse_mapping
 from msdiff_dist.files.work_share import Part
 from msdiff_dist.terminal import track
 
@@ -49,6 +53,7 @@ class EvaluationRequest:
         nproc: sampling processes on this machine. part: share of the images that this command samples.
         held_out: shards for the metric `loss`; None: what the run held out.
         statistics: file to which the reference's mean and covariance are written.
+        during_training: the ranks of the run have put all images into `samples`.
     """
 
     subject: Path
@@ -64,6 +69,7 @@ class EvaluationRequest:
     part: Part = field(default_factory=Part)
     held_out: str | None = None
     statistics: Path | None = None
+    during_training: bool = False
 
     def __post_init__(self) -> None:
         for name in self.metrics:
@@ -71,6 +77,12 @@ class EvaluationRequest:
                 METRICS.choose("--metrics", name)
         if "clip" in self.metrics and self.features != "clip":
             raise ConfigError("--metrics", "clip", "is computed by the network of --features clip", "Add that option.")
+
+    def digest(self) -> str:
+        """A digest of what is asked for, whatever the subject and wherever it is computed: `asked` of records."""
+        paths = {"feature_weights", "reference", "held_out", "clip_model", "features", "metrics", "ema"}
+        asked = {name: str(getattr(self, name)) for name in sorted(paths)} | {"job": to_mapping(self.job)}
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,17 +112,20 @@ def evaluate(request: EvaluationRequest) -> Evaluation | None:
     subject = open_subject(request.subject, request.ema)
     loss = held_out(subject, request.held_out, request.ema) if LOSS in request.metrics else None
     names = [name for name in request.metrics if name != LOSS]
+    asked = {"asked": request.digest()}
     if not names:
         assert loss is not None
-        return _recorded(subject, loss.scores, {"held_out": loss.about, "notes": []})
-    # Before anything is sampled: weights that are missing are found now.
-    space, clip = _space(request)
-    reference_images = _reference_images(request, subject)
+        return _recorded(subject, loss.scores, asked | {"held_out": loss.about, "notes": []})
+    # Before anything is sampled: weights and references that are missing are found now.
+    space, clip = check_request(request, subject.images)
+    reference_images = _reference_images(request, subject.images)
     job, folder = request.job, subject.path
     if subject.weights is not None:
-        job = with_prompts(job, subject.weights, reference_images).resolved(subject.weights.description.process())
+        job = sampled_by(request, subject.weights, reference_images)
         folder = request.samples or subject.sampled_into(job)
-        if not sample_images(request.subject, folder, job, request.ema, request.nproc, request.part):
+        if not request.during_training and not sample_images(
+            request.subject, folder, job, request.ema, request.nproc, request.part
+        ):
             return None
     elif request.part.of > 1:
         raise ConfigError("--parts", request.part.of, "there is nothing to sample: these are images", "Leave it out.")
@@ -123,7 +138,7 @@ def evaluate(request: EvaluationRequest) -> Evaluation | None:
         write_npz(request.statistics, reference, space, about_reference["num"] or 0)
     num = len(features.features_ND)
     notes = list(_notes(names, num, space))
-    about = {
+    about = asked | {
         "features": {"name": space.name, "digest": space.identity, "weights": space.weights},
         "num": num,
         "image_shape": list(features.image_shape),
@@ -132,6 +147,8 @@ def evaluate(request: EvaluationRequest) -> Evaluation | None:
         "reference": about_reference,
         "notes": notes,
     }
+    if request.during_training:
+        about["during_training"] = True
     if loss is not None:
         scores, about = scores | loss.scores, about | {"held_out": loss.about}
     return _recorded(subject, scores, about)
@@ -162,17 +179,60 @@ def _space(request: EvaluationRequest) -> tuple[FeatureSpace, ClipModel | None]:
     return clip_space(clip, request.feature_weights), clip
 
 
-def _reference_images(request: EvaluationRequest, subject: Subject) -> DataConfig | None:
+def check_request(request: EvaluationRequest, trained_on: DataConfig | None) -> tuple[FeatureSpace, ClipModel | None]:
+    """The feature space of a request, for which weights and reference are there.
+
+    Args:
+        trained_on: the images that the subject's model was trained on; None where unknown.
+
+    Raises:
+        ConfigError, DataError: something is missing, or the reference is of another feature space.
+    """
+    space, clip = _space(request)
+    config, name = _reference_images(request, trained_on), request.reference
+    if name is not None and name.endswith(".npz"):
+        read_npz(Path(name), space)
+    elif name is not None and _is_image_folder(Path(name)):
+        ImageFolder(Path(name), "--reference").files  # noqa: B018
+    else:
+        assert config is not None
+        load_index(config)
+    return space, clip
+
+
+def sampled_by(request: EvaluationRequest, weights: Weights, images: DataConfig | None) -> SamplingJob:
+    """The job by which images of these weights are sampled, with its prompts and its solver."""
+    return with_prompts(request.job, weights, images).resolved(weights.description.process())
+
+
+def is_recorded(run: Path, step: int, asked: str, sha256: str | None = None) -> bool:
+    """Whether a run has an evaluation of a step in which the same was asked for.
+
+    Args:
+        sha256: identity of the weights; None: of any.
+    """
+    file = run / RECORDS
+    for line in file.read_bytes().splitlines() if file.is_file() else []:
+        try:
+            record = parse_mapping(line)
+        except ValueError:  # torn by a kill, or edited: no record of anything
+            continue
+        if (record.get("step"), record.get("asked")) == (step, asked) and sha256 in (None, record.get("sha256")):
+            return True
+    return False
+
+
+def _reference_images(request: EvaluationRequest, trained_on: DataConfig | None) -> DataConfig | None:
     """How reference images are read from shards: those that `--reference` names, or those of the training."""
     if request.reference is not None:
-        trained_on = subject.images or DataConfig(shards=request.reference, image_size=1)
-        return replace(trained_on, shards=request.reference, sources=())
-    if subject.images is None:
+        read_as = trained_on or DataConfig(shards=request.reference, image_size=1)
+        return replace(read_as, shards=request.reference, sources=())
+    if trained_on is None:
         raise ConfigError(
             "--reference", None, "is needed: it is not known which images this was trained on",
             "Give shards, a folder of images or an .npz file.",
         )  # fmt: skip
-    return subject.images
+    return trained_on
 
 
 def _reference(

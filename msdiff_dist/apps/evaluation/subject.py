@@ -19,6 +19,9 @@ from msdiff_dist.evaluation.sampling_job import SamplingJob
 from msdiff_dist.export.weights import CONFIG, Weights, open_checkpoint, open_weights
 from msdiff_dist.recipe import Recipe, stored_recipe
 
+FOLLOWED, TRAINING = "evaluations/.followed", "evaluations/.training"
+"""Folders of a run that keep what is evaluated: checkpoints for a follower, and averages of a run that is trained."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -37,10 +40,7 @@ class Subject:
     @property
     def images(self) -> DataConfig | None:
         """The images that the model was trained on, themselves or their latents; None where unknown."""
-        if self.recipe is None:
-            return None
-        data = self.recipe.data if self.recipe.data.kind == "image" else self.recipe.encode.data
-        return None if data is None or not data.mixed else data
+        return None if self.recipe is None else self.recipe.reference_images()
 
     def sampled_into(self, job: SamplingJob) -> Path:
         """The folder for images of a job: a name for each job under the run's, or beside the export's, own folder."""
@@ -51,15 +51,20 @@ class Subject:
     @property
     def home(self) -> Path:
         """The folder that keeps the evaluations: the run's, for its checkpoints too."""
-        in_run = (self.path / INDEX).is_file() and self.path.parent.name == "checkpoints"
-        return self.path.parent.parent if in_run else self.path
+        if (self.path / INDEX).is_file():
+            for place in ("checkpoints", FOLLOWED, TRAINING):
+                if self.path.parent.parts[-place.count("/") - 1 :] == tuple(place.split("/")):
+                    return self.path.parents[place.count("/") + 1]
+        return self.path
 
     def described(self) -> dict[str, Any]:
         """The subject as JSON values."""
-        about: dict[str, Any] = {"subject": str(self.path)}
+        kept = self.path.parent.name in (Path(FOLLOWED).name, Path(TRAINING).name)  # as long as it is evaluated
+        about: dict[str, Any] = {"subject": str(self.home if kept else self.path)}
         if self.weights is not None:
             described = self.weights.description
             about |= {"recipe": described.name, "step": described.step, "weights": described.weights}
+            about["sha256"] = self.weights.identity()
         return about
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 from msdiff_dist.apps.train.trainer import Trainer
 from msdiff_dist.distributed.environment import limit_waits
 from msdiff_dist.distributed.heartbeat import WaitLimits
-from msdiff_dist.distributed.progress import PREVIEW, READ, RECORD, VALIDATE
+from msdiff_dist.distributed.progress import EVALUATE, PREVIEW, READ, RECORD, VALIDATE
 from msdiff_dist.training.metrics import Meter
 from msdiff_dist.training.sinks import Sinks
 from msdiff_dist.training.time_left import TimeLeft
@@ -34,10 +34,12 @@ def train(trainer: Trainer, sinks: Sinks, limits: WaitLimits, stop_requested: Ca
         "checkpoint": recipe.checkpoint.every,
         "preview": recipe.preview.every,
         "validation": validation.every if validation else 0,
+        "evaluation": recipe.evaluation.every,
     }
     time_left = TimeLeft(total, pauses)
     meter = Meter(trainer.batch_size, trainer.step_petaflops, trainer.peak_petaflops, time_left)
     limit_waits(limits.step_s)
+    trainer.begin_evaluation(sinks)  # if a start that was to begin it ended first
     for step in range(trainer.state.step + 1, total + 1):
         start, progress.step = time.perf_counter(), step
         progress.enter(READ)
@@ -70,6 +72,18 @@ def train(trainer: Trainer, sinks: Sinks, limits: WaitLimits, stop_requested: Ca
             sinks.grid(step, trainer.preview())
             limit_waits(limits.step_s)
             time_left.paused("preview", time.perf_counter() - start)
+        trainer.begin_evaluation(sinks)
+        if trainer.evaluations.active is not None:
+            progress.enter(EVALUATE)
+            limit_waits(limits.start_s)
+            time_left.stood_still(trainer.evaluations.go_on(recipe.evaluation.pause_seconds, sinks))
+            limit_waits(limits.step_s)
+            if trainer.evaluations.active is None:
+                time_left.cost("evaluation", trainer.evaluations.seconds)
+        trainer.evaluations.look(sinks)
+    progress.enter(EVALUATE)
+    limit_waits(limits.start_s)
+    trainer.evaluations.finish(sinks, stop_requested)
     images, petaflops = total * trainer.batch_size, total * trainer.step_petaflops
     sinks.say(f"trained {total} steps on {images} images, {petaflops:.4g} PFLOP")
     return "finished"

@@ -78,6 +78,8 @@ def run_rank(
         trainer = stack.enter_context(Trainer(recipe, folder, env, found))
         step = trainer.state.step
         changes = on_rank_0(lambda: folder.go_on(recipe_mapping(recipe), step))
+        if changes and env.rank == 0:
+            trainer.evaluations.forget_later()
         changed = [f"changed since step {step}: {'; '.join(map(str, changes))}"] if changes else []
         sinks = Sinks()
         if env.rank == 0:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from msdiff_dist.apps.train.costs import step_petaflops
+from msdiff_dist.apps.train.evaluations import RunEvaluations
 from msdiff_dist.apps.train.found_data import FoundData, find_data
 from msdiff_dist.apps.train.latent_checks import check_latents
 from msdiff_dist.apps.train.parts import build_engines, build_feed, build_preparation
@@ -44,6 +45,7 @@ from msdiff_dist.training.ema import ShardedEma
 from msdiff_dist.training.feed import Feed
 from msdiff_dist.training.metrics import StepOutcome
 from msdiff_dist.training.run_folder import RunFolder
+from msdiff_dist.training.sinks import Sinks
 from msdiff_dist.training.state import TrainState
 from msdiff_dist.training.step import TrainStep
 
@@ -90,6 +92,7 @@ class Trainer:
         env.progress.enter(OPEN)
         index, null_context_TC = self._open_data(found)
         self._validation = self._open_validation(index)
+        self.evaluations = RunEvaluations(recipe, folder.path, self.state.step, env)
         self.feed = self._build_feed(trained_shards(recipe, index), groups)
         objective = Objective(recipe.process(), recipe.train.loss, recipe.times())
         self.prepare = build_preparation(recipe, objective, null_context_TC, env)
@@ -179,6 +182,12 @@ class Trainer:
         write_preview(self.recipe, weights, target, self.env)
         return target
 
+    def begin_evaluation(self, sinks: Sinks) -> None:
+        """Begin the evaluation that is due after the current step, if one is."""
+        if self.evaluations.due(self.state.step):
+            copy = HostCopy(self.state.shards, self.ema.averages)
+            self.evaluations.begin(self.state.step, copy, self.state.index(self.env.world_size), sinks)
+
     def describe(self, precision: PrecisionChoice) -> str:
         """One line for the user: what is about to run, in which precision and why."""
         frozen = self.recipe.freezing().names
@@ -201,8 +210,10 @@ class Trainer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         # Every rank raises this package's errors together. After any other exception the other ranks may be gone, and
         # nothing that waits for them may be finished.
+        together = kind is None or issubclass(kind, MsdiffError)
+        self.evaluations.close(wait=together)
         try:
-            if kind is None or issubclass(kind, MsdiffError):
+            if together:
                 self.saver.finish()
                 self.engines.finish()
         finally:
