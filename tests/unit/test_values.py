@@ -43,6 +43,7 @@ BASES = {
         ema={"power": {"snapshot_every": 5}},
         validation={"shards": "nowhere"},
         preview={"every": 5, "num": 4, "sampler": {"steps": 5}},
+        evaluation={"every": 5, "reference": "nowhere", "sampler": {"steps": 5}},
     ),
     "vp": base("fashion_mnist_dpm_3stage"),
     "edm": base("fashion_mnist_edm_3stage"),
