@@ -110,7 +110,7 @@ class DiscreteProcess(Process):
         if steps > self.hi:
             raise ConfigError("steps", steps, f"the process has {self.hi} timesteps", f"Use at most {self.hi}.")
         if end is not None:
-            problem = "the end of a discrete process is its first timestep"
+            problem = "a discrete process is always sampled to its first timestep"
             raise ConfigError("end", end, problem, "Omit it; `last` says where the last step ends.")
         i = np.arange(steps)
         if spacing == "leading":
