@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,16 +43,25 @@ def features_of(images: ImageSet, space: FeatureSpace, option: str, track: Track
     Raises:
         DataError: features are not finite, or what the set's `batches` and the space raise.
     """
-    features, logits, shape = [], [], None
+    found, shape = [], None
     for batch in track(images.batches()):
-        found, classes = space(batch)
+        found.append(space(batch))
         shape = (batch.shape[1], batch.shape[2], batch.shape[3])
-        features.append(found)
-        if classes is not None:
-            logits.append(classes)
     if shape is None:
         raise DataError(option, None, "holds no images", "Name a set of images.")
-    features_ND = torch.cat(features).double().numpy()
+    return joined(found, shape, space, option)
+
+
+def joined(
+    batches: Sequence[tuple[Tensor, Tensor | None]], shape: tuple[int, int, int], space: FeatureSpace, option: str
+) -> Features:
+    """The features of images of one shape, from those of all their batches, as a space gives them.
+
+    Raises:
+        DataError: features are not finite.
+    """
+    features_ND = torch.cat([features for features, _ in batches]).double().numpy()
+    logits = [classes for _, classes in batches if classes is not None]
     if not np.isfinite(features_ND).all():
         first = int((~np.isfinite(features_ND).all(axis=1)).nonzero()[0][0])
         raise DataError(

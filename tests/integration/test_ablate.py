@@ -42,6 +42,9 @@ def sweep(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "model.norm_groups": 4,
             "train.precision": "fp32",
             "train.global_batch_size": 12,
+            "validation.fraction": 0.1,
+            "validation.num": 64,
+            "validation.every": 1,
         },
         "variants": {
             "unified": {"model.decoder_channels": [8], "stages.boundaries": [], "stages.sampling": "uniform"},
@@ -51,9 +54,9 @@ def sweep(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "seeds": [3, 5],
         "points": [0.4, 1.0],
         "score": {
-            "classifier": str(folder / "classifier.safetensors"),
-            "reference": str(digits),
-            "pictures": IMAGES,
+            "metrics": ["loss", "fid"],
+            "features": [str(folder / "classifier.safetensors")],
+            "num": IMAGES,
             "batch_size": 20,
             "sampler": {"name": "ddim", "steps": 3, "clip": True},
         },
@@ -89,33 +92,36 @@ def test_table_of_two_variants_and_two_seeds(msdiff: Msdiff, sweep: Path, digits
     parts = [msdiff("ablate", sweep, "--out", out, "--part", part, "--parts", 2) for part in (0, 1)]
     assert [p.status for p in parts] == [0, 0], parts
     rows = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
-    assert [row["variant"] for row in rows] == ["unified", "unified", "multistage", "multistage"]
-    for row in rows:
+    both = [row["score"] for row in rows]
+    assert both == ["loss", "loss", "classifier/fid", "classifier/fid"] * 2
+    assert [row["variant"] for row in rows] == ["unified"] * 4 + ["multistage"] * 4
+    for number, row in enumerate(rows):
         step, scores = int(row["step"]), []
         for seed in (3, 5):
             run = out / row["variant"] / f"seed_{seed}"
             metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             assert float(row["petaflops"]) == pytest.approx(metrics[step - 1]["petaflops"])
-            assert float(row[f"score_seed_{seed}"]) == pytest.approx(
-                _score_again(run, step, seed, digits, sweep.parent / "classifier.safetensors"), rel=1e-5
-            )
-            scores.append(float(row[f"score_seed_{seed}"]))
-        assert float(row["score_mean"]) == pytest.approx(np.mean(scores))
-        assert float(row["score_std"]) == pytest.approx(np.std(scores, ddof=1))
-        wanted = 2.2e-6 * (0.4 if row in rows[::2] else 1.0)
+            if row["score"] == "loss":
+                expected = metrics[step - 1]["validation"]["unweighted"]  # as training computed it
+            else:
+                expected = _score_again(run, step, seed, digits, sweep.parent / "classifier.safetensors")
+            assert float(row[f"seed_{seed}"]) == pytest.approx(expected, rel=1e-5)
+            scores.append(float(row[f"seed_{seed}"]))
+        assert float(row["mean"]) == pytest.approx(np.mean(scores))
+        assert float(row["std"]) == pytest.approx(np.std(scores, ddof=1))
+        wanted = 2.2e-6 * (1.0 if number % 2 else 0.4)
         assert abs(float(row["petaflops"]) - wanted) < metrics[0]["petaflops"]
         assert int(row["params"]) == sum(p.numel() for p in _parameters(run))
     assert float(rows[1]["petaflops"]) <= 2.2e-6
     assert (out / "quality.png").stat().st_size > 1000
+    assert "<h1>out</h1>" in (out / "results.html").read_text()
     table = (out / "results.md").read_text()
-    assert f"{float(rows[1]['score_mean']):.2f} ± {float(rows[1]['score_std']):.2f}" in table
+    assert f"{float(rows[3]['mean']):.4g} ± {float(rows[3]['std']):.2g}" in table
+    _check_json(json.loads((out / "results.json").read_text(), parse_constant=pytest.fail), rows)
 
     # What is done is not done again. A run that has lost its last checkpoint and scores resumes to the same result.
     before = _files(out)
     logs = {p: p.stat().st_mtime_ns for p in out.rglob("rank_0.log")}
-    assert msdiff("ablate", sweep, "--out", out).status == 0
-    assert _files(out) == before
-    assert {p: p.stat().st_mtime_ns for p in out.rglob("rank_0.log")} == logs
     cut = out / "multistage/seed_5"
     shutil.rmtree(sorted((cut / "checkpoints").iterdir())[-1])
     (cut / "scores.json").unlink()
@@ -123,16 +129,59 @@ def test_table_of_two_variants_and_two_seeds(msdiff: Msdiff, sweep: Path, digits
     again = _files(out)
     lines = before["multistage/seed_5/metrics.jsonl"].splitlines()
     kept = again["multistage/seed_5/metrics.jsonl"].splitlines()
-    first = int(rows[2]["step"])
+    first = int(rows[4]["step"])
     assert kept[:first] == lines[:first]
     assert len(kept) == len(lines)
-    for name in ("results.csv", "multistage/seed_5/scores.json"):
-        assert again[name] == before[name]
+    unchanged = [name for name in before if not name.startswith("multistage/seed_5")]
+    assert {name: again[name] for name in unchanged} == {name: before[name] for name in unchanged}
+    assert again["multistage/seed_5/scores.json"] == before["multistage/seed_5/scores.json"]
+
+    # A new metric is taken of the checkpoints that are there; nothing is trained, and no other score is taken again.
+    logs = {p: p.stat().st_mtime_ns for p in out.rglob("rank_0.log")}
+    assert msdiff("ablate", sweep, "score.metrics=[fid,kid]", "--out", out).status == 0
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("rank_0.log")} == logs
+    found = json.loads((out / "results.json").read_text())
+    assert list(found["scores"]) == ["classifier/fid", "classifier/kid"]
+    old, new = (json.loads(files["unified/seed_3/scores.json"])["sets"] for files in (before, _files(out)))
+    assert old.keys() == new.keys()
+    for digest, scores in new.items():
+        assert {step: {m: v for m, v in of.items() if m != "kid"} for step, of in scores["scores"].items()} == (
+            old[digest]["scores"]
+        )
 
     # A larger budget moves the points to steps that the runs have passed without keeping a checkpoint.
     longer = msdiff("ablate", sweep, "budget=4e-6", "--out", out)
     assert longer.status == 2
     assert "kept no checkpoint of step" in longer.output
+
+
+def _check_json(found: dict[str, Any], rows: list[dict[str, str]]) -> None:
+    """The schema of docs/guides/ablations.md, with the numbers of the CSV file."""
+    assert (found["format"], found["baseline"], found["points"]) == (1, "unified", [0.4, 1.0])
+    assert found["scores"] == {name: {"higher_is_better": False} for name in ("loss", "classifier/fid")}
+    assert list(found["variants"]) == ["unified", "multistage"]
+    for row, point in zip(rows, [0, 1] * 4, strict=True):
+        variant = found["variants"][row["variant"]]
+        assert variant["params"] == int(row["params"])
+        assert variant["gmacs"] == float(row["gmacs"])
+        assert variant["changes"]["model.decoder_channels"][0] in (8, 12)
+        for seed in ("3", "5"):
+            curve = variant["seeds"][seed]
+            assert curve["steps"][point] == int(row["step"])
+            assert curve["petaflops"][point] == pytest.approx(float(row["petaflops"]))
+            assert curve["scores"][row["score"]][point] == float(row[f"seed_{seed}"])
+        scores = variant["scores"][row["score"]]
+        assert scores["mean"][point] == float(row["mean"])
+        assert scores["last"] == scores["mean"][1]
+        assert scores["best"] == min(scores["mean"])
+    assert found["variants"]["unified"]["scores"]["loss"]["levels"] == []
+    for at in found["variants"]["multistage"]["scores"]["loss"]["levels"]:
+        assert at.keys() == {
+            "level", "score", "baseline_petaflops", "petaflops", "ratio", "above", "below", "low", "high",
+            "resamples", "not_reached", "seeds",
+        }  # fmt: skip
+        assert (at["seeds"], at["resamples"]) == ([3, 5], 2000)
+        assert [at["ratio"], at["above"], at["below"]].count(None) == 2
 
 
 def _parameters(run: Path) -> list[torch.Tensor]:
@@ -149,10 +198,10 @@ MISTAKES = {
     "variant's field": (["variants.wide={model.decoder_chanels: [8]}"], ["variants.wide: model.decoder_chanels"]),
     "variant's recipe": (["variants.wide={recipe: none.yaml}"], ["variants.wide: RECIPE", "no such file"]),
     "steps": (["variants.wide={train.steps: 7}"], ["train.steps", "follows from the budget"]),
-    "classifier": (["score.classifier=none.safetensors"], ["classifier", "no such file"]),
+    "classifier": (["score.features=[none.safetensors]"], ["classifier", "no such file"]),
     "other shape": (["budget=1", "variants.wide={data.image_size: 32}"], ["data.image_size = 32", "16x16 pixels"]),
     "sampler": (["score.sampler.name=heun"], ["variants.unified: name", "heun"]),
-    "field": (["scor.pictures=3"], ["scor", "not a known field"]),
+    "field": (["scor.num=3"], ["scor", "not a known field"]),
     "part": (["--part", 2, "--parts", 2], ["--part"]),
 }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from msdiff_dist.apps.ablation.run import load_ablation
+from msdiff_dist.apps.ablation.config import load_ablation
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.launch.cluster import load_cluster
 from msdiff_dist.recipe import load_recipe

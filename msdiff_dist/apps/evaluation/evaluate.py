@@ -6,32 +6,30 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from msdiff_dist.apps.evaluation.loss import held_out
+from msdiff_dist.apps.evaluation.reference_images import check_reference, how_to_read, open_reference, shown
 from msdiff_dist.apps.evaluation.sampling import sample_images
 from msdiff_dist.apps.evaluation.subject import Subject, open_subject, with_prompts
 from msdiff_dist.config import to_mapping
 from msdiff_dist.data.config import DataConfig
-from msdiff_dist.data.loader import load_index
 from msdiff_dist.distributed.environment import this_device
-from msdiff_dist.errors import ConfigError, DataError
+from msdiff_dist.errors import ConfigError
 from msdiff_dist.evaluation.clip_model import DEFAULT_MODEL, ClipModel
 from msdiff_dist.evaluation.feature_spaces import FeatureSpace, clip_space, load_feature_space
-from msdiff_dist.evaluation.image_sets import ImageFolder, ImageSet, ShardImages
-from msdiff_dist.evaluation.reference import Features, features_of, read_npz, reference_of, write_npz
+from msdiff_dist.evaluation.image_sets import ImageFolder
+from msdiff_dist.evaluation.reference import Features, features_of, write_npz
 from msdiff_dist.evaluation.sampling_job import SamplingJob
-from msdiff_dist.evaluation.scores import METRICS, Reference, Score, ScoredImages, score
+from msdiff_dist.evaluation.scores import METRICS, Score, ScoredImages, score
 from msdiff_dist.export.weights import Weights
 from msdiff_dist.files.json_text import parse_mapping
 from msdiff_dist.files.work_share import Part
-from msdiff_dist.terminal import track
 
 RECORDS = "evaluations.jsonl"
 LOSS = "loss"  # the held-out loss: a metric that needs no images
@@ -118,7 +116,7 @@ def evaluate(request: EvaluationRequest) -> Evaluation | None:
         return _recorded(subject, loss.scores, asked | {"held_out": loss.about, "notes": []})
     # Before anything is sampled: weights and references that are missing are found now.
     space, clip = check_request(request, subject.images)
-    reference_images = _reference_images(request, subject.images)
+    reference_images = how_to_read(request.reference, subject.images)
     job, folder = request.job, subject.path
     if subject.weights is not None:
         job = sampled_by(request, subject.weights, reference_images)
@@ -130,8 +128,8 @@ def evaluate(request: EvaluationRequest) -> Evaluation | None:
     elif request.part.of > 1:
         raise ConfigError("--parts", request.part.of, "there is nothing to sample: these are images", "Leave it out.")
     own = ImageFolder(folder, "SUBJECT", job.num if subject.weights is not None else None)
-    features = features_of(own, space, "SUBJECT", _shown("features of the images"))
-    reference, about_reference = _reference(request, reference_images, space, features)
+    features = features_of(own, space, "SUBJECT", shown("features of the images"))
+    reference, about_reference = open_reference(request.reference, reference_images, features.image_shape).of(space)
     images = ScoredImages(features_ND=features.features_ND, logits_NK=features.logits_NK, **_text(clip, job, features))
     scores = {key: found for name in names for key, found in score(name, images, reference, job.seed).items()}
     if request.statistics is not None:
@@ -189,14 +187,7 @@ def check_request(request: EvaluationRequest, trained_on: DataConfig | None) -> 
         ConfigError, DataError: something is missing, or the reference is of another feature space.
     """
     space, clip = _space(request)
-    config, name = _reference_images(request, trained_on), request.reference
-    if name is not None and name.endswith(".npz"):
-        read_npz(Path(name), space)
-    elif name is not None and _is_image_folder(Path(name)):
-        ImageFolder(Path(name), "--reference").files  # noqa: B018
-    else:
-        assert config is not None
-        load_index(config)
+    check_reference(request.reference, how_to_read(request.reference, trained_on), space)
     return space, clip
 
 
@@ -220,51 +211,6 @@ def is_recorded(run: Path, step: int, asked: str, sha256: str | None = None) -> 
         if (record.get("step"), record.get("asked")) == (step, asked) and sha256 in (None, record.get("sha256")):
             return True
     return False
-
-
-def _reference_images(request: EvaluationRequest, trained_on: DataConfig | None) -> DataConfig | None:
-    """How reference images are read from shards: those that `--reference` names, or those of the training."""
-    if request.reference is not None:
-        read_as = trained_on or DataConfig(shards=request.reference, image_size=1)
-        return replace(read_as, shards=request.reference, sources=())
-    if trained_on is None:
-        raise ConfigError(
-            "--reference", None, "is needed: it is not known which images this was trained on",
-            "Give shards, a folder of images or an .npz file.",
-        )  # fmt: skip
-    return trained_on
-
-
-def _reference(
-    request: EvaluationRequest, config: DataConfig | None, space: FeatureSpace, features: Features
-) -> tuple[Reference, dict[str, Any]]:
-    """The reference, and what the record says of it."""
-    name = request.reference
-    images: ImageSet
-    if name is not None and name.endswith(".npz"):
-        found = read_npz(Path(name), space)
-        if isinstance(found, Reference):
-            return found, {"name": name, "key": None, "num": None}
-        images = found
-    elif name is not None and _is_image_folder(Path(name)):
-        images = ImageFolder(Path(name), "--reference")
-    else:
-        assert config is not None
-        channels, height, _ = features.image_shape
-        images = ShardImages(replace(config, channels=channels, image_size=height))
-        name = name or str(config.shards or [source.shards for source in config.sources])
-    assert name is not None
-    reference, found_features = reference_of(images, space, name, _shown("features of the reference"))
-    if found_features.image_shape != features.image_shape:
-        raise DataError(
-            "--reference", name, f"has images {list(found_features.image_shape)}, and the subject "
-            f"{list(features.image_shape)} [channels, height, width]", "Compare images of one shape.",
-        )  # fmt: skip
-    return reference, {"name": name, "key": images.key, "num": len(found_features.features_ND)}
-
-
-def _is_image_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.glob("*.tar"))
 
 
 def _text(clip: ClipModel | None, job: SamplingJob, features: Features) -> dict[str, Any]:
@@ -294,10 +240,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _shown(what: str) -> Any:
-    def shown(batches: Iterable[Tensor]) -> Iterable[Tensor]:
-        return track(batches, what, "batches")
-
-    return shown

@@ -15,9 +15,10 @@ from msdiff_dist.distributed.environment import this_device
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.evaluation.generate import ImageGenerator
 from msdiff_dist.evaluation.held_out_file import HELD_OUT, read_held_out
-from msdiff_dist.evaluation.held_out_loss import ValidationConfig
+from msdiff_dist.evaluation.held_out_loss import Floats, HeldOutLoss, ValidationConfig
 from msdiff_dist.evaluation.scores import Score
 from msdiff_dist.models.autoencoder import LatentCodec
+from msdiff_dist.recipe import Recipe
 from msdiff_dist.terminal import LongWork
 
 
@@ -56,14 +57,7 @@ def held_out(subject: Subject, shards: str | None, ema: bool) -> FoundLoss:
     stored = subject.home / HELD_OUT
     samples = read_held_out(stored) if shards is None and stored.exists() else held_out_samples(recipe, config)
     loss = held_out_loss(recipe, config, samples)
-    device = this_device()
-    model = ImageGenerator(weights, device)
-    codec = LatentCodec(recipe.autoencoder, recipe.data.kind != "image", device)
-    losses_n = np.empty(len(loss.stage_n))
-    with LongWork("held-out loss", len(losses_n), "evaluations") as work:
-        for batch in loss.batches:
-            losses_n[batch.rows] = loss.compute(model, codec, batch)
-            work.advance(len(batch.rows))
+    losses_n = losses_of(loss, recipe, ImageGenerator(weights, this_device()))
     summary = loss.summary(losses_n)
     half = loss.interval(losses_n)
     value, unweighted = summary["loss"], summary["unweighted"]
@@ -88,3 +82,14 @@ def held_out(subject: Subject, shards: str | None, ema: bool) -> FoundLoss:
             "weights": "ema" if ema else "raw",
         },
     )
+
+
+def losses_of(loss: HeldOutLoss, recipe: Recipe, model: ImageGenerator) -> Floats:
+    """The losses of all evaluations, in order, of one model of the recipe."""
+    codec = LatentCodec(recipe.autoencoder, recipe.data.kind != "image", model.device)
+    losses_n = np.empty(len(loss.stage_n))
+    with LongWork("held-out loss", len(losses_n), "evaluations") as work:
+        for batch in loss.batches:
+            losses_n[batch.rows] = loss.compute(model, codec, batch)
+            work.advance(len(batch.rows))
+    return losses_n

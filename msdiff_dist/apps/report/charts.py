@@ -23,7 +23,8 @@ PHASES = ("data", "routing", "compute", "optimizer", "checkpoint", "validation",
 class Series:
     """A line of a chart: columns `x` (None: the chosen axis) and `y` of a source; colours and dashes are numbers.
 
-    style: line, dots (a line with its points), area (between columns `base` and `y`) or faint.
+    style: line, dots (a line with its points), area (between columns `base` and `y`) or band (the same, faint, around a
+        line of the same label).
     """
 
     source: str

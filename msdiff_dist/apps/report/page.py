@@ -1,22 +1,14 @@
-"""The HTML file of a report: one file without references to others.
-
-Jinja escapes all texts; BokehJS, which draws the charts, comes out of the installed bokeh.
-"""
+"""The HTML file of a report on runs."""
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
-from typing import TYPE_CHECKING, Any, TypeVar
-
-import jinja2
-from markupsafe import Markup
+from typing import TYPE_CHECKING, TypeVar
 
 from msdiff_dist.apps.report.charts import charts_of
 from msdiff_dist.apps.report.pictures import Picture, sample_grids
+from msdiff_dist.apps.report.render import render
 from msdiff_dist.apps.report.run_data import RunData
 from msdiff_dist.apps.report.strip import Strip
 from msdiff_dist.apps.report.tables import (
@@ -26,7 +18,6 @@ from msdiff_dist.apps.report.tables import (
     history,
     plan_tables,
     summary,
-    versions,
 )
 
 if TYPE_CHECKING:
@@ -65,23 +56,13 @@ def page(
     sections = [
         _section(run, strips[i] if strips else None, nearest[i] if nearest else None) for i, run in enumerate(runs)
     ]
-    charts = charts_of(runs)
-    here = files(__package__) / "templates"
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string((here / "page.html").read_text()).render(
+    return render(
+        "page.html",
+        charts_of(runs),
         title=", ".join(run.name for run in runs),
-        runs=sections,
-        charts=charts,
-        differing=differing(runs),
-        written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        versions=versions(),
         refresh_s=refresh_s,
-        data=_script_data(charts.data()),
-        style=Markup((here / "report.css").read_text()),
-        script=Markup((here / "report.js").read_text()),
-        library=_library(),
+        runs=sections,
+        differing=differing(runs),
     )
 
 
@@ -106,18 +87,3 @@ def _section(run: RunData, strip: Strip | None, nearest: Nearest | None) -> Sect
         nearest=nearest,
         problems=problems,
     )
-
-
-def _script_data(content: Any) -> Markup:
-    """JSON for a script element, which no text in it can end."""
-    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
-
-
-def _library() -> Markup:
-    """BokehJS as a script's text."""
-    import bokeh
-
-    scripts = files(bokeh) / "server" / "static" / "js"
-    text = "\n".join((scripts / name).read_text("utf-8") for name in ("bokeh.min.js", "bokeh-api.min.js"))
-    return Markup(text.replace("</script", "<\\/script"))

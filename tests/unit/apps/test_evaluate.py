@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from msdiff_dist.apps.evaluation import evaluate as evaluation
 from msdiff_dist.apps.evaluation.compare import compare
 from msdiff_dist.apps.evaluation.evaluate import EvaluationRequest, evaluate
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.make.pack import pack
 from msdiff_dist.errors import ConfigError, DataError, UserError
+from msdiff_dist.evaluation import reference as reference_module
 from msdiff_dist.evaluation.feature_spaces import load_feature_space
 from msdiff_dist.evaluation.frechet import fit, frechet_distance
 from msdiff_dist.evaluation.image_sets import ShardImages
@@ -66,10 +66,8 @@ def test_features_of_the_reference_are_computed_once(tmp_path: Path, monkeypatch
     a, b = _images(tmp_path / "a", 0), _images(tmp_path / "b", 1)
     first = evaluate(_request(a, reference=str(b)))
     computed: list[str] = []
-    inner = evaluation.reference_of.__globals__["features_of"]
-    monkeypatch.setitem(
-        evaluation.reference_of.__globals__, "features_of", lambda *args: computed.append(args[2]) or inner(*args)
-    )
+    inner = reference_module.features_of
+    monkeypatch.setattr(reference_module, "features_of", lambda *args: computed.append(args[2]) or inner(*args))
     second = evaluate(_request(a, reference=str(b)))
     assert computed == []
     assert first is not None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from msdiff_dist.apps.ablation.run import load_ablation
+from msdiff_dist.apps.ablation.config import load_ablation
 from msdiff_dist.config import to_mapping
 from msdiff_dist.convert.conversion import convert
 from msdiff_dist.convert.formats.diffusers_folder import read_diffusers

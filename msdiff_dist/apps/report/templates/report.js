@@ -57,6 +57,11 @@
         figure.varea({field: "x"}, {field: "y1"}, {field: "y2"}, {source, fill_color: colour(line.colour), fill_alpha: 0.75, ...shown});
         continue;
       }
+      if (line.style === "band") {
+        const source = new Bokeh.ColumnDataSource({data: {x, y1: columns[line.base], y2: scaled}});
+        figure.varea({field: "x"}, {field: "y1"}, {field: "y2"}, {source, fill_color: colour(line.colour), fill_alpha: 0.15, ...shown});
+        continue;
+      }
       const source = new Bokeh.ColumnDataSource({data: {x, y: scaled}});
       tips.push(figure.line({field: "x"}, {field: "y"}, {
         source, line_color: colour(line.colour), line_width: 1.8, line_dash: DASHES[line.dash], line_join: "round", ...shown,
@@ -65,7 +70,7 @@
         figure.scatter({field: "x"}, {field: "y"}, {source, size: 6, fill_color: colour(line.colour), line_color: null, ...shown});
       }
     }
-    const name = overTraining ? AXES[axis] : "bin";
+    const name = overTraining ? AXES[axis] : chart.x_label.split(",")[0];
     if (tips.length) {
       figure.add_tools(new Bokeh.HoverTool({
         renderers: tips, tooltips: [["", "$name"], [name, "@x{0,0.[0000]}"], [chart.y_label, "@y{0.[00000]a}"]], visible: false,
@@ -125,9 +130,10 @@
     const place = element.querySelector(".legend");
     const chart = data.charts[number];
     place.replaceChildren();
-    if (chart.series.length < 2) return;
+    const lines = chart.series.filter(line => line.style !== "band");  // a band is switched with its line
+    if (lines.length < 2) return;
     const off = hidden.get(number) ?? new Set();
-    for (const line of chart.series) {
+    for (const line of lines) {
       const button = document.createElement("button");
       button.type = "button";
       button.setAttribute("aria-pressed", String(!off.has(line.label)));
