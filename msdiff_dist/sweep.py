@@ -102,9 +102,10 @@ def overrides_of(change: dict[str, Any]) -> list[str]:
 
 def run_names(changes: Sequence[dict[str, Any]]) -> list[str]:
     """A folder name for each run: its number and what it changes, e.g. `002_lr=0.0003_seed=1`."""
-    names = []
-    for i, change in enumerate(changes):
-        words = [f"{key.rsplit('.', 1)[-1]}={value}" for key, value in change.items()]
-        safe = "".join(c if c.isalnum() or c in "=.-_" else "-" for c in "_".join(words))
-        names.append(f"{i:03d}_{safe}"[:80])
-    return names
+    return [f"{i:03d}_{change_name(change)}"[:80] for i, change in enumerate(changes)]
+
+
+def change_name(change: dict[str, Any]) -> str:
+    """What a run changes, as a part of a folder's name, e.g. `lr=0.0003_seed=1`."""
+    words = [f"{key.rsplit('.', 1)[-1]}={value}" for key, value in change.items()]
+    return "".join(c if c.isalnum() or c in "=.-_" else "-" for c in "_".join(words))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from msdiff_dist.apps.ablation.grid import check_grid, with_grid
 from msdiff_dist.bounds import check_between, check_different, check_name, check_seed
 from msdiff_dist.config import from_mapping
 from msdiff_dist.diffusion.solvers import SamplerConfig
@@ -75,6 +76,8 @@ class AblationConfig:
     variants: by name, the dotted recipe fields that each changes; a field `recipe` among them replaces the common
         recipe. The first variant is the baseline.
     changes: dotted recipe fields that all variants change.
+    grid: by the name of a variant, dotted recipe fields and the values that each takes. Every combination is a variant
+        more, that one with these changes.
     budget: 1e15 floating-point operations of every run's training, forward and backward; train.steps follows from it.
     score: how runs are scored.
     seeds: train.seed of each variant's runs, and the seed of the images generated with them.
@@ -88,6 +91,7 @@ class AblationConfig:
     budget: float
     score: ScoreConfig
     changes: dict[str, Any] = field(default_factory=dict)
+    grid: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
     points: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     levels: tuple[Level, ...] = (0.5, 0.75, 1.0, "best")
@@ -100,6 +104,7 @@ class AblationConfig:
             if not re.fullmatch(r"[\w+=-][\w.+=-]*", name):
                 raise ConfigError("variants", name, "cannot name a folder", "Use letters, digits, and any of _-+=.")
             check_name("variants", name)
+        check_grid(self.variants, self.grid)
         if len(set(self.seeds)) < len(self.seeds):
             raise ConfigError("seeds", list(self.seeds), "names a seed twice", "Remove one.")
         for seed in self.seeds:
@@ -115,15 +120,18 @@ class AblationConfig:
                 problem = f"lies outside the points, from {points[0]} to 1, between which scores are known"
                 raise ConfigError("levels", level, problem, "Choose fractions of the budget among them, or best.")
         for fixed in ("train.steps", "train.seed"):
-            if any(fixed in change for change in (self.changes, *self.variants.values())):
+            if any(fixed in change for change in (self.changes, *self.variants.values(), *self.grid.values())):
                 raise ConfigError(fixed, "given", "follows from the budget and the seeds", "Remove it.")
 
 
 def load_ablation(path: Path, overrides: list[str]) -> tuple[AblationConfig, Places]:
     """Read an ablation file and apply dotted overrides (`budget=0.01`); also returns where each field was given.
 
+    Its `grid` has become variants.
+
     Raises:
         ConfigError: naming every wrong field and its line.
     """
     document = read_mapping(path, overrides, "SWEEP")
-    return document.parsed(lambda mapping: from_mapping(AblationConfig, mapping)), document.places
+    config, places = document.parsed(lambda mapping: from_mapping(AblationConfig, mapping)), document.places
+    return replace(config, variants=with_grid(config.variants, config.grid, places), grid={}), places
