@@ -65,6 +65,11 @@ def stage_order(seed: int, batch: int, batch_size: int) -> Ints:
     return generator(seed, "stage", batch).permutation(batch_size)
 
 
+def stage_uniform(seed: int, batch: int) -> float:
+    """Uniform number in [0, 1) that becomes the stage of a global batch of one stage."""
+    return float(generator(seed, "stage of batch", batch).random())
+
+
 def time_uniforms(seed: int, batch: int, batch_size: int) -> NDArray[np.float64]:
     """Uniform numbers in [0, 1), [batch_size], that become times within each sample's stage."""
     return generator(seed, "time", batch).random(batch_size)

@@ -4,12 +4,13 @@ checkpoints/step_00000100/
   checkpoint.json               `CheckpointIndex`: step, recipe, every file with size, sha256 and keys
   rank_00000.safetensors ...    one file per rank that wrote; keys are KIND/NAME@START, values 1-D float32
 
-KIND is `param` (fp32 weights), an optimizer moment (`exp_avg`, `exp_avg_sq`, `momentum_buffer`), `ema`, or, with
-`ema.power`, `ema_LENGTH`; a folder `ema_snapshots/step_XXXXXXXX` has the same layout and holds the kinds `ema_LENGTH`
-alone. NAME is the parameter's name in the whole model, and START is the index of the range's first element in the
-flattened parameter. Frozen parameters have no moments, and their averages are their weights. So nothing depends on
-world size, ZeRO level or placement. The position in the data follows from the step: the next sample's number in the
-stream is (step - data_began) x batch_size, and data_began is 0 but for some branches of other runs.
+KIND is `param` (fp32 weights), an optimizer moment (`exp_avg`, `exp_avg_sq`, `momentum_buffer`), `gathered` (of
+decoders whose gradients wait: their sum, times numbers of samples), `ema`, or, with `ema.power`, `ema_LENGTH`; a folder
+`ema_snapshots/step_XXXXXXXX` has the same layout and holds the kinds `ema_LENGTH` alone. NAME is the parameter's name
+in the whole model, and START is the index of the range's first element in the flattened parameter. Frozen parameters
+have no moments, and their averages are their weights. So nothing depends on world size, ZeRO level or placement. The
+position in the data follows from the step: the next sample's number in the stream is (step - data_began) x batch_size,
+and data_began is 0 but for some branches of other runs.
 
 A folder named `step_*` is complete. Folders of other names may lie beside it:
 
@@ -59,6 +60,7 @@ class CheckpointIndex:
             in the data is counted from there.
         optimizer_began: by prefix of the parameter names, the step at which the optimizer of a part began of which
             something was frozen before, or which is another one in a branch. Those of other parts began with the run.
+        stages: counters of the stages' samples and of their decoders' steps, if not every decoder steps on every batch.
         format: version of this layout.
     """
 
@@ -73,12 +75,13 @@ class CheckpointIndex:
     data: list[list[str]] = field(default_factory=list)
     data_began: int = 0
     optimizer_began: dict[str, int] = field(default_factory=dict)
+    stages: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
     def dump(self) -> str:
         """The index as JSON text."""
         content = asdict(self)
-        for name in ("data_began", "optimizer_began"):
+        for name in ("data_began", "optimizer_began", "stages"):
             if not content[name]:  # a key that earlier versions do not know
                 del content[name]
         return json.dumps(content, indent=1)
@@ -120,6 +123,8 @@ def _check_types(index: CheckpointIndex) -> None:
         raise ValueError("a number or a name is of another type")
     if not isinstance(index.loss, (int, float, type(None))) or not isinstance(index.recipe, dict):
         raise ValueError("loss or recipe is of another type")
+    if not isinstance(index.stages, dict):
+        raise ValueError("the stages' counters are of another type")
     for key in itertools.chain.from_iterable(f.keys for f in index.files):
         parse_key(key)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from msdiff_dist.checkpoint.layout import CheckpointIndex, parse_key
-from msdiff_dist.checkpoint.save import Averages
+from msdiff_dist.checkpoint.save import GATHERED, Averages
 from msdiff_dist.checkpoint.tensor_file import TensorReader, check_content, check_size, corrupt
 from msdiff_dist.distributed.frozen_weights import Fragment
 from msdiff_dist.distributed.zero_state import ShardedState
@@ -122,7 +122,11 @@ def check_architecture(reader: CheckpointReader, shapes: Mapping[str, tuple[int,
 
 
 def restore(
-    reader: CheckpointReader, state: Mapping[str, ShardedState], averages: Averages, began: Mapping[str, int]
+    reader: CheckpointReader,
+    state: Mapping[str, ShardedState],
+    averages: Averages,
+    began: Mapping[str, int],
+    own_steps: Mapping[str, int],
 ) -> None:
     """Put weights, moments and averages of a checkpoint into this rank's shards.
 
@@ -132,6 +136,7 @@ def restore(
     Args:
         began: by prefix of the parameter names, the step at which the part's optimizer began. One that begins at the
             checkpoint's own step has no moments.
+        own_steps: by prefix, optimizer steps of parts that have not stepped in every step since.
 
     Raises:
         CorruptError: an element is missing.
@@ -142,8 +147,14 @@ def restore(
         def read(kind: str, f: Fragment, prefix: str = prefix) -> Tensor:
             return reader.read_range(kind, prefix + f.name, f.start, f.numel)
 
-        steps = reader.index.step - began.get(prefix, 0)
+        steps = own_steps.get(prefix, reader.index.step - began.get(prefix, 0))
         shards.restore(read, reader.index.moments if steps else [], steps)
+        for f in shards.fragments if shards.gathered else ():
+            waiting = shards.gathered[f.flat][f.offset : f.offset + f.numel]
+            if reader.holds(GATHERED, prefix + f.name):
+                waiting.copy_(read(GATHERED, f))
+            else:
+                waiting.zero_()
         for kind, average in averages.items():
             source = kind if kind in kinds else "param"
             for f in shards.fragments:

@@ -23,6 +23,10 @@ Averages = Mapping[str, Mapping[str, list[Tensor]]]
 for each of `ShardedState.flats`."""
 
 
+GATHERED = "gathered"
+"""Kind of the gradients that wait for those of later batches."""
+
+
 class HostCopy:
     """Copies this rank's weights, optimizer moments and averages to host memory, which is kept for the next copy.
 
@@ -85,6 +89,8 @@ class HostCopy:
             for i, (weights, moments) in enumerate(zip(shards.flats(), shards.moments(), strict=True)):
                 for kind, source in ({"param": weights} | moments).items():
                     yield prefix, i, kind, source
+            for i, source in enumerate(shards.gathered):
+                yield prefix, i, GATHERED, source
 
 
 def write_checkpoint(

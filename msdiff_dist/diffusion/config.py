@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from msdiff_dist.bounds import check_between
 from msdiff_dist.config import section_of
 from msdiff_dist.diffusion.process import Process
 from msdiff_dist.diffusion.processes import PROCESSES
@@ -46,17 +47,27 @@ def build_times(config: DiffusionConfig) -> TrainingTimes:
 
 @dataclass(frozen=True, kw_only=True)
 class StagesConfig:
-    """How time is divided into stages, and how often each stage is trained."""
+    """How time is divided into stages, and how many samples each stage gets."""
 
     boundaries: tuple[float, ...] = ()
     """The K - 1 inner boundaries of K stages, ascending, in the process's own unit (timestep, t or sigma). An empty
     list is a unified model."""
     sampling: StageSampling = "uniform"
-    """Probability of each stage in the objective: `uniform` keeps the distribution of times, the process's own or
-    that of `diffusion.times`; `equal` gives every stage 1/K, a list gives K relative weights. Inside a stage times
-    always follow that distribution."""
+    """Share of each stage in the samples, and in the objective unless there are `importance_weights`: `uniform` keeps
+    the distribution of times, the process's own or that of `diffusion.times`; `equal` gives every stage 1/K, a list
+    gives K relative weights. Inside a stage times always follow that distribution."""
+    batch: Literal["mixed", "one_stage"] = "mixed"
+    """`mixed`: each global batch holds samples of all stages. `one_stage`: it belongs to one stage, drawn with the
+    probabilities of `sampling`, and only that stage's decoder steps, as in the official programs."""
+    importance_weights: bool = False
+    """Whether each loss is weighted by the probability of its stage under `sampling: uniform` over its share. The
+    expected gradient is then that of `sampling: uniform`, and `sampling` only says how many samples each stage gets."""
+    min_samples_per_step: int = 1
+    """A decoder steps when its stage has had at least so many samples since its last step, on the mean gradient over
+    them. The shared encoder steps on every batch."""
 
     def __post_init__(self) -> None:
+        check_between("min_samples_per_step", self.min_samples_per_step, 1, 2**63 - 1)
         if any(not math.isfinite(b) for b in self.boundaries):
             raise ConfigError("boundaries", list(self.boundaries), "must be finite numbers", "Give finite times.")
         if list(self.boundaries) != sorted(set(self.boundaries)):

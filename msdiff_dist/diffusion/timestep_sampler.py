@@ -6,12 +6,13 @@ workers or placement.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from msdiff_dist.diffusion.config import StageSampling
+from msdiff_dist.diffusion.config import StageSampling, StagesConfig
 from msdiff_dist.diffusion.stage_partition import StagePartition
 from msdiff_dist.diffusion.training_times import TimeDistribution
 from msdiff_dist.errors import ConfigError
@@ -34,11 +35,12 @@ class StepDraw:
 
 
 class StageQuotas:
-    """Draws stratified times: every global batch holds the same number of samples of each stage.
+    """Draws stratified times: a global batch holds a given number of samples of each stage.
 
     Attributes:
-        probability_K: probability of each stage in the objective (`stages.sampling`). With `stages`, that of each given
-            that the sample is in one of them.
+        share_K: share of each stage in the samples (`stages.sampling`), before rounding.
+        probability_K: probability of each stage in the objective: its share, or with importance weights that in the
+            distribution of times. With `stages`, that of each given that the sample is in one of them.
         quotas_K: int64, samples of each stage in a global batch; each is at least one, and they sum to the batch. 0 for
             those that are not among `stages`.
         importance_K: probability_k / (quota_k / B), the constant loss weight of each stage. With it the mean over the
@@ -47,6 +49,7 @@ class StageQuotas:
     Args:
         times: the distribution of times in training.
         stages: the stages to draw; None: all.
+        importance_weights: whether the objective is the distribution of times, whatever `sampling` is.
 
     Raises:
         ConfigError: the global batch is smaller than the number of stages.
@@ -59,17 +62,34 @@ class StageQuotas:
         sampling: StageSampling,
         global_batch_size: int,
         stages: Sequence[int] | None = None,
+        *,
+        importance_weights: bool = False,
     ) -> None:
-        self._times, self._partition = times, partition
-        self.probability_K = stage_probabilities(times, partition, sampling)
-        drawn = np.full(partition.num_stages, True)
-        if stages is not None and len(stages) < partition.num_stages:
-            drawn = np.isin(np.arange(partition.num_stages), stages)
-            self.probability_K = np.where(drawn, self.probability_K, 0) / self.probability_K[drawn].sum()
-        self.quotas_K = np.zeros(partition.num_stages, np.int64)
-        self.quotas_K[drawn] = stage_quotas(self.probability_K[drawn], global_batch_size)
-        with np.errstate(invalid="ignore"):  # 0 / 0 of stages that are not drawn
-            self.importance_K = np.nan_to_num(self.probability_K * global_batch_size / self.quotas_K)
+        self._times, self._partition, self._weighted = times, partition, importance_weights
+        self.share_K = _among(stages, stage_probabilities(times, partition, sampling))
+        own = "uniform" if importance_weights else sampling
+        self.probability_K = _among(stages, stage_probabilities(times, partition, own))
+        self.quotas_K = _quotas(self.share_K, global_batch_size)
+        self.importance_K = _importance(self.probability_K, self.quotas_K)
+
+    def of_shares(self, share_K: np.ndarray) -> StageQuotas:
+        """The same with other shares of the stages, none above zero of a stage that is not drawn."""
+        changed = copy.copy(self)
+        changed.share_K = share_K
+        if not self._weighted:
+            changed.probability_K = share_K
+        changed.quotas_K = _quotas(share_K, int(self.quotas_K.sum()))
+        changed.importance_K = _importance(changed.probability_K, changed.quotas_K)
+        return changed
+
+    def of_stage(self, stage: int) -> StageQuotas:
+        """Global batches of one stage alone. If each batch's stage is drawn with probability `share_K`, the expected
+        gradient is that of the objective."""
+        changed = copy.copy(self)
+        changed.quotas_K, changed.importance_K = np.zeros_like(self.quotas_K), np.zeros_like(self.importance_K)
+        changed.quotas_K[stage] = self.quotas_K.sum()
+        changed.importance_K[stage] = self.probability_K[stage] / self.share_K[stage]
+        return changed
 
     def micro_quotas(self, accumulation_steps: int) -> np.ndarray:
         """Samples of each stage in each micro batch, int64 [A, K], none below one; 0 of stages that are not drawn.
@@ -77,7 +97,7 @@ class StageQuotas:
         Raises:
             ConfigError: a stage has fewer samples than there are micro batches.
         """
-        fewest = np.where(self.quotas_K > 0, self.quotas_K, self.quotas_K.max()).argmin()
+        fewest = min(np.flatnonzero(self.quotas_K), key=self.quotas_K.__getitem__)
         if self.quotas_K[fewest] < accumulation_steps:
             problem = f"stage {fewest} has only {self.quotas_K[fewest]} samples in a global batch"
             remedy = f"Use at most {self.quotas_K[fewest]}, or a larger train.global_batch_size."
@@ -106,6 +126,33 @@ class StageQuotas:
     def _micro_bounds(self, accumulation_steps: int) -> np.ndarray:
         """Sample j of stage k, in index order, belongs to micro batch m when bounds[m, k] <= j < bounds[m + 1, k]."""
         return self.quotas_K * np.arange(accumulation_steps + 1)[:, None] // accumulation_steps
+
+
+def _among(stages: Sequence[int] | None, probability_K: np.ndarray) -> np.ndarray:
+    """Probabilities of the stages given that one of `stages` is drawn (None: any)."""
+    if stages is None or len(stages) == len(probability_K):
+        return probability_K
+    drawn = np.isin(np.arange(len(probability_K)), stages)
+    values: np.ndarray = np.where(drawn, probability_K, 0) / probability_K[drawn].sum()
+    return values
+
+
+def _quotas(share_K: np.ndarray, global_batch_size: int) -> np.ndarray:
+    """`stage_quotas` of the stages that have a share, 0 of the others."""
+    quotas_K = np.zeros(len(share_K), np.int64)
+    quotas_K[share_K > 0] = stage_quotas(share_K[share_K > 0], global_batch_size)
+    return quotas_K
+
+
+def _importance(probability_K: np.ndarray, quotas_K: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):  # 0 / 0 of stages that are not drawn
+        values: np.ndarray = np.nan_to_num(probability_K * quotas_K.sum() / quotas_K)
+    return values
+
+
+def objective_probabilities(times: TimeDistribution, partition: StagePartition, config: StagesConfig) -> np.ndarray:
+    """Probability [K] of each stage in the objective of the recipe's section `stages`."""
+    return stage_probabilities(times, partition, "uniform" if config.importance_weights else config.sampling)
 
 
 def stage_probabilities(times: TimeDistribution, partition: StagePartition, sampling: StageSampling) -> np.ndarray:

@@ -5,7 +5,7 @@ All arithmetic that follows from how the engines are built is in this file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from msdiff_dist.distributed.precision import Precision
@@ -41,6 +41,7 @@ class Workload:
         channels_last: memory format of the network's inputs.
         tf32: matrix products and convolutions of fp32 factors in TF32.
         on_gpus: training on GPUs, not on CPUs.
+        gathering: stages whose decoders keep gradients that wait for those of later batches.
     """
 
     cost_K: Sequence[float]
@@ -58,6 +59,7 @@ class Workload:
     channels_last: bool = False
     tf32: bool = False
     on_gpus: bool = False
+    gathering: Collection[int] = ()
 
     @property
     def shared(self) -> PartSize:
@@ -106,8 +108,12 @@ class EngineBytes:
     in_step: int
 
 
-def engine_bytes(part: PartSize, group_size: int, zero: int, accumulation: int, workload: Workload) -> EngineBytes:
+def engine_bytes(
+    part: PartSize, group_size: int, zero: int, accumulation: int, workload: Workload, gathers: bool = False
+) -> EngineBytes:
     """What one engine keeps on a rank.
+
+    If it `gathers`, gradients that wait for those of later batches are sharded in fp32, too.
 
     Frozen parameters are there in the training precision alone: whole, or with a ZeRO 3 engine of others sharded as
     these. In bf16 training their fp32 weights are sharded over the ranks' host memory.
@@ -143,15 +149,15 @@ def engine_bytes(part: PartSize, group_size: int, zero: int, accumulation: int, 
     # ZeRO 1 keeps the whole buffer between micro batches. ZeRO 2 reduces each, and keeps the sums of its range: the
     # reduction of one micro batch ends before the part's next backward pass.
     more, reduces_each = accumulation > 1, zero == 2 and group_size > 1
-    kept = own if more and reduces_each else 0
+    kept, waiting = own if more and reduces_each else 0, own if gathers else 0
     return EngineBytes(
         weights=part.params * size + aside,
         optimizer=optimizer,
         averages=averages,
-        gradients_before=(whole + (received + kept if reduces_each else 0)) if more else 0,
-        gradients_during=whole + kept,
-        gradients_after=whole + received + kept,
-        gradients_reduced=own,
+        gradients_before=waiting + ((whole + (received + kept if reduces_each else 0)) if more else 0),
+        gradients_during=waiting + whole + kept,
+        gradients_after=waiting + whole + received + kept,
+        gradients_reduced=waiting + own,
         in_passes=0,
         in_step=in_step,
     )

@@ -8,15 +8,16 @@ while the encoder's backward computes. Every rank thus issues its collectives in
 overlap freely. Reductions are sums of gradients of a loss divided by the GLOBAL batch size, so they are the exact
 global mean whatever the sizes of the groups.
 
-A step calls `forward_backward` for every micro batch, then `agreement`, to which other code adds what the ranks must
-sum, then `reduce`, which makes the global gradient norm known, then the `step` of what `reduce` returned. No optimizer
-can step before the norm is known, because only the result of `reduce` has that method.
+A step calls `forward_backward` for every micro batch, or `stand_by` on a rank that has no samples in it, then
+`agreement`, to which other code adds what the ranks must sum, then `reduce`, which makes the global gradient norm
+known, then the `step` of what `reduce` returned. No optimizer can step before the norm is known, because only the
+result of `reduce` has that method.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,17 +33,34 @@ StageLoss = Callable[[int, Tensor, slice], Tensor]
 """(stage, output of its decoder, rows of the batch that the output belongs to) -> this rank's scalar loss."""
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What the decoder of a stage does after a global batch.
+
+    Attributes:
+        samples: of the stage in the batch; 0: the decoder has no gradient and does nothing.
+        gathered: samples of earlier batches whose gradients have waited.
+        steps: whether its optimizer steps, on the mean over all these samples. If not, the gradient waits too.
+    """
+
+    samples: int
+    gathered: int = 0
+    steps: bool = True
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReducedGradients:
     """The gradients of one global batch, known to every rank and ready to step on.
 
     Attributes:
         sums: sums over the ranks of everything in the step's agreement, by name.
-        norm: norm of the gradient of the whole model, before clipping.
+        norm: norm of the gradient of all parts that step, before clipping.
+        finite: whether all gradients are, those that wait too.
     """
 
     sums: Mapping[str, Tensor]
     norm: Tensor
+    finite: bool
     _step: Callable[[float], None]
 
     def step(self, lr: float) -> None:
@@ -60,6 +78,7 @@ class StageParallelEngines:
         optimizer: makes a torch optimizer for a list of parameters; called once per engine.
         groups: this rank's process groups.
         device: where the modules are.
+        gathering: stages whose decoders may let gradients wait for those of later batches.
 
     Attributes:
         forward_clock: how long this rank computes without waiting for others: the time of its forward passes, in which
@@ -76,18 +95,21 @@ class StageParallelEngines:
         config: EngineConfig,
         groups: Groups,
         device: torch.device,
+        gathering: Collection[int] = (),
     ) -> None:
         self.config = config
         self.forward_clock = DeviceClock(device, time.thread_time)
         self._shared_module = shared
         self._device = device
         self._micro_batches = 0  # of the current global batch that have run
+        self._turns: Sequence[Turn] | None = None  # of the current global batch
         has_parameters = any(True for _ in shared.parameters())
         world = all_ranks()
         self.shared = make_engine(shared, optimizer, config.zero_shared, config, world) if has_parameters else None
         self.stages: dict[int, PartEngine] = {}
         for k in sorted(stages):
-            self.stages[k] = make_engine(stages[k], optimizer, config.zero_decoders, config, groups.stage[k])
+            group, gathers = groups.stage[k], k in gathering
+            self.stages[k] = make_engine(stages[k], optimizer, config.zero_decoders, config, group, gathers)
 
     def _named(self) -> dict[str, PartEngine]:
         """The parts by the prefix of their parameter names, in the order of their reductions: held stages ascending,
@@ -96,7 +118,7 @@ class StageParallelEngines:
         return named | ({"shared.": self.shared} if self.shared else {})
 
     def _trained(self) -> dict[str, PartEngine]:
-        """Those of `_named` that train; every rank has one."""
+        """Those of `_named` that train."""
         return {prefix: engine for prefix, engine in self._named().items() if engine.trains}
 
     def state(self) -> dict[str, ShardedState]:
@@ -108,7 +130,7 @@ class StageParallelEngines:
 
         Args:
             inputs: of the shared module, all samples of this rank in one batch, sorted by stage.
-            rows: for every held stage its rows of that batch, at least one each.
+            rows: for every held stage of which the batch has samples its rows, at least one each.
             loss: this rank's share of a stage's loss, already divided by the global batch size.
         """
         assert not self._is_complete(), "the global batch is complete: step before the next micro batch"
@@ -123,7 +145,7 @@ class StageParallelEngines:
         # one buffer per feature. Every row belongs to exactly one stage, so each row of a buffer is written once.
         differentiable = [i for i, f in enumerate(features) if f.requires_grad]
         gradients = [torch.empty_like(features[i]) for i in differentiable]
-        for k, engine in self.stages.items():
+        for k, engine in ((k, self.stages[k]) for k in rows):
             leaves = [f.detach()[rows[k]].requires_grad_(i in differentiable) for i, f in enumerate(features)]
             engine.wait_for_weights()
             with self.forward_clock:
@@ -140,29 +162,49 @@ class StageParallelEngines:
             self.shared.backward([features[i] for i in differentiable], gradients, is_last)
         self._micro_batches += 1
 
-    def agreement(self) -> Agreement:
+    def stand_by(self) -> None:
+        """One micro batch of which this rank has no samples: it takes part in the reduction of the shared part alone.
+
+        No rank of a stage stands by while another computes the stage.
+        """
+        assert not self._is_complete(), "the global batch is complete: step before the next micro batch"
+        if self.shared:
+            self.shared.no_backward(self._micro_batches + 1 == self.config.gradient_accumulation_steps)
+        self._micro_batches += 1
+
+    def agreement(self, turns: Sequence[Turn] | None = None) -> Agreement:
         """What the ranks sum in this step's one reduction; it already has the squares of the gradients.
 
         To be called after the last micro batch. Waits for the reductions of gradients. Every gradient element of the
         encoder and of the decoders lives on exactly one rank, so the sum over the ranks of the squares of their own
         elements is the squared norm of the whole gradient.
+
+        Args:
+            turns: what the decoder of every stage does, the same on every rank; None: all step.
         """
         assert self._is_complete(), "micro batches are missing from the global batch"
+        self._turns = turns
+        for k, engine in self.stages.items():
+            turn = self._turn(f"stages.{k}.")
+            if engine.trains and turn.steps and turn.samples and turn.gathered:
+                engine.join(turn.samples, turn.gathered)
         agreement = Agreement(self._device)
-        agreement.add(
-            "gradient square sum", torch.stack([e.gradient_square_sum() for e in self._trained().values()]).sum()
-        )
+        stepping, waiting = self._with_gradients(steps=True), self._with_gradients(steps=False)
+        agreement.add("gradient square sum", torch.stack([self._square_sum(stepping), self._square_sum(waiting)]))
         return agreement
 
     def reduce(self, agreement: Agreement) -> ReducedGradients:
         """Sum `agreement` over the ranks. One world all_reduce."""
         sums = agreement.reduce()
-        norm = sums["gradient square sum"][0].sqrt().float()
-        return ReducedGradients(sums=sums, norm=norm, _step=lambda lr: self._step(lr, float(norm)))
+        squares = sums["gradient square sum"]
+        norm = squares[0].sqrt().float()
+        finite = bool(norm.isfinite() and squares[1].isfinite())
+        return ReducedGradients(sums=sums, norm=norm, finite=finite, _step=lambda lr: self._step(lr, float(norm)))
 
     def modules_with_bad_gradients(self) -> list[str]:
         """Names of the modules of which a gradient element on this rank is not finite, after the reduction."""
-        bad = [prefix for prefix, e in self._trained().items() if not e.gradient_square_sum().isfinite()]
+        having = self._with_gradients(steps=True) | self._with_gradients(steps=False)
+        bad = [prefix for prefix, e in having.items() if not e.gradient_square_sum().isfinite()]
         return ["the shared part" if prefix == "shared." else f"stage {prefix.split('.')[1]}" for prefix in bad]
 
     def finish(self) -> None:
@@ -176,8 +218,30 @@ class StageParallelEngines:
         """Whether the micro batches of a global batch have all run, and no step has followed."""
         return self._micro_batches == self.config.gradient_accumulation_steps
 
+    def _turn(self, prefix: str) -> Turn:
+        """The turn of a part; the shared part, and without turns every part, always steps."""
+        if self._turns is None or prefix == "shared.":
+            return Turn(samples=1)
+        return self._turns[int(prefix.split(".")[1])]
+
+    def _with_gradients(self, steps: bool) -> dict[str, PartEngine]:
+        """The parts with a gradient on which they step now, or which is to wait."""
+        return {
+            prefix: engine
+            for prefix, engine in self._trained().items()
+            if (turn := self._turn(prefix)).samples and turn.steps == steps
+        }
+
+    def _square_sum(self, parts: Mapping[str, PartEngine]) -> Tensor:
+        """Sum of squares of the gradients of these parts on this rank, a float64 scalar on the device."""
+        if not parts:
+            return torch.zeros((), dtype=torch.float64, device=self._device)
+        return torch.stack([engine.gradient_square_sum() for engine in parts.values()]).sum()
+
     def _step(self, lr: float, norm: float) -> None:
         # The shared part first, whose new weights the next forward pass needs first.
-        for engine in reversed(self._trained().values()):
+        for engine in reversed(self._with_gradients(steps=True).values()):
             engine.step(lr, norm)
+        for prefix, engine in self._with_gradients(steps=False).items():
+            engine.gather(self._turn(prefix).samples)
         self._micro_batches = 0

@@ -22,7 +22,7 @@ class RankBytes:
 
     Attributes:
         weights: parameters in the precision of forward and backward passes.
-        gradients: of the parameters, and what their reduction receives.
+        gradients: of the parameters, what their reduction receives, and those that wait for later batches.
         optimizer: fp32 weights and the optimizer's moments.
         averages: of the weights.
         activations: and gradients of activations.
@@ -54,24 +54,30 @@ class RankBytes:
 def rank_bytes_W(placement: Placement, workload: Workload, trace: ModelTrace) -> list[RankBytes]:
     """Bytes of every rank at the peak of a step. Ranks in the same role share one object."""
     groups = [len(placement.group(k)) for k in range(placement.num_stages)]
-    known: dict[bytes, RankBytes] = {}
+    known: dict[tuple[tuple[int, ...], bytes], RankBytes] = {}
     result = []
-    for rank in range(placement.world_size):
+    for rank, held in enumerate(placement.stages_of_rank):
         rows_AK = placement.samples_AWK[:, rank]
-        role = rows_AK.tobytes()
+        role = held, rows_AK.tobytes()
         if role not in known:
-            known[role] = _rank_bytes(rows_AK, placement.world_size, groups, workload, trace)
+            known[role] = _rank_bytes(held, rows_AK, placement.world_size, groups, workload, trace)
         result.append(known[role])
     return result
 
 
 def _rank_bytes(
-    rows_AK: np.ndarray, world_size: int, groups: Sequence[int], workload: Workload, trace: ModelTrace
+    held: Sequence[int],
+    rows_AK: np.ndarray,
+    world_size: int,
+    groups: Sequence[int],
+    workload: Workload,
+    trace: ModelTrace,
 ) -> RankBytes:
-    held, accumulation = np.flatnonzero(rows_AK[0]).tolist(), len(rows_AK)
+    accumulation, decoders = len(rows_AK), workload.zero_decoders
     shared = engine_bytes(workload.shared, world_size, workload.zero_shared, accumulation, workload)
     stages = {
-        k: engine_bytes(workload.stages[k], groups[k], workload.zero_decoders, accumulation, workload) for k in held
+        k: engine_bytes(workload.stages[k], groups[k], decoders, accumulation, workload, k in workload.gathering)
+        for k in held
     }
     engines = [shared, *stages.values()]
     # The weights of stages that no rank computes, fp32, of which every rank keeps a range in host memory.
@@ -80,7 +86,7 @@ def _rank_bytes(
     moments = [
         moment
         for rows_K in np.unique(rows_AK, axis=0)
-        for moment in _moments({k: int(rows_K[k]) for k in held}, shared, stages, workload, trace)
+        for moment in _moments({k: int(rows_K[k]) for k in held if rows_K[k]}, shared, stages, workload, trace)
     ]
     peak = max(moments, key=lambda moment: moment.total)
     return RankBytes(
@@ -118,7 +124,11 @@ def _moments(
     The engines run the shared encoder on all samples; then each stage forward and backward on features cut from the
     graph, which frees the stage's activations; then the encoder's backward pass.
     """
-    engines = [*stages.values(), shared]  # in the order of their backward passes
+    engines = [*(stages[k] for k in sorted(rows)), shared]  # in the order of their backward passes
+    if not rows:  # the rank stands by
+        yield _Moment(0, shared.gradients_after, 0)
+        yield _Moment(0, shared.gradients_reduced, shared.in_step)
+        return
     encoder = trace.shared.memory(sum(rows.values()))
     decoders = {k: trace.stages[k].memory(n) for k, n in rows.items()}
     buffers = batch_bytes(sum(rows.values()), workload) + sum(e.in_passes for e in engines)
@@ -137,7 +147,7 @@ def _moments(
     left = encoder.outputs + decoders[max(rows)].left
     if workload.zero_shared == 3:  # DeepSpeed's loss is scaled, which copies the gradients of the features
         left += encoder.outputs
-    yield _Moment(encoder.backward_peak + left, gradients(len(stages)), buffers)
+    yield _Moment(encoder.backward_peak + left, gradients(len(rows)), buffers)
     yield _Moment(0, sum(e.gradients_after for e in engines), buffers)
     yield _Moment(0, sum(e.gradients_reduced for e in engines), buffers + max(e.in_step for e in engines))
 

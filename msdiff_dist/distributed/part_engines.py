@@ -98,17 +98,26 @@ def _deepspeed_unit(unit: _Unit) -> Iterator[None]:
 
 
 def make_engine(
-    module: nn.Module, optimizer: OptimizerFactory, zero: int, config: EngineConfig, group: dist.ProcessGroup
+    module: nn.Module,
+    optimizer: OptimizerFactory,
+    zero: int,
+    config: EngineConfig,
+    group: dist.ProcessGroup,
+    gathers: bool = False,
 ) -> PartEngine:
     """The engine of `module` over `group`, under ZeRO level `zero`. Collective in the group.
 
     The parameters that require no gradient are frozen; a module of which all are has no DeepSpeed engine.
+
+    Args:
+        gathers: whether gradients may wait for those of later batches; not under level 3.
     """
     if not trained_parameters(module):
         return _FrozenEngine(module, config, group)
     if zero == 3:
+        assert not gathers, "ZeRO 3 has no gradients that wait"
         return _Zero3Engine(module, optimizer, config, group)
-    return _FlatEngine(module, optimizer, zero, config, group)
+    return _FlatEngine(module, optimizer, zero, config, group, gathers)
 
 
 class PartEngine(ABC):
@@ -141,6 +150,10 @@ class PartEngine(ABC):
         """
 
     @abstractmethod
+    def no_backward(self, is_last: bool) -> None:
+        """Take part in a micro batch of which this rank has no samples, as `backward` does with gradients of zero."""
+
+    @abstractmethod
     def reduced_gradients(self) -> list[Tensor]:
         """The reduced gradient elements that live on this rank, each on exactly one rank of the group."""
 
@@ -151,6 +164,18 @@ class PartEngine(ABC):
     @abstractmethod
     def state(self) -> ShardedState:
         """This rank's fp32 shards."""
+
+    def gather(self, samples: int) -> None:
+        """Let the reduced gradients, of a batch with so many samples of the part's stage, wait instead of stepping."""
+        raise AssertionError("this engine was not made to gather gradients")
+
+    def join(self, samples: int, gathered: int) -> None:
+        """Replace the reduced gradients by their mean with those that wait, which weigh as many samples as they are of.
+
+        Args:
+            samples, gathered: numbers of samples of the new gradients, and of those that wait.
+        """
+        raise AssertionError("this engine was not made to gather gradients")
 
     def gradient_square_sum(self) -> Tensor:
         """Sum of squares of `reduced_gradients`, a float64 scalar on the device."""
@@ -204,6 +229,9 @@ class _FrozenEngine(PartEngine):
     def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor] | None, is_last: bool) -> None:
         torch.autograd.backward(outputs, gradients)
 
+    def no_backward(self, is_last: bool) -> None:
+        return
+
     def reduced_gradients(self) -> list[Tensor]:
         return []
 
@@ -221,7 +249,13 @@ class _FlatEngine(PartEngine):
     """
 
     def __init__(
-        self, module: nn.Module, optimizer: OptimizerFactory, zero: int, config: EngineConfig, group: dist.ProcessGroup
+        self,
+        module: nn.Module,
+        optimizer: OptimizerFactory,
+        zero: int,
+        config: EngineConfig,
+        group: dist.ProcessGroup,
+        gathers: bool,
     ) -> None:
         self._module, self._grad_clip = module, config.grad_clip
         self._frozen = keep_whole(module, group, config.dtype)
@@ -233,6 +267,8 @@ class _FlatEngine(PartEngine):
             FlatPart(weights, parameters, group, reduce_each=zero == 2)
             for weights, parameters in zip(self._optimizer.bit16_groups_flat, self._optimizer.bit16_groups, strict=True)
         ]
+        # Sums of waiting gradients times their numbers of samples, of this rank's ranges.
+        self._gathered = [torch.zeros_like(p.own_weights, dtype=torch.float32) for p in self._parts] if gathers else []
         # Whoever calls the module, computes with weights that have arrived.
         module.register_forward_pre_hook(lambda *_: self.wait_for_weights())
 
@@ -255,6 +291,20 @@ class _FlatEngine(PartEngine):
         for part in self._parts:
             part.close_gradients(is_last)
 
+    def no_backward(self, is_last: bool) -> None:
+        for part in self._parts:
+            part.open_gradients()
+            part.close_gradients(is_last)
+
+    def gather(self, samples: int) -> None:
+        for part, gathered in zip(self._parts, self._gathered, strict=True):
+            gathered.add_(part.take_gradient(), alpha=samples)
+
+    def join(self, samples: int, gathered: int) -> None:
+        for part, waiting in zip(self._parts, self._gathered, strict=True):
+            part.gradient.mul_(samples).add_(waiting).div_(samples + gathered)
+            waiting.zero_()
+
     def reduced_gradients(self) -> list[Tensor]:
         return [part.gradient for part in self._parts]
 
@@ -271,7 +321,7 @@ class _FlatEngine(PartEngine):
         self._publish()
 
     def state(self) -> ShardedState:
-        return ShardedState(self._module, self._optimizer, self._publish, self._frozen)
+        return ShardedState(self._module, self._optimizer, self._publish, self._frozen, self._gathered)
 
     def _publish(self) -> None:
         """Give all ranks the network's weights of this rank's fp32 weights."""
@@ -345,6 +395,9 @@ class _Zero3Engine(PartEngine):
             self._engine.backward(loss * self._size, scale_wrt_gas=False)
             if not is_last:
                 self._engine.step()  # counts the micro batch; no optimizer steps
+
+    def no_backward(self, is_last: bool) -> None:
+        raise AssertionError("under ZeRO 3 every rank has samples in every micro batch")
 
     def reduced_gradients(self) -> list[Tensor]:
         return [g for gradients in self._engine.optimizer.averaged_gradients.values() for g in gradients or ()]

@@ -56,7 +56,7 @@ class Placement:
     Attributes:
         stages_of_rank: for each rank its stages, ascending.
         samples_AWK: number of samples of each stage that each rank computes in each micro batch; 0 exactly where rank w
-            does not hold stage k.
+            does not hold stage k, or the batch has no samples of it.
     """
 
     stages_of_rank: StageSets
@@ -78,7 +78,7 @@ class Placement:
 
     def group(self, stage: int) -> tuple[int, ...]:
         """The ranks that hold `stage`, ascending."""
-        return tuple(np.flatnonzero(self.samples_AWK[0, :, stage]).tolist())
+        return tuple(rank for rank, held in enumerate(self.stages_of_rank) if stage in held)
 
     def balance(self, cost_K: Sequence[float]) -> float:
         """Mean over maximum of the ranks' work in a step, in (0, 1].
@@ -115,6 +115,25 @@ def plan(
         holds_WK = _checked(explicit, quotas_AK, world_size)
         samples_WK[:, computed] = _shared_among_holders(quotas_AK[:, computed], cost[computed], holds_WK[:, computed])
     stages_of_rank = tuple(tuple(k for k, n in enumerate(n_K) if n) for n_K in samples_WK.tolist())
+    return Placement(stages_of_rank, _micro_samples(samples_WK, quotas_AK))
+
+
+def plan_on(stages_of_rank: StageSets, micro_quotas_AK: np.ndarray, cost_K: Sequence[float]) -> Placement:
+    """Place samples on ranks that hold the given stages. A rank whose stages have no samples in the batch has none.
+
+    Args:
+        micro_quotas_AK, cost_K: as `plan` takes them.
+
+    Raises:
+        PlacementError: a stage has samples, but not one for each of its ranks in each micro batch.
+    """
+    quotas_AK, cost = np.asarray(micro_quotas_AK), np.asarray(cost_K, dtype=float)
+    computed = quotas_AK.any(axis=0)
+    holds_WK = np.array([[k in held for k in range(len(cost))] for held in stages_of_rank])
+    for k in np.flatnonzero(computed & (holds_WK.sum(axis=0) > quotas_AK.min(axis=0))).tolist():
+        raise _too_few(quotas_AK, k, int(holds_WK[:, k].sum()))
+    samples_WK = np.zeros(holds_WK.shape, dtype=np.int64)
+    samples_WK[:, computed] = _shared_among_holders(quotas_AK[:, computed], cost[computed], holds_WK[:, computed])
     return Placement(stages_of_rank, _micro_samples(samples_WK, quotas_AK))
 
 
@@ -338,13 +357,19 @@ def _checked(explicit: StageSets, quotas_AK: np.ndarray, world_size: int) -> np.
                 f"Add {k} to some rank's stages.",
             )
         if size > quota:
-            raise PlacementError(
-                "train.global_batch_size",
-                int(quotas_AK.sum()),
-                f"gives stage {k} {quota} samples in a micro batch and {size} ranks of parallel.placement hold it",
-                f"Raise it, accumulate less, or let at most {quota} ranks hold stage {k}.",
-            )
+            raise _too_few(quotas_AK, k, size)
     return holds_WK
+
+
+def _too_few(quotas_AK: np.ndarray, stage: int, holders: int) -> PlacementError:
+    """A stage has fewer samples in a micro batch than there are ranks that hold it."""
+    quota = quotas_AK[:, stage].min()
+    return PlacementError(
+        "train.global_batch_size",
+        int(quotas_AK.sum()),
+        f"gives stage {stage} {quota} samples in a micro batch and {holders} ranks of parallel.placement hold it",
+        f"Raise it, accumulate less, or let at most {quota} ranks hold stage {stage}.",
+    )
 
 
 def _shared_among_holders(quotas_AK: np.ndarray, cost_K: np.ndarray, holds_WK: np.ndarray) -> np.ndarray:

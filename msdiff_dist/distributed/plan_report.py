@@ -150,7 +150,7 @@ def _ring_bytes(placement: Placement, workload: Workload) -> list[tuple[Sequence
     stages = [
         (placement.group(k), passing(part, workload.zero_decoders))
         for k, part in enumerate(workload.stages)
-        if placement.group(k)
+        if placement.samples_AWK[:, :, k].any()
     ]
     return [shared, *stages]
 

@@ -82,8 +82,9 @@ def step_time(
         k: of_engine(workload.stages[k], placement.group(k), workload.zero_decoders)
         for k in sorted({k for held in placement.stages_of_rank for k in held})
     }
+    computed = placement.samples_WK.sum(axis=0) > 0
     reduction_W, gather_W, optimizer_W = (
-        np.array([sum(getattr(stages[k], kind) for k in held) for held in placement.stages_of_rank])
+        np.array([sum(getattr(stages[k], kind) for k in held if computed[k]) for held in placement.stages_of_rank])
         for kind in ("reduction", "gather", "optimizer")
     )
     until_shared = float((compute_W + np.maximum(reduction_W - behind_W, 0)).max()) + shared.reduction
@@ -118,6 +119,8 @@ def _passes(
     compute_W, behind_W, encoder_W = np.zeros(W), np.zeros(W), np.zeros(W)
     for rank in range(W):
         for rows_K in placement.samples_AWK[:, rank].tolist():
+            if not any(rows_K):
+                continue
             encoder = seconds(-1, sum(rows_K))
             _, *later = stages = [seconds(k, n) for k, n in enumerate(rows_K) if n]
             compute_W[rank] += encoder + sum(stages)

@@ -7,7 +7,7 @@ public interface to this; the private members that are used here are checked by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class ShardedState:
         optimizer: DeepSpeed's ZeRO optimizer over its parameters; None: none of them trains.
         publish: gives the network on every rank of the group the weights of the fp32 shards.
         frozen: the parameters that do not train.
+        gathered: gradients that wait for those of later batches, one tensor for each of `flats`; empty: none ever do.
 
     Attributes:
         shapes: shape of every whole parameter of the module, by name.
@@ -32,8 +33,15 @@ class ShardedState:
         frozen: the others, which have no moments, and whose averages are the weights themselves.
     """
 
-    def __init__(self, module: nn.Module, optimizer: Any, publish: Callable[[], None], frozen: FrozenShards) -> None:
-        self._optimizer, self._publish, self.frozen = optimizer, publish, frozen
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: Any,
+        publish: Callable[[], None],
+        frozen: FrozenShards,
+        gathered: Sequence[Tensor] = (),
+    ) -> None:
+        self._optimizer, self._publish, self.frozen, self.gathered = optimizer, publish, frozen, gathered
         self._is_zero3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
         self.shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in module.named_parameters()}
         self.trained = tuple(n for n, p in module.named_parameters() if p.requires_grad)

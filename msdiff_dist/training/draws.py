@@ -72,7 +72,7 @@ class Drawing:
             noise_nCHW=noise(self._seed, batch, index_n, self._shape, pinned=self._pinned),
             dropped_n=dropped_n,
             transforms=transforms,
-            module_seed=module_seed(self._seed, batch, int(index_n[0])),
+            module_seed=module_seed(self._seed, batch, int(index_n[0]) if len(index_n) else 0),
         )
 
     def _host(self, tensor: Tensor) -> Tensor:

@@ -110,13 +110,21 @@ class ShardedEma:
         }
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take the weights after optimizer step number `step`, counted from 1, into every average."""
-        # The new weights' share in each average. A power average of t steps has (t^(g + 1) - (t - 1)^(g + 1)) /
-        # t^(g + 1) of the last one, which is 1 - (1 - 1 / t)^(g + 1).
-        weights = {"ema": 1 - self._config.decay_at(step, self._batch_size)}
-        weights |= {kind: 1 - (1 - 1 / step) ** (gamma + 1) for kind, gamma in self._exponents.items()}
-        for kind, weight in weights.items():
-            for prefix, state in self._state.items():
+    def update(self, step: int, elapsed: Mapping[str, int] | None = None) -> None:
+        """Take the weights after step number `step` of the run, counted from 1, into every average.
+
+        Args:
+            elapsed: by prefix, steps since a part's last update, 1 for those not named. 0: the part has not stepped,
+                and its averages stay. What they have not decayed meanwhile they decay at its next step.
+        """
+        # The new weights' share in each average. A power average of t steps has (t^(g + 1) - (t - e)^(g + 1)) /
+        # t^(g + 1) of the last e, which is 1 - (1 - e / t)^(g + 1).
+        for prefix, state in self._state.items():
+            since = 1 if elapsed is None else elapsed.get(prefix, 1)
+            if not since:
+                continue
+            weights = {"ema": 1 - self._config.decay_at(step, self._batch_size) ** since}
+            weights |= {kind: 1 - (1 - since / step) ** (gamma + 1) for kind, gamma in self._exponents.items()}
+            for kind, weight in weights.items():
                 if flats := [f.detach() for f in state.flats()]:  # none of a frozen part, whose averages never change
                     torch._foreach_lerp_(self.averages[kind][prefix], flats, weight)

@@ -18,10 +18,10 @@ import torch
 
 from msdiff_dist.data.corruption import Corruption
 from msdiff_dist.data.loader import StepSamples
-from msdiff_dist.diffusion.timestep_sampler import StageQuotas
 from msdiff_dist.distributed.progress import EXCHANGE, READ, Progress
 from msdiff_dist.distributed.router import Assignment, Outgoing, PendingBatch, RoutedBatch, Router
 from msdiff_dist.training.ahead import Ahead
+from msdiff_dist.training.batch_plans import BatchPlans
 from msdiff_dist.training.draws import Drawing, Draws
 
 
@@ -49,7 +49,7 @@ class MicroBatch:
         batch: number of the global batch, from 0.
         samples: the samples that were routed to this rank.
         drawn: their times, noise and other random numbers.
-        rows: the rows of each held stage.
+        rows: the rows of each held stage of which the batch has samples; none on a rank that computes nothing.
         corruption: corrupt shards and samples that this rank met for the first time while it read the global batch;
             they come with the first of its micro batches.
     """
@@ -88,6 +88,7 @@ class Feed:
     Collective: every rank asks for the same micro batches in the same order.
 
     Args:
+        batches: how many samples of each stage every global batch has, and where they are computed.
         drawing: draws the random numbers of a micro batch.
         seed: seed of stages and times.
         accumulation: micro batches per global batch.
@@ -98,7 +99,7 @@ class Feed:
     def __init__(
         self,
         loader: Reader,
-        quotas: StageQuotas,
+        batches: BatchPlans,
         router: Router,
         drawing: Drawing,
         *,
@@ -107,7 +108,7 @@ class Feed:
         start_batch: int,
         progress: Progress | None = None,
     ) -> None:
-        self._loader, self._quotas, self._router, self._drawing = loader, quotas, router, drawing
+        self._loader, self._batches, self._router, self._drawing = loader, batches, router, drawing
         self._seed, self._accumulation, self._start_batch = seed, accumulation, start_batch
         self._ahead = Ahead(self._prepared(), depth=1)
         self._micro_batches = self._arrivals()
@@ -186,12 +187,13 @@ class Feed:
             torch.cuda.set_device(self._router.device)
         for batch in itertools.count(self._start_batch):
             read = next(self._loader)
-            draw = self._quotas.draw(self._seed, batch, self._accumulation)
+            plan = self._batches.of(batch)
+            draw = plan.quotas.draw(self._seed, batch, self._accumulation)
             assignment = Assignment(
                 stage_B=draw.stage_B,
                 micro_B=draw.micro_B,
                 source_B=self._loader.source_rank(batch),
-                placement=self._router.placement,
+                placement=plan.placement,
             )
             for micro in range(self._accumulation):
                 outgoing = self._router.pack(assignment, micro, read)

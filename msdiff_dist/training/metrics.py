@@ -22,7 +22,8 @@ class StepOutcome:
     Attributes:
         loss: the objective over the global batch.
         loss_per_stage: mean loss of each stage's samples, before importance weights; None for a stage without samples.
-        grad_norm: norm of the gradient of the whole model, before clipping.
+        samples_per_stage: samples of each stage in the global batch.
+        grad_norm: norm of the gradient of all parts that step, before clipping.
         stop_requested: whether some rank was asked to stop.
         busy_W: each rank's seconds of forward computation.
         memory_W: most bytes that each rank has held so far, as `peak_bytes` counts them.
@@ -33,6 +34,7 @@ class StepOutcome:
 
     loss: float
     loss_per_stage: list[float | None]
+    samples_per_stage: list[int]
     grad_norm: float
     stop_requested: bool
     busy_W: list[float]
@@ -54,7 +56,8 @@ class StepMetrics:
         step: number of the optimizer step, counted from 1.
         loss: the objective over the global batch.
         loss_per_stage: mean loss of each stage's samples, before importance weights; None for a stage without samples.
-        grad_norm: norm of the gradient of the whole model, before clipping.
+        samples_per_stage: samples of each stage in the global batch.
+        grad_norm: norm of the gradient of all parts that step, before clipping.
         lr: learning rate of the step.
         images_seen: samples trained on so far, this step included.
         images_per_second: samples per second of wall time on rank 0.
@@ -64,7 +67,7 @@ class StepMetrics:
         busy_seconds: each rank's seconds in forward passes, to four significant digits.
         slowest_rank: the rank with the most of them.
         memory_bytes: most bytes that the fullest rank has held since this start: tensors on a GPU, a process on a CPU.
-        mfu: model FLOP/s utilization (2204.02311, appendix B): `step_petaflops` over the wall time of the step, as a
+        mfu: model FLOP/s utilization (2204.02311, appendix B): operations of the step over its wall time, as a
             share of what all GPUs compute at their peak; None on devices whose peak is not known.
         eta_seconds: expected seconds until the run ends, as `TimeLeft` has them.
         petaflops: 1e15 floating-point operations of all steps so far, forward and backward.
@@ -76,6 +79,7 @@ class StepMetrics:
     step: int
     loss: float
     loss_per_stage: list[float | None]
+    samples_per_stage: list[int]
     grad_norm: float
     lr: float
     images_seen: int
@@ -115,12 +119,19 @@ def _flatten(name: str, value: Any, into: dict[str, float]) -> None:
         into[name] = float(value)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """1e15 floating-point operations of the whole job, forward and backward: of a step, and of all steps so far."""
+
+    step: float
+    total: float
+
+
 class Meter:
     """Makes each step's metrics from its outcome, and keeps what adds up over steps.
 
     Args:
         batch_size: the global batch size.
-        step_petaflops: 1e15 floating-point operations of one step of the whole job, forward and backward.
         peak_petaflops: 1e15 floating-point operations that all devices compute in a second at most; None: not known.
         time_left: says how long the run will go on.
 
@@ -128,15 +139,13 @@ class Meter:
         saving: seconds for which training stood still for the checkpoint after the last step.
     """
 
-    def __init__(
-        self, batch_size: int, step_petaflops: float, peak_petaflops: float | None, time_left: TimeLeft
-    ) -> None:
-        self._batch_size, self._step_petaflops, self._peak_petaflops = batch_size, step_petaflops, peak_petaflops
+    def __init__(self, batch_size: int, peak_petaflops: float | None, time_left: TimeLeft) -> None:
+        self._batch_size, self._peak_petaflops = batch_size, peak_petaflops
         self._time_left = time_left
         self._corrupt = 0
         self.saving = 0.0
 
-    def measure(self, step: int, outcome: StepOutcome, lr: float, elapsed: float) -> StepMetrics:
+    def measure(self, step: int, outcome: StepOutcome, lr: float, elapsed: float, compute: Compute) -> StepMetrics:
         """Metrics of `step`, counted from 1, which has just ended and took `elapsed` seconds."""
         self._corrupt += len(outcome.corruption)
         saving, self.saving = self.saving, 0.0
@@ -145,6 +154,7 @@ class Meter:
             step=step,
             loss=outcome.loss,
             loss_per_stage=outcome.loss_per_stage,
+            samples_per_stage=outcome.samples_per_stage,
             grad_norm=outcome.grad_norm,
             lr=lr,
             images_seen=step * self._batch_size,
@@ -154,9 +164,9 @@ class Meter:
             busy_seconds=[float(f"{busy:.4g}") for busy in outcome.busy_W],
             slowest_rank=max(range(len(outcome.busy_W)), key=outcome.busy_W.__getitem__),
             memory_bytes=max(outcome.memory_W),
-            mfu=self._step_petaflops / elapsed / peak if peak else None,
+            mfu=compute.step / elapsed / peak if peak else None,
             eta_seconds=None if eta is None else round(eta, 1),
-            petaflops=step * self._step_petaflops,
+            petaflops=compute.total,
             damaged=self._corrupt,
         )
 

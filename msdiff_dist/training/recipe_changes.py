@@ -74,8 +74,16 @@ MAY_CHANGE: tuple[Fields, ...] = (
 MUST_STAY: tuple[Fields, ...] = (
     Fields(("model.", "stages.boundaries"), "the weights belong to them"),
     Fields(
-        ("diffusion.process", "diffusion.times.", "train.loss", "stages.sampling"),
-        "another objective is another training",
+        (
+            "diffusion.process",
+            "diffusion.times.",
+            "train.loss",
+            "stages.sampling",
+            "stages.batch",
+            "stages.importance_weights",
+            "stages.min_samples_per_step",
+        ),
+        "another objective, or other steps of the decoders, is another training",
     ),
     Fields(
         ("optimizer.name", "optimizer.betas", "optimizer.eps", "optimizer.momentum"),

@@ -11,8 +11,10 @@ from msdiff_dist.checkpoint.layout import CheckpointIndex, part_of
 from msdiff_dist.checkpoint.load import CheckpointReader, restore, start_from
 from msdiff_dist.checkpoint.save import Averages, gather_shapes, moment_kinds
 from msdiff_dist.data.fingerprint import Fingerprint
+from msdiff_dist.distributed.agree import joined
 from msdiff_dist.distributed.zero_state import ShardedState
 from msdiff_dist.training.metrics import LossAverage
+from msdiff_dist.training.stage_progress import StageProgress
 
 
 class TrainState:
@@ -24,6 +26,7 @@ class TrainState:
         shards: fp32 weights and optimizer moments on this rank, by prefix of their parameter names.
         averages: averages of the weights on this rank.
         frozen: names of the parameters that do not train.
+        progress: counts samples and steps of the stages; None: every decoder steps on every batch.
 
     Attributes:
         step: optimizer steps done. Global batches 0 to step - 1 have been trained on, so it is the position in the data
@@ -42,6 +45,7 @@ class TrainState:
         shards: Mapping[str, ShardedState],
         averages: Averages,
         frozen: Collection[str] = (),
+        progress: StageProgress | None = None,
     ) -> None:
         self.shards, self.averages = shards, averages
         self.step = 0
@@ -50,21 +54,26 @@ class TrainState:
         self.shapes = gather_shapes(shards)
         self.data_began = 0
         self._recipe, self._batch_size, self._frozen = dict(recipe), batch_size, frozen
+        self._progress = progress or StageProgress([])
         self._optimizer_began: dict[str, int] = {}
 
     def index(self, world_size: int) -> CheckpointIndex:
-        """The index of a checkpoint of the current state."""
+        """The index of a checkpoint of the current state. Collective."""
+        moments = moment_kinds(self.shards)
+        if self._progress.stored:  # this rank may hold only decoders that have not stepped, which have no moments
+            moments = sorted({*joined(moments)})
         return CheckpointIndex(
             step=self.step,
             batch_size=self._batch_size,
             loss=self.loss_average.value,
             recipe=self._recipe,
             shapes=self.shapes,
-            moments=moment_kinds(self.shards),
+            moments=moments,
             world_size=world_size,
             data=self.fingerprint,
             data_began=self.data_began,
             optimizer_began=self._optimizer_began,
+            stages=self._progress.fields(),
         )
 
     def restore(self, checkpoint: CheckpointReader) -> None:
@@ -77,7 +86,8 @@ class TrainState:
         for name in self.shapes.keys() - {*self._frozen}:
             if not all(checkpoint.holds(kind, name) for kind in checkpoint.index.moments):
                 self._optimizer_began[part_of(name)] = checkpoint.index.step
-        restore(checkpoint, self.shards, self.averages, self._optimizer_began)
+        self._progress.restore(checkpoint.index.step, checkpoint.index.stages, self._optimizer_began)
+        restore(checkpoint, self.shards, self.averages, self._optimizer_began, self._progress.own_steps())
         self.step, self.loss_average.value = checkpoint.index.step, checkpoint.index.loss
         self.fingerprint, self.data_began = checkpoint.index.data, checkpoint.index.data_began
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from msdiff_dist.data.corruption import Corruption, check_limit
 from msdiff_dist.diffusion.objective import Objective
-from msdiff_dist.diffusion.timestep_sampler import StageQuotas
 from msdiff_dist.distributed.agree import joined
 from msdiff_dist.distributed.device_clock import DeviceClock
 from msdiff_dist.distributed.engines import ReducedGradients, StageParallelEngines
@@ -18,9 +17,11 @@ from msdiff_dist.distributed.environment import Environment
 from msdiff_dist.distributed.peak_memory import peak_bytes
 from msdiff_dist.distributed.progress import COMPUTE, REDUCE, UPDATE
 from msdiff_dist.errors import TrainingError
+from msdiff_dist.training.batch_plans import BatchPlans
 from msdiff_dist.training.feed import Feed, MicroBatch
 from msdiff_dist.training.metrics import StepOutcome
 from msdiff_dist.training.prepare import Preparation
+from msdiff_dist.training.stage_progress import StageProgress
 
 _KEYS_NAMED = 8  # samples that an error lists at most
 
@@ -30,7 +31,8 @@ class TrainStep:
 
     Args:
         prepare: makes the network's inputs of a micro batch.
-        quotas: samples of each stage in a global batch, and their importance weights.
+        batches: samples of each stage in every global batch, and their importance weights.
+        progress: counts samples and steps of the stages, and says which decoders step; None: all do.
         max_bad: how many corrupt shards and samples all ranks together may skip.
     """
 
@@ -40,16 +42,19 @@ class TrainStep:
         prepare: Preparation,
         objective: Objective,
         engines: StageParallelEngines,
-        quotas: StageQuotas,
+        batches: BatchPlans,
         environment: Environment,
         *,
         max_bad: int,
+        progress: StageProgress | None = None,
     ) -> None:
         self._feed, self._prepare, self._objective, self._engines = feed, prepare, objective, engines
         self._env, self._max_bad = environment, max_bad
         self._compute_clock, self._optimizer_clock = DeviceClock(environment.device), DeviceClock(environment.device)
-        self._quota_K, self._importance_K = quotas.quotas_K, quotas.importance_K
-        self._batch_size = int(quotas.quotas_K.sum())
+        self._batches = batches
+        self._quotas = batches.of(0).quotas  # of the current batch
+        self._batch_size = int(self._quotas.quotas_K.sum())
+        self.progress = progress or StageProgress(self._quotas.quotas_K.tolist())
         # Losses of this step's samples on this rank, with their indices in the global batch.
         self._losses: list[tuple[Tensor, np.ndarray]] = []
         # All corruption that any rank has met; the same on every rank.
@@ -62,10 +67,11 @@ class TrainStep:
             TrainingError: on every rank, if the loss or the gradient norm is not finite. No optimizer has stepped.
             DataError: on every rank, if more than `max_bad` shards and samples are corrupt.
         """
-        loss_sum_K = torch.zeros(len(self._quota_K), dtype=torch.float64, device=self._env.device)
+        loss_sum_K = torch.zeros(len(self._quotas.quotas_K), dtype=torch.float64, device=self._env.device)
         corruption: list[Corruption] = []
         self._losses.clear()
         for micro in self._feed.next_batch():
+            self._quotas = self._batches.of(micro.batch).quotas
             corruption += micro.corruption
             self._env.progress.enter(COMPUTE)
             with self._compute_clock:
@@ -74,7 +80,9 @@ class TrainStep:
             # Everything that the ranks must agree on goes into one reduction, before any optimizer steps. So a loss
             # that is not finite stops all ranks at the same step, with the weights unchanged. Its result is the only
             # thing that the host waits for: until there it has only told the device what to do, and so it has after.
-            agreement = self._engines.agreement()
+            quota_K: list[int] = self._quotas.quotas_K.tolist()
+            turns = self.progress.turns(quota_K)
+            agreement = self._engines.agreement(turns)
             agreement.add("loss sum", loss_sum_K)
             busy = self._engines.forward_clock.take()
             agreement.add_own("busy", busy, self._env.rank, self._env.world_size)
@@ -83,15 +91,17 @@ class TrainStep:
             agreement.add("corrupt", float(len(corruption)))
             self._env.progress.enter(REDUCE)
             gradients = self._engines.reduce(agreement)
-            sums_and_quotas = zip(gradients.sums["loss sum"].tolist(), self._quota_K.tolist(), strict=True)
+            sums_and_quotas = zip(gradients.sums["loss sum"].tolist(), quota_K, strict=True)
             loss_per_stage = [total / quota if quota else None for total, quota in sums_and_quotas]
             self._check_finite(micro.batch, loss_per_stage, gradients)
             self._env.progress.enter(UPDATE)
             gradients.step(lr)
+            self.progress.take(turns)
         waited = self._feed.take_seconds()
         return StepOutcome(
             loss=self._global_mean(loss_per_stage),
             loss_per_stage=loss_per_stage,
+            samples_per_stage=quota_K,
             grad_norm=float(gradients.norm),
             stop_requested=bool(gradients.sums["stop"] > 0),
             busy_W=gradients.sums["busy"].tolist(),
@@ -106,13 +116,17 @@ class TrainStep:
         )
 
     def _forward_backward(self, micro: MicroBatch, loss_sum_K: Tensor) -> None:
+        if not micro.rows:
+            self._engines.stand_by()
+            return
+        importance_K = self._quotas.importance_K
         batch, index_n = self._prepare(micro), micro.samples.index_n
 
         def loss(k: int, output_nCHW: Tensor, rows: slice) -> Tensor:
             loss_n = self._objective.losses(output_nCHW, batch.noised, rows)
             loss_sum_K[k] += loss_n.detach().sum()
             self._losses.append((loss_n.detach(), index_n[rows]))
-            return loss_n.sum() * (float(self._importance_K[k]) / self._batch_size)
+            return loss_n.sum() * (float(importance_K[k]) / self._batch_size)
 
         # Dropout layers draw from torch's generator, so it is seeded for each micro batch.
         torch.manual_seed(micro.drawn.module_seed)
@@ -120,7 +134,7 @@ class TrainStep:
 
     def _global_mean(self, loss_per_stage: list[float | None]) -> float:
         """The objective over the global batch, in which stages weigh as in the recipe, not as their rounded quotas."""
-        parts = zip(self._importance_K, loss_per_stage, self._quota_K, strict=True)
+        parts = zip(self._quotas.importance_K, loss_per_stage, self._quotas.quotas_K, strict=True)
         return float(sum(w * mean * quota for w, mean, quota in parts if mean is not None)) / self._batch_size
 
     def _check_finite(self, batch: int, loss_per_stage: list[float | None], gradients: ReducedGradients) -> None:
@@ -133,7 +147,7 @@ class TrainStep:
             TrainingError: on every rank, naming the samples with bad losses, or else the modules with bad gradients.
         """
         stages = [k for k, mean in enumerate(loss_per_stage) if mean is not None and not math.isfinite(mean)]
-        if not stages and gradients.norm.isfinite():
+        if not stages and gradients.finite:
             return
         stopped = f"at step {batch + 1}; the weights are unchanged, and the last checkpoint remains"
         if not stages:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from msdiff_dist.checkpoint.power_profile import exponent
@@ -14,7 +15,7 @@ from msdiff_dist.diffusion.loss import sample_losses
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas
 from msdiff_dist.models.autoencoder import LatentCodec
 from msdiff_dist.models.multistage_unet import build_model
-from msdiff_dist.randomness import dropped_conditions, noise
+from msdiff_dist.randomness import dropped_conditions, generator, noise
 from msdiff_dist.recipe import Recipe
 from msdiff_dist.training.optimizer import optimizer_factory
 
@@ -36,6 +37,13 @@ class ReferenceRun:
     ema: dict[str, torch.Tensor]
     first: dict[str, torch.Tensor]
     power: dict[float, dict[str, torch.Tensor]]
+
+
+def stage_of_step(seed: int, step: int, share_K: np.ndarray) -> int:
+    """The stage of a step whose whole batch belongs to one: the first at which the shares add up to a uniform number
+    or more."""
+    uniform = generator(seed, "stage of batch", step).random()
+    return next(k for k in range(len(share_K)) if uniform < share_K[: k + 1].sum() or k + 1 == len(share_K))
 
 
 def train_reference(
@@ -64,7 +72,11 @@ def train_reference(
     # Gradients reach a shared part from every stage; a model of other names than ours trains on all stages too.
     if not drawn or any(part == "shared" for part, _ in trained_parts):
         drawn = list(range(recipe.stages.num_stages))
-    quotas = StageQuotas(recipe.times(), recipe.partition(), recipe.stages.sampling, B, drawn)
+    weighted = recipe.stages.importance_weights
+    mixed = StageQuotas(
+        recipe.times(), recipe.partition(), recipe.stages.sampling, B, drawn, importance_weights=weighted
+    )
+    one_stage = recipe.stages.batch == "one_stage"
     codec = LatentCodec(recipe.autoencoder, recipe.data.kind != "image", torch.device("cpu"))
     loader = StepLoader(recipe.data, seed, B)
     ema = [p.detach().clone() for p in parameters]
@@ -72,11 +84,15 @@ def train_reference(
     lengths = recipe.ema.power.lengths if recipe.ema.power else ()
     power = {length: {name: torch.zeros_like(p) for name, p in first.items()} for length in lengths}
     losses, norms = [], []
+    since = dict.fromkeys(first, 0)  # steps since the last one of the optimizer, by parameter
+    sums: dict[str, torch.Tensor] = {}  # of gradients that wait, times samples
+    waiting = np.zeros(len(mixed.quotas_K), int)  # samples that they are of
     for step in range(steps):
         if later and step == later[0]:
             recipe, process = later[1], later[1].process()
             for group in optimizer.param_groups:
                 group["weight_decay"] = recipe.optimizer.weight_decay
+        quotas = mixed.of_stage(stage_of_step(seed, step, mixed.share_K)) if one_stage else mixed
         batch, draw = next(loader), quotas.draw(seed, step)
         x0, t_B = codec.to_latents(batch.x_nCHW), torch.from_numpy(draw.t_B)
         stage_B = torch.from_numpy(draw.stage_B)
@@ -95,18 +111,33 @@ def train_reference(
         loss = (weight_B * sample_losses(output, process.target(x0, eps, t_B), recipe.train.loss)).sum() / B
         optimizer.zero_grad()
         loss.backward()
+        waiting += quotas.quotas_K
+        for name, p in model.named_parameters():
+            if not name.startswith("stages.") or p.grad is None:
+                continue
+            k = int(name.split(".")[1])
+            sums[name] = sums.get(name, 0) + p.grad * int(quotas.quotas_K[k])
+            if waiting[k] >= recipe.stages.min_samples_per_step:
+                p.grad = sums.pop(name) / int(waiting[k])
+            else:
+                p.grad = None
+        waiting[(waiting >= recipe.stages.min_samples_per_step) & (quotas.quotas_K > 0)] = 0
         clip = recipe.optimizer.grad_clip or float("inf")
         norms.append(float(torch.nn.utils.clip_grad_norm_(training, clip)))
         for group in optimizer.param_groups:
             group["lr"] = recipe.optimizer.lr * recipe.lr_schedule.factor(step + 1, recipe.train.steps)
         optimizer.step()
-        decay = recipe.ema.decay_at(step + 1, B)
-        for average, p in zip(ema, parameters, strict=True):
+        for average, (name, p) in zip(ema, model.named_parameters(), strict=True):
+            since[name] += 1
+            if p.grad is None:  # of a decoder without samples, or without enough
+                continue
+            decay = recipe.ema.decay_at(step + 1, B) ** since[name]
             average.mul_(decay).add_(p.detach(), alpha=1 - decay)
-        for length, averages in power.items():
-            share = (step / (step + 1)) ** (exponent(length) + 1)  # of the last average in the new one
-            for name, p in model.named_parameters():
+            for length, averages in power.items():
+                # Of the last average in the new one.
+                share = ((step + 1 - since[name]) / (step + 1)) ** (exponent(length) + 1)
                 averages[name].mul_(share).add_(p.detach(), alpha=1 - share)
+            since[name] = 0
         losses.append(float(loss.detach()))
     names = [name for name, _ in model.named_parameters()]
     state = {n: p.detach() for n, p in zip(names, parameters, strict=True)}

@@ -43,6 +43,15 @@ CASES = [
     ("crossed", "adamw", 2, 2, 2, []),
     ("shared", "adamw", 1, 2, 1, ["model.share_encoder=false"]),
     ("two", "adamw", 1, 1, 1, ["stages.boundaries=[]", "model.decoder_channels=[24]", "diffusion.times={}"]),
+    ("one", "adamw", 1, 1, 2, ["stages.batch=one_stage", "stages.sampling=[3,1,2]", "stages.importance_weights=true"]),
+    ("auto", "adamw", 3, 2, 2, ["stages.batch=one_stage", "ema.power.snapshot_every=100"]),
+    ("disjoint", "sgd", 2, 2, 1, ["stages.batch=one_stage", "stages.sampling=uniform"]),
+    ("shared", "adamw", 1, 1, 2, ["stages.batch=one_stage", "ema.halflife_images=100", "ema.decay=null"]),
+    ("two", "adamw", 1, 1, 1, ["stages.sampling=[1,1,3]", "stages.importance_weights=true"]),
+    ("one", "adamw", 1, 1, 2, ["stages.min_samples_per_step=13", "stages.sampling=[3,1,2]"]),
+    ("shared", "adamw", 3, 2, 1, ["stages.min_samples_per_step=9", "stages.sampling=[3,1,2]"]),
+    ("disjoint", "adamw", 1, 1, 2, ["stages.min_samples_per_step=16", "ema.power.snapshot_every=100"]),
+    ("auto", "sgd", 2, 2, 2, ["stages.min_samples_per_step=30", "stages.batch=one_stage"]),
 ]
 SMALL = [
     f"train.steps={STEPS}", "train.global_batch_size=24", "train.precision=fp32", "optimizer.grad_clip=0.3",

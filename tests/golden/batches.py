@@ -43,7 +43,7 @@ def batches_record(case: str, folder: Path) -> dict[str, Any]:
         seed = recipe.train.seed
         dropout = recipe.train.condition_dropout
         drawing = Drawing(seed=seed, shape=recipe.latent_shape, condition_dropout=dropout)
-        feed = Feed(loader, plan.quotas, router, drawing, seed=seed, accumulation=accumulation, start_batch=0)
+        feed = Feed(loader, plan.batches, router, drawing, seed=seed, accumulation=accumulation, start_batch=0)
         steps = []
         for _ in range(BATCHES):
             step = list(feed.next_batch())

@@ -26,7 +26,7 @@ from msdiff_dist.diffusion.processes.vp import VPConfig, VPProcess
 from msdiff_dist.diffusion.sampling import image_generators
 from msdiff_dist.evaluation.held_out_loss import evaluations
 from msdiff_dist.evaluation.scores import bootstrap_draw, mind_directions
-from msdiff_dist.randomness import crop_position, held_out_noise
+from msdiff_dist.randomness import crop_position, held_out_noise, stage_uniform
 from msdiff_dist.stage_division.optimal_denoiser import draw_samples, limit_similarities
 from tests.golden.batches import digest
 from tests.golden.cases import write_images
@@ -46,6 +46,7 @@ def draws_record(folder: Path) -> dict[str, Any]:
         "encode flipped": digest(encoded["latent_flip.npy"]),
         "bootstrap": bootstrap_draw(SEED, 1, 100, 12).tolist(),
         **_held_out(),
+        "stage of batch": [stage_uniform(SEED, batch) for batch in (0, 1, 9)],
         "mind directions": mind_directions(3)[:, 0].tolist(),
         **_divided(),
     }

@@ -121,7 +121,12 @@ def step_petaflops(quotas: StageQuotas, cost_K: Sequence[int]) -> float:
         quotas: how many samples of each stage a batch has.
         cost_K: cost of one sample of each stage, as `RunPlan` has it.
     """
-    return training_petaflops(float(np.dot(quotas.quotas_K, cost_K)))
+    return samples_petaflops(quotas.quotas_K.tolist(), cost_K)
+
+
+def samples_petaflops(samples_K: Sequence[int], cost_K: Sequence[int]) -> float:
+    """1e15 floating-point operations of training on so many samples of each stage, with costs as `RunPlan` has them."""
+    return training_petaflops(float(sum(n * cost for n, cost in zip(samples_K, cost_K, strict=True))))
 
 
 def training_petaflops(step_macs: float) -> float:

@@ -37,7 +37,7 @@ def train(trainer: Trainer, sinks: Sinks, limits: WaitLimits, stop_requested: Ca
         "evaluation": recipe.evaluation.every,
     }
     time_left = TimeLeft(total, pauses)
-    meter = Meter(trainer.batch_size, trainer.step_petaflops, trainer.peak_petaflops, time_left)
+    meter = Meter(trainer.batch_size, trainer.peak_petaflops, time_left)
     limit_waits(limits.step_s)
     trainer.begin_evaluation(sinks)  # if a start that was to begin it ended first
     for step in range(trainer.state.step + 1, total + 1):
@@ -48,7 +48,7 @@ def train(trainer: Trainer, sinks: Sinks, limits: WaitLimits, stop_requested: Ca
         progress.enter(RECORD)
         for corruption in outcome.corruption:
             sinks.say(f"skipped: {corruption}")
-        metrics = meter.measure(step, outcome, lr, time.perf_counter() - start)
+        metrics = meter.measure(step, outcome, lr, time.perf_counter() - start, trainer.compute_of(outcome))
         if trainer.validation_is_due():  # before the checkpoint, which is kept or not by its loss
             start = time.perf_counter()
             progress.enter(VALIDATE)
@@ -84,6 +84,6 @@ def train(trainer: Trainer, sinks: Sinks, limits: WaitLimits, stop_requested: Ca
     progress.enter(EVALUATE)
     limit_waits(limits.start_s)
     trainer.evaluations.finish(sinks, stop_requested)
-    images, petaflops = total * trainer.batch_size, total * trainer.step_petaflops
+    images, petaflops = total * trainer.batch_size, trainer.petaflops
     sinks.say(f"trained {total} steps on {images} images, {petaflops:.4g} PFLOP")
     return "finished"

@@ -23,7 +23,12 @@ from msdiff_dist.training.prepare import Conditioning, Preparation
 
 
 def build_engines(
-    recipe: Recipe, shared: nn.Module, stages: Mapping[int, nn.Module], groups: Groups, device: torch.device
+    recipe: Recipe,
+    plan: RunPlan,
+    shared: nn.Module,
+    stages: Mapping[int, nn.Module],
+    groups: Groups,
+    device: torch.device,
 ) -> StageParallelEngines:
     """The engines of the shared part and of the held stages, which are on `device`. Collective."""
     config = EngineConfig(
@@ -34,7 +39,7 @@ def build_engines(
         grad_clip=recipe.optimizer.grad_clip,
     )
     optimizer = optimizer_factory(recipe.optimizer, fused=device.type == "cuda")
-    return StageParallelEngines(shared, stages, optimizer, config, groups, device)
+    return StageParallelEngines(shared, stages, optimizer, config, groups, device, plan.gathering)
 
 
 def build_feed(
@@ -43,7 +48,7 @@ def build_feed(
     """The micro batches of this rank from global batch `start_batch` on, of the samples that `reader` reads."""
     return Feed(
         reader,
-        plan.quotas,
+        plan.batches,
         Router(groups.routing, plan.placement, env.rank, env.device),
         Drawing(
             seed=recipe.train.seed,

@@ -15,13 +15,14 @@ from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.loader import StepLoader, check_first_samples
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas
 from msdiff_dist.distributed.engine_costs import Workload
-from msdiff_dist.distributed.placement import Placement, plan
+from msdiff_dist.distributed.placement import Placement, plan, plan_on
 from msdiff_dist.distributed.precision import expected_precision
 from msdiff_dist.distributed.topology import arrange
 from msdiff_dist.errors import ConfigError, UserError
 from msdiff_dist.models.flops import ModelCosts, costs
 from msdiff_dist.models.xformers_attention import check_installation
 from msdiff_dist.recipe import Recipe
+from msdiff_dist.training.batch_plans import BatchPlan, BatchPlans, EqualBatches, OneStageBatches
 from msdiff_dist.training.optimizer import OPTIMIZERS
 from msdiff_dist.training.sinks import check_installed
 
@@ -37,15 +38,19 @@ class RunPlan:
 
     Attributes:
         batch_size: samples per optimizer step.
-        quotas: how many samples of each stage a batch has.
+        quotas: how many samples of each stage a batch has; if batches differ, in the mean.
+        batches: the plan of every batch.
+        gathering: stages whose decoders step on the gradients of several batches.
         costs: parameters and multiply-adds of the model.
         cost_K: what one sample of each stage costs in training, encoder and decoder: a third of the multiply-adds of
             forward and backward pass (`PartCost.step_macs`).
-        placement: the stages of every rank, and its samples in every micro batch.
+        placement: the stages of every rank, and its samples in every micro batch; if batches differ, in the likeliest.
     """
 
     batch_size: int
     quotas: StageQuotas
+    batches: BatchPlans
+    gathering: frozenset[int]
     costs: ModelCosts
     cost_K: list[int]
     placement: Placement
@@ -62,15 +67,81 @@ def plan_run(recipe: Recipe, world_size: int, ranks_per_node: int | None = None)
     batch_size = recipe.train.batch_size(world_size)
     _check_batch(recipe, batch_size, world_size)
     stages = recipe.freezing().stages
-    quotas = StageQuotas(recipe.times(), recipe.partition(), recipe.stages.sampling, batch_size, stages)
+    quotas = StageQuotas(
+        recipe.times(),
+        recipe.partition(),
+        recipe.stages.sampling,
+        batch_size,
+        stages,
+        importance_weights=recipe.stages.importance_weights,
+    )
     model_costs = recipe_costs(recipe)
     cost_K = model_costs.step_macs_K
-    explicit = None if recipe.parallel.placement == "auto" else recipe.parallel.placement
-    micro_quotas = quotas.micro_quotas(recipe.train.gradient_accumulation_steps)
-    placement = plan(micro_quotas, cost_K, world_size, explicit)
-    if explicit is None and ranks_per_node is not None:
-        placement = arrange(placement, ranks_per_node, [d.trained for d in model_costs.decoders])
-    return RunPlan(batch_size=batch_size, quotas=quotas, costs=model_costs, cost_K=cost_K, placement=placement)
+    batches: BatchPlans
+    if recipe.stages.batch == "one_stage":
+        batches = _one_stage(recipe, quotas, cost_K, world_size)
+        placement = batches.likeliest.placement
+    else:
+        explicit = None if recipe.parallel.placement == "auto" else recipe.parallel.placement
+        micro_quotas = quotas.micro_quotas(recipe.train.gradient_accumulation_steps)
+        placement = plan(micro_quotas, cost_K, world_size, explicit)
+        if explicit is None and ranks_per_node is not None:
+            placement = arrange(placement, ranks_per_node, [d.trained for d in model_costs.decoders])
+        batches = EqualBatches(BatchPlan(quotas, placement))
+    return RunPlan(
+        batch_size=batch_size,
+        quotas=quotas,
+        batches=batches,
+        gathering=_gathering(recipe, quotas, batches),
+        costs=model_costs,
+        cost_K=cost_K,
+        placement=placement,
+    )
+
+
+def _one_stage(recipe: Recipe, quotas: StageQuotas, cost_K: Sequence[int], world_size: int) -> OneStageBatches:
+    """Batches of one stage each. Without a placement in the recipe every rank holds every stage that is drawn, so that
+    no rank is without work.
+
+    Raises:
+        UserError: the batch is too small for the ranks, or ZeRO 3 would need ranks that have no work.
+    """
+    drawn, accumulation = np.flatnonzero(quotas.quotas_K).tolist(), recipe.train.gradient_accumulation_steps
+    held = recipe.parallel.placement
+    plans = {}
+    for k in drawn:
+        of_stage = quotas.of_stage(k)
+        micro_quotas = of_stage.micro_quotas(accumulation)
+        if held == "auto":
+            placement = plan_on((tuple(drawn),) * world_size, micro_quotas, cost_K)
+        else:
+            plan(quotas.micro_quotas(1), cost_K, world_size, held)  # checks the recipe's lists
+            placement = plan_on(tuple(tuple(sorted(of_rank)) for of_rank in held), micro_quotas, cost_K)
+        if recipe.parallel.zero_shared == 3 and not placement.samples_AWK.any(axis=2).all():
+            raise ConfigError(
+                "parallel.zero_shared", 3, f"needs samples on every rank, and some have none in batches of stage {k}",
+                "Choose 1 or 2, or write parallel.placement: auto.",
+            )  # fmt: skip
+        plans[k] = BatchPlan(of_stage, placement)
+    return OneStageBatches(recipe.train.seed, quotas.share_K, plans)
+
+
+def _gathering(recipe: Recipe, quotas: StageQuotas, batches: BatchPlans) -> frozenset[int]:
+    """Stages that have fewer than `stages.min_samples_per_step` samples in some batch that has any of them.
+
+    Raises:
+        ConfigError: a decoder would never step.
+    """
+    wanted, steps, batch_size = recipe.stages.min_samples_per_step, recipe.train.steps, int(quotas.quotas_K.sum())
+    in_run_K = quotas.share_K * batch_size * steps if batches.changes else quotas.quotas_K * steps
+    for k in np.flatnonzero((quotas.quotas_K > 0) & (in_run_K < wanted)).tolist():
+        raise ConfigError(
+            "stages.min_samples_per_step", wanted,
+            f"stage {k} gets about {in_run_K[k]:.0f} samples in {steps} steps: its decoder would never step",
+            f"Use at most {max(1, int(in_run_K[k]))}; a few hundred are enough.",
+        )  # fmt: skip
+    every = [plan.quotas.quotas_K for plan in batches.every]
+    return frozenset(k for quotas_K in every for k, n in enumerate(quotas_K.tolist()) if 0 < n < wanted)
 
 
 def _check_batch(recipe: Recipe, batch_size: int, world_size: int) -> None:
@@ -119,6 +190,7 @@ def workload(recipe: Recipe, run_plan: RunPlan, on_gpus: bool) -> Workload:
         channels_last=channels_last(recipe, on_gpus),
         tf32=recipe.train.tf32,
         on_gpus=on_gpus,
+        gathering=run_plan.gathering,
     )
 
 
@@ -130,10 +202,12 @@ def channels_last(recipe: Recipe, on_gpus: bool) -> bool:
 
 def plan_warnings(recipe: Recipe, world_size: int) -> list[str]:
     """Faults of a recipe on `world_size` ranks that do not prevent a plan, but that `check_run` refuses."""
-    lanes = recipe.data.lanes
-    if lanes % world_size == 0:
-        return []
-    return [f"data.lanes = {lanes} cannot be shared evenly by {world_size} ranks: to train, make it a multiple"]
+    lanes, warnings = recipe.data.lanes, list[str]()
+    if lanes % world_size:
+        warnings.append(
+            f"data.lanes = {lanes} cannot be shared evenly by {world_size} ranks: to train, make it a multiple"
+        )
+    return warnings
 
 
 def check_run(

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 
 from msdiff_dist.apps.train.plan import channels_last, plan_run, plan_warnings, workload
+from msdiff_dist.distributed.engine_costs import Workload
 from msdiff_dist.distributed.gpus import Gpu
 from msdiff_dist.distributed.memory import rank_bytes_W
+from msdiff_dist.distributed.placement import GOOD_BALANCE
 from msdiff_dist.distributed.plan_report import plan_report
 from msdiff_dist.distributed.precision import expected_precision
 from msdiff_dist.errors import ConfigError, UserError
 from msdiff_dist.models.trace import ModelTrace, trace_model
 from msdiff_dist.recipe import Recipe
+from msdiff_dist.training.batch_plans import OneStageBatches
 
 _MOST_ACCUMULATED = 64  # micro batches of a step that a remedy may propose
 _MOST_RANKS = 16  # times the ranks that a remedy may propose
@@ -55,12 +58,35 @@ def predict(
         ranks_per_node=ranks_per_node,
         gpu=gpu,
     )
+    if isinstance(run.batches, OneStageBatches):
+        _show_one_stage(report, run.batches, load, trace)
     report["lr"] = recipe.optimizer.lr
     if gpu is not None:
         report["largest_micro_batch"] = largest_micro_batch(recipe, world_size, gpu)
         if not report["gpu"]["fits"]:
             report["gpu"]["remedies"] = list(_remedies(recipe, world_size, gpu))
     return report
+
+
+def _show_one_stage(report: dict[str, Any], batches: OneStageBatches, load: Workload, trace: ModelTrace) -> None:
+    """Give the report of batches of the likeliest stage the highest peak of all batches, and their expected balance."""
+    for plan in batches.every:
+        for rank, needed in zip(report["ranks"], rank_bytes_W(plan.placement, load, trace), strict=True):
+            rank["peak_bytes"] = max(rank["peak_bytes"], needed.fields(), key=lambda fields: fields["total"])
+    if "gpu" in report:
+        most = max(rank["peak_bytes"]["total"] for rank in report["ranks"])
+        report["gpu"]["fits"] = most <= report["gpu"]["usable_bytes"]
+    report["balance"] = balance = batches.balance(load.cost_K)
+    stage = int(batches.share_K.argmax())
+    report["warnings"].append(
+        f"stages.batch = one_stage: samples, load and bytes are those of batches of stage {stage}, "
+        f"{batches.share_K[stage]:.1%} of all; peak and balance are those of all batches"
+    )
+    if balance < GOOD_BALANCE:
+        report["warnings"].append(
+            f"ranks without the stage of a batch have nothing to compute: {balance:.1%} of the ranks' time is used. "
+            "parallel.placement: auto gives every rank every stage"
+        )
 
 
 def model_trace(recipe: Recipe, on_gpus: bool) -> ModelTrace:
@@ -135,8 +161,9 @@ def _fits(recipe: Recipe | None, world_size: int, gpu: Gpu) -> bool:
         run = plan_run(recipe, world_size)
     except UserError:
         return False
-    ranks = rank_bytes_W(run.placement, workload(recipe, run, True), model_trace(recipe, True))
-    return max(of_rank.total for of_rank in ranks) <= gpu.usable_bytes
+    load, trace = workload(recipe, run, True), model_trace(recipe, True)
+    of_ranks = [of_rank for plan in run.batches.every for of_rank in rank_bytes_W(plan.placement, load, trace)]
+    return max(of_rank.total for of_rank in of_ranks) <= gpu.usable_bytes
 
 
 def _changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe | None:

@@ -46,13 +46,13 @@ def rehearse_rank(recipe: Recipe, plan: RunPlan, rank: int) -> RehearsedRank:
         trace.phase = START
         groups = make_groups(plan.placement.stages_of_rank, rank)
         shared, stages = _blank_parts(recipe, held)
-        engines = build_engines(recipe, shared, stages, groups, device)
+        engines = build_engines(recipe, plan, shared, stages, groups, device)
         _make_light(engines, _small_size(recipe), trace)
         objective = Objective(recipe.process(), recipe.train.loss, recipe.times())
         reader = _BlankReader(recipe.data, plan.batch_size, rank, world_size)
         feed = build_feed(recipe, plan, reader, groups, env, start_batch=0)
         prepare = build_preparation(recipe, objective, None, env)
-        step = TrainStep(feed, prepare, objective, engines, plan.quotas, env, max_bad=0)
+        step = TrainStep(feed, prepare, objective, engines, plan.batches, env, max_bad=0)
         for trace.phase in (FIRST_STEP, STEP):
             step(lr=recipe.optimizer.lr)
         trace.phase = END

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msdiff_dist.apps.train.costs import step_petaflops
+from msdiff_dist.apps.train.costs import samples_petaflops, step_petaflops
 from msdiff_dist.apps.train.evaluations import RunEvaluations
 from msdiff_dist.apps.train.found_data import FoundData, find_data
 from msdiff_dist.apps.train.latent_checks import check_latents
@@ -43,9 +43,10 @@ from msdiff_dist.models.multistage_unet import build_parts
 from msdiff_dist.recipe import Recipe, recipe_mapping
 from msdiff_dist.training.ema import ShardedEma
 from msdiff_dist.training.feed import Feed
-from msdiff_dist.training.metrics import StepOutcome
+from msdiff_dist.training.metrics import Compute, StepOutcome
 from msdiff_dist.training.run_folder import RunFolder
 from msdiff_dist.training.sinks import Sinks
+from msdiff_dist.training.stage_progress import StageProgress
 from msdiff_dist.training.state import TrainState
 from msdiff_dist.training.step import TrainStep
 
@@ -63,7 +64,7 @@ class Trainer:
     Attributes:
         state: what checkpoints save, the number of steps done included.
         notes: lines for the user about how the run was resumed.
-        step_petaflops: 1e15 floating-point operations of a step of the whole job.
+        step_petaflops: 1e15 floating-point operations of a step of the whole job; if steps differ, in the mean.
 
     Raises:
         UserError: on every rank, if any rank refuses the recipe, its data or the checkpoints.
@@ -81,8 +82,18 @@ class Trainer:
         self.engines = self._build_engines(groups)
         shards = self.engines.state() | self._parts_without_ranks()
         self.ema = ShardedEma(recipe.ema, shards, self.batch_size)
+        self.progress = StageProgress(
+            plan.quotas.quotas_K.tolist(),
+            recipe.stages.min_samples_per_step,
+            stored=plan.batches.changes or bool(plan.gathering),
+        )
         self.state = TrainState(
-            recipe_mapping(recipe), self.batch_size, shards, self.ema.averages, recipe.freezing().names
+            recipe_mapping(recipe),
+            self.batch_size,
+            shards,
+            self.ema.averages,
+            recipe.freezing().names,
+            self.progress,
         )
         # The state is restored before the data are opened: their fingerprint is compared with the checkpoint's, and the
         # feed starts at the checkpoint's step.
@@ -101,9 +112,10 @@ class Trainer:
             self.prepare,
             objective,
             self.engines,
-            plan.quotas,
+            plan.batches,
             env,
             max_bad=recipe.data.max_bad,
+            progress=self.progress,
         )
 
     @property
@@ -116,6 +128,20 @@ class Trainer:
         of_one = peak_petaflops(name, precision, self.recipe.train.tf32)
         return None if of_one is None else self.env.world_size * of_one
 
+    @property
+    def petaflops(self) -> float:
+        """1e15 floating-point operations of all steps so far."""
+        if not self._plan.batches.changes:
+            return self.state.step * self.step_petaflops
+        return samples_petaflops(self.progress.samples, self._plan.cost_K)
+
+    def compute_of(self, outcome: StepOutcome) -> Compute:
+        """Floating-point operations of the step that has just ended, and of all so far."""
+        return Compute(
+            step=samples_petaflops(outcome.samples_per_stage, self._plan.cost_K),
+            total=self.petaflops,
+        )
+
     def step(self, lr: float, stop_requested: bool = False) -> StepOutcome:
         """Take one optimizer step, and update the averages and the smoothed loss.
 
@@ -124,7 +150,8 @@ class Trainer:
         """
         outcome = self.train_step(lr, stop_requested)
         self.state.step += 1
-        self.ema.update(self.state.step)
+        elapsed = {f"stages.{k}.": steps for k, steps in enumerate(self.progress.elapsed)}
+        self.ema.update(self.state.step, elapsed)
         if self._validation is None:  # else checkpoints are compared by their held-out loss
             self.state.loss_average.update(self.state.step, outcome.loss)
         return outcome
@@ -234,7 +261,7 @@ class Trainer:
             part.to(device)
             if recipe.train.compile and any(True for _ in part.parameters()):
                 compile_part(part)
-        return build_engines(recipe, shared, stages, groups, device)
+        return build_engines(recipe, self._plan, shared, stages, groups, device)
 
     def _parts_without_ranks(self) -> dict[str, ShardedState]:
         """The stages that no rank computes, for checkpoints: every rank keeps a range of each in host memory."""

@@ -15,7 +15,7 @@ from msdiff_dist.data.held_out import read_samples, split
 from msdiff_dist.data.index import Shard
 from msdiff_dist.data.loader import load_index
 from msdiff_dist.data.samples import Samples
-from msdiff_dist.diffusion.timestep_sampler import stage_probabilities
+from msdiff_dist.diffusion.timestep_sampler import objective_probabilities
 from msdiff_dist.distributed.agree import combined
 from msdiff_dist.distributed.environment import Environment
 from msdiff_dist.errors import ConfigError
@@ -73,7 +73,7 @@ def held_out_loss(recipe: Recipe, config: ValidationConfig, samples: Samples) ->
         process=recipe.process(),
         times=times,
         partition=partition,
-        probability_K=stage_probabilities(times, partition, recipe.stages.sampling),
+        probability_K=objective_probabilities(times, partition, recipe.stages),
         loss=recipe.train.loss,
     )
 

@@ -87,6 +87,32 @@ def test_impossible_plans_are_refused() -> None:
         run(recipe, "train.micro_batch_size=0", "train.global_batch_size=null", "--world-size", "3")
 
 
+def test_batches_of_one_stage() -> None:
+    recipe = [str(RECIPES / "quickstart.yaml"), "stages.batch=one_stage", "--world-size", "3"]
+    plan = report(*recipe)
+    assert plan["balance"] == pytest.approx(1)
+    assert {tuple(rank["stages"]) for rank in plan["ranks"]} == {(0, 1, 2)}
+    apart = report(*recipe, "parallel.placement=[[0],[1],[2]]")
+    assert apart["balance"] == pytest.approx(1 / 3)
+    assert any("33.3% of the ranks' time is used" in warning for warning in apart["warnings"])
+    assert all(rank["peak_bytes"]["activations"] > 0 for rank in apart["ranks"]), "each has batches of its stage"
+    with pytest.raises(ConfigError, match=r"parallel.zero_shared = 3: needs samples on every rank"):
+        run(*recipe, "parallel.placement=[[0],[1],[2]]", "parallel.zero_shared=3")
+    with pytest.raises(PlacementError, match=r"gives stage 0 \d+ samples in a micro batch and 60 ranks"):
+        run(*recipe[:2], "--world-size", "60", "train.global_batch_size=48")
+
+
+def test_decoders_that_would_never_step_are_refused() -> None:
+    recipe = str(RECIPES / "cifar10_edm_3stage.yaml")
+    with pytest.raises(ConfigError, match=r"stages.min_samples_per_step = 1000000000: stage 0 gets about \d+ samples"):
+        run(recipe, "stages.min_samples_per_step=1000000000", "--world-size", "8")
+    waiting, plain = (
+        report(recipe, f"stages.min_samples_per_step={n}", "--world-size", "2")["ranks"][1]["peak_bytes"]["gradients"]
+        for n in (100, 1)
+    )
+    assert waiting > plain
+
+
 def test_plan_for_a_gpu() -> None:
     recipe = str(RECIPES / "quickstart.yaml")
     plan = report(recipe, "--nodes", "2", "--gpus-per-node", "2", "--gpu", "rtx4090")

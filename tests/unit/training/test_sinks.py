@@ -18,7 +18,8 @@ from msdiff_dist.training.run_folder import RunFolder
 from msdiff_dist.training.sinks import MetricsConfig, Sinks
 
 METRICS = StepMetrics(
-    step=1, loss=0.5, loss_per_stage=[0.25, 0.75], grad_norm=2.0, lr=1e-3, images_seen=8, images_per_second=4.0,
+    step=1, loss=0.5, loss_per_stage=[0.25, 0.75], samples_per_stage=[4, 4], grad_norm=2.0, lr=1e-3,
+    images_seen=8, images_per_second=4.0,
     seconds={"data": 0.1}, balance=1.0, busy_seconds=[1.0, 1.0], slowest_rank=0, memory_bytes=1 << 20, mfu=None,
     eta_seconds=None, petaflops=0.0, damaged=0,
 )  # fmt: skip
