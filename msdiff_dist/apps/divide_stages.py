@@ -114,9 +114,7 @@ def check_request(request: ClusterRequest) -> None:
         ConfigError, DataError, CheckpointError: naming the option.
     """
     check_between("--stages", request.stages, 1, 1000)
-    if request.plot is not None and request.plot.suffix not in _PLOTS:
-        problem = "is not the name of a picture"
-        raise ConfigError("--plot", str(request.plot), problem, f"End it in {' or '.join(_PLOTS)}.")
+    check_plot(request.plot)
     if request.write is not None and not request.write.is_file():
         raise ConfigError("--write", str(request.write), "no such file", "Name a recipe.")
     if request.process == "ldm":
@@ -148,6 +146,17 @@ def check_request(request: ClusterRequest) -> None:
         _diffusion(request)
     if request.method == "optimal-denoiser":
         _sources(request)
+
+
+def check_plot(path: Path | None) -> None:
+    """Refuse a name that no picture has.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if path is not None and path.suffix not in _PLOTS:
+        problem = "is not the name of a picture"
+        raise ConfigError("--plot", str(path), problem, f"End it in {' or '.join(_PLOTS)}.")
 
 
 def _diffusion(request: ClusterRequest) -> DiffusionConfig:

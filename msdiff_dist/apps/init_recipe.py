@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from msdiff_dist.apps.finetuning_recipe import InitChoices, is_text_to_image, start_finetuning
 from msdiff_dist.apps.recipe_for_data import copy_for_data
+from msdiff_dist.apps.recipe_text import recipe_text
 from msdiff_dist.checkpoint.layout import INDEX, checkpoints_below
 from msdiff_dist.checkpoint.what_is import what_is
-from msdiff_dist.config import chosen, to_mapping
+from msdiff_dist.config import to_mapping
 from msdiff_dist.convert.recognition import format_at
 from msdiff_dist.diffusion.augmentation import AUGMENT_LABELS
 from msdiff_dist.errors import CheckpointError, ConfigError
 from msdiff_dist.export.description import ModelDescription
 from msdiff_dist.export.weights import CONFIG, CheckpointWeights, ExportWeights, export_folder, open_checkpoint
 from msdiff_dist.files.atomic import atomic_write
-from msdiff_dist.models.config import ModelConfig
 from msdiff_dist.recipe import Recipe, stored_recipe
 from msdiff_dist.shipped import Copied, copy_shipped, refuse_existing
 
@@ -62,7 +59,7 @@ def init_recipe(name: str | None, source: Path | None, out: Path | None, choices
     refuse_existing(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     commands = [f"msdiff plan {out} --world-size 1", f"msdiff train {out}"]
-    atomic_write(out, _text(recipe, f"Continues from {origin}.", commands, _COMMENTS))
+    atomic_write(out, recipe_text(recipe, f"Continues from {origin}.", commands, _COMMENTS))
     return Copied([out], [])
 
 
@@ -81,7 +78,7 @@ def _init_finetuning(source: Path, out: Path | None, choices: InitChoices) -> Co
     ]
     stages = recipe.stages.num_stages
     title = f"Trains {source} further, in {stages} stage{'s' * (stages > 1)}."
-    atomic_write(out, _text(recipe, title, commands, _FINETUNING_COMMENTS))
+    atomic_write(out, recipe_text(recipe, title, commands, _FINETUNING_COMMENTS))
     return Copied([out, start], [])
 
 
@@ -157,32 +154,6 @@ def _data(description: ModelDescription) -> dict[str, Any]:
     if model.context_channels is not None:
         data["context_shape"] = description.context_shape or (_CAPTION_TOKENS, model.context_channels)
     return data
-
-
-def _text(recipe: Recipe, title: str, commands: Sequence[str], comments: Mapping[str, str]) -> str:
-    sections: dict[str, Any] = chosen(recipe)
-    lines = [
-        f"# {title}",
-        "#",
-        *(f"#   {command}" for command in commands),
-        "#",
-        "# Fields that are not here have their defaults.",
-        *_sections(sections, recipe.model, comments),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _sections(sections: Mapping[str, Any], model: ModelConfig, comments: Mapping[str, str]) -> Iterator[str]:
-    for section, value in sections.items():
-        if section in comments:
-            yield f"# {comments[section]}"
-        if section == "train" and model.num_stages > 1:
-            others = ["shared"] * model.share_encoder + [f"stages.{k}" for k in range(1, model.num_stages)]
-            yield f"# With freeze: [{', '.join(others)}] only the decoder of stage 0 trains."
-        # A section of plain values on one line, others indented, as in the shipped recipes; a name on its own line.
-        flow = None if isinstance(value, Mapping) else False
-        dumped: str = yaml.safe_dump({section: value}, sort_keys=False, default_flow_style=flow, width=110)
-        yield dumped.rstrip()
 
 
 def _is_foreign_folder(folder: Path) -> bool:

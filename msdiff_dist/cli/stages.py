@@ -110,3 +110,57 @@ def cluster(
     typer.echo(f"{method}, {stages} stages: {unit} = {division.boundaries}")
     if division.found_by:
         typer.echo(f"({division.found_by})")
+
+
+@app.command()
+@checks_first
+def design(
+    recipe: Annotated[Path, typer.Argument(help="Recipe YAML to start from; its stages are replaced.")],
+    budget: Annotated[float, typer.Option(help="Training compute of the run to come, in PFLOP.")],
+    out: Annotated[Path, typer.Option(help="New recipe.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, as key=value.")] = None,
+    probes: Annotated[Path | None, typer.Option(help="Folder of the probe runs. Default: OUT without .yaml.")] = None,
+    probe_share: Annotated[float, typer.Option(help="Compute of all probes, as a share of the budget.")] = 0.05,
+    max_stages: Annotated[int, typer.Option(min=1, max=10, help="Most stages to consider.")] = 5,
+    world_size: Annotated[int, typer.Option(min=1, help="Ranks of the run to come.")] = 1,
+    nproc: Annotated[int, typer.Option(min=1, max=1024, help="Ranks of a probe, on this machine.")] = 1,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write a plot that explains the choice, as .png, .pdf or .svg.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Choose number, boundaries, decoder widths and shares of stages for a compute budget, by measuring.
+
+    Five short runs measure how the held-out loss of each noise interval falls with samples, width, depth and a decoder
+    of its own. The same command goes on where it was stopped.
+
+    Example: msdiff stages design fashion_mnist_3stage.yaml --budget 2 --world-size 4 --out designed.yaml --plot why.png
+    """
+    from msdiff_dist.apps.design.run import DesignRequest, check_design, markdown
+    from msdiff_dist.apps.design.run import design as find_design
+    from msdiff_dist.apps.design.run import plot as draw
+    from msdiff_dist.apps.divide_stages import check_plot
+    from msdiff_dist.files.atomic import check_place
+    from msdiff_dist.recipe import load_recipe
+
+    for option, file in (("--out", out), ("--plot", plot)):
+        if file is not None:
+            check_place(option, file, "file")
+    check_plot(plot)
+    request = DesignRequest(
+        recipe=load_recipe(recipe, overrides or []),
+        source=str(recipe),
+        petaflops=budget,
+        probe_share=probe_share,
+        most_stages=max_stages,
+        world_size=world_size,
+        nproc=nproc,
+        out=out,
+        probes=probes or out.with_suffix(""),
+    )
+    planned = check_design(request)
+    work_begins()
+    found = find_design(request, planned)
+    if plot is not None:
+        draw(found, plot)
+    typer.echo(json.dumps(found.fields() | {"recipe": str(out)}) if as_json else markdown(found))
