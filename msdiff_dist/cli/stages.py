@@ -112,7 +112,7 @@ def cluster(
         typer.echo(f"({division.found_by})")
 
 
-@app.command()
+@app.command(cls=NamingCommand)
 @checks_first
 def design(
     recipe: Annotated[Path, typer.Argument(help="Recipe YAML to start from; its stages are replaced.")],
