@@ -16,9 +16,13 @@ from msdiff_dist.cli.choices import Names
 def interval_report(
     run: Annotated[Path, typer.Argument(help="Run folder, one checkpoint of it, or an export.")],
     reference: Annotated[Path, typer.Option(help="Run, checkpoint or export whose network samples everywhere else.")],
-    classifier: Annotated[Path, typer.Option(help="File that `msdiff classifier train` wrote.")],
     data: Annotated[str, typer.Option(help="Shards of images to compare with.")],
     out: Annotated[Path, typer.Option(help="New folder for intervals.csv, .md and .png.")],
+    features: Annotated[
+        str,
+        typer.Option(help="Feature space, as for evaluate: mobilenet, inception, ..., or a classifier's file."),
+    ] = "mobilenet",
+    feature_weights: Annotated[Path | None, typer.Option(help="File of the weights of the feature space.")] = None,
     intervals: Annotated[
         str | None, typer.Option(help="Inner edges of the intervals, as 442,631. Default: the run's stages.")
     ] = None,
@@ -37,16 +41,16 @@ def interval_report(
 ) -> None:
     """Sample with RUN inside one interval of time and the reference elsewhere, interval by interval (paper, Figure 2).
 
-    Example: msdiff interval-report runs/multistage --reference runs/unified --classifier data/digits.safetensors
-    --data data/digits --out report
+    Example: msdiff interval-report runs/multistage --reference runs/unified --data data/digits --out report
     """
     from msdiff_dist.convert.options import parse_boundaries
     from msdiff_dist.diffusion.solvers import SamplerConfig
+    from msdiff_dist.distributed.environment import this_device
     from msdiff_dist.errors import ConfigError
-    from msdiff_dist.evaluation.feature_classifier import load_classifier
-    from msdiff_dist.evaluation.frechet import ScoreConfig
+    from msdiff_dist.evaluation.feature_spaces import load_feature_space
+    from msdiff_dist.evaluation.interval_report import DistanceOfImages, markdown
     from msdiff_dist.evaluation.interval_report import interval_report as report
-    from msdiff_dist.evaluation.interval_report import markdown
+    from msdiff_dist.evaluation.sampling_job import SamplingJob
     from msdiff_dist.export.weights import open_weights
     from msdiff_dist.files.atomic import check_place
 
@@ -60,8 +64,8 @@ def interval_report(
         how = SamplerConfig(name=sampler, steps=steps, last=last, clip=clip)
     except ConfigError as e:
         raise ConfigError("--sampler" if e.field == "name" else e.field, e.value, e.problem, e.remedy) from None
-    score = ScoreConfig(classifier=str(classifier), reference=data, pictures=num, sampler=how, batch_size=batch_size)
     open_weights(reference)
-    load_classifier(classifier)
+    job = SamplingJob(num=num, seed=seed, sampler=how, batch_size=batch_size)
+    distance = DistanceOfImages(load_feature_space(features, feature_weights, this_device()), data, job)
     work_begins()
-    typer.echo(markdown(report(run, reference, boundaries, score, seed, out)))
+    typer.echo(markdown(report(run, reference, boundaries, distance, out)))

@@ -1,56 +1,11 @@
-"""Fréchet distance between sets of images: FID (1706.08500), but in the features of a small classifier.
-
-Its values are comparable with each other, not with published FIDs.
-"""
+"""Fréchet distance between sets of features: FID (1706.08500) where they are Inception's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
-
-from msdiff_dist.bounds import check_between
-from msdiff_dist.data.config import DataConfig
-from msdiff_dist.data.make.images import read_images
-from msdiff_dist.diffusion.solvers import SamplerConfig
-from msdiff_dist.errors import ConfigError, DataError
-from msdiff_dist.evaluation.feature_classifier import load_classifier
-from msdiff_dist.evaluation.generate import ImageGenerator
-from msdiff_dist.evaluation.sampling_job import MOST_IMAGES, SamplingJob
-from msdiff_dist.terminal import LongWork
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreConfig:
-    """How a model is scored.
-
-    Args:
-        classifier: file that `msdiff classifier train` wrote.
-        reference: shards of the images to compare with.
-        pictures: number of images to generate, of all classes in turn. Distances of different numbers of images do not
-            compare, because the distance is biased by the number.
-        sampler: how the images are sampled.
-        batch_size: number of images sampled at once.
-    """
-
-    classifier: str
-    reference: str | tuple[str, ...]
-    pictures: int = 2000
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    batch_size: int = 250
-
-    def __post_init__(self) -> None:
-        if self.pictures < 2:
-            raise ConfigError("pictures", self.pictures, "a covariance needs at least two images", "Use 2000.")
-        check_between("pictures", self.pictures, 2, MOST_IMAGES)
-        check_between("batch_size", self.batch_size, 1, MOST_IMAGES)
-        if not self.classifier.strip():
-            raise ConfigError("classifier", self.classifier, "is empty", "Name a file of `msdiff classifier train`.")
 
 
 @dataclass(frozen=True)
@@ -100,42 +55,3 @@ def frechet_distance_of(features_ND: np.ndarray, reference: Gaussian) -> float:
     roots = np.linalg.svd(centred_ND @ reference.root_DD, compute_uv=False)
     traces = (centred_ND**2).sum() + np.trace(reference.covariance_DD) - 2 * roots.sum()
     return float(((mean_D - reference.mean_D) ** 2).sum() + traces)
-
-
-class Scorer:
-    """Scores models by the Fréchet distance of their images to the reference images, whose features it computes once.
-
-    Raises:
-        CheckpointError: there is no such classifier.
-        DataError: there are no such reference images, fewer than two, or they have another shape.
-    """
-
-    def __init__(self, config: ScoreConfig, device: torch.device) -> None:
-        self.config, self._device = config, device
-        self._classifier = load_classifier(Path(config.classifier)).to(device)
-        channels, size, _ = self._classifier.info.image_shape
-        data = DataConfig(shards=config.reference, image_size=size, channels=channels)
-        reference = self.features(images for images, _ in read_images(data))
-        if len(reference) < 2:
-            raise DataError(
-                "score.reference", config.reference, "a covariance needs at least two images", "Name more shards."
-            )
-        self._reference = fit(reference)
-
-    def __call__(self, generator: ImageGenerator, seed: int, what: str = "sampling") -> float:
-        """Score of the images with numbers 0 to `pictures` - 1 that `generator` makes with `seed`.
-
-        Args:
-            what: is done, in words, for the progress that is shown.
-        """
-        job = SamplingJob(
-            num=self.config.pictures, seed=seed, sampler=self.config.sampler, batch_size=self.config.batch_size
-        )
-        with LongWork(what, job.num, "images") as work:
-            images = (job.draw(generator, index_n, work) for index_n in job.batches)
-            return frechet_distance(fit(self.features(images)), self._reference)
-
-    @torch.no_grad()
-    def features(self, batches: Iterable[Tensor]) -> np.ndarray:
-        """Features [N, D], float64, of batches of uint8 images [n, C, H, W]."""
-        return torch.cat([self._classifier.features(x.to(self._device)).cpu() for x in batches]).double().numpy()

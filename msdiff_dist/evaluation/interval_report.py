@@ -14,15 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from msdiff_dist.config import differences, to_mapping
+from msdiff_dist.data.config import DataConfig
+from msdiff_dist.data.loader import load_index
 from msdiff_dist.diffusion.config import StagesConfig
 from msdiff_dist.diffusion.stage_partition import build_partition
 from msdiff_dist.distributed.environment import this_device
 from msdiff_dist.errors import ConfigError, RunFolderError
-from msdiff_dist.evaluation.frechet import ScoreConfig, Scorer
+from msdiff_dist.evaluation.feature_spaces import FeatureSpace
+from msdiff_dist.evaluation.frechet import frechet_distance_of
 from msdiff_dist.evaluation.generate import ImageGenerator, SplicedGenerator
+from msdiff_dist.evaluation.image_sets import ShardImages
+from msdiff_dist.evaluation.reference import joined, reference_of
+from msdiff_dist.evaluation.sampling_job import SamplingJob
+from msdiff_dist.evaluation.scores import Reference
 from msdiff_dist.export.description import ModelDescription
 from msdiff_dist.export.weights import open_weights
 from msdiff_dist.files.atomic import atomic_folder, is_free, writing
+from msdiff_dist.terminal import LongWork
 
 
 @dataclass(frozen=True)
@@ -50,8 +58,47 @@ class IntervalReport:
     intervals: tuple[IntervalScore, ...]
 
 
+class DistanceOfImages:
+    """The Fréchet distance of a generator's images to those of shards, in one feature space.
+
+    Args:
+        shards: of the images to compare with; their features are computed once, or come from the cache.
+        job: the images to generate.
+
+    Raises:
+        DataError: there are no such shards.
+    """
+
+    def __init__(self, space: FeatureSpace, shards: str, job: SamplingJob) -> None:
+        self.job, self._space, self._shards = job, space, shards
+        self._reference: Reference | None = None
+        load_index(self._data((1, 1, 1)))
+
+    def __call__(self, generator: ImageGenerator, what: str) -> float:
+        """The distance of the images of the job.
+
+        Args:
+            what: is done, in words, for the progress that is shown.
+
+        Raises:
+            DataError: the shards have images of another shape.
+        """
+        found, shape = [], (1, 1, 1)
+        with LongWork(what, self.job.num, "images") as work:
+            for index_n in self.job.batches:
+                images = self.job.draw(generator, index_n, work)
+                shape = (images.shape[1], images.shape[2], images.shape[3])
+                found.append(self._space(images))
+        if self._reference is None:
+            self._reference, _ = reference_of(ShardImages(self._data(shape)), self._space, self._shards)
+        return frechet_distance_of(joined(found, shape, self._space, "RUN").features_ND, self._reference.gaussian)
+
+    def _data(self, shape: tuple[int, int, int]) -> DataConfig:
+        return DataConfig(shards=self._shards, channels=3 if shape[0] == 3 else 1, image_size=shape[1])
+
+
 def interval_report(
-    run: Path, reference: Path, boundaries: Sequence[float] | None, score: ScoreConfig, seed: int, out: Path
+    run: Path, reference: Path, boundaries: Sequence[float] | None, distance: DistanceOfImages, out: Path
 ) -> IntervalReport:
     """Score each interval, and write intervals.csv, intervals.md and intervals.png into the new folder `out`.
 
@@ -60,7 +107,7 @@ def interval_report(
 
     Raises:
         ConfigError: the runs differ in process, latents or conditions, or an edge lies outside the process.
-        CheckpointError, DataError: weights, classifier or reference images are missing.
+        CheckpointError, DataError: weights or reference images are missing.
         RunFolderError: `out` is not empty.
     """
     if not is_free(out):
@@ -74,16 +121,15 @@ def interval_report(
             partition = build_partition(StagesConfig(boundaries=tuple(boundaries)), process)
         except ConfigError as e:
             raise ConfigError("--intervals", e.value, e.problem, e.remedy) from None
-    score.sampler.for_process(process)
+    distance.job.sampler.for_process(process)
     device = this_device()
-    scorer = Scorer(score, device)
     inside, outside = ImageGenerator(weights, device), ImageGenerator(others, device)
 
     edges = [partition.interval(k) for k in range(partition.num_stages)]
     number = itertools.count(1)
 
     def scored(generator: ImageGenerator) -> float:
-        return scorer(generator, seed, f"score {next(number)} of {len(edges) + 2}: sampling")
+        return distance(generator, f"score {next(number)} of {len(edges) + 2}: sampling")
 
     scores = tuple(IntervalScore(lo, hi, scored(SplicedGenerator(inside, outside, lo, hi))) for lo, hi in edges)
     report = IntervalReport(unit=process.unit, reference=scored(outside), run=scored(inside), intervals=scores)

@@ -27,6 +27,11 @@ pytestmark = pytest.mark.integration
 IMAGES = 30
 
 
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="module")
 def sweep(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two variants and two seeds, five or six steps each."""
@@ -158,7 +163,11 @@ def test_table_of_two_variants_and_two_seeds(msdiff: Msdiff, sweep: Path, digits
 def _check_json(found: dict[str, Any], rows: list[dict[str, str]]) -> None:
     """The schema of docs/guides/ablations.md, with the numbers of the CSV file."""
     assert (found["format"], found["baseline"], found["points"]) == (1, "unified", [0.4, 1.0])
-    assert found["scores"] == {name: {"higher_is_better": False} for name in ("loss", "classifier/fid")}
+    assert {name: about["higher_is_better"] for name, about in found["scores"].items()} == {
+        "loss": False, "classifier/fid": False,
+    }  # fmt: skip
+    assert found["scores"]["loss"]["about"]["num"] == 64
+    assert found["scores"]["classifier/fid"]["about"]["num"] == IMAGES
     assert list(found["variants"]) == ["unified", "multistage"]
     for row, point in zip(rows, [0, 1] * 4, strict=True):
         variant = found["variants"][row["variant"]]

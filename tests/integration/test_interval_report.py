@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from msdiff_dist.data.config import DataConfig
+from msdiff_dist.data.make.images import read_images
 from msdiff_dist.diffusion.sampling import Condition, SamplerConfig, sample
-from msdiff_dist.evaluation.feature_classifier import save_classifier, train_classifier
-from msdiff_dist.evaluation.frechet import ScoreConfig, Scorer
+from msdiff_dist.evaluation.feature_classifier import load_classifier, save_classifier, train_classifier
+from msdiff_dist.evaluation.frechet import fit, frechet_distance
 from msdiff_dist.evaluation.generate import ImageGenerator, SplicedGenerator
 from msdiff_dist.export.weights import open_weights
 from msdiff_dist.models.multistage_unet import MultistageUNet, build_parts
@@ -24,6 +25,11 @@ pytestmark = pytest.mark.integration
 
 SAMPLER = SamplerConfig(name="ddim", steps=12)
 LABELS = torch.arange(6)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +87,7 @@ def test_each_network_has_its_own_times(runs: Path) -> None:
 
 
 def test_report(msdiff: Msdiff, runs: Path, digits: Path, tmp_path: Path) -> None:
-    common = ["--classifier", runs / "classifier.safetensors", "--data", digits, "--num", 20, "--steps", 4]
+    common = ["--features", runs / "classifier.safetensors", "--data", digits, "--num", 20, "--steps", 4]
     out = tmp_path / "out"
     ended = msdiff("interval-report", runs / "stages", "--reference", runs / "unified", *common, "--out", out)
     assert ended.status == 0, ended.output
@@ -89,15 +95,17 @@ def test_report(msdiff: Msdiff, runs: Path, digits: Path, tmp_path: Path) -> Non
     assert [(row["lo"], row["hi"]) for row in rows] == [
         ("", ""), ("0", "442.0"), ("442.0", "631.0"), ("631.0", "1000"), ("0", "1000"),
     ]  # fmt: skip
-    score = ScoreConfig(
-        classifier=str(runs / "classifier.safetensors"),
-        reference=str(digits),
-        pictures=20,
-        sampler=SamplerConfig(name=None, steps=4),
-    )
-    scorer = Scorer(score, torch.device("cpu"))
-    assert float(rows[0]["score"]) == pytest.approx(scorer(_generator(runs / "unified"), 0))
-    assert float(rows[-1]["score"]) == pytest.approx(scorer(_generator(runs / "stages"), 0))
+    classifier = load_classifier(runs / "classifier.safetensors")
+    reference = torch.cat([x for x, _ in read_images(DataConfig(shards=str(digits), image_size=16, channels=1))])
+
+    def distance(run: str) -> float:
+        images = _generator(runs / run)(range(20), SamplerConfig(steps=4), 0, torch.arange(20) % 10)
+        with torch.no_grad():
+            a, b = (fit(classifier.features(x).double().numpy()) for x in (images, reference))
+        return frechet_distance(a, b)
+
+    assert float(rows[0]["score"]) == pytest.approx(distance("unified"), rel=1e-4)
+    assert float(rows[-1]["score"]) == pytest.approx(distance("stages"), rel=1e-4)
     assert "[442, 631)" in (out / "intervals.md").read_text()
     assert (out / "intervals.png").stat().st_size > 1000
 

@@ -37,10 +37,8 @@ def charts_of(found: Results) -> Charts:
         made.sources[f"variant{v}"] = {"petaflops": variant.petaflops_P.tolist()}
     for score in found.scores:
         series = []
-        taken = np.concatenate([variant.scores[score].ravel() for variant in found.variants])
-        taken = taken[~np.isnan(taken)]
-        log = bool(len(taken) and (taken > 0).all())
-        least = float(taken.min()) / 2 if log else -np.inf  # a band that a logarithmic axis can show
+        log = found.logarithmic(score)
+        least = float(found.taken(score).min()) / 2 if log else -np.inf  # a band that a logarithmic axis can show
         for v, variant in enumerate(found.variants):
             mean_P, std_P = variant.mean_P(score), np.nan_to_num(variant.std_P(score))
             columns = made.sources[f"variant{v}"]

@@ -75,7 +75,7 @@ def _plot(found: Results, path: Path) -> None:
         axes.set_xlabel("training PFLOP")
         axes.set_title(title(name), fontsize="medium")
         axes.grid(alpha=0.3, which="both")
-        if all((variant.scores[name][~np.isnan(variant.scores[name])] > 0).all() for variant in found.variants):
+        if found.logarithmic(name):
             axes.set_yscale("log")
         if i == 0:
             axes.legend()

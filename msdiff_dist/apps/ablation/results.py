@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from msdiff_dist.apps.ablation.config import AblationConfig
+from msdiff_dist.apps.ablation.config import LOSS, AblationConfig
 from msdiff_dist.apps.ablation.plan import Trial
 from msdiff_dist.apps.ablation.quality import Curves, Floats, Reached, compare
 from msdiff_dist.apps.ablation.score_file import ScoreFile, json_values
@@ -86,6 +86,15 @@ class Results:
     def baseline(self) -> Variant:
         return self.variants[0]
 
+    def taken(self, score: str) -> Floats:
+        """All values of a score, in no particular order."""
+        values = np.concatenate([variant.scores[score].ravel() for variant in self.variants])
+        return values[~np.isnan(values)]
+
+    def logarithmic(self, score: str) -> bool:
+        """Whether charts show a score on a logarithmic axis."""
+        return not higher_is_better(score) and bool((self.taken(score) > 0).all())
+
 
 def results(config: AblationConfig, trials: Sequence[Trial]) -> Results:
     """What was scored so far."""
@@ -134,8 +143,17 @@ def mapping(found: Results) -> dict[str, Any]:
         "budget": found.config.budget,
         "points": list(found.config.points),
         "score": json_values(to_mapping(found.config.score)),
-        "scores": {name: {"higher_is_better": higher_is_better(name)} for name in found.scores},
+        "scores": {name: _about(name, found) for name in found.scores},
         "variants": {variant.name: _variant(variant, found) for variant in found.variants},
+    }
+
+
+def _about(score: str, found: Results) -> dict[str, Any]:
+    """What a score depends on besides weights and seed: scores with the same `about` compare between ablations."""
+    about = next(s.about for s in found.baseline.first.sets if s.prefix == score[: score.rfind("/") + 1])
+    return {
+        "higher_is_better": higher_is_better(score),
+        "about": {key: value for key, value in about.items() if score == LOSS or key != "seed"},
     }
 
 

@@ -23,7 +23,7 @@ COMMANDS: dict[str, tuple[list[str], str, str]] = {
     "array": (["array", "--cluster", "local", "--folder", "{}", "--", "doctor"], "--folder", "folder"),
     "sample": (["sample", "no_run", "--out", "{}"], "--out", "folder"),
     "interval-report": (
-        ["interval-report", "a", "--reference", "b", "--classifier", "c", "--data", "d", "--out", "{}"], "--out", "new",
+        ["interval-report", "a", "--reference", "b", "--data", "d", "--out", "{}"], "--out", "new",
     ),
     "export": (["export", "no_run", "--out", "{}"], "--out", "new"),
     "convert": (["convert", "a", "{}", "--from", "msdiff", "--to", "diffusers"], "DST", "new"),
