@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from msdiff_dist.apps.ablation.report import write_report
 from msdiff_dist.apps.report.write import Request, report
+from tests.unit.apps.ablation.made_results import made_ablation
 from tests.unit.apps.report.made_run import make_run
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -75,4 +77,25 @@ def test_it_opens_draws_and_slides(browser: object, file: Path, width: int, sche
     assert said == []
     assert [url for url in asked if not url.startswith(("data:", "blob:", "file:"))] == []
     assert [url for url in asked if url.startswith("file:")] == [file.as_uri()]
+    context.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (390, "light")])
+def test_results_of_an_ablation_open_and_draw(browser: object, width: int, scheme: str, tmp_path: Path) -> None:
+    write_report(*made_ablation(tmp_path), tmp_path)
+    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, offline=True)
+    page = context.new_page()
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto((tmp_path / "results.html").as_uri())
+    charts = page.locator(".chart")
+    assert charts.count() == 4
+    for i in range(4):
+        charts.nth(i).scroll_into_view_if_needed()
+        page.wait_for_selector(f"#chart{i}[data-drawn] canvas", timeout=60_000)
+    page.wait_for_selector("#chart0 .legend button")
+    assert page.locator("#chart0 .legend button").all_inner_texts() == ["unified", "half", "worse"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert said == []
     context.close()
