@@ -88,8 +88,9 @@ class Results:
 
     def taken(self, score: str) -> Floats:
         """All values of a score, in no particular order."""
-        values = np.concatenate([variant.scores[score].ravel() for variant in self.variants])
-        return values[~np.isnan(values)]
+        values: Floats = np.concatenate([variant.scores[score].ravel() for variant in self.variants])
+        known: Floats = values[~np.isnan(values)]
+        return known
 
     def logarithmic(self, score: str) -> bool:
         """Whether charts show a score on a logarithmic axis."""
