@@ -30,12 +30,14 @@ from msdiff_dist.models.activation_checkpointing import ActivationCheckpointingC
 from msdiff_dist.models.autoencoder import AutoencoderConfig
 from msdiff_dist.models.config import ModelConfig
 from msdiff_dist.models.families import FAMILIES
-from msdiff_dist.models.freezing import Freezing, freezing
+from msdiff_dist.models.freezing import Freezing, freezing, parameter_names
+from msdiff_dist.models.projector import middle_of
 from msdiff_dist.models.text_encoder import TextEncoderConfig
 from msdiff_dist.registry import import_extensions
 from msdiff_dist.shipped import where_to_get
 from msdiff_dist.training.config import TrainConfig
 from msdiff_dist.training.ema import EmaConfig
+from msdiff_dist.training.guide import GuideConfig
 from msdiff_dist.training.optimizer import LrScheduleConfig, OptimizerConfig
 from msdiff_dist.training.sinks import MetricsConfig
 
@@ -56,6 +58,7 @@ class Recipe:
     text_encoder: TextEncoderConfig | None = None
     encode: EncodeConfig = field(default_factory=EncodeConfig)
     augmentation: AugmentationConfig | None = None
+    guide: GuideConfig | None = None
     lr_schedule: LrScheduleConfig = field(default_factory=LrScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -95,11 +98,11 @@ class Recipe:
 
     def process(self) -> Process:
         """The diffusion process."""
-        return build_process(self.diffusion)
+        return build_process(self.diffusion, self.stages)
 
     def times(self) -> TrainingTimes:
         """The times that are trained on, and the weights of their losses."""
-        return build_times(self.diffusion)
+        return build_times(self.diffusion, self.stages)
 
     def freezing(self) -> Freezing:
         """The parameters that do not train, and the stages whose samples are trained on."""
@@ -344,6 +347,38 @@ def _check_evaluation(recipe: Recipe) -> None:
         )  # fmt: skip
 
 
+def _check_guide(recipe: Recipe) -> None:
+    guide = recipe.guide
+    if guide is None:
+        return
+    errors = []
+    if recipe.data.kind != "image":
+        errors.append(ConfigError(
+            "guide.features", guide.features,
+            f"looks at images, and data.kind is {recipe.data.kind}: decoding latents in every step costs more than "
+            "their training",
+            "Train on images (data.kind: image), or remove the section guide.",
+        ))  # fmt: skip
+    if middle_of(recipe.model) is None:
+        errors.append(ConfigError(
+            "guide.features", guide.features,
+            f"has no middle to align: the stages of this model of family {recipe.model.family} share no encoder, or "
+            "the family does not say which feature is its middle",
+            "Share the encoder, or remove the section guide.",
+        ))  # fmt: skip
+    elif {n for n in parameter_names(recipe.model) if n.startswith("shared.")} <= recipe.freezing().names:
+        errors.append(ConfigError(
+            "guide.weight", guide.weight, "has nothing to train: train.freeze freezes the whole shared part",
+            "Remove the section guide, or let a part of the encoder train.",
+        ))  # fmt: skip
+    if guide.stop_at is not None and guide.stop_at > max(1, recipe.train.steps):
+        errors.append(ConfigError(
+            "guide.stop_at", guide.stop_at, f"lies after the last step, train.steps = {recipe.train.steps}",
+            "Leave it out, or give a step before the end.",
+        ))  # fmt: skip
+    raise_all(errors)
+
+
 def _check_validation(recipe: Recipe) -> None:
     if recipe.validation is not None and recipe.data.kind == "synthetic" and recipe.validation.fraction is not None:
         raise ConfigError(
@@ -355,14 +390,15 @@ def _check_validation(recipe: Recipe) -> None:
 _CHECKS: dict[Callable[[Recipe], None], tuple[str, ...]] = {
     _check_name: ("name",),
     _check_extensions: ("extensions",),
-    _check_times: ("diffusion",),
+    _check_times: ("diffusion", "stages"),
     _check_stages: ("stages", "diffusion", "model"),
     _check_shapes: ("data", "autoencoder", "model"),
     _check_classes: ("data", "model"),
     _check_context: ("data", "model"),
     _check_condition_dropout: ("train", "data", "model"),
     _check_augmentation: ("augmentation", "data", "autoencoder", "model"),
-    _check_preview: ("preview", "diffusion"),
+    _check_preview: ("preview", "diffusion", "stages"),
+    _check_guide: ("guide", "data", "model", "train"),
     _check_validation: ("validation", "data"),
     _check_evaluation: ("evaluation", "diffusion", "data", "encode"),
     _check_compilation: ("train", "parallel", "activation_checkpointing"),

@@ -48,6 +48,10 @@ def flops(
     table.add_row("total", "", _millions(counted.total_params), "", "")
     if counted.trained_params < counted.total_params:
         table.add_row("trained", "", _millions(counted.trained_params), "", "")
+    if report.guide is not None:
+        guide = report.guide
+        table.add_row("guide: projector", "", _millions(guide.params), f"{guide.projector_macs / GIGA:.2f}", "")
+        table.add_row(f"guide: teacher, to step {guide.last_step}", "", "", f"{guide.teacher_macs / GIGA:.2f}", "")
     table.add_row("mean, by interval", "", "", "", f"{report.gmacs(report.interval_K):.2f}")
     table.add_row("mean, in training", "", "", "", f"{report.gmacs(report.training_K):.2f}")
     table.add_row(f"mean, in {report.evaluations} sampling calls", "", "", "", f"{report.gmacs(report.sampling_K):.2f}")

@@ -18,6 +18,7 @@ from msdiff_dist.convert.formats.deepspeed import DeepspeedSource
 from msdiff_dist.convert.model_weights import ModelWeights, Written
 from msdiff_dist.convert.options import FLAGS, ConvertOptions
 from msdiff_dist.convert.writing import appearing, write_safetensors
+from msdiff_dist.diffusion.config import of_stage, settings_of_stages
 from msdiff_dist.errors import CheckpointError, ConfigError, did_you_mean
 from msdiff_dist.files.atomic import atomic_write
 from msdiff_dist.files.digest import sha256_of
@@ -105,6 +106,8 @@ def write(
     _check_known("--to", to_format, writable())
     writer = FORMATS[to_format].write
     assert writer is not None
+    if to_format != "msdiff":
+        weights = _of_one_prediction(weights, to_format)
     digests = _digests(_source_files(weights))
     metadata = {
         **_kept_metadata(weights),
@@ -125,6 +128,30 @@ def write(
     if dst.is_file():
         _save(report, dst.with_name(REPORT))
     return report
+
+
+def _of_one_prediction(weights: ModelWeights, to_format: str) -> ModelWeights:
+    """The weights, described as a model whose network predicts one thing in all stages.
+
+    Raises:
+        CheckpointError: it predicts different things.
+    """
+    description = weights.description
+    if not description.stages.objectives:
+        return weights
+    settings = settings_of_stages(description.diffusion, description.stages)
+    predicted = list(dict.fromkeys(getattr(one, "prediction_type", None) for one in settings))
+    if len(predicted) > 1:
+        raise CheckpointError(
+            "stages.objectives", predicted, f"{to_format} holds models that predict the same in all stages",
+            "Use --to msdiff, or convert one stage with --stage.",
+        )  # fmt: skip
+    one = replace(
+        description,
+        diffusion=of_stage(description.diffusion, description.stages, 0),
+        stages=replace(description.stages, objectives=()),
+    )
+    return replace(weights, description=one)
 
 
 def _plain(src: Path, dst: Path, from_format: str) -> dict[str, Any]:

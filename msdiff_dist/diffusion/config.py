@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from msdiff_dist.bounds import check_between
 from msdiff_dist.config import section_of
+from msdiff_dist.diffusion.denoiser import PredictionType, check_min_snr_gamma
 from msdiff_dist.diffusion.process import Process
 from msdiff_dist.diffusion.processes import PROCESSES
 from msdiff_dist.diffusion.training_times import TimesConfig, TrainingTimes
@@ -31,18 +32,22 @@ class DiffusionConfig:
         return self.section or PROCESSES[self.process].config()
 
 
-def build_process(config: DiffusionConfig) -> Process:
-    """The recipe's process."""
-    return PROCESSES[config.process].build(config.settings())
+@dataclass(frozen=True, kw_only=True)
+class StageObjective:
+    """What the network predicts in one stage, and the weight of its loss; null: as in the process's section."""
 
+    prediction_type: PredictionType | None = None
+    """What the network predicts in this stage: the noise, v = s eps - n x_0, or the clean sample."""
+    min_snr_gamma: float | None = None
+    """Weigh this stage's loss by min(SNR, gamma) (2303.09556), expressed for its prediction type."""
 
-def build_times(config: DiffusionConfig) -> TrainingTimes:
-    """The times that the recipe trains on.
+    def __post_init__(self) -> None:
+        check_min_snr_gamma(self.min_snr_gamma)
 
-    Raises:
-        ConfigError: `diffusion.times` does not fit the process.
-    """
-    return TrainingTimes(build_process(config), config.times)
+    def changes(self) -> dict[str, Any]:
+        """The fields that differ from the process's section, with their values."""
+        named = {"prediction_type": self.prediction_type, "min_snr_gamma": self.min_snr_gamma}
+        return {name: value for name, value in named.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +70,10 @@ class StagesConfig:
     min_samples_per_step: int = 1
     """A decoder steps when its stage has had at least so many samples since its last step, on the mean gradient over
     them. The shared encoder steps on every batch."""
+    objectives: tuple[StageObjective, ...] = ()
+    """What the network predicts in each stage and how its loss is weighted, stage 0 first, such as
+    `[{prediction_type: v_prediction}, {}, {prediction_type: sample}]`. An empty list: the same in all stages, as in the
+    process's section."""
 
     def __post_init__(self) -> None:
         check_between("min_samples_per_step", self.min_samples_per_step, 1, 2**63 - 1)
@@ -79,7 +88,63 @@ class StagesConfig:
                 raise ConfigError("sampling", list(self.sampling), problem, f"Give {self.num_stages} weights.")
             if any(not (w > 0 and math.isfinite(w)) for w in self.sampling):
                 raise ConfigError("sampling", list(self.sampling), "weights must be positive", "Give positive numbers.")
+        if self.objectives and (len(self.objectives) != self.num_stages or self.num_stages == 1):
+            count, one = len(self.objectives), self.num_stages == 1
+            problem = "a model of one stage has one objective" if one else f"are not one for each of {self.num_stages}"
+            remedy = "Write it in the process's section." if one else f"Give {self.num_stages}; {{}} changes nothing."
+            raise ConfigError("objectives", count, problem, remedy)
 
     @property
     def num_stages(self) -> int:
         return len(self.boundaries) + 1
+
+
+def settings_of_stages(config: DiffusionConfig, stages: StagesConfig) -> list[Any]:
+    """The process's own dataclass with the objective of each stage.
+
+    Raises:
+        ConfigError: the process does not know such an objective.
+    """
+    settings, found = config.settings(), []
+    for k, objective in enumerate(stages.objectives or [StageObjective()] * stages.num_stages):
+        for name, value in objective.changes().items():
+            if name not in type(settings).__dataclass_fields__:
+                raise ConfigError(
+                    f"stages.objectives[{k}].{name}", value, f"means nothing to the process {config.process}, whose "
+                    "network predicts one thing at all times",
+                    "Remove it, or use process discrete or vp.",
+                )  # fmt: skip
+        found.append(replace(settings, **objective.changes()))
+    return found
+
+
+def of_stage(config: DiffusionConfig, stages: StagesConfig, stage: int) -> DiffusionConfig:
+    """The process of a unified model that is one of the stages."""
+    return replace(config, section=settings_of_stages(config, stages)[stage]) if stages.objectives else config
+
+
+def build_process(config: DiffusionConfig, stages: StagesConfig | None = None) -> Process:
+    """The recipe's process.
+
+    Args:
+        stages: where they have objectives of their own, a time's prediction is that of its stage.
+
+    Raises:
+        ConfigError: the process does not know such an objective.
+    """
+    kind = PROCESSES[config.process]
+    process = kind.build(config.settings())
+    if stages is not None and stages.objectives:
+        process.divide(
+            stages.boundaries, [kind.build(settings).denoiser for settings in settings_of_stages(config, stages)]
+        )
+    return process
+
+
+def build_times(config: DiffusionConfig, stages: StagesConfig | None = None) -> TrainingTimes:
+    """The times that the recipe trains on.
+
+    Raises:
+        ConfigError: `diffusion.times` does not fit the process.
+    """
+    return TrainingTimes(build_process(config, stages), config.times)

@@ -127,6 +127,17 @@ class EDMDenoiser(Denoiser):
         return torch.sqrt(n**2 + self.sigma_data**2)
 
 
+def noise_error(denoiser: Denoiser, s: Tensor, n: Tensor) -> Tensor:
+    """Factor of the squared error of F to that of the noise that follows from it, eps = (x_t - s D) / n; of s's shape.
+
+    D is affine in F, so the factor is (s / n)^2 times the square of its slope. It makes losses of different predictions
+    comparable.
+    """
+    zero, one = torch.zeros_like(s), torch.ones_like(s)
+    slope = denoiser.denoised(one, zero, s, n) - denoiser.denoised(zero, zero, s, n)
+    return (s / n * slope) ** 2
+
+
 def build_denoiser(prediction_type: PredictionType, min_snr_gamma: float | None) -> Denoiser:
     """The denoiser of a recipe's `prediction_type`."""
     if prediction_type == "epsilon":

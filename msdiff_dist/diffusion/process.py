@@ -6,13 +6,15 @@ Eq. 1 is that of 2312.09181, whose sigma_t is n_t / s_t.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from msdiff_dist.diffusion.denoiser import Denoiser
+from msdiff_dist.diffusion.denoiser import Denoiser, noise_error
 from msdiff_dist.errors import ConfigError
 
 Spacing = Literal["leading", "trailing", "uniform", "log_snr", "rho"]
@@ -41,8 +43,16 @@ class Process(ABC):
     prior_std: float = 1.0
     """Standard deviation of the noise that sampling starts from."""
 
+    _later: tuple[tuple[float, Denoiser], ...] = ()
+    # (first time, denoiser) of the stages after the first, where they have denoisers of their own.
+
     def __init__(self, denoiser: Denoiser) -> None:
         self.denoiser = denoiser
+
+    def divide(self, boundaries: Sequence[float], denoisers: Sequence[Denoiser]) -> None:
+        """Give each stage a denoiser of its own; a boundary belongs to the stage above it."""
+        self.denoiser, *others = denoisers
+        self._later = tuple(zip(boundaries, others, strict=True))
 
     # Each process defines these.
 
@@ -116,19 +126,38 @@ class Process(ABC):
 
     def network_input(self, x_t: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor]:
         """The network's image and time input, (c_in x_t [B, C, H, W], c_noise [B])."""
-        return self.denoiser.scale_input(x_t, *self._scales_like(x_t, t_B)), self.network_time(t_B)
+        scales = self._scales_like(x_t, t_B)
+        return self._of_stages(t_B, lambda one: one.scale_input(x_t, *scales)), self.network_time(t_B)
 
     def target(self, x0: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
         """What the network's output is regressed on, [B, C, H, W]."""
-        return self.denoiser.target(x0, noise, *self._scales_like(x0, t_B))
+        scales = self._scales_like(x0, t_B)
+        return self._of_stages(t_B, lambda one: one.target(x0, noise, *scales))
 
     def weight(self, t_B: Tensor) -> Tensor:
         """Weight of each sample's loss, float32 [B]."""
-        return self.denoiser.weight(*self.scales(t_B))
+        scales = self.scales(t_B)
+        return self._of_stages(t_B, lambda one: one.weight(*scales))
+
+    def noise_error(self, t_B: Tensor) -> Tensor:
+        """Factor of each sample's squared error of the output to that of the predicted noise, float32 [B]."""
+        scales = self.scales(t_B)
+        return self._of_stages(t_B, lambda one: noise_error(one, *scales))
 
     def denoised(self, output: Tensor, x_t: Tensor, t_B: Tensor) -> Tensor:
         """Estimate of x_0 from the network's output at x_t, [B, C, H, W]."""
-        return self.denoiser.denoised(output, x_t, *self._scales_like(x_t, t_B))
+        scales = self._scales_like(x_t, t_B)
+        return self._of_stages(t_B, lambda one: one.denoised(output, x_t, *scales))
+
+    def _of_stages(self, t_B: Tensor, result: Callable[[Denoiser], Tensor]) -> Tensor:
+        """What each sample's denoiser makes of it: all denoisers compute all samples, so that no device is asked how
+        many there are of a stage."""
+        found = result(self.denoiser)
+        for first, denoiser in self._later:
+            # float64, since float32 would round boundaries across nearby times.
+            is_later = (t_B.double() >= first).view(-1, *[1] * (found.ndim - 1))
+            found = torch.where(is_later, result(denoiser), found)
+        return found
 
     def _scales_like(self, x: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor]:
         """`scales`, shaped to broadcast over the entries of each sample of x."""

@@ -5,8 +5,9 @@ The graph is cut between them. A micro batch runs the shared encoder once, then 
 (forward, loss, backward, stages ascending), then the gradients of the features go back through the encoder in one
 backward pass. Each part's reduction over its group begins when its backward pass has ended: those of the stages run
 while the encoder's backward computes. Every rank thus issues its collectives in one explicit order, and groups may
-overlap freely. Reductions are sums of gradients of a loss divided by the GLOBAL batch size, so they are the exact
-global mean whatever the sizes of the groups.
+overlap freely. A projector of the encoder's features, which trains with the model (`guide`), is like a stage of all
+samples: it comes after the stages, on every rank or on none. Reductions are sums of gradients of a loss divided by the
+GLOBAL batch size, so they are the exact global mean whatever the sizes of the groups.
 
 A step calls `forward_backward` for every micro batch, or `stand_by` on a rank that has no samples in it, then
 `agreement`, to which other code adds what the ranks must sum, then `reduce`, which makes the global gradient norm
@@ -31,6 +32,23 @@ from msdiff_dist.distributed.zero_state import ShardedState
 
 StageLoss = Callable[[int, Tensor, slice], Tensor]
 """(stage, output of its decoder, rows of the batch that the output belongs to) -> this rank's scalar loss."""
+ProjectedLoss = Callable[[Tensor], Tensor]
+"""Projected features of all rows -> this rank's scalar loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """A module that trains with the model on one of the shared features.
+
+    Attributes:
+        module: maps that feature of all samples to what a `ProjectedLoss` takes.
+        feature: which of the shared part's features, by index.
+        prefix: of its parameters' names in checkpoints.
+    """
+
+    module: nn.Module
+    feature: int
+    prefix: str
 
 
 @dataclass(frozen=True)
@@ -79,12 +97,15 @@ class StageParallelEngines:
         groups: this rank's process groups.
         device: where the modules are.
         gathering: stages whose decoders may let gradients wait for those of later batches.
+        projection: of the shared features; the same on every rank.
 
     Attributes:
         forward_clock: how long this rank computes without waiting for others: the time of its forward passes, in which
             there is no collective (under ZeRO 1 and 2). On a CPU it is this thread's computing time.
         shared: the encoder's engine, None for an encoder without parameters.
         stages: the decoders' engines by stage.
+        projector: the engine of the projection, over all ranks as `shared` and under the same ZeRO level, but at most
+            2; None without one.
     """
 
     def __init__(
@@ -96,6 +117,7 @@ class StageParallelEngines:
         groups: Groups,
         device: torch.device,
         gathering: Collection[int] = (),
+        projection: Projection | None = None,
     ) -> None:
         self.config = config
         self.forward_clock = DeviceClock(device, time.thread_time)
@@ -110,28 +132,45 @@ class StageParallelEngines:
         for k in sorted(stages):
             group, gathers = groups.stage[k], k in gathering
             self.stages[k] = make_engine(stages[k], optimizer, config.zero_decoders, config, group, gathers)
+        self._projection = projection
+        self._projects = False  # whether the projector has gradients of the current global batch
+        self.projector: PartEngine | None = None
+        if projection:
+            # ZeRO 3 scales the gradients of a module's inputs, and would shard little here.
+            self.projector = make_engine(projection.module, optimizer, min(config.zero_shared, 2), config, world)
 
     def _named(self) -> dict[str, PartEngine]:
         """The parts by the prefix of their parameter names, in the order of their reductions: held stages ascending,
-        then the shared part."""
+        then the projector, then the shared part."""
         named = {f"stages.{k}.": engine for k, engine in self.stages.items()}
+        if self._projection and self.projector:
+            named[self._projection.prefix] = self.projector
         return named | ({"shared.": self.shared} if self.shared else {})
 
     def _trained(self) -> dict[str, PartEngine]:
-        """Those of `_named` that train."""
-        return {prefix: engine for prefix, engine in self._named().items() if engine.trains}
+        """Those of `_named` that train in this step; every rank has one."""
+        idle = None if self._projects else self.projector
+        return {prefix: engine for prefix, engine in self._named().items() if engine.trains and engine is not idle}
 
     def state(self) -> dict[str, ShardedState]:
         """This rank's fp32 shards, by the prefix of their parameter names in the whole model."""
         return {prefix: engine.state() for prefix, engine in self._named().items()}
 
-    def forward_backward(self, inputs: Sequence[Tensor | None], rows: Mapping[int, slice], loss: StageLoss) -> None:
+    def forward_backward(
+        self,
+        inputs: Sequence[Tensor | None],
+        rows: Mapping[int, slice],
+        loss: StageLoss,
+        projected_loss: ProjectedLoss | None = None,
+    ) -> None:
         """One micro batch.
 
         Args:
             inputs: of the shared module, all samples of this rank in one batch, sorted by stage.
             rows: for every held stage of which the batch has samples its rows, at least one each.
             loss: this rank's share of a stage's loss, already divided by the global batch size.
+            projected_loss: the same of the projected features; None: the projector has no part in this step. In all
+                micro batches of a step, on all ranks, it is there or it is not.
         """
         assert not self._is_complete(), "the global batch is complete: step before the next micro batch"
         is_last = self._micro_batches + 1 == self.config.gradient_accumulation_steps
@@ -157,19 +196,40 @@ class StageParallelEngines:
                     gradient[rows[k]].zero_()
                 else:
                     gradient[rows[k]].copy_(leaf_grad)
+        self._projects = projected_loss is not None
+        if projected_loss:
+            assert self._projection is not None
+            assert self.projector is not None
+            of = self._projection.feature % len(features)
+            leaf = features[of].detach().requires_grad_(of in differentiable)
+            self.projector.wait_for_weights()
+            with self.forward_clock:
+                projected = projected_loss(self.projector(leaf))
+            self.projector.backward([projected], None, is_last)
+            if leaf.grad is not None:
+                gradients[differentiable.index(of)].add_(leaf.grad)
         # One backward of the encoder for all stages, last of all on every rank, over the world.
         if self.shared and trains_shared:
             self.shared.backward([features[i] for i in differentiable], gradients, is_last)
         self._micro_batches += 1
 
-    def stand_by(self) -> None:
-        """One micro batch of which this rank has no samples: it takes part in the reduction of the shared part alone.
+    def stand_by(self, projects: bool = False) -> None:
+        """One micro batch of which this rank has no samples: it takes part in the reductions of the shared part and of
+        the projector alone.
 
         No rank of a stage stands by while another computes the stage.
+
+        Args:
+            projects: whether the projector has a part in this step.
         """
         assert not self._is_complete(), "the global batch is complete: step before the next micro batch"
+        is_last = self._micro_batches + 1 == self.config.gradient_accumulation_steps
+        self._projects = projects
+        if projects:
+            assert self.projector is not None
+            self.projector.no_backward(is_last)
         if self.shared:
-            self.shared.no_backward(self._micro_batches + 1 == self.config.gradient_accumulation_steps)
+            self.shared.no_backward(is_last)
         self._micro_batches += 1
 
     def agreement(self, turns: Sequence[Turn] | None = None) -> Agreement:
@@ -205,7 +265,7 @@ class StageParallelEngines:
         """Names of the modules of which a gradient element on this rank is not finite, after the reduction."""
         having = self._with_gradients(steps=True) | self._with_gradients(steps=False)
         bad = [prefix for prefix, e in having.items() if not e.gradient_square_sum().isfinite()]
-        return ["the shared part" if prefix == "shared." else f"stage {prefix.split('.')[1]}" for prefix in bad]
+        return [_title(prefix) for prefix in bad]
 
     def finish(self) -> None:
         """Wait for all that runs in the background, as must be before the process groups are left."""
@@ -219,8 +279,8 @@ class StageParallelEngines:
         return self._micro_batches == self.config.gradient_accumulation_steps
 
     def _turn(self, prefix: str) -> Turn:
-        """The turn of a part; the shared part, and without turns every part, always steps."""
-        if self._turns is None or prefix == "shared.":
+        """The turn of a part; the shared part and the projector, and without turns every part, always step."""
+        if self._turns is None or not prefix.startswith("stages."):
             return Turn(samples=1)
         return self._turns[int(prefix.split(".")[1])]
 
@@ -245,3 +305,10 @@ class StageParallelEngines:
         for prefix, engine in self._with_gradients(steps=False).items():
             engine.gather(self._turn(prefix).samples)
         self._micro_batches = 0
+
+
+def _title(prefix: str) -> str:
+    """What messages call the part whose parameters' names have this prefix."""
+    if prefix.startswith("stages."):
+        return f"stage {prefix.split('.')[1]}"
+    return "the shared part" if prefix == "shared." else f"the projector of {prefix.removesuffix('.')}"

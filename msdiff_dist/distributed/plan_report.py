@@ -208,6 +208,7 @@ def render(report: dict[str, Any], title: str) -> RenderableType:
         "state: weights, fp32 masters, moments and averages of a rank; peak: with gradients, activations and buffers",
         f"each step {size(traffic['routed'])} of samples routed, {size(traffic['reduced'])} reduced and gathered",
         *_frozen_lines(report),
+        *_guide_lines(report),
         *_node_lines(report),
         *_gpu_lines(report),
         *(f"[yellow]warning[/] {warning}" for warning in report["warnings"]),
@@ -224,6 +225,16 @@ def _frozen_lines(report: dict[str, Any]) -> list[str]:
     if without:
         lines.append(f"no samples are drawn of stage {', '.join(without)}: they would train nothing")
     return lines
+
+
+def _guide_lines(report: dict[str, Any]) -> list[str]:
+    guide = report.get("guide")
+    if not guide:
+        return []
+    return [
+        f"guide to step {guide['last_step']}: for each sample {guide['teacher_gmacs']:.3g} GMAC of the teacher and "
+        f"{guide['projector_gmacs']:.3g} of a projector of {guide['params'] / 1e6:.2f} M parameters"
+    ]
 
 
 def _node_lines(report: dict[str, Any]) -> list[str]:

@@ -72,6 +72,11 @@ class FeatureClassifier(nn.Module):
         out: Tensor = self.body(to_model_range(images_NCHW))
         return out
 
+    def places(self, images_NCHW: Tensor) -> Tensor:
+        """Features [N, D, h, w] of the places of uint8 images: the last convolution's output."""
+        out: Tensor = self.body[:-2](to_model_range(images_NCHW))
+        return out
+
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """Logits [N, classes] of uint8 images."""
         out: Tensor = self.head(F.relu(self.features(images_NCHW)))

@@ -40,6 +40,7 @@ class FeatureSpace:
         width: number of features of an image.
         image_shape: [C, H, W] of the only images that it takes; None: RGB images of any size.
         network: maps uint8 images [n, C, H, W] to features [n, width] and logits [n, classes] or None, in fp32.
+        grid: maps them to features [n, D, h, w] of their places, from a layer before pooling; None: it has none.
     """
 
     name: str
@@ -48,6 +49,7 @@ class FeatureSpace:
     width: int
     network: Callable[[Tensor], tuple[Tensor, Tensor | None]]
     image_shape: tuple[int, int, int] | None = None
+    grid: Callable[[Tensor], Tensor] | None = None
 
     @torch.inference_mode()
     def __call__(self, images_nCHW: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -59,16 +61,28 @@ class FeatureSpace:
         Raises:
             DataError: the images have another shape than the network takes.
         """
+        features, logits = self.network(self._fitting(images_nCHW))
+        return features.float().cpu(), None if logits is None else logits.float().cpu()
+
+    @torch.no_grad()
+    def spatial(self, images_nCHW: Tensor) -> Tensor:
+        """Features [n, D, h, w] of the places of uint8 images, grey or RGB, float32 on the network's device.
+
+        Raises:
+            DataError: the images have another shape than the network takes.
+        """
+        assert self.grid is not None, f"{self.name} has no features of places"
+        return self.grid(self._fitting(images_nCHW)).float()
+
+    def _fitting(self, images_nCHW: Tensor) -> Tensor:
+        """The images with the channels that the network takes."""
         shape = tuple(images_nCHW.shape[1:])
         if self.image_shape is not None and shape != self.image_shape:
             raise DataError(
                 "--features", self.name, f"takes images {list(self.image_shape)}, and these are {list(shape)}",
                 "Use a classifier that was trained on such images, or --features mobilenet.",
             )  # fmt: skip
-        if self.image_shape is None and shape[0] == 1:
-            images_nCHW = images_nCHW.expand(-1, 3, -1, -1)
-        features, logits = self.network(images_nCHW)
-        return features.float().cpu(), None if logits is None else logits.float().cpu()
+        return images_nCHW.expand(-1, 3, -1, -1) if self.image_shape is None and shape[0] == 1 else images_nCHW
 
 
 class _Classifier(nn.Module):
@@ -76,7 +90,8 @@ class _Classifier(nn.Module):
 
     Args:
         trunk: maps normalised RGB images to features [n, width].
-        head: maps those to logits; None for a network without classes.
+        grid: maps them to features [n, D, h, w] of places.
+        head: maps features to logits; None for a network without classes.
         size: height and width to which images are resized, bilinearly and with antialiasing, without cropping.
     """
 
@@ -84,21 +99,32 @@ class _Classifier(nn.Module):
     _std: Tensor
 
     def __init__(
-        self, trunk: nn.Module, head: nn.Module | None, size: int, colours: tuple[tuple[float, ...], ...]
+        self,
+        trunk: nn.Module,
+        grid: Callable[[Tensor], Tensor],
+        head: nn.Module | None,
+        size: int,
+        colours: tuple[tuple[float, ...], ...],
     ) -> None:
         super().__init__()
-        self.trunk, self.head, self.size = trunk, head, size
+        self.trunk, self.grid, self.head, self.size = trunk, grid, head, size
         self.register_buffer("_mean", torch.tensor(colours[0])[:, None, None], persistent=False)
         self.register_buffer("_std", torch.tensor(colours[1])[:, None, None], persistent=False)
 
     def forward(self, images_nCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        features = self.trunk(self._input(images_nCHW))
+        return features, None if self.head is None else self.head(features)
+
+    def places(self, images_nCHW: Tensor) -> Tensor:
+        """Features [n, D, h, w] of the places of uint8 RGB images."""
+        return self.grid(self._input(images_nCHW))
+
+    def _input(self, images_nCHW: Tensor) -> Tensor:
         x = images_nCHW.to(self._mean.device).float() / 255
         if x.shape[-2:] != (self.size, self.size):
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
         # Depthwise convolutions on CPUs take half the time in this format.
-        x = ((x - self._mean) / self._std).contiguous(memory_format=torch.channels_last)
-        features = self.trunk(x)
-        return features, None if self.head is None else self.head(features)
+        return ((x - self._mean) / self._std).contiguous(memory_format=torch.channels_last)
 
 
 def _mobilenet(weights: Path | None, device: torch.device) -> FeatureSpace:
@@ -110,7 +136,8 @@ def _mobilenet(weights: Path | None, device: torch.device) -> FeatureSpace:
     with _loading("mobilenet", path):
         model.load_state_dict(_state(path))
     trunk = nn.Sequential(model.features, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return _space("mobilenet", path, _Classifier(trunk, model.classifier, _PACKAGED_SIZE, _IMAGENET), 1280, device)
+    network = _Classifier(trunk, model.features, model.classifier, _PACKAGED_SIZE, _IMAGENET)
+    return _space("mobilenet", path, network, 1280, device)
 
 
 def _efficientnet(weights: Path | None, device: torch.device) -> FeatureSpace:
@@ -128,7 +155,8 @@ def _efficientnet(weights: Path | None, device: torch.device) -> FeatureSpace:
         model.load_state_dict(dict(zip(names, stored.values(), strict=True)))
     head = model.classifier
     model.reset_classifier(0)
-    return _space("efficientnet", path, _Classifier(model, head, _PACKAGED_SIZE, _HALVES), 1280, device)
+    network = _Classifier(model, model.forward_features, head, _PACKAGED_SIZE, _HALVES)
+    return _space("efficientnet", path, network, 1280, device)
 
 
 def _inception(weights: Path | None, device: torch.device) -> FeatureSpace:
@@ -169,7 +197,14 @@ def _dinov2(weights: Path | None, device: torch.device) -> FeatureSpace:
 
         model.load_state_dict(checkpoint_filter_fn(state, model))
         model.set_input_size(img_size=(224, 224))
-    return _space("dinov2", path, _Classifier(model, None, 224, _IMAGENET), int(state["cls_token"].shape[-1]), device)
+
+    def patches(x_nCHW: Tensor) -> Tensor:
+        tokens = model.forward_features(x_nCHW)[:, model.num_prefix_tokens :]
+        places: Tensor = tokens.transpose(1, 2).unflatten(2, model.patch_embed.grid_size)
+        return places
+
+    network = _Classifier(model, patches, None, 224, _IMAGENET)
+    return _space("dinov2", path, network, int(state["cls_token"].shape[-1]), device)
 
 
 def _clip(weights: Path | None, device: torch.device) -> FeatureSpace:
@@ -198,6 +233,7 @@ def _of_file(path: Path, device: torch.device) -> FeatureSpace:
         width=classifier.info.features,
         image_shape=classifier.info.image_shape,
         network=network,
+        grid=lambda images_nCHW: classifier.places(images_nCHW.to(device)),
     )
 
 
@@ -236,6 +272,7 @@ def _space(name: str, path: Path, network: _Classifier, width: int, device: torc
         weights=path.name,
         width=width,
         network=network,
+        grid=network.places,
     )
 
 

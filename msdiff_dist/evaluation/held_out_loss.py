@@ -212,17 +212,22 @@ class HeldOutLoss:
         `loss` is the objective, weights of stages and times included, and `loss_per_stage` that of each stage: they
         follow the times and weights of the training, `diffusion.times` and min-SNR among them. `unweighted` is the mean
         over the process's own distribution of times, and `loss_per_bin` over parts of it: they depend on none of that,
-        so runs with other objectives compare by them.
+        so runs with other objectives compare by them. `epsilon` and `epsilon_per_stage` are the same means of the error
+        of the noise that follows from the output: runs with other predictions compare by these.
         """
         t_n = np.asarray(self.evaluations.t_n)
         weighted_n = self._times.weight(torch.from_numpy(t_n)).double().numpy() * losses_n
         ratio_n = self._times.density_ratio(t_n)
         per_stage = [self._mean(weighted_n, self.stage_n == k, ratio_n) for k in range(len(self._probability_K))]
+        factor_n = self._process.noise_error(torch.from_numpy(t_n)).double().numpy()
+        epsilon_n = losses_n * (factor_n if self._loss == "l2" else np.sqrt(factor_n))
         return {
             "loss": float(self._probability_K @ np.array(per_stage)),
             "loss_per_stage": per_stage,
             "loss_per_bin": [self._mean(losses_n, self.evaluations.bin_n == b) for b in range(BINS)],
             "unweighted": self._mean(losses_n, np.ones(len(losses_n), np.bool_)),
+            "epsilon": self._mean(epsilon_n, np.ones(len(losses_n), np.bool_)),
+            "epsilon_per_stage": [self._mean(epsilon_n, self.stage_n == k) for k in range(len(self._probability_K))],
         }
 
     def interval(self, losses_n: Floats) -> float:

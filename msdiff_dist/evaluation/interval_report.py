@@ -187,6 +187,9 @@ def _settings(about: ModelDescription) -> dict[str, Any]:
     process = about.diffusion.process
     return {
         "diffusion": {"process": process, process: to_mapping(about.diffusion.settings())},
+        "stages": {"boundaries": about.stages.boundaries, "objectives": to_mapping(about.stages.objectives)}
+        if about.stages.objectives
+        else None,
         "latent_shape": list(about.latent_shape),
         "autoencoder": to_mapping(about.autoencoder),
         "model": {"num_classes": about.model.num_classes},

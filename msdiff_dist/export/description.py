@@ -54,7 +54,7 @@ class ModelDescription:
 
     def process(self) -> Process:
         """The diffusion process."""
-        return build_process(self.diffusion)
+        return build_process(self.diffusion, self.stages)
 
     def partition(self) -> StagePartition:
         """The division of the process's time into stages."""

@@ -18,6 +18,7 @@ from msdiff_dist.errors import CheckpointError
 from msdiff_dist.export.description import FORMAT, ModelDescription, describe, description_from
 from msdiff_dist.files.digest import sha256_of
 from msdiff_dist.files.json_text import parse_mapping
+from msdiff_dist.models.projector import PREFIX
 
 CONFIG = "config.json"
 """File of an export that holds its `ModelDescription`."""
@@ -66,7 +67,8 @@ class CheckpointWeights(Weights):
         self.description = replace(describe(index.recipe, index.step), weights="ema" if ema else "raw")
 
     def names(self) -> list[str]:
-        return self.reader.names()
+        # The projector of a guide is a part of training alone.
+        return [name for name in self.reader.names() if not name.startswith(PREFIX)]
 
     def tensor(self, name: str) -> Tensor:
         return self.reader.tensor(self._kind, name)

@@ -83,12 +83,19 @@ class LatentCodec:
     @torch.no_grad()
     def to_images(self, x0_BCHW: Tensor) -> Tensor:
         """uint8 images [B, C, H, W] on the CPU, from x0."""
-        x = x0_BCHW / self._config.scale_factor
-        if self._config.kind == "space_to_depth":
-            x = F.pixel_shuffle(x, self._config.factor)
-        elif self._config.kind in ("kl", "vq"):
-            x = self._autoencoder().decode(x.to(self._device)).sample
-        return to_pixels(x).cpu()
+        if self._config.kind in ("kl", "vq"):
+            return to_pixels(self._autoencoder().decode(self._unscaled(x0_BCHW).to(self._device)).sample).cpu()
+        return self.pixels(x0_BCHW).cpu()
+
+    @torch.no_grad()
+    def pixels(self, x0_BCHW: Tensor) -> Tensor:
+        """uint8 images [B, C, H, W] on the device of x0, for autoencoders that are no network."""
+        assert self._config.kind not in ("kl", "vq")
+        x = self._unscaled(x0_BCHW)
+        return to_pixels(F.pixel_shuffle(x, self._config.factor) if self._config.kind == "space_to_depth" else x)
+
+    def _unscaled(self, x0_BCHW: Tensor) -> Tensor:
+        return x0_BCHW / self._config.scale_factor
 
     @torch.no_grad()
     def encode(self, images_BCHW: Tensor) -> Tensor:

@@ -38,6 +38,8 @@ class Family:
         resized_decoder: called with (old config, new config, stage), returns for each parameter of that decoder of
             the new model how it is made from the only decoder of the old one; None for a parameter that is new.
             A family without this function keeps the width of its decoders when a model is grown from another.
+        middle: which of the encoder's features, by index, is its deepest feature map [B, C, h, w], which `guide` aligns
+            with a teacher's; None: a recipe of this family takes no `guide`.
     """
 
     config: type[UNetConfig]
@@ -45,6 +47,7 @@ class Family:
     decoder: type[nn.Module] | None = None
     recomputed: Callable[[nn.Module], bool] = lambda module: False
     resized_decoder: Callable[[Any, Any, int], dict[str, Resized | None]] | None = None
+    middle: int | None = None
 
 
 def _is_residual(module: nn.Module) -> bool:
@@ -53,14 +56,23 @@ def _is_residual(module: nn.Module) -> bool:
 
 
 _SONG = Family(
-    config=SongConfig, encoder=SongEncoder, decoder=SongDecoder, recomputed=lambda module: isinstance(module, SongBlock)
+    config=SongConfig,
+    encoder=SongEncoder,
+    decoder=SongDecoder,
+    recomputed=lambda module: isinstance(module, SongBlock),
+    middle=-1,  # the middle block's output, or the deepest skip where the decoders have middle blocks of their own
 )
 
 FAMILIES: Table[Family] = Table(
     "U-Net family",
     {
         "ldm": Family(
-            config=LDMConfig, encoder=Encoder, decoder=Decoder, recomputed=_is_residual, resized_decoder=resized_decoder
+            config=LDMConfig,
+            encoder=Encoder,
+            decoder=Decoder,
+            recomputed=_is_residual,
+            resized_decoder=resized_decoder,
+            middle=0,
         ),
         "ddpmpp": _SONG,
         "ncsnpp": _SONG,

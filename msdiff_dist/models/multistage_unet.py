@@ -102,8 +102,8 @@ def build_parts(config: ModelConfig, stages: Iterable[int], seed: int = 0) -> tu
     shared: nn.Module = PassThrough()
     if config.share_encoder:
         encoder, part = _kinds(FAMILIES[config.family])
-        shared = _seeded(seed, "shared", encoder, config, 0)
-    return shared, {k: _seeded(seed, f"stage {k}", part, config, k) for k in stages}
+        shared = seeded(seed, "shared", encoder, config, 0)
+    return shared, {k: seeded(seed, f"stage {k}", part, config, k) for k in stages}
 
 
 def _kinds(family: Family) -> tuple[type[nn.Module], type[nn.Module]]:
@@ -112,7 +112,8 @@ def _kinds(family: Family) -> tuple[type[nn.Module], type[nn.Module]]:
     return family.encoder, family.decoder
 
 
-def _seeded(seed: int, name: str, part: Callable[..., nn.Module], *args: Any) -> nn.Module:
+def seeded(seed: int, name: str, part: Callable[..., nn.Module], *args: Any) -> nn.Module:
+    """`part(*args)`, whose first weights depend on `seed` and `name` alone."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big"))

@@ -28,6 +28,8 @@ class StepOutcome:
         busy_W: each rank's seconds of forward computation.
         memory_W: most bytes that each rank has held so far, as `peak_bytes` counts them.
         corruption: corrupt shards and samples that some rank met in this step and none before.
+        guide_loss: alignment with the teacher, mean over the global batch, before `guide.weight`; None in steps without
+            a guide.
         seconds: wall time on this rank by activity: `data` and `routing` (waiting for them), `compute` and `optimizer`.
             On GPUs the last two are the device's, and like `busy_W` those of the newest step that it has finished.
     """
@@ -41,6 +43,7 @@ class StepOutcome:
     memory_W: list[int]
     corruption: list[Corruption]
     seconds: dict[str, float]
+    guide_loss: float | None = None
 
     @property
     def balance(self) -> float:
@@ -72,8 +75,11 @@ class StepMetrics:
         eta_seconds: expected seconds until the run ends, as `TimeLeft` has them.
         petaflops: 1e15 floating-point operations of all steps so far, forward and backward.
         damaged: corrupt shards and samples skipped since this start of the run, each counted once.
+        guide_loss: alignment of the encoder with the teacher of `guide`, which `loss` does not include: the mean of one
+            minus the cosine similarity, before `guide.weight`. None in steps without it.
         validation: held-out loss after this step, at steps that validate: `loss` (the objective), `loss_per_stage`,
-            `loss_per_bin`, `unweighted`, `weights` (`ema` or `raw`), and under `raw` the same of the last weights.
+            `loss_per_bin`, `unweighted`, `epsilon` and `epsilon_per_stage` (see `HeldOutLoss.summary`), `weights`
+            (`ema` or `raw`), and under `raw` the same of the last weights.
     """
 
     step: int
@@ -93,6 +99,7 @@ class StepMetrics:
     eta_seconds: float | None
     petaflops: float
     damaged: int
+    guide_loss: float | None = None
     validation: dict[str, Any] | None = None
 
     def scalars(self) -> dict[str, float]:
@@ -168,6 +175,7 @@ class Meter:
             eta_seconds=None if eta is None else round(eta, 1),
             petaflops=compute.total,
             damaged=self._corrupt,
+            guide_loss=outcome.guide_loss,
         )
 
 

@@ -48,10 +48,12 @@ class PreparedBatch:
         inputs: inputs of the shared encoder: x, time, context, label, augmentation labels; None where the model takes
             none.
         noised: what the objective needs to compute the loss of the outputs.
+        x0_nCHW: the clean samples, augmented as the network sees them, float32.
     """
 
     inputs: tuple[Tensor | None, ...]
     noised: NoisedBatch
+    x0_nCHW: Tensor
 
 
 class Preparation:
@@ -86,7 +88,8 @@ class Preparation:
         noised = self._objective.noised(x0_nCHW, noise_nCHW, t_n)
         label_n, context_nTC = self.conditions(micro)
         x_nCHW = noised.x_nCHW.to(self._dtype, memory_format=self._memory_format)
-        return PreparedBatch(inputs=(x_nCHW, noised.time_n, context_nTC, label_n, augment_labels), noised=noised)
+        inputs = (x_nCHW, noised.time_n, context_nTC, label_n, augment_labels)
+        return PreparedBatch(inputs=inputs, noised=noised, x0_nCHW=x0_nCHW)
 
     def conditions(self, micro: MicroBatch) -> tuple[Tensor | None, ...]:
         """(label_n, context_nTC) of the micro batch after dropping; None where the data have none."""

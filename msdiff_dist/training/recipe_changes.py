@@ -79,6 +79,7 @@ MUST_STAY: tuple[Fields, ...] = (
             "diffusion.times.",
             "train.loss",
             "stages.sampling",
+            "stages.objectives",
             "stages.batch",
             "stages.importance_weights",
             "stages.min_samples_per_step",
@@ -97,6 +98,7 @@ MUST_STAY: tuple[Fields, ...] = (
         "they decide the order of samples, and a checkpoint's position in the data is a number in that order. The end "
         "of an epoch is no better place for a change: a batch may hold samples of two epochs",
     ),
+    Fields(("guide.",), "the projector's weights and moments belong to its teacher, and to the steps that trained it"),
     Fields(("validation.fraction", "validation.shards"), "what is held out must never have been trained on"),
     Fields(("data.flip", "data.crop", "augmentation."), "what is trained is a function of seed, step and index alone"),
 )

@@ -35,8 +35,9 @@ class JsonLines:
     def write(self, metrics: StepMetrics) -> None:
         """Append a line."""
         content = asdict(metrics)
-        if metrics.validation is None:  # steps that validate have the key, and no others
-            del content["validation"]
+        for key in ("validation", "guide_loss"):  # steps that validate, or are guided, have the key, and no others
+            if content[key] is None:
+                del content[key]
         self._file.write(json.dumps(content) + "\n")
 
     def say(self, text: str) -> None:

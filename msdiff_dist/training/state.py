@@ -13,6 +13,7 @@ from msdiff_dist.checkpoint.save import Averages, gather_shapes, moment_kinds
 from msdiff_dist.data.fingerprint import Fingerprint
 from msdiff_dist.distributed.agree import joined
 from msdiff_dist.distributed.zero_state import ShardedState
+from msdiff_dist.models.projector import PREFIX
 from msdiff_dist.training.metrics import LossAverage
 from msdiff_dist.training.stage_progress import StageProgress
 
@@ -92,9 +93,10 @@ class TrainState:
         self.fingerprint, self.data_began = checkpoint.index.data, checkpoint.index.data_began
 
     def start_from(self, read: Callable[[str, int, int], Tensor]) -> None:
-        """Take over weights alone, for a run at step 0. Collective.
+        """Take over the model's weights alone, for a run at step 0. Collective.
 
         Args:
             read: (name, start, numel) -> elements of the flattened parameter, float32.
         """
-        start_from(read, self.shards, self.averages)
+        of_model = {prefix: shards for prefix, shards in self.shards.items() if prefix != PREFIX}
+        start_from(read, of_model, self.averages)

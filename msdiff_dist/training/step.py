@@ -12,15 +12,16 @@ from msdiff_dist.data.corruption import Corruption, check_limit
 from msdiff_dist.diffusion.objective import Objective
 from msdiff_dist.distributed.agree import joined
 from msdiff_dist.distributed.device_clock import DeviceClock
-from msdiff_dist.distributed.engines import ReducedGradients, StageParallelEngines
+from msdiff_dist.distributed.engines import ProjectedLoss, ReducedGradients, StageParallelEngines
 from msdiff_dist.distributed.environment import Environment
 from msdiff_dist.distributed.peak_memory import peak_bytes
 from msdiff_dist.distributed.progress import COMPUTE, REDUCE, UPDATE
 from msdiff_dist.errors import TrainingError
 from msdiff_dist.training.batch_plans import BatchPlans
 from msdiff_dist.training.feed import Feed, MicroBatch
+from msdiff_dist.training.guide import Guide
 from msdiff_dist.training.metrics import StepOutcome
-from msdiff_dist.training.prepare import Preparation
+from msdiff_dist.training.prepare import Preparation, PreparedBatch
 from msdiff_dist.training.stage_progress import StageProgress
 
 _KEYS_NAMED = 8  # samples that an error lists at most
@@ -34,6 +35,7 @@ class TrainStep:
         batches: samples of each stage in every global batch, and their importance weights.
         progress: counts samples and steps of the stages, and says which decoders step; None: all do.
         max_bad: how many corrupt shards and samples all ranks together may skip.
+        guide: aligns the encoder with a teacher in the steps that are guided; None: no step is.
     """
 
     def __init__(
@@ -47,9 +49,10 @@ class TrainStep:
         *,
         max_bad: int,
         progress: StageProgress | None = None,
+        guide: Guide | None = None,
     ) -> None:
         self._feed, self._prepare, self._objective, self._engines = feed, prepare, objective, engines
-        self._env, self._max_bad = environment, max_bad
+        self._env, self._max_bad, self._guide = environment, max_bad, guide
         self._compute_clock, self._optimizer_clock = DeviceClock(environment.device), DeviceClock(environment.device)
         self._batches = batches
         self._quotas = batches.of(0).quotas  # of the current batch
@@ -60,22 +63,27 @@ class TrainStep:
         # All corruption that any rank has met; the same on every rank.
         self._corruption: dict[tuple[str, str | None], Corruption] = {}
 
-    def __call__(self, lr: float, stop_requested: bool = False) -> StepOutcome:
+    def __call__(self, lr: float, stop_requested: bool = False, guided: bool = False) -> StepOutcome:
         """Run one global batch and step the optimizers with learning rate `lr`.
+
+        Args:
+            guided: whether the guide has a part in this step. The teacher is let go at the first step without it.
 
         Raises:
             TrainingError: on every rank, if the loss or the gradient norm is not finite. No optimizer has stepped.
             DataError: on every rank, if more than `max_bad` shards and samples are corrupt.
         """
         loss_sum_K = torch.zeros(len(self._quotas.quotas_K), dtype=torch.float64, device=self._env.device)
+        guide_sum = torch.zeros(1, dtype=torch.float64, device=self._env.device)
         corruption: list[Corruption] = []
         self._losses.clear()
+        self._guide = self._guide if guided else None
         for micro in self._feed.next_batch():
             self._quotas = self._batches.of(micro.batch).quotas
             corruption += micro.corruption
             self._env.progress.enter(COMPUTE)
             with self._compute_clock:
-                self._forward_backward(micro, loss_sum_K)
+                self._forward_backward(micro, loss_sum_K, guide_sum)
         with self._optimizer_clock:
             # Everything that the ranks must agree on goes into one reduction, before any optimizer steps. So a loss
             # that is not finite stops all ranks at the same step, with the weights unchanged. Its result is the only
@@ -84,6 +92,8 @@ class TrainStep:
             turns = self.progress.turns(quota_K)
             agreement = self._engines.agreement(turns)
             agreement.add("loss sum", loss_sum_K)
+            if self._guide:
+                agreement.add("guide sum", guide_sum)
             busy = self._engines.forward_clock.take()
             agreement.add_own("busy", busy, self._env.rank, self._env.world_size)
             agreement.add_own("memory", peak_bytes(self._env.device), self._env.rank, self._env.world_size)
@@ -102,6 +112,7 @@ class TrainStep:
             loss=self._global_mean(loss_per_stage),
             loss_per_stage=loss_per_stage,
             samples_per_stage=quota_K,
+            guide_loss=float(gradients.sums["guide sum"]) / self._batch_size if self._guide else None,
             grad_norm=float(gradients.norm),
             stop_requested=bool(gradients.sums["stop"] > 0),
             busy_W=gradients.sums["busy"].tolist(),
@@ -115,9 +126,9 @@ class TrainStep:
             },
         )
 
-    def _forward_backward(self, micro: MicroBatch, loss_sum_K: Tensor) -> None:
+    def _forward_backward(self, micro: MicroBatch, loss_sum_K: Tensor, guide_sum: Tensor) -> None:
         if not micro.rows:
-            self._engines.stand_by()
+            self._engines.stand_by(projects=self._guide is not None)
             return
         importance_K = self._quotas.importance_K
         batch, index_n = self._prepare(micro), micro.samples.index_n
@@ -130,7 +141,21 @@ class TrainStep:
 
         # Dropout layers draw from torch's generator, so it is seeded for each micro batch.
         torch.manual_seed(micro.drawn.module_seed)
-        self._engines.forward_backward(batch.inputs, micro.rows, loss)
+        guided = self._alignment(self._guide, micro, batch, guide_sum) if self._guide else None
+        self._engines.forward_backward(batch.inputs, micro.rows, loss, guided)
+
+    def _alignment(self, guide: Guide, micro: MicroBatch, batch: PreparedBatch, guide_sum: Tensor) -> ProjectedLoss:
+        """This rank's share of the guide's loss, whose samples weigh as in the objective. Adds to `guide_sum`."""
+        weight_n = torch.empty(len(batch.x0_nCHW), device=self._env.device)
+        for k, rows in micro.rows.items():
+            weight_n[rows] = float(self._quotas.importance_K[k])
+
+        def loss(projected_nDhw: Tensor) -> Tensor:
+            weighted = (weight_n * guide.losses(projected_nDhw, batch.x0_nCHW)).sum()
+            guide_sum.add_(weighted.detach())
+            return weighted * (guide.config.weight / self._batch_size)
+
+        return loss
 
     def _global_mean(self, loss_per_stage: list[float | None]) -> float:
         """The objective over the global batch, in which stages weigh as in the recipe, not as their rounded quotas."""

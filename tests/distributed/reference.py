@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +15,10 @@ from msdiff_dist.data.loader import StepLoader
 from msdiff_dist.diffusion.augmentation import draw_transforms, transformed
 from msdiff_dist.diffusion.loss import sample_losses
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas
+from msdiff_dist.evaluation.feature_classifier import FeatureClassifier, load_classifier
 from msdiff_dist.models.autoencoder import LatentCodec
 from msdiff_dist.models.multistage_unet import build_model
+from msdiff_dist.models.projector import build_projector
 from msdiff_dist.randomness import dropped_conditions, generator, noise
 from msdiff_dist.recipe import Recipe
 from msdiff_dist.training.optimizer import optimizer_factory
@@ -29,6 +33,7 @@ class ReferenceRun:
         state, ema: weights and their averages after the last step, by parameter name.
         first: the weights before the first step.
         power: by length, the averages of `ema.power`.
+        guide_losses: the alignment with the teacher, one number per guided step.
     """
 
     losses: list[float]
@@ -37,6 +42,7 @@ class ReferenceRun:
     ema: dict[str, torch.Tensor]
     first: dict[str, torch.Tensor]
     power: dict[float, dict[str, torch.Tensor]]
+    guide_losses: list[float] = dataclasses.field(default_factory=list)
 
 
 def stage_of_step(seed: int, step: int, share_K: np.ndarray) -> int:
@@ -62,6 +68,7 @@ def train_reference(
     """
     seed, B = recipe.train.seed, recipe.train.batch_size(1)
     model, process = model or build_model(recipe.model, seed), recipe.process()
+    teacher = add_projector(recipe, model)
     parameters = list(model.parameters())
     for name, p in model.named_parameters():
         p.requires_grad_(not is_frozen(name))
@@ -83,7 +90,7 @@ def train_reference(
     first = {name: p.detach().clone() for name, p in model.named_parameters()}
     lengths = recipe.ema.power.lengths if recipe.ema.power else ()
     power = {length: {name: torch.zeros_like(p) for name, p in first.items()} for length in lengths}
-    losses, norms = [], []
+    losses, norms, guide_losses = [], [], []
     since = dict.fromkeys(first, 0)  # steps since the last one of the optimizer, by parameter
     sums: dict[str, torch.Tensor] = {}  # of gradients that wait, times samples
     waiting = np.zeros(len(mixed.quotas_K), int)  # samples that they are of
@@ -107,10 +114,16 @@ def train_reference(
             dropped = dropped_conditions(seed, step, batch.index_n, recipe.train.condition_dropout)
             label = torch.where(dropped, recipe.model.num_classes, label)
         output = model(x_in, time_in, stage_B, None, label, augment_labels)
-        weight_B = recipe.times().weight(t_B) * torch.from_numpy(quotas.importance_K).float()[stage_B]
+        weight_of_stage_B = torch.from_numpy(quotas.importance_K).float()[stage_B]
+        weight_B = recipe.times().weight(t_B) * weight_of_stage_B
         loss = (weight_B * sample_losses(output, process.target(x0, eps, t_B), recipe.train.loss)).sum() / B
+        total = loss
+        if recipe.guide and step < recipe.guide.last_step(recipe.train.steps):
+            guided = (weight_of_stage_B * alignment(recipe, model, teacher, x0, x_in, time_in, label)).sum() / B
+            guide_losses.append(float(guided.detach()))
+            total = loss + recipe.guide.weight * guided
         optimizer.zero_grad()
-        loss.backward()
+        total.backward()
         waiting += quotas.quotas_K
         for name, p in model.named_parameters():
             if not name.startswith("stages.") or p.grad is None:
@@ -141,4 +154,47 @@ def train_reference(
         losses.append(float(loss.detach()))
     names = [name for name, _ in model.named_parameters()]
     state = {n: p.detach() for n, p in zip(names, parameters, strict=True)}
-    return ReferenceRun(losses, norms, state, dict(zip(names, ema, strict=True)), first, power)
+    return ReferenceRun(losses, norms, state, dict(zip(names, ema, strict=True)), first, power, guide_losses)
+
+
+def add_projector(recipe: Recipe, model: torch.nn.Module) -> FeatureClassifier | None:
+    """Give the model the projector of the recipe's guide, and return the teacher, a classifier."""
+    if not recipe.guide:
+        return None
+    teacher = load_classifier(Path(recipe.guide.features))
+    middle = recipe.model.encoder_width(0) * recipe.model.channel_mult[-1]
+    features = teacher.info.channels[-1]
+    model.guide = build_projector(middle, recipe.guide.width, features, recipe.train.seed)
+    return teacher
+
+
+def alignment(
+    recipe: Recipe,
+    model: Any,
+    teacher: FeatureClassifier | None,
+    x0: torch.Tensor,
+    x_in: torch.Tensor,
+    time_in: torch.Tensor,
+    label: torch.Tensor | None,
+) -> torch.Tensor:
+    """Alignment of each sample, of places of the teacher's last feature map, one place after another."""
+    assert teacher is not None
+    assert recipe.guide is not None
+    hidden = x0
+    for layer in teacher.body:
+        if isinstance(layer, torch.nn.Flatten):
+            break
+        hidden = layer(hidden)
+    own = model.guide(model.shared(x_in, time_in, None, label)[0])
+    own = torch.nn.functional.interpolate(own, hidden.shape[-2:], mode="bilinear", antialias=True)
+    places = [(i, j) for i in range(hidden.shape[2]) for j in range(hidden.shape[3])]
+    total: Any = 0.0
+    for i, j in places:
+        total = total + 1 - torch.cosine_similarity(own[..., i, j], hidden[..., i, j].detach())
+    total = total / len(places)
+    for a in places:
+        for b in places:
+            pair = [torch.cosine_similarity(m[:, :, a[0], a[1]], m[:, :, b[0], b[1]]) for m in (own, hidden.detach())]
+            total = total + recipe.guide.gram_weight * (pair[0] - pair[1]) ** 2 / len(places) ** 2
+    aligned: torch.Tensor = total
+    return aligned

@@ -30,17 +30,18 @@ LAYOUTS = {
     "crossed": (3, "[[0,1,2],[0,2],[0,1,2]]"),
     "two": (2, "auto"),
 }
+OBJECTIVES = "stages.objectives=[{prediction_type: v_prediction}, {}, {prediction_type: sample, min_snr_gamma: 5}]"
 CASES = [
     # layout, optimizer, zero_shared, zero_decoders, accumulation, more overrides
-    ("one", "adamw", 1, 1, 1, []),
+    ("one", "adamw", 1, 1, 1, [OBJECTIVES]),
     ("two", "adamw", 2, 2, 2, []),
     ("auto", "sgd", 3, 1, 1, []),
     ("disjoint", "adamw", 1, 1, 2, []),
-    ("disjoint", "adamw", 3, 1, 1, ["data.workers=2"]),
+    ("disjoint", "adamw", 3, 1, 1, ["data.workers=2", OBJECTIVES]),
     ("shared", "adamw", 2, 2, 1, []),
     ("shared", "sgd", 1, 1, 2, ["stages.sampling=uniform", "diffusion.times={suppressed_from: 600}"]),
     ("shared", "adamw", 3, 1, 2, ["stages.sampling=[3,2,1]"]),
-    ("crossed", "adamw", 2, 2, 2, []),
+    ("crossed", "adamw", 2, 2, 2, [OBJECTIVES]),
     ("shared", "adamw", 1, 2, 1, ["model.share_encoder=false"]),
     ("two", "adamw", 1, 1, 1, ["stages.boundaries=[]", "model.decoder_channels=[24]", "diffusion.times={}"]),
     ("one", "adamw", 1, 1, 2, ["stages.batch=one_stage", "stages.sampling=[3,1,2]", "stages.importance_weights=true"]),

@@ -45,12 +45,12 @@ BASES = {
         preview={"every": 5, "num": 4, "sampler": {"steps": 5}},
         evaluation={"every": 5, "reference": "nowhere", "sampler": {"steps": 5}},
     ),
-    "vp": base("fashion_mnist_dpm_3stage"),
+    "vp": base("fashion_mnist_dpm_3stage", guide={"features": "mobilenet"}),
     "edm": base("fashion_mnist_edm_3stage"),
 }
 BASES["edm"]["diffusion"]["times"] = {"change_weight": None}  # which EDM refuses
 # Of these bases only what the first one has not: the process, its family and samplers, and data of images.
-SECTIONS = {"vp": ("diffusion", "data", "model"), "edm": ("diffusion", "augmentation", "preview", "model")}
+SECTIONS = {"vp": ("diffusion", "data", "guide", "model"), "edm": ("diffusion", "augmentation", "preview", "model")}
 
 
 def fields(hint: Any, value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -120,7 +120,7 @@ FIELDS = [
     (name, path, hint)
     for name, mapping in BASES.items()
     for path, hint in fields(Recipe, mapping, ())
-    if (path[0] in SECTIONS[name] if name in SECTIONS else path[0] != "augmentation")
+    if (path[0] in SECTIONS[name] if name in SECTIONS else path[0] not in ("augmentation", "guide"))
 ]
 
 

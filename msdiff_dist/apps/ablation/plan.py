@@ -10,7 +10,7 @@ from pathlib import Path
 from msdiff_dist.apps.ablation.config import AblationConfig
 from msdiff_dist.apps.ablation.score_file import ScoreFile, ScoreSet, read_scores
 from msdiff_dist.apps.ablation.scoring import Scoring, Subject
-from msdiff_dist.apps.train.costs import CostReport, cost_report, step_petaflops
+from msdiff_dist.apps.train.costs import CostReport, cost_report, step_petaflops, steps_within
 from msdiff_dist.apps.train.found_data import DataFinder, FoundData
 from msdiff_dist.apps.train.plan import check_run, plan_run
 from msdiff_dist.checkpoint.layout import complete_checkpoints, step_of
@@ -122,7 +122,7 @@ def _trials(
         found = check_run(recipe, [nproc], find, device_type=this_device().type)
     per_step = step_petaflops(plan.quotas, plan.cost_K)
     # Rounded down, but a budget of exactly n steps must not lose one to the rounding of the division.
-    last = int(config.budget / per_step * (1 + 1e-9))
+    last = int(steps_within(plan, recipe.guide, config.budget) * (1 + 1e-9))
     if last < 1:
         problem = f"is less than one step of {name}, {per_step:.3g}"
         raise ConfigError("budget", config.budget, problem, "Raise it, or lower train.global_batch_size.")

@@ -67,6 +67,8 @@ def held_out(subject: Subject, shards: str | None, ema: bool) -> FoundLoss:
     scaled = half * value / unweighted
     keys = "\n".join(map(str, samples.key_n.tolist()))
     evaluated = {"keys": keys, "num": config.num, "seed": config.seed, "process": to_mapping(recipe.diffusion)}
+    if recipe.stages.objectives:
+        evaluated["objectives"] = [[*recipe.stages.boundaries], to_mapping(recipe.stages.objectives)]
     return FoundLoss(
         {
             "loss": Score(value, value - scaled, value + scaled),
@@ -79,6 +81,8 @@ def held_out(subject: Subject, shards: str | None, ema: bool) -> FoundLoss:
             "samples": len(samples.key_n),
             "loss_per_stage": summary["loss_per_stage"],
             "loss_per_bin": summary["loss_per_bin"],
+            "epsilon": summary["epsilon"],
+            "epsilon_per_stage": summary["epsilon_per_stage"],
             "weights": "ema" if ema else "raw",
         },
     )

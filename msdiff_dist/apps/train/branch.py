@@ -183,6 +183,9 @@ class Branch:
         ]
         if before.stages.boundaries != recipe.stages.boundaries:
             changed.append(("stages.boundaries", list(before.stages.boundaries), list(recipe.stages.boundaries)))
+        old, now = ([r.guide.features, r.guide.path, r.guide.width] if r.guide else None for r in (before, recipe))
+        if old != now:
+            changed.append(("guide", old, now))
         if changed:
             lines = "; ".join(f"{f} was {a!r}, now {b!r}" for f, a, b in changed)
             raise RunFolderError(

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from msdiff_dist.apps.train.plan import recipe_costs
+from msdiff_dist.apps.train.guide import GuideCosts, guide_costs, guide_fields
+from msdiff_dist.apps.train.plan import RunPlan, recipe_costs
 from msdiff_dist.diffusion.clock import clock_of
 from msdiff_dist.diffusion.sampling import sampler_times
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas, stage_probabilities
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.models.flops import ModelCosts, PartCost
 from msdiff_dist.recipe import Recipe
+from msdiff_dist.training.guide import GuideConfig
 
 GIGA, PETA = 1e9, 1e15
 
@@ -34,6 +36,7 @@ class CostReport:
             if there is no such network.
         steps: optimizer steps of the training.
         batch_size: samples per step; None if it depends on the number of ranks.
+        guide: what the guide costs besides; None without one.
     """
 
     costs: ModelCosts
@@ -44,6 +47,7 @@ class CostReport:
     unified_macs: int | None
     steps: int
     batch_size: int | None
+    guide: GuideCosts | None = None
 
     def gmacs(self, shares: Sequence[float]) -> float:
         """1e9 multiply-adds of the mean evaluation, if the stages have these shares."""
@@ -55,7 +59,8 @@ class CostReport:
         if self.batch_size is None:
             return None
         per_sample = float(np.dot(self.training_K, self.costs.step_macs_K))
-        return training_petaflops(per_sample * self.batch_size * self.steps)
+        of_model = training_petaflops(per_sample * self.batch_size * self.steps)
+        return of_model + guide_petaflops(self.guide, self.batch_size, self.steps)
 
     @property
     def paper_petaflops(self) -> float:
@@ -77,6 +82,7 @@ class CostReport:
             "sampling_evaluations": self.evaluations,
             "training_petaflops": self.petaflops,
             "paper_petaflops": self.paper_petaflops,
+            "guide": None if self.guide is None else guide_fields(self.guide),
         }
 
 
@@ -101,6 +107,7 @@ def cost_report(recipe: Recipe) -> CostReport:
         batch_size=recipe.train.batch_size(1)
         if recipe.train.micro_batch_size is None
         else recipe.train.global_batch_size,
+        guide=guide_costs(recipe),
     )
 
 
@@ -127,6 +134,29 @@ def step_petaflops(quotas: StageQuotas, cost_K: Sequence[int]) -> float:
 def samples_petaflops(samples_K: Sequence[int], cost_K: Sequence[int]) -> float:
     """1e15 floating-point operations of training on so many samples of each stage, with costs as `RunPlan` has them."""
     return training_petaflops(float(sum(n * cost for n, cost in zip(samples_K, cost_K, strict=True))))
+
+
+def guide_petaflops(guide: GuideCosts | None, batch_size: int, steps: int) -> float:
+    """1e15 floating-point operations of the guide, if there is one, in the first `steps` steps."""
+    return 0.0 if guide is None else training_petaflops(guide.step_macs * batch_size * min(steps, guide.last_step))
+
+
+def run_petaflops(plan: RunPlan, steps: int) -> float:
+    """1e15 floating-point operations of the first `steps` steps of a run."""
+    of_model = steps * step_petaflops(plan.quotas, plan.cost_K)
+    return of_model + guide_petaflops(plan.guide, plan.batch_size, steps)
+
+
+def steps_within(plan: RunPlan, guide: GuideConfig | None, budget: float) -> float:
+    """Steps that take `budget` 1e15 floating-point operations, the guide's among them, of a run that ends there."""
+    of_model, of_guide = step_petaflops(plan.quotas, plan.cost_K), guide_petaflops(plan.guide, plan.batch_size, 1)
+    if guide is None:
+        return budget / of_model
+    stop = 1.0 if guide.stop_at is None else guide.stop_at
+    if stop <= 1:
+        return budget / (of_model + stop * of_guide)
+    guided = budget / (of_model + of_guide)
+    return guided if guided <= stop else (budget - stop * of_guide) / of_model
 
 
 def training_petaflops(step_macs: float) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from msdiff_dist.apps.train.plan import RunPlan, channels_last
 from msdiff_dist.diffusion.objective import Objective
-from msdiff_dist.distributed.engines import StageParallelEngines
+from msdiff_dist.distributed.engines import Projection, StageParallelEngines
 from msdiff_dist.distributed.environment import Environment
 from msdiff_dist.distributed.groups import Groups
 from msdiff_dist.distributed.part_engines import EngineConfig
@@ -29,8 +29,9 @@ def build_engines(
     stages: Mapping[int, nn.Module],
     groups: Groups,
     device: torch.device,
+    projection: Projection | None = None,
 ) -> StageParallelEngines:
-    """The engines of the shared part and of the held stages, which are on `device`. Collective."""
+    """The engines of the shared part, the held stages and the projector, which are on `device`. Collective."""
     config = EngineConfig(
         precision="bf16" if recipe.train.precision == "bf16" else "fp32",
         zero_shared=recipe.parallel.zero_shared,
@@ -39,7 +40,7 @@ def build_engines(
         grad_clip=recipe.optimizer.grad_clip,
     )
     optimizer = optimizer_factory(recipe.optimizer, fused=device.type == "cuda")
-    return StageParallelEngines(shared, stages, optimizer, config, groups, device, plan.gathering)
+    return StageParallelEngines(shared, stages, optimizer, config, groups, device, plan.gathering, projection)
 
 
 def build_feed(

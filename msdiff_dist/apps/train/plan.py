@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from msdiff_dist.apps.train.found_data import FoundData, find_data
+from msdiff_dist.apps.train.guide import GuideCosts, guide_costs
 from msdiff_dist.apps.train.latent_checks import check_latents
 from msdiff_dist.bounds import check_between, check_bytes
 from msdiff_dist.data.config import DataConfig
@@ -45,6 +46,7 @@ class RunPlan:
         cost_K: what one sample of each stage costs in training, encoder and decoder: a third of the multiply-adds of
             forward and backward pass (`PartCost.step_macs`).
         placement: the stages of every rank, and its samples in every micro batch; if batches differ, in the likeliest.
+        guide: what the guide costs besides; None without one.
     """
 
     batch_size: int
@@ -54,6 +56,7 @@ class RunPlan:
     costs: ModelCosts
     cost_K: list[int]
     placement: Placement
+    guide: GuideCosts | None = None
 
 
 def plan_run(recipe: Recipe, world_size: int, ranks_per_node: int | None = None) -> RunPlan:
@@ -77,14 +80,16 @@ def plan_run(recipe: Recipe, world_size: int, ranks_per_node: int | None = None)
     )
     model_costs = recipe_costs(recipe)
     cost_K = model_costs.step_macs_K
+    guide = guide_costs(recipe)
+    placed_K = placed_costs(recipe, cost_K, guide)
     batches: BatchPlans
     if recipe.stages.batch == "one_stage":
-        batches = _one_stage(recipe, quotas, cost_K, world_size)
+        batches = _one_stage(recipe, quotas, placed_K, world_size)
         placement = batches.likeliest.placement
     else:
         explicit = None if recipe.parallel.placement == "auto" else recipe.parallel.placement
         micro_quotas = quotas.micro_quotas(recipe.train.gradient_accumulation_steps)
-        placement = plan(micro_quotas, cost_K, world_size, explicit)
+        placement = plan(micro_quotas, placed_K, world_size, explicit)
         if explicit is None and ranks_per_node is not None:
             placement = arrange(placement, ranks_per_node, [d.trained for d in model_costs.decoders])
         batches = EqualBatches(BatchPlan(quotas, placement))
@@ -96,6 +101,7 @@ def plan_run(recipe: Recipe, world_size: int, ranks_per_node: int | None = None)
         costs=model_costs,
         cost_K=cost_K,
         placement=placement,
+        guide=guide,
     )
 
 
@@ -144,6 +150,14 @@ def _gathering(recipe: Recipe, quotas: StageQuotas, batches: BatchPlans) -> froz
     return frozenset(k for quotas_K in every for k, n in enumerate(quotas_K.tolist()) if 0 < n < wanted)
 
 
+def placed_costs(recipe: Recipe, cost_K: list[int], guide: GuideCosts | None) -> list[int]:
+    """What one sample of each stage costs in the mean step of the run, which the placement balances."""
+    if guide is None:
+        return cost_K
+    mean = guide.step_macs * guide.last_step // recipe.train.steps  # samples of all stages pass the guide alike
+    return [cost + mean for cost in cost_K]
+
+
 def _check_batch(recipe: Recipe, batch_size: int, world_size: int) -> None:
     """Refuse a batch that no rank could read: each reads its share of a step's samples at once."""
     size = "global" if recipe.train.micro_batch_size is None else "micro"
@@ -175,8 +189,8 @@ def workload(recipe: Recipe, run_plan: RunPlan, on_gpus: bool) -> Workload:
     if data.context_shape is not None:
         payload += int(np.prod(data.context_shape)) * getattr(torch, data.latent_dtype).itemsize
     return Workload(
-        cost_K=run_plan.cost_K,
-        shared_params=run_plan.costs.encoder.params,
+        cost_K=placed_costs(recipe, run_plan.cost_K, run_plan.guide),
+        shared_params=run_plan.costs.encoder.params + (run_plan.guide.params if run_plan.guide else 0),
         stage_params_K=[d.params for d in run_plan.costs.decoders],
         shared_frozen=run_plan.costs.encoder.params - run_plan.costs.encoder.trained,
         stage_frozen_K=[d.params - d.trained for d in run_plan.costs.decoders],

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from msdiff_dist.apps.train.guide import blank_projection
 from msdiff_dist.apps.train.parts import build_engines, build_feed, build_preparation
 from msdiff_dist.apps.train.plan import RunPlan
 from msdiff_dist.apps.train.rehearsal_report import (
@@ -24,12 +25,13 @@ from msdiff_dist.data.loader import StepSamples
 from msdiff_dist.diffusion.objective import Objective
 from msdiff_dist.distributed.agree import Agreement
 from msdiff_dist.distributed.collective_trace import CollectiveTrace, fake_process_group
-from msdiff_dist.distributed.engines import ReducedGradients, StageLoss, StageParallelEngines
+from msdiff_dist.distributed.engines import ProjectedLoss, ReducedGradients, StageLoss, StageParallelEngines
 from msdiff_dist.distributed.environment import Environment
 from msdiff_dist.distributed.groups import make_groups
 from msdiff_dist.models.activation_checkpointing import checkpoint_activations
 from msdiff_dist.models.multistage_unet import build_parts
 from msdiff_dist.recipe import Recipe
+from msdiff_dist.training.guide import Guide
 from msdiff_dist.training.step import TrainStep
 
 
@@ -46,15 +48,17 @@ def rehearse_rank(recipe: Recipe, plan: RunPlan, rank: int) -> RehearsedRank:
         trace.phase = START
         groups = make_groups(plan.placement.stages_of_rank, rank)
         shared, stages = _blank_parts(recipe, held)
-        engines = build_engines(recipe, plan, shared, stages, groups, device)
+        engines = build_engines(recipe, plan, shared, stages, groups, device, blank_projection(recipe, plan.guide))
         _make_light(engines, _small_size(recipe), trace)
         objective = Objective(recipe.process(), recipe.train.loss, recipe.times())
         reader = _BlankReader(recipe.data, plan.batch_size, rank, world_size)
         feed = build_feed(recipe, plan, reader, groups, env, start_batch=0)
         prepare = build_preparation(recipe, objective, None, env)
-        step = TrainStep(feed, prepare, objective, engines, plan.batches, env, max_bad=0)
+        # The teacher is never asked: the engines compute another loss.
+        guide = None if recipe.guide is None else Guide(config=recipe.guide, teacher=lambda x0: x0)
+        step = TrainStep(feed, prepare, objective, engines, plan.batches, env, max_bad=0, guide=guide)
         for trace.phase in (FIRST_STEP, STEP):
-            step(lr=recipe.optimizer.lr)
+            step(lr=recipe.optimizer.lr, guided=guide is not None)
         trace.phase = END
         feed.close()
         named = groups.named()
@@ -87,11 +91,17 @@ def _make_light(engines: StageParallelEngines, size: tuple[int, int], trace: Col
     reduce: Callable[[Agreement], ReducedGradients] = engines.reduce
     height, width = size
 
-    def small(inputs: Sequence[Tensor | None], rows: Mapping[int, slice], loss: StageLoss) -> None:
+    def small(
+        inputs: Sequence[Tensor | None],
+        rows: Mapping[int, slice],
+        loss: StageLoss,
+        projected_loss: ProjectedLoss | None = None,
+    ) -> None:
         chosen = [of_stage.start for of_stage in rows.values()]
         one_each = {k: slice(i, i + 1) for i, k in enumerate(rows)}
         cut = [None if t is None else t[chosen][..., :height, :width] if t.ndim == 4 else t[chosen] for t in inputs]
-        forward_backward(cut, one_each, lambda k, output, rows: output.float().square().mean())
+        projected = (lambda features: features.float().square().mean()) if projected_loss else None
+        forward_backward(cut, one_each, lambda k, output, rows: output.float().square().mean(), projected)
 
     def marked(agreement: Agreement) -> ReducedGradients:
         with trace.labelled(AGREEMENT):

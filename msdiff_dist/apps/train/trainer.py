@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msdiff_dist.apps.train.costs import samples_petaflops, step_petaflops
+from msdiff_dist.apps.train.costs import guide_petaflops, samples_petaflops, step_petaflops
 from msdiff_dist.apps.train.evaluations import RunEvaluations
 from msdiff_dist.apps.train.found_data import FoundData, find_data
+from msdiff_dist.apps.train.guide import build_projection, open_guide
 from msdiff_dist.apps.train.latent_checks import check_latents
 from msdiff_dist.apps.train.parts import build_engines, build_feed, build_preparation
 from msdiff_dist.apps.train.plan import plan_run
@@ -64,7 +65,8 @@ class Trainer:
     Attributes:
         state: what checkpoints save, the number of steps done included.
         notes: lines for the user about how the run was resumed.
-        step_petaflops: 1e15 floating-point operations of a step of the whole job; if steps differ, in the mean.
+        step_petaflops: 1e15 floating-point operations of a step of the whole job without the guide; if steps differ,
+            in the mean.
 
     Raises:
         UserError: on every rank, if any rank refuses the recipe, its data or the checkpoints.
@@ -116,6 +118,7 @@ class Trainer:
             env,
             max_bad=recipe.data.max_bad,
             progress=self.progress,
+            guide=on_every_rank(lambda: open_guide(recipe, self.state.step, env.device)),
         )
 
     @property
@@ -131,14 +134,16 @@ class Trainer:
     @property
     def petaflops(self) -> float:
         """1e15 floating-point operations of all steps so far."""
+        guide = guide_petaflops(self._plan.guide, self.batch_size, self.state.step)
         if not self._plan.batches.changes:
-            return self.state.step * self.step_petaflops
-        return samples_petaflops(self.progress.samples, self._plan.cost_K)
+            return self.state.step * self.step_petaflops + guide
+        return samples_petaflops(self.progress.samples, self._plan.cost_K) + guide
 
     def compute_of(self, outcome: StepOutcome) -> Compute:
         """Floating-point operations of the step that has just ended, and of all so far."""
+        guide = guide_petaflops(self._plan.guide, self.batch_size, 1) if outcome.guide_loss is not None else 0.0
         return Compute(
-            step=samples_petaflops(outcome.samples_per_stage, self._plan.cost_K),
+            step=samples_petaflops(outcome.samples_per_stage, self._plan.cost_K) + guide,
             total=self.petaflops,
         )
 
@@ -148,7 +153,8 @@ class Trainer:
         Raises:
             TrainingError, DataError: as `TrainStep` raises them.
         """
-        outcome = self.train_step(lr, stop_requested)
+        guided = self._plan.guide is not None and self.state.step < self._plan.guide.last_step
+        outcome = self.train_step(lr, stop_requested, guided)
         self.state.step += 1
         elapsed = {f"stages.{k}.": steps for k, steps in enumerate(self.progress.elapsed)}
         self.ema.update(self.state.step, elapsed)
@@ -261,7 +267,10 @@ class Trainer:
             part.to(device)
             if recipe.train.compile and any(True for _ in part.parameters()):
                 compile_part(part)
-        return build_engines(recipe, self._plan, shared, stages, groups, device)
+        projection = build_projection(recipe, self._plan.guide)
+        if projection:
+            projection.module.to(device)
+        return build_engines(recipe, self._plan, shared, stages, groups, device, projection)
 
     def _parts_without_ranks(self) -> dict[str, ShardedState]:
         """The stages that no rank computes, for checkpoints: every rank keeps a range of each in host memory."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from msdiff_dist.convert.model_weights import FROZEN, ModelWeights, empty_model
 from msdiff_dist.convert.tensor_sources import RenamedSource, TensorSource
-from msdiff_dist.diffusion.config import StagesConfig
+from msdiff_dist.diffusion.config import StagesConfig, of_stage
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.models.config import ModelConfig
 from msdiff_dist.models.families import FAMILIES
@@ -38,7 +38,12 @@ def extract_stage(weights: ModelWeights, stage: int) -> ModelWeights:
             left_out[key] = f"of another stage than {stage}"
     return replace(
         weights,
-        description=replace(weights.description, model=model.of_stages([stage]), stages=StagesConfig()),
+        description=replace(
+            weights.description,
+            model=model.of_stages([stage]),
+            stages=StagesConfig(),
+            diffusion=of_stage(weights.description.diffusion, weights.description.stages, stage),
+        ),
         tensors=RenamedSource(weights.tensors, names),
         used=used,
         left_out=left_out,

@@ -20,8 +20,9 @@ from msdiff_dist.cli.main import app
 from msdiff_dist.convert.conversion import convert, read
 from msdiff_dist.convert.formats import FORMATS
 from msdiff_dist.convert.options import FLAGS, ConvertOptions, parse_boundaries
-from msdiff_dist.diffusion.config import DiffusionConfig
+from msdiff_dist.diffusion.config import DiffusionConfig, StageObjective, StagesConfig
 from msdiff_dist.errors import CheckpointError, ConfigError
+from msdiff_dist.export.weights import open_weights
 from msdiff_dist.models import build_model
 from msdiff_dist.models.ldm.config import LDMConfig
 from msdiff_dist.models.song.config import SongConfig
@@ -216,3 +217,27 @@ def test_corrupt_exports_are_named(tmp_path: Path, make_export: Any, corruption:
     with pytest.raises(CheckpointError, match=named):
         convert(path.parent, tmp_path / "out", "msdiff", "diffusers")
     assert not (tmp_path / "out").exists()
+
+
+EVEN = replace(STAGED, decoder_attention=None)
+
+
+def test_predictions_that_differ_by_stage_are_not_lost(tmp_path: Path, make_export: Any) -> None:
+    stages = StagesConfig(
+        boundaries=(442.0, 631.0),
+        objectives=(StageObjective(prediction_type="v_prediction"), StageObjective(), StageObjective()),
+    )
+    source = make_export(EVEN, stages=stages)
+    for form in ("official-ldm", "diffusers"):
+        with pytest.raises(CheckpointError, match=r"stages.objectives = .*v_prediction.*--stage"):
+            convert(source, tmp_path / form, "msdiff", form)
+    convert(source, tmp_path / "same", "msdiff", "msdiff")
+    assert open_weights(tmp_path / "same").description.stages == stages
+    convert(source, tmp_path / "one", "msdiff", "diffusers", ConvertOptions(stage=0))
+    scheduler = json.loads((tmp_path / "one/scheduler/scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == "v_prediction"
+    alike = (StageObjective(prediction_type="sample"),) * 3
+    source = make_export(EVEN, "alike", stages=replace(stages, objectives=alike))
+    convert(source, tmp_path / "alike_diffusers", "msdiff", "diffusers")
+    scheduler = json.loads((tmp_path / "alike_diffusers/scheduler/scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == "sample"
