@@ -62,6 +62,10 @@ class EvaluationConfig:
         check_different("metrics", self.metrics)
         if not self.metrics:
             raise ConfigError("metrics", [], "names no score", "Use [fid], or every: 0 for no evaluations.")
+        for name in self.metrics:
+            if self.num < METRICS[name].fewest:
+                problem = f"has too few images for {name}, which needs {METRICS[name].fewest}"
+                raise ConfigError("num", self.num, problem, "Use more images, or other metrics.")
         if "clip" in self.metrics and self.features != "clip":
             problem = "clip is computed by the network of the feature space clip"
             raise ConfigError("metrics", list(self.metrics), problem, "Set features to clip, or leave it out.")

@@ -154,6 +154,8 @@ def read_npz(path: Path, space: FeatureSpace) -> Reference | ImageArray:
         )
     if mean_D.shape != (space.width,) or covariance_DD.shape != (space.width, space.width):
         raise refuse(f"has {list(mean_D.shape)} means, not {space.width}", "Use the --features that it was made with.")
+    if not (np.isfinite(mean_D).all() and np.isfinite(covariance_DD).all()):
+        raise refuse("holds statistics that are not finite", "Make it again, from images.")
     return Reference(gaussian=Gaussian(mean_D, covariance_DD))
 
 

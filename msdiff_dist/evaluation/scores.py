@@ -23,6 +23,7 @@ from msdiff_dist.registry import Table
 
 Array = NDArray[np.float64]
 _NEAREST = 5  # neighbours that span a manifold in precision and recall (2002.09797)
+_SPLITS = 10  # of the inception score
 _SUBSETS, _SUBSET_SIZE = 100, 1000  # of KID, as in torch-fidelity
 _DIRECTIONS = 1024  # of MIND
 _MOST_NEIGHBOURS = 2000  # images in a bootstrap draw of scores whose cost is the square of their number
@@ -78,6 +79,7 @@ class Metric:
     Attributes:
         compute: the values by name.
         least: number of images below which the values say little.
+        fewest: images, generated and of the reference, without which there is no value.
         higher_is_better: the names of values of which this is true.
         drawn: what the bootstrap computes instead, where `compute` already averages over draws.
         draws: of the bootstrap.
@@ -87,6 +89,7 @@ class Metric:
 
     compute: Compute
     least: int
+    fewest: int = 2
     higher_is_better: tuple[str, ...] = ()
     drawn: Compute | None = None
     draws: int = 20
@@ -133,7 +136,7 @@ def inception_score(images: ScoredImages, reference: Reference) -> dict[str, flo
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 
     assert images.logits_NK is not None
-    return {"is": isc_features_to_metric(torch.from_numpy(images.logits_NK))[KEY_METRIC_ISC_MEAN]}
+    return {"is": isc_features_to_metric(torch.from_numpy(images.logits_NK), splits=_SPLITS)[KEY_METRIC_ISC_MEAN]}
 
 
 def mind(images: ScoredImages, reference: Reference) -> dict[str, float]:
@@ -186,11 +189,14 @@ METRICS: Table[Metric] = Table(
         "prdc": Metric(
             compute=prdc,
             least=1000,
+            fewest=_NEAREST + 2,  # as `prdc` sorts them
             higher_is_better=("precision", "recall", "density", "coverage"),
             draws=10,
             most=_MOST_NEIGHBOURS,
         ),
-        "is": Metric(compute=inception_score, least=5000, higher_is_better=("is",), needs=("logits_NK",)),
+        "is": Metric(
+            compute=inception_score, least=5000, fewest=_SPLITS, higher_is_better=("is",), needs=("logits_NK",)
+        ),
         "mind": Metric(compute=mind, least=1000),
         "clip": Metric(compute=clip, least=100, higher_is_better=("clip", "retrieval"), needs=("text_NE",)),
     },
@@ -210,8 +216,11 @@ def score(name: str, images: ScoredImages, reference: Reference, seed: int = 0) 
         if getattr(images, need) is None:
             what = "classes in the feature space" if need == "logits_NK" else "prompts and the weights of CLIP"
             raise ConfigError("--metrics", name, f"needs {what}", "Leave it out, or choose another --features.")
+    count, references = len(images.features_ND), reference.features_MD
+    check_enough(name, count, "SUBJECT", count)
+    if references is not None:
+        check_enough(name, len(references), "--reference", len(references))
     values = metric.compute(images, reference)
-    count = len(images.features_ND)
     size = min(count, metric.most or count)
     drawn: dict[str, list[float]] = {key: [] for key in values}
     for draw in range(metric.draws):
@@ -223,6 +232,21 @@ def score(name: str, images: ScoredImages, reference: Reference, seed: int = 0) 
         key: Score(value, value - scale * float(np.std(drawn[key])), value + scale * float(np.std(drawn[key])))
         for key, value in values.items()
     }
+
+
+def check_enough(name: str, count: int, option: str, value: object) -> None:
+    """Refuse a number of images of which a metric has no value.
+
+    Args:
+        option, value: what gives the images, for the message.
+
+    Raises:
+        DataError: there are too few.
+    """
+    fewest = METRICS.choose("--metrics", name).fewest
+    if count < fewest:
+        problem = f"has too few images for {name}, which needs {fewest}"
+        raise DataError(option, value, problem, "Use more images, or other --metrics.")
 
 
 def bootstrap_draw(seed: int, draw: int, count: int, size: int) -> NDArray[np.int64]:

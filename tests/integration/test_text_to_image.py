@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from msdiff_dist.data.make.datasets.emoji import EMOJI_FONT
@@ -44,6 +47,8 @@ def test_the_emoji_recipe_from_images_to_prompts(tmp_path: Path, msdiff) -> None
     assert np.array_equal(sun[1], both[1])
     assert not np.array_equal(heart[0], sun[0])
 
+    _check_retrieval(run, images, tmp_path, msdiff)
+
     path = latents / "00002.tar"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -55,3 +60,39 @@ def test_the_emoji_recipe_from_images_to_prompts(tmp_path: Path, msdiff) -> None
     other = msdiff("train", recipe, out, *few, "text_encoder.layer=last", "--run-dir", tmp_path / "other")
     assert other.status == 2
     assert "text_encoder.name" in other.output
+
+
+def _check_retrieval(run: Path, images: Path, folder: Path, msdiff: Any) -> None:
+    """Scores by a CLIP of random weights are those that its towers have when called one image and prompt at a time."""
+    import open_clip
+
+    towers = {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+        "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    named, weights = folder / "random_clip.json", folder / "random_clip.pt"
+    named.write_text(json.dumps(towers))
+    open_clip.add_model_config(named)
+    torch.manual_seed(0)
+    net: Any = open_clip.create_model("random_clip").eval()
+    torch.save(net.state_dict(), weights)
+    num, sampled = 12, folder / "evaluated"
+    clip = ["--features", "clip", "--clip-model", named, "--feature-weights", weights, "--metrics", "clip"]
+    scored = msdiff(
+        "evaluate", run, *clip, "--reference", images, "--num", num, "--steps", 3, "--clip", "--guidance", 4,
+        "--samples", sampled, "--json", folder / "scores.json",
+    )  # fmt: skip
+    assert scored.status == 0, scored.output
+    prompts = json.loads((sampled / "sampling.json").read_text())["prompts"]
+    assert len(set(prompts)) == num
+    mean, std = (torch.tensor(x)[:, None, None] for x in (net.visual.image_mean, net.visual.image_std))
+    tokens = open_clip.get_tokenizer("random_clip")
+    with torch.no_grad():
+        text = torch.cat([net.encode_text(tokens([prompt]), normalize=True) for prompt in prompts])
+        seen = [np.array(Image.open(sampled / f"{i:05d}.png")) for i in range(num)]
+        pixels = [((torch.from_numpy(x).permute(2, 0, 1) / 255 - mean) / std)[None] for x in seen]
+        likeness = torch.cat([net.encode_image(x, normalize=True) for x in pixels]) @ text.T
+    found = json.loads((folder / "scores.json").read_text())["metrics"]
+    assert found["retrieval"] == (likeness.argmax(1) == torch.arange(num)).double().mean()
+    assert found["clip"] == pytest.approx(100 * likeness.diagonal().clamp(min=0).mean().item(), rel=1e-5)

@@ -26,7 +26,7 @@ from msdiff_dist.evaluation.feature_spaces import FeatureSpace, clip_space, load
 from msdiff_dist.evaluation.image_sets import ImageFolder
 from msdiff_dist.evaluation.reference import Features, features_of, write_npz
 from msdiff_dist.evaluation.sampling_job import SamplingJob
-from msdiff_dist.evaluation.scores import METRICS, Score, ScoredImages, score
+from msdiff_dist.evaluation.scores import METRICS, Score, ScoredImages, check_enough, score
 from msdiff_dist.export.weights import Weights
 from msdiff_dist.files.json_text import parse_mapping
 from msdiff_dist.files.work_share import Part
@@ -115,6 +115,9 @@ def evaluate(request: EvaluationRequest) -> Evaluation | None:
         assert loss is not None
         return _recorded(subject, loss.scores, asked | {"held_out": loss.about, "notes": []})
     # Before anything is sampled: weights and references that are missing are found now.
+    if subject.weights is not None:
+        for name in names:
+            check_enough(name, request.job.num, "--num", request.job.num)
     space, clip = check_request(request, subject.images)
     reference_images = how_to_read(request.reference, subject.images)
     job, folder = request.job, subject.path

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from msdiff_dist.apps.evaluation.during import check_evaluation
 from msdiff_dist.apps.train.found_data import FoundData, find_data
 from msdiff_dist.apps.train.guide import GuideCosts, guide_costs
 from msdiff_dist.apps.train.latent_checks import check_latents
@@ -231,8 +232,8 @@ def check_run(
     *,
     device_type: str | None,
 ) -> FoundData:
-    """Check all that can be checked before any rank starts: placement, attention backend, metric sinks, and of the data
-    lanes, shards, manifests and first samples.
+    """Check all that can be checked before any rank starts: placement, attention backend, metric sinks, what
+    evaluations need, and of the data lanes, shards, manifests and first samples.
 
     Args:
         world_sizes: the numbers of ranks on which the run may start.
@@ -249,6 +250,8 @@ def check_run(
         check_installation(device_type)
     if device_type is not None:
         check_installed(recipe.metrics)
+        if recipe.evaluation.every:
+            check_evaluation(recipe.evaluation, recipe.reference_images())
     batch_sizes = {world_size: plan_run(recipe, world_size).batch_size for world_size in world_sizes}
     return check_data(recipe, batch_sizes, find)
 

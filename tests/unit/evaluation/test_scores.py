@@ -153,3 +153,11 @@ def test_what_is_missing_is_named() -> None:
     with pytest.raises(ConfigError, match="Did you mean 'prdc'"):
         score("prcd", images, reference)
     assert math.isfinite(score("fid", images, Reference(gaussian=reference.gaussian))["fid"].value)
+
+
+@pytest.mark.parametrize(("name", "fewest"), [("fid", 2), ("kid", 2), ("mind", 2), ("prdc", 7), ("is", 10)])
+def test_too_few_images_are_refused_and_the_fewest_have_a_value(name: str, fewest: int) -> None:
+    images, reference = _two_sets(fewest, max(fewest, 2), 4)
+    assert all(np.isfinite(found.value) for found in score(name, images, reference).values())
+    with pytest.raises(DataError, match=f"too few images for {name}, which needs {fewest}"):
+        score(name, images.rows(np.arange(fewest - 1)), reference)
