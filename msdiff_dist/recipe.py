@@ -400,7 +400,7 @@ _CHECKS: dict[Callable[[Recipe], None], tuple[str, ...]] = {
     _check_preview: ("preview", "diffusion", "stages"),
     _check_guide: ("guide", "data", "model", "train"),
     _check_validation: ("validation", "data"),
-    _check_evaluation: ("evaluation", "diffusion", "data", "encode"),
+    _check_evaluation: ("evaluation", "diffusion", "stages", "data", "encode"),
     _check_compilation: ("train", "parallel", "activation_checkpointing"),
     _check_freezing: ("train", "model", "parallel"),
 }
