@@ -25,7 +25,7 @@ def main() -> None:
     matplotlib.rcParams.update({"svg.hashsalt": "placement", "font.size": 9, "svg.fonttype": "path"})
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     for axes, world in zip(figure.subplots(1, len(WORLDS), width_ratios=WORLDS, sharey=True), WORLDS, strict=True):
-        _draw(axes, plan_run(load_recipe(RECIPE), world), world)
+        _draw(axes, plan_run(load_recipe(RECIPE, [f"train.global_batch_size={48 * world}"]), world), world)
     handles = [matplotlib.patches.Patch(color=c, label=f"stage {k}") for k, c in enumerate(COLOURS)]
     figure.axes[0].set_ylabel("work of a rank / mean")
     figure.legend(handles=handles, loc="outside upper center", ncols=len(COLOURS), frameon=False)

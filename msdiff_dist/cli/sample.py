@@ -31,7 +31,7 @@ def sample(
         int | None, typer.Option(min=1, help="Exact number of network evaluations an image, instead of --steps.")
     ] = None,
     end: Annotated[
-        float | None, typer.Option(help="Last t or sigma, of a vp or edm process. Default: t_min, sigma_min.")
+        float | None, typer.Option(help="Last t or sigma, of a vp or edm process. Default: t_end, sigma_min.")
     ] = None,
     last: Annotated[
         Literal["first_time", "clean"],

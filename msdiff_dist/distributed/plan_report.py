@@ -205,6 +205,7 @@ def render(report: dict[str, Any], title: str) -> RenderableType:
     traffic = report["bytes_per_step"]
     lines = [
         f"balance {report['balance']:.1%} of {report['world_size']} ranks, global batch {report['global_batch_size']}",
+        *_rate_lines(report),
         "state: weights, fp32 masters, moments and averages of a rank; peak: with gradients, activations and buffers",
         f"each step {size(traffic['routed'])} of samples routed, {size(traffic['reduced'])} reduced and gathered",
         *_frozen_lines(report),
@@ -214,6 +215,15 @@ def render(report: dict[str, Any], title: str) -> RenderableType:
         *(f"[yellow]warning[/] {warning}" for warning in report["warnings"]),
     ]
     return Group(stages, ranks, *lines)
+
+
+def _rate_lines(report: dict[str, Any]) -> list[str]:
+    """What the recipe's learning rate comes to; a placement alone has none."""
+    if "lr" not in report:
+        return []
+    lr, batch = report["lr"], report["global_batch_size"]
+    per = f" = {lr / batch:g} a sample x {batch}" if report["lr_per"] == "sample" else ""
+    return [f"learning rate {lr:g}{per}"]
 
 
 def _frozen_lines(report: dict[str, Any]) -> list[str]:

@@ -63,7 +63,10 @@ class OptimizerConfig:
     """The optimizer of every engine."""
 
     lr: float
-    """Learning rate, used as it is: never scaled by batch size or number of GPUs."""
+    """Learning rate, see `lr_per`. It never depends on the number of ranks."""
+    lr_per: Literal["run", "sample"] = "run"
+    """`run`: `lr` is the learning rate. `sample`: the learning rate is `lr` times the global batch size, as LDM scales
+    its base rate."""
     name: Annotated[str, OPTIMIZERS] = "adamw"
     """Optimizer."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -88,6 +91,10 @@ class OptimizerConfig:
         if not all(0 <= b < 1 for b in self.betas):
             raise ConfigError("betas", self.betas, "must lie in [0, 1)", "Use [0.9, 0.999].")
 
+    def rate(self, batch_size: int) -> float:
+        """Learning rate of a run with this global batch size, before the schedule."""
+        return self.lr * batch_size if self.lr_per == "sample" else self.lr
+
 
 @dataclass(frozen=True, kw_only=True)
 class LrScheduleConfig:
@@ -97,8 +104,11 @@ class LrScheduleConfig:
     """What follows the warm-up."""
     warmup_steps: int = 0
     """Steps over which the rate rises linearly from 0; 0: no warm-up."""
+    first_step: Literal[0, 1] = 1
+    """Number that the warm-up gives the first step, whose share of the rate is this over `warmup_steps`. score_sde and
+    EDM count from 0, so that their first step has the rate 0."""
     final_fraction: float = 0.0
-    """Fraction of `optimizer.lr` at the last step of a cosine."""
+    """Fraction of the learning rate at the last step of a cosine."""
 
     def __post_init__(self) -> None:
         check_between("warmup_steps", self.warmup_steps, 0, 2**63 - 1)
@@ -107,8 +117,11 @@ class LrScheduleConfig:
 
     def factor(self, step: int, total_steps: int) -> float:
         """Factor on the learning rate of `step`, counted from 1, of `total_steps`."""
-        if step <= self.warmup_steps:
-            return step / self.warmup_steps
+        number = step - 1 + self.first_step
+        if number < self.warmup_steps:
+            return number / self.warmup_steps
+        if number == self.warmup_steps:
+            return 1.0
         if self.kind == "constant":
             return 1.0
         # The cosine begins at the first step after the warm-up, which has the full rate.

@@ -33,7 +33,7 @@ class Fields:
 
 MAY_CHANGE: tuple[Fields, ...] = (
     Fields(
-        ("optimizer.lr", "optimizer.weight_decay", "optimizer.grad_clip"),
+        ("optimizer.lr", "optimizer.lr_per", "optimizer.weight_decay", "optimizer.grad_clip"),
         "holds from the next step on; the moments stay",
     ),
     Fields(
@@ -50,6 +50,7 @@ MAY_CHANGE: tuple[Fields, ...] = (
         "weighs the losses to come; the smoothed loss, which `checkpoint.keep_best` compares, mixes both for about 100 "
         "steps",
     ),
+    Fields(("diffusion.vp.t_end",), "where samplers stop; trains the same"),
     Fields(
         ("checkpoint.", "preview.", "metrics.", "evaluation.", "validation.every", "validation.weights",
          "ema.power.snapshot_every"),

@@ -43,7 +43,7 @@ def train(trainer: Trainer, sinks: Sinks, limits: WaitLimits, stop_requested: Ca
     for step in range(trainer.state.step + 1, total + 1):
         start, progress.step = time.perf_counter(), step
         progress.enter(READ)
-        lr = recipe.optimizer.lr * recipe.lr_schedule.factor(step, total)
+        lr = trainer.rate * recipe.lr_schedule.factor(step, total)
         outcome = trainer.step(lr, stop_requested())
         progress.enter(RECORD)
         for corruption in outcome.corruption:

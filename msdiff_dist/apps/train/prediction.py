@@ -35,7 +35,8 @@ def predict(
     ranks_per_node: int | None = None,
     gpu: Gpu | None = None,
 ) -> dict[str, Any]:
-    """The report of `plan_report` for a recipe, with its learning rate `lr` and the costs of its `guide` (None: none).
+    """The report of `plan_report` for a recipe, with its learning rate `lr` before the schedule and the costs of its
+    `guide` (None: none).
 
     With `gpu`, also `largest_micro_batch`: the largest mean number of samples per rank in a micro batch that fits (0:
     none does); and if the recipe does not fit, `gpu.remedies`: changes with which it does.
@@ -61,7 +62,7 @@ def predict(
     )
     if isinstance(run.batches, OneStageBatches):
         _show_one_stage(report, run.batches, load, trace)
-    report["lr"] = recipe.optimizer.lr
+    report["lr"], report["lr_per"] = recipe.optimizer.rate(run.batch_size), recipe.optimizer.lr_per
     report["guide"] = None if run.guide is None else guide_fields(run.guide)
     if gpu is not None:
         report["largest_micro_batch"] = largest_micro_batch(recipe, world_size, gpu)

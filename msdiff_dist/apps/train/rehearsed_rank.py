@@ -58,7 +58,7 @@ def rehearse_rank(recipe: Recipe, plan: RunPlan, rank: int) -> RehearsedRank:
         guide = None if recipe.guide is None else Guide(config=recipe.guide, teacher=lambda x0: x0)
         step = TrainStep(feed, prepare, objective, engines, plan.batches, env, max_bad=0, guide=guide)
         for trace.phase in (FIRST_STEP, STEP):
-            step(lr=recipe.optimizer.lr, guided=guide is not None)
+            step(lr=recipe.optimizer.rate(plan.batch_size), guided=guide is not None)
         trace.phase = END
         feed.close()
         named = groups.named()

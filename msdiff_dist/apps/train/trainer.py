@@ -122,6 +122,11 @@ class Trainer:
         )
 
     @property
+    def rate(self) -> float:
+        """Learning rate, before the schedule."""
+        return self.recipe.optimizer.rate(self.batch_size)
+
+    @property
     def peak_petaflops(self) -> float | None:
         """1e15 operations a second at the peak of all ranks' GPUs, if they are like this one; None: not known."""
         if self.env.device.type != "cuda":
@@ -233,7 +238,8 @@ class Trainer:
         return (
             f"{self.recipe.name}: {count} in {precision.precision} ({precision.why}), "
             f"{self.placement.num_stages} stages on "
-            f"{self.env.world_size} ranks {list(map(list, self.placement.stages_of_rank))[:8]}, {start}, "
+            f"{self.env.world_size} ranks {list(map(list, self.placement.stages_of_rank))[:8]}, "
+            f"global batch {self.batch_size}, learning rate {self.rate:g}, {start}, "
             f"run folder {self.folder.path}"
         )
 

@@ -37,8 +37,13 @@ from msdiff_dist.errors import CheckpointError
 from msdiff_dist.export.description import ModelDescription
 from msdiff_dist.models.song.config import SongConfig
 
-PAPER_BOUNDARIES = (0.442, 0.6308)
-"""The multi-stage paper's boundaries in t."""
+PAPER_BOUNDARIES = tuple(1000 * b / 999 for b in (0.442, 0.6308))
+"""Where the published network changes decoders, in t: it compares 999 t with 1000 times the paper's boundaries.
+
+Its stages are (lo, hi] and ours [lo, hi), which differs at the boundaries themselves alone.
+"""
+TRAINED_FROM, SAMPLED_TO = 1e-5, 1e-3
+"""First time of score_sde's training loss, and the last of its samplers by default."""
 BUFFERS = ("sigmas",)
 """Tensors of the state dict that are no parameters, so that the list of averages does not count them."""
 # Layers of a residual block: our names and theirs.
@@ -85,7 +90,7 @@ def read_scoresde(path: Path, options: ConvertOptions) -> ModelWeights:
     boundaries, assumptions = given_boundaries(options.boundaries, model.num_stages, PAPER_BOUNDARIES)
     description = ModelDescription(
         model=model,
-        diffusion=DiffusionConfig(process="vp", section=VPConfig()),
+        diffusion=DiffusionConfig(process="vp", section=VPConfig(t_min=TRAINED_FROM, t_end=SAMPLED_TO)),
         stages=StagesConfig(boundaries=boundaries),
         weights="ema" if averaged else "raw",
     )

@@ -23,7 +23,9 @@ class VPConfig:
     beta_max: float = 20.0
     """beta at t = 1."""
     t_min: float = 1e-3
-    """Smallest time that is trained; samplers stop there by default."""
+    """Smallest time that is trained."""
+    t_end: float | None = None
+    """Time at which samplers stop unless they are told otherwise; null: `t_min`."""
     prediction_type: PredictionType = "epsilon"
     """What the network predicts: the noise, v = s eps - n x_0, or the clean sample."""
     min_snr_gamma: float | None = None
@@ -35,6 +37,9 @@ class VPConfig:
             raise ConfigError("beta_min", self.beta_min, problem, "The paper uses 0.1 and 20.")
         if not 0 < self.t_min < 1:
             raise ConfigError("t_min", self.t_min, "must lie between 0 and 1", "Use 1e-3.")
+        if self.t_end is not None and not self.t_min <= self.t_end < 1:
+            problem = f"must lie between t_min = {self.t_min:g} and 1"
+            raise ConfigError("t_end", self.t_end, problem, "DPM-Solver uses 1e-3 and, from 16 evaluations, 1e-4.")
         # Networks divide by s and n in fp32; see `VPProcess` for both.
         if self.beta_min + self.beta_max > 300:
             raise ConfigError("beta_max", self.beta_max, "leaves no signal at t = 1", "The paper uses 0.1 and 20.")
@@ -57,6 +62,7 @@ class VPProcess(Process):
     def __init__(self, config: VPConfig) -> None:
         super().__init__(build_denoiser(config.prediction_type, config.min_snr_gamma))
         self.lo, self.hi = config.t_min, 1.0
+        self._end = config.t_min if config.t_end is None else config.t_end
         self._slope, self._beta_min = config.beta_max - config.beta_min, config.beta_min
 
     def scales(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +90,7 @@ class VPProcess(Process):
         return 2 * log_square / (self._beta_min + np.sqrt(self._beta_min**2 + 2 * self._slope * log_square))
 
     def spaced_times(self, steps: int, spacing: Spacing, end: float | None) -> tuple[np.ndarray, float]:
-        end = self.lo if end is None else end
+        end = self._end if end is None else end
         if not self.lo <= end < self.hi:
             problem = f"training covers t from {self.lo} to {self.hi}"
             raise ConfigError("end", end, problem, "Stop inside it, or train with a smaller t_min.")

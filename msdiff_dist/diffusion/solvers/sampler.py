@@ -80,7 +80,7 @@ class SamplerConfig:
     spacing: Spacing | None = None
     """How the sampling times are spaced; null takes the process's default."""
     end: float | None = None
-    """Last time that is sampled, of a `vp` process (default t_min) or an `edm` process (default sigma_min)."""
+    """Last time that is sampled, of a `vp` process (default t_end) or an `edm` process (default sigma_min)."""
     last: Last = "first_time"
     """Where the last step of `ddim` and `dpmpp_2m` ends. `first_time`: at the noise level of the first timestep, as in
     LDM's and DPM-Solver's code, or at `end`; autoencoders decode latents with so little noise. `clean`: at clean data,

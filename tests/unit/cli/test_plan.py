@@ -37,12 +37,13 @@ def report(*arguments: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("world_size", [3, 13, 1024])
 def test_paper_recipe_balances(world_size: int) -> None:
-    plan = report(str(RECIPES / "celebahq256_ldm_3stage.yaml"), "--world-size", str(world_size))
+    recipe, batch = str(RECIPES / "celebahq256_ldm_3stage.yaml"), 48 * world_size
+    plan = report(recipe, f"train.global_batch_size={batch}", "--world-size", str(world_size))
     assert plan["world_size"] == world_size
     assert plan["balance"] >= 0.95
     assert [s["work_share"] for s in plan["stages"]] == pytest.approx([0.461, 0.322, 0.217], abs=1e-3)
     assert sorted({r for s in plan["stages"] for r in s["ranks"]}) == list(range(world_size))
-    batch = plan["global_batch_size"]
+    assert plan["global_batch_size"] == batch
     for k in range(3):
         assert sum(r["samples"].get(str(k), 0) for r in plan["ranks"]) == batch // 3
     assert all(r["state_bytes"] > 0 for r in plan["ranks"])
@@ -64,8 +65,39 @@ def test_without_a_number_of_ranks_it_plans_for_this_machine() -> None:
 
 def test_work_follows_the_timesteps_where_sampling_is_uniform() -> None:
     recipe = str(RECIPES / "celebahq256_ldm_3stage.yaml")
-    plan = report(recipe, "stages.sampling=uniform", "train.micro_batch_size=500", "--world-size", "2")
+    plan = report(recipe, "stages.sampling=uniform", "train.global_batch_size=1000", "--world-size", "2")
     assert [s["work_share"] for s in plan["stages"]] == pytest.approx([0.59, 0.18, 0.23], abs=0.006)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "rate"),
+    [
+        # 2112.10752, Tables 12 and 15
+        ("celebahq256_ldm_unified", 48, 9.6e-5),
+        ("celebahq256_ldm_3stage", 48, 9.6e-5),
+        ("celebahq256_ldm_3stage_official_attention", 48, 9.6e-5),
+        ("ffhq256_ldm_unified", 42, 8.4e-5),
+        ("ffhq256_ldm_3stage", 42, 8.4e-5),
+        ("cin256_ldm_unified", 1200, 1e-4),
+        ("cin256_ldm_3stage", 1200, 1e-4),
+    ],
+)
+def test_batch_and_rate_of_ldms_recipes_are_its_own_on_any_number_of_ranks(name: str, batch: int, rate: float) -> None:
+    for ranks in ("1", "8"):
+        plan = report(str(RECIPES / f"{name}.yaml"), "--world-size", ranks)
+        assert (plan["global_batch_size"], plan["lr"]) == (batch, pytest.approx(rate))
+
+
+def test_a_rate_for_each_sample_grows_with_the_global_batch_and_is_shown() -> None:
+    recipe = str(RECIPES / "celebahq256_ldm_3stage.yaml")
+    for size in ("train.global_batch_size=384", "train.micro_batch_size=24"):
+        changes = (size, *(["train.global_batch_size=null"] if "micro" in size else []))
+        changes += ("train.gradient_accumulation_steps=2",)
+        assert report(recipe, *changes, "--world-size", "8")["lr"] == pytest.approx(384 * 2e-6)
+        printed = run(recipe, *changes, "--world-size", "8")
+        assert "global batch 384" in printed
+        assert "learning rate 0.000768 = 2e-06 a sample x 384" in printed
+    assert "learning rate 0.002\n" in run(str(RECIPES / "quickstart.yaml"), "--world-size", "2")
 
 
 def test_explicit_placement_and_tables() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,10 +20,12 @@ from msdiff_dist.diffusion.processes.edm import EDMConfig, EDMProcess
 from msdiff_dist.diffusion.processes.vp import VPConfig, VPProcess
 from msdiff_dist.diffusion.stage_partition import build_partition
 from msdiff_dist.errors import ConfigError
+from msdiff_dist.recipe import load_recipe
 
 DISCRETE = build_process(DiffusionConfig())
 VP = VPProcess(VPConfig(t_min=1e-4))
 EDM = EDMProcess(EDMConfig())
+RECIPES = Path(__file__).parents[3] / "recipes"
 BOUNDARIES = {"timestep": (442.0, 631.0), "t": (0.442, 0.6308), "sigma": (2.5103, 7.6577)}
 
 
@@ -150,10 +153,23 @@ def test_continuous_sampling_times(steps: int) -> None:
     assert landing == 0
 
 
+@pytest.mark.parametrize("name", ["cifar10_dpm_3stage", "cifar10_dpm_unified", "fashion_mnist_dpm_3stage"])
+def test_times_of_score_sde_are_trained_and_those_of_dpm_solver_sampled(name: str) -> None:
+    """score_sde trains t = u (1 - 1e-5) + 1e-5; DPM-Solver stops at 1e-4 in 20 evaluations."""
+    process = load_recipe(RECIPES / f"{name}.yaml").process()
+    u = np.linspace(0, 0.999, 7)
+    np.testing.assert_allclose(process.quantile(u, process.lo, process.hi), u * (1 - 1e-5) + 1e-5, rtol=1e-12)
+    log_s = -0.25 * 1e-8 * 19.9 - 0.5 * 1e-4 * 0.1
+    assert process.sampling_times(20)[1] == pytest.approx(np.sqrt(np.exp(-2 * log_s) - 1), rel=1e-9)
+    assert process.sampling_times(20, end=1e-5)[1] == pytest.approx(process.sigma_of(1e-5))
+    assert VPProcess(VPConfig(t_min=1e-4)).sampling_times(20)[1] == pytest.approx(process.sigma_of(1e-4))
+
+
 @pytest.mark.parametrize(
     ("section", "field"),
     [
         ({"process": "vp", "vp": {"t_min": 0}}, "diffusion.vp.t_min"),
+        ({"process": "vp", "vp": {"t_end": 1e-4}}, "diffusion.vp.t_end"),
         ({"process": "vp", "vp": {"beta_min": 30}}, "diffusion.vp.beta_min"),
         ({"process": "edm", "edm": {"p_std": 0}}, "diffusion.edm.p_std"),
         ({"process": "edm", "edm": {"sigma_max": 0.001}}, "diffusion.edm.sigma_max"),

@@ -22,6 +22,23 @@ def test_warm_up_then_cosine() -> None:
     assert LrScheduleConfig(warmup_steps=0).factor(6, 10) == 1.0
 
 
+def test_warm_up_of_score_sde_and_edm() -> None:
+    """Of update n, counted from 0: lr min(n / W, 1) in score_sde, lr min(images before it / 10 million, 1) in EDM."""
+    score_sde = LrScheduleConfig(warmup_steps=5000, first_step=0)
+    edm = LrScheduleConfig(warmup_steps=78125, first_step=0)
+    for n in (0, 1, 77, 4999, 5000, 5001, 78124, 78125, 10**6):
+        assert score_sde.factor(n + 1, 450_000) == pytest.approx(min(n / 5000, 1.0))
+        assert edm.factor(n + 1, 570_000) == pytest.approx(min(n * 128 / 10e6, 1.0))
+    assert LrScheduleConfig(first_step=0).factor(1, 10) == 1.0
+    cosine = LrScheduleConfig(kind="cosine", warmup_steps=10, first_step=0)
+    assert [cosine.factor(s, 110) for s in (1, 6, 11, 61)] == pytest.approx([0, 0.5, 1, 0.5])
+
+
+def test_a_rate_for_each_sample_is_multiplied_by_the_global_batch() -> None:
+    assert OptimizerConfig(lr=2e-6, lr_per="sample").rate(48) == pytest.approx(9.6e-5)
+    assert OptimizerConfig(lr=2e-6).rate(48) == 2e-6
+
+
 def test_ema_decay_warms_up_as_in_ldm() -> None:
     config = EmaConfig(decay=0.9999)
     assert [config.decay_at(n, 64) for n in (1, 2, 90)] == pytest.approx([2 / 11, 3 / 12, 91 / 100])

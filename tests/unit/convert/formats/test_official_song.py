@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from msdiff_dist import load_model
 from msdiff_dist.convert.conversion import convert
 from msdiff_dist.convert.formats.official_edm import InterleavedQKV
-from msdiff_dist.convert.formats.official_scoresde import Transposed
+from msdiff_dist.convert.formats.official_scoresde import PAPER_BOUNDARIES, Transposed
 from msdiff_dist.convert.options import ConvertOptions
 from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
+from msdiff_dist.diffusion.processes.vp import VPConfig, VPProcess
+from msdiff_dist.diffusion.stage_partition import build_partition
 from msdiff_dist.errors import CheckpointError
 from msdiff_dist.models import build_model
 from msdiff_dist.models.song.config import SongConfig
@@ -29,7 +32,7 @@ EDM = SongConfig(**SHAPE, family="ddpmpp", decoder_channels=(24, 16, 8), augment
 NCSN = SongConfig(**SHAPE, family="ncsnpp_vp", decoder_channels=(24, 16, 8))
 PROCESS = {
     "official-edm": (EDM, DiffusionConfig(process="edm"), (2.5103, 7.6577)),
-    "official-scoresde": (NCSN, DiffusionConfig(process="vp"), (0.442, 0.6308)),
+    "official-scoresde": (NCSN, DiffusionConfig(process="vp"), (442 / 999, 630.8 / 999)),
 }
 
 
@@ -48,7 +51,7 @@ def test_there_and_back_is_bitwise(tmp_path: Path, make_export: Any, form: str) 
     assert same_tensors(export_tensors(export), export_tensors(tmp_path / "back"))
     description = json.loads((tmp_path / "back" / "config.json").read_text())
     assert description["model"] == json.loads((export / "config.json").read_text())["model"]
-    assert tuple(description["stages"]["boundaries"]) == PROCESS[form][2]
+    assert tuple(description["stages"]["boundaries"]) == pytest.approx(PROCESS[form][2], rel=1e-15)
 
 
 @torch.no_grad()
@@ -162,3 +165,18 @@ def test_formats_without_the_family(tmp_path: Path, make_export: Any, form: str)
     export = exported(make_export, "official-edm")
     with pytest.raises(CheckpointError, match=r"model\.family"):
         convert(export, tmp_path / "x.safetensors", "msdiff", form)
+
+
+def test_a_published_checkpoint_changes_decoders_where_its_network_does() -> None:
+    """Against the condition of the published forward pass, on the labels 999 t in float32 that its samplers give it."""
+
+    def published(t: np.float32) -> int:
+        label = np.float32(999) * t
+        stages = [(0, 0.4420), (0.4420, 0.6308), (0.6308, 1)]
+        (stage,) = [k for k, (lo, hi) in enumerate(stages) if label > np.float32(lo * 1000) and label <= hi * 1000]
+        return stage
+
+    partition = build_partition(StagesConfig(boundaries=PAPER_BOUNDARIES), VPProcess(VPConfig()))
+    near = [b + d for b in (0.442, 0.442442, 0.6308, 0.631431) for d in (-1e-4, -1e-6, 1e-6, 1e-4)]
+    times = np.float32([*np.random.default_rng(0).uniform(1e-3, 1, 500), *near])
+    assert partition.stage_of(times).tolist() == [published(t) for t in times]
