@@ -53,6 +53,10 @@ class CostReport:
         """1e9 multiply-adds of the mean evaluation, if the stages have these shares."""
         return self.costs.equivalent_macs(shares) / GIGA
 
+    def of_unified(self, shares: Sequence[float]) -> float | None:
+        """`gmacs` relative to the unified model whose width is the encoder's; None if there is no such network."""
+        return None if self.unified_macs is None else self.gmacs(shares) * GIGA / self.unified_macs
+
     @property
     def petaflops(self) -> float | None:
         """1e15 floating-point operations of the whole training; None if the batch size is not known."""
@@ -78,6 +82,11 @@ class CostReport:
             "equivalent_gmacs_training": self.gmacs(self.training_K),
             "equivalent_gmacs_sampling": self.gmacs(self.sampling_K),
             "unified_gmacs": None if self.unified_macs is None else self.unified_macs / GIGA,
+            "of_unified": {
+                "interval": self.of_unified(self.interval_K),
+                "training": self.of_unified(self.training_K),
+                "sampling": self.of_unified(self.sampling_K),
+            },
             "shares": {"interval": self.interval_K, "training": self.training_K, "sampling": self.sampling_K},
             "sampling_evaluations": self.evaluations,
             "training_petaflops": self.petaflops,

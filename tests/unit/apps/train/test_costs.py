@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,31 @@ def test_flops_prints_every_weighting() -> None:
     table = CliRunner().invoke(app, ["flops", str(ROOT / "recipes/fashion_mnist_edm_3stage.yaml")])
     assert table.exit_code == 0
     assert "decoder 2" in table.stdout
+    assert fields["of_unified"]["training"] == pytest.approx(fields["equivalent_gmacs_training"] / 101.20, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio"), [("celebahq256_ldm_3stage_official_attention", 0.867), ("celebahq256_ldm_3stage", 0.8897)]
+)
+def test_the_ldm_system_has_the_papers_ratio_by_interval(name: str, ratio: float) -> None:
+    report = cost_report(recipe_of(name))
+    assert report.of_unified(report.interval_K) == pytest.approx(ratio, abs=5e-4)
+
+
+def test_a_training_sample_of_edm_costs_what_its_normal_distribution_says() -> None:
+    """ln sigma is normal(-1.2, 1.2): most samples fall into the stage with the widest decoder."""
+    report = cost_report(recipe_of("celeba32_edm_3stage"))
+    unified = cost_report(recipe_of("celeba32_edm_unified"))
+    below = [0.5 * (1 + math.erf((math.log(s) + 1.2) / 1.2 / math.sqrt(2))) for s in (2.5103, 7.6577)]
+    shares = [below[0], below[1] - below[0], 1 - below[1]]
+    macs = sum(
+        share * (report.costs.encoder.macs + d.macs) for share, d in zip(shares, report.costs.decoders, strict=True)
+    )
+    ratio = macs / (unified.costs.encoder.macs + unified.costs.decoders[0].macs)
+    assert report.of_unified(report.training_K) == pytest.approx(ratio, rel=1e-3)
+    # 430k steps instead of 570k: a whole training costs a quarter more than the baseline's.
+    assert ratio * 430 / 570 == pytest.approx(1.25, abs=0.005)
+    assert (report.petaflops or 0) / (unified.petaflops or 1) == pytest.approx(ratio * 430 / 570, rel=1e-3)
 
 
 def test_table_of_costs_has_the_papers_ratios() -> None:
