@@ -51,6 +51,27 @@ class StageObjective:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdaptiveSharesConfig:
+    """Shares of the stages in the samples that follow the training. The first ones are those of `stages.sampling`."""
+
+    by: Literal["gradient_variance", "progress"] = "gradient_variance"
+    """`gradient_variance`: shares with the least variance of the decoders' gradients for their compute. `progress`: in
+    proportion to how much a stage's training loss fell for its compute."""
+    every: int = 500
+    """Steps from one decision to the next. A decision holds from the fifth step after it."""
+    min_share: float = 0.05
+    """Least share of a stage."""
+    rate: float = 0.5
+    """How far shares move towards what is decided: 1: at once."""
+
+    def __post_init__(self) -> None:
+        check_between("every", self.every, 8, 2**63 - 1)
+        for field_name, value in (("min_share", self.min_share), ("rate", self.rate)):
+            if not 0 < value <= 1:
+                raise ConfigError(field_name, value, "must lie in (0, 1]", "Use 0.05, or 0.5 for the rate.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class StagesConfig:
     """How time is divided into stages, and how many samples each stage gets."""
 
@@ -74,6 +95,8 @@ class StagesConfig:
     """What the network predicts in each stage and how its loss is weighted, stage 0 first, such as
     `[{prediction_type: v_prediction}, {}, {prediction_type: sample}]`. An empty list: the same in all stages, as in the
     process's section."""
+    adaptive: AdaptiveSharesConfig | None = None
+    """Changes the shares during training; null: they stay."""
 
     def __post_init__(self) -> None:
         check_between("min_samples_per_step", self.min_samples_per_step, 1, 2**63 - 1)
@@ -93,6 +116,21 @@ class StagesConfig:
             problem = "a model of one stage has one objective" if one else f"are not one for each of {self.num_stages}"
             remedy = "Write it in the process's section." if one else f"Give {self.num_stages}; {{}} changes nothing."
             raise ConfigError("objectives", count, problem, remedy)
+
+        self._check_adaptive()
+
+    def _check_adaptive(self) -> None:
+        if self.adaptive is None:
+            return
+        if self.batch == "one_stage":
+            raise ConfigError("batch", self.batch, "has no shares to adapt", "Use mixed, or leave stages.adaptive out.")
+        if self.num_stages == 1:
+            raise ConfigError("adaptive", "given", "there is one stage, with all samples", "Leave it out.")
+        if self.adaptive.min_share * self.num_stages >= 1:
+            problem = f"{self.num_stages} stages would have more than all samples, or no choice"
+            raise ConfigError(
+                "adaptive.min_share", self.adaptive.min_share, problem, f"Use less than {1 / self.num_stages:.3g}."
+            )
 
     @property
     def num_stages(self) -> int:

@@ -232,7 +232,7 @@ class StageParallelEngines:
             self.shared.no_backward(is_last)
         self._micro_batches += 1
 
-    def agreement(self, turns: Sequence[Turn] | None = None) -> Agreement:
+    def agreement(self, turns: Sequence[Turn] | None = None, of_decoders: bool = False) -> Agreement:
         """What the ranks sum in this step's one reduction; it already has the squares of the gradients.
 
         To be called after the last micro batch. Waits for the reductions of gradients. Every gradient element of the
@@ -241,9 +241,11 @@ class StageParallelEngines:
 
         Args:
             turns: what the decoder of every stage does, the same on every rank; None: all step.
+            of_decoders: whether the agreement also gets `decoder square sums`, by stage, of this batch's gradients.
         """
         assert self._is_complete(), "micro batches are missing from the global batch"
         self._turns = turns
+        squares = self._decoder_squares(turns) if of_decoders and turns is not None else None
         for k, engine in self.stages.items():
             turn = self._turn(f"stages.{k}.")
             if engine.trains and turn.steps and turn.samples and turn.gathered:
@@ -251,6 +253,8 @@ class StageParallelEngines:
         agreement = Agreement(self._device)
         stepping, waiting = self._with_gradients(steps=True), self._with_gradients(steps=False)
         agreement.add("gradient square sum", torch.stack([self._square_sum(stepping), self._square_sum(waiting)]))
+        if squares is not None:
+            agreement.add("decoder square sums", squares)
         return agreement
 
     def reduce(self, agreement: Agreement) -> ReducedGradients:
@@ -297,6 +301,13 @@ class StageParallelEngines:
         if not parts:
             return torch.zeros((), dtype=torch.float64, device=self._device)
         return torch.stack([engine.gradient_square_sum() for engine in parts.values()]).sum()
+
+    def _decoder_squares(self, turns: Sequence[Turn]) -> Tensor:
+        """Sums of squares of each decoder's gradient elements on this rank, float64 [K] on the device."""
+        having = self._with_gradients(steps=True) | self._with_gradients(steps=False)
+        zero = torch.zeros((), dtype=torch.float64, device=self._device)
+        engines = [having.get(f"stages.{k}.") for k in range(len(turns))]
+        return torch.stack([zero if engine is None else engine.gradient_square_sum() for engine in engines])
 
     def _step(self, lr: float, norm: float) -> None:
         # The shared part first, whose new weights the next forward pass needs first.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,24 @@ class BatchPlans(ABC):
 
     changes = True
     """Whether batches differ in their numbers of samples."""
+
+    @property
+    def wants_squares(self) -> bool:
+        """Whether `observe` needs the squared norms of the decoders' gradients."""
+        return False
+
+    def observe(self, batch: int, loss_sum_K: Sequence[float], square_K: Sequence[float] | None) -> None:
+        """Take in what all ranks know after a batch: by stage, the sum of its losses and the squared norm of the
+        gradient of its decoder."""
+        return
+
+    def fields(self, batch: int) -> dict[str, Any]:
+        """What a checkpoint keeps before global batch `batch`."""
+        return {}
+
+    def restore(self, batch: int, fields: Mapping[str, Any]) -> None:
+        """Go on from what `fields` returned, before global batch `batch`."""
+        return
 
     @property
     @abstractmethod

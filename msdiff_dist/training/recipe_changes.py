@@ -84,6 +84,7 @@ MUST_STAY: tuple[Fields, ...] = (
             "stages.batch",
             "stages.importance_weights",
             "stages.min_samples_per_step",
+            "stages.adaptive.",
         ),
         "another objective, or other steps of the decoders, is another training",
     ),

@@ -14,6 +14,7 @@ from msdiff_dist.data.fingerprint import Fingerprint
 from msdiff_dist.distributed.agree import joined
 from msdiff_dist.distributed.zero_state import ShardedState
 from msdiff_dist.models.projector import PREFIX
+from msdiff_dist.training.batch_plans import BatchPlans
 from msdiff_dist.training.metrics import LossAverage
 from msdiff_dist.training.stage_progress import StageProgress
 
@@ -28,6 +29,7 @@ class TrainState:
         averages: averages of the weights on this rank.
         frozen: names of the parameters that do not train.
         progress: counts samples and steps of the stages; None: every decoder steps on every batch.
+        batches: the plans of the batches; None: all are alike.
 
     Attributes:
         step: optimizer steps done. Global batches 0 to step - 1 have been trained on, so it is the position in the data
@@ -47,6 +49,7 @@ class TrainState:
         averages: Averages,
         frozen: Collection[str] = (),
         progress: StageProgress | None = None,
+        batches: BatchPlans | None = None,
     ) -> None:
         self.shards, self.averages = shards, averages
         self.step = 0
@@ -55,12 +58,13 @@ class TrainState:
         self.shapes = gather_shapes(shards)
         self.data_began = 0
         self._recipe, self._batch_size, self._frozen = dict(recipe), batch_size, frozen
-        self._progress = progress or StageProgress([])
+        self._progress, self._batches = progress or StageProgress([]), batches
         self._optimizer_began: dict[str, int] = {}
 
     def index(self, world_size: int) -> CheckpointIndex:
         """The index of a checkpoint of the current state. Collective."""
-        moments = moment_kinds(self.shards)
+        moments, next_batch = moment_kinds(self.shards), self.step - self.data_began
+        adaptive = self._batches.fields(next_batch) if self._batches else {}
         if self._progress.stored:  # this rank may hold only decoders that have not stepped, which have no moments
             moments = sorted({*joined(moments)})
         return CheckpointIndex(
@@ -74,7 +78,7 @@ class TrainState:
             data=self.fingerprint,
             data_began=self.data_began,
             optimizer_began=self._optimizer_began,
-            stages=self._progress.fields(),
+            stages=self._progress.fields() | ({"adaptive": adaptive} if adaptive else {}),
         )
 
     def restore(self, checkpoint: CheckpointReader) -> None:
@@ -91,6 +95,8 @@ class TrainState:
         restore(checkpoint, self.shards, self.averages, self._optimizer_began, self._progress.own_steps())
         self.step, self.loss_average.value = checkpoint.index.step, checkpoint.index.loss
         self.fingerprint, self.data_began = checkpoint.index.data, checkpoint.index.data_began
+        if self._batches and (adaptive := checkpoint.index.stages.get("adaptive")):
+            self._batches.restore(self.step - self.data_began, adaptive)
 
     def start_from(self, read: Callable[[str, int, int], Tensor]) -> None:
         """Take over the model's weights alone, for a run at step 0. Collective.

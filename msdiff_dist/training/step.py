@@ -90,7 +90,7 @@ class TrainStep:
             # thing that the host waits for: until there it has only told the device what to do, and so it has after.
             quota_K: list[int] = self._quotas.quotas_K.tolist()
             turns = self.progress.turns(quota_K)
-            agreement = self._engines.agreement(turns)
+            agreement = self._engines.agreement(turns, self._batches.wants_squares)
             agreement.add("loss sum", loss_sum_K)
             if self._guide:
                 agreement.add("guide sum", guide_sum)
@@ -107,6 +107,10 @@ class TrainStep:
             self._env.progress.enter(UPDATE)
             gradients.step(lr)
             self.progress.take(turns)
+            squares = gradients.sums.get("decoder square sums")
+            self._batches.observe(
+                micro.batch, gradients.sums["loss sum"].tolist(), None if squares is None else squares.tolist()
+            )
         waited = self._feed.take_seconds()
         return StepOutcome(
             loss=self._global_mean(loss_per_stage),

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from msdiff_dist.apps.train.plan import plan_run
 from msdiff_dist.distributed.engines import Turn
+from msdiff_dist.recipe import recipe_from
 from msdiff_dist.testing import run_distributed
 from tests.distributed.tiny_run import ADAM, open_run, recipe_of, trained
 
@@ -97,3 +101,43 @@ def test_resumes_at_any_step_on_other_ranks(tmp_path: Path, changes: dict[str, o
     assert parts == whole
     assert any(parts["gathered"]), "gradients wait in the last checkpoint"
     assert max(parts["steps"]) >= 1
+
+
+ADAPTIVE = [
+    pytest.param({"by": "gradient_variance", "every": 8, "min_share": 0.17, "rate": 1.0}, True, 10, id="variance"),
+    pytest.param({"by": "progress", "every": 8, "min_share": 0.17}, False, 18, id="progress"),
+]
+
+
+def adapting(rank: int, world_size: int, mapping: dict[str, Any], path: Path, stops: list[int]) -> list[Any]:
+    with open_run(rank, world_size, mapping, path) as run:
+        found = []
+        while run.state.step < stops[-1]:
+            outcome = run.step(5e-4)
+            found.append((outcome.loss, outcome.samples_per_stage, run.petaflops))
+            run.save_if_due(now=run.state.step in stops)
+    return found
+
+
+@pytest.mark.parametrize(("adaptive", "weighted", "stop"), ADAPTIVE)
+def test_adaptive_shares(tmp_path: Path, adaptive: dict[str, object], weighted: bool, stop: int) -> None:
+    """One process beside three ranks, then four, which resume between a decision and the step from which it holds."""
+    changes = {"stages__adaptive": adaptive, "stages__importance_weights": weighted}
+    last = stop + 6
+    (whole,) = run_distributed(adapting, 1, 1, recipe_of(ADAM, **changes), tmp_path / "whole", [last])
+    parts: list[Any] = []
+    for end, placement in ((stop, [[0], [0, 1], [1, 2]]), (last, [[0], [0], [1], [2]])):
+        mapping = recipe_of(ADAM, **changes, parallel__placement=placement)
+        ranks = run_distributed(adapting, len(placement), len(placement), mapping, tmp_path / "parts", [end])
+        assert all(found == ranks[0] for found in ranks)
+        parts += ranks[0]
+    samples = [found[1] for found in whole]
+    assert [found[1] for found in parts] == samples
+    assert [found[0] for found in parts] == pytest.approx([found[0] for found in whole], rel=1e-5)
+    changed = [step for step in range(1, last) if samples[step] != samples[step - 1]]
+    assert changed == [stop + 2], "from the fifth step after the decision on"
+    assert all(sum(of_step) == 24 and min(of_step) >= 4 for of_step in samples)
+    # Operations are those of the samples that there were.
+    costs = plan_run(recipe_from(recipe_of(ADAM)), 1).cost_K
+    assert whole[-1][2] == pytest.approx(6e-15 * float(np.dot(np.sum(samples, axis=0), costs)))
+    assert parts[-1][2] == whole[-1][2]

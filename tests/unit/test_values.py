@@ -41,6 +41,7 @@ BASES = {
         text_encoder={"name": "ViT-B-32"},
         encode={"data": IMAGES},
         ema={"power": {"snapshot_every": 5}},
+        stages={"boundaries": [442, 631], "sampling": "equal", "adaptive": {}},
         validation={"shards": "nowhere"},
         preview={"every": 5, "num": 4, "sampler": {"steps": 5}},
         evaluation={"every": 5, "reference": "nowhere", "sampler": {"steps": 5}},

@@ -15,7 +15,7 @@ from msdiff_dist.apps.train.latent_checks import check_latents
 from msdiff_dist.bounds import check_between, check_bytes
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.loader import StepLoader, check_first_samples
-from msdiff_dist.diffusion.timestep_sampler import StageQuotas
+from msdiff_dist.diffusion.timestep_sampler import StageQuotas, stage_probabilities
 from msdiff_dist.distributed.engine_costs import Workload
 from msdiff_dist.distributed.placement import Placement, plan, plan_on
 from msdiff_dist.distributed.precision import expected_precision
@@ -24,6 +24,7 @@ from msdiff_dist.errors import ConfigError, UserError
 from msdiff_dist.models.flops import ModelCosts, costs
 from msdiff_dist.models.xformers_attention import check_installation
 from msdiff_dist.recipe import Recipe
+from msdiff_dist.training.adaptive_shares import AdaptiveBatches
 from msdiff_dist.training.batch_plans import BatchPlan, BatchPlans, EqualBatches, OneStageBatches
 from msdiff_dist.training.optimizer import OPTIMIZERS
 from msdiff_dist.training.sinks import check_installed
@@ -94,6 +95,10 @@ def plan_run(recipe: Recipe, world_size: int, ranks_per_node: int | None = None)
         if explicit is None and ranks_per_node is not None:
             placement = arrange(placement, ranks_per_node, [d.trained for d in model_costs.decoders])
         batches = EqualBatches(BatchPlan(quotas, placement))
+        if adaptive := recipe.stages.adaptive:
+            natural_K = stage_probabilities(recipe.times(), recipe.partition(), "uniform")
+            accumulation = recipe.train.gradient_accumulation_steps
+            batches = AdaptiveBatches(adaptive, quotas, natural_K, placement.stages_of_rank, cost_K, accumulation)
     return RunPlan(
         batch_size=batch_size,
         quotas=quotas,
@@ -147,6 +152,8 @@ def _gathering(recipe: Recipe, quotas: StageQuotas, batches: BatchPlans) -> froz
             f"stage {k} gets about {in_run_K[k]:.0f} samples in {steps} steps: its decoder would never step",
             f"Use at most {max(1, int(in_run_K[k]))}; a few hundred are enough.",
         )  # fmt: skip
+    if recipe.stages.adaptive and wanted > 1:  # any stage may come to have fewer
+        return frozenset(np.flatnonzero(quotas.quotas_K).tolist())
     every = [plan.quotas.quotas_K for plan in batches.every]
     return frozenset(k for quotas_K in every for k, n in enumerate(quotas_K.tolist()) if 0 < n < wanted)
 
@@ -222,6 +229,8 @@ def plan_warnings(recipe: Recipe, world_size: int) -> list[str]:
         warnings.append(
             f"data.lanes = {lanes} cannot be shared evenly by {world_size} ranks: to train, make it a multiple"
         )
+    if recipe.stages.adaptive:
+        warnings.append("stages.adaptive: samples, load and bytes are those of the first shares, which will change")
     return warnings
 
 

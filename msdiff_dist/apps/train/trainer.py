@@ -96,6 +96,7 @@ class Trainer:
             self.ema.averages,
             recipe.freezing().names,
             self.progress,
+            plan.batches,
         )
         # The state is restored before the data are opened: their fingerprint is compared with the checkpoint's, and the
         # feed starts at the checkpoint's step.
