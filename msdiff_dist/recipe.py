@@ -16,7 +16,7 @@ from msdiff_dist.config import from_mapping, to_mapping, with_current_names
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.make.encoding import EncodeConfig
 from msdiff_dist.diffusion.augmentation import AUGMENT_LABELS, AugmentationConfig
-from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig, build_process, build_times
+from msdiff_dist.diffusion.config import DiffusionConfig, build_process, build_times
 from msdiff_dist.diffusion.process import Process
 from msdiff_dist.diffusion.stage_partition import StagePartition, build_partition
 from msdiff_dist.diffusion.training_times import TrainingTimes
@@ -39,6 +39,7 @@ from msdiff_dist.training.config import TrainConfig
 from msdiff_dist.training.ema import EmaConfig
 from msdiff_dist.training.guide import GuideConfig
 from msdiff_dist.training.optimizer import LrScheduleConfig, OptimizerConfig
+from msdiff_dist.training.phases import GrowConfig, TrainedStagesConfig
 from msdiff_dist.training.sinks import MetricsConfig
 
 
@@ -49,10 +50,11 @@ class Recipe:
     name: str
     """Name of the run: its default folder is `runs/NAME`."""
     data: DataConfig
-    stages: StagesConfig
+    stages: TrainedStagesConfig
     model: ModelConfig
     optimizer: OptimizerConfig
     train: TrainConfig
+    grow: GrowConfig | None = None
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     text_encoder: TextEncoderConfig | None = None
@@ -106,7 +108,7 @@ class Recipe:
 
     def freezing(self) -> Freezing:
         """The parameters that do not train, and the stages whose samples are trained on."""
-        return freezing(self.model, self.train.freeze)
+        return freezing(self.model, self.train.freeze, self.stages.ended)
 
     def partition(self) -> StagePartition:
         """The stages, in the process's own time."""
@@ -387,6 +389,17 @@ def _check_validation(recipe: Recipe) -> None:
         )  # fmt: skip
 
 
+def _check_grow(recipe: Recipe) -> None:
+    if recipe.grow is not None:
+        recipe.grow.check(recipe.stages, recipe.model, recipe.train, recipe.optimizer)
+
+
+def _check_ends(recipe: Recipe) -> None:
+    if recipe.stages.end is not None:
+        first = 1 + (recipe.grow.at if recipe.grow else 0)
+        recipe.stages.end.check(first, recipe.train.steps, validates=recipe.validation is not None)
+
+
 _CHECKS: dict[Callable[[Recipe], None], tuple[str, ...]] = {
     _check_name: ("name",),
     _check_extensions: ("extensions",),
@@ -402,6 +415,8 @@ _CHECKS: dict[Callable[[Recipe], None], tuple[str, ...]] = {
     _check_validation: ("validation", "data"),
     _check_evaluation: ("evaluation", "diffusion", "stages", "data", "encode"),
     _check_compilation: ("train", "parallel", "activation_checkpointing"),
-    _check_freezing: ("train", "model", "parallel"),
+    _check_freezing: ("train", "model", "parallel", "stages"),
+    _check_grow: ("grow", "stages", "train", "model", "optimizer"),
+    _check_ends: ("grow", "stages", "train", "validation"),
 }
 """The checks of what fields must have in common, and the sections that each reads."""

@@ -27,10 +27,10 @@ from rich.table import Table
 from msdiff_dist.apps.train.plan import plan_run
 from msdiff_dist.apps.train.trainer import Trainer
 from msdiff_dist.data.config import DataConfig
-from msdiff_dist.diffusion.config import StagesConfig
 from msdiff_dist.distributed.environment import Environment
 from msdiff_dist.recipe import Recipe, load_recipe, recipe_from, recipe_mapping
 from msdiff_dist.testing import run_distributed
+from msdiff_dist.training.phases import TrainedStagesConfig
 from msdiff_dist.training.run_folder import RunFolder
 
 # Two networks of different sizes; 94 % of the samples are below timestep 875.
@@ -81,7 +81,7 @@ def alone(recipe: Recipe, stage: int, samples: int) -> Recipe:
         recipe,
         name=f"{recipe.name}_{stage}",
         model=recipe.model.of_stages([stage]),
-        stages=StagesConfig(),
+        stages=TrainedStagesConfig(),
         train=replace(recipe.train, global_batch_size=samples, micro_batch_size=None),
         parallel=replace(recipe.parallel, placement="auto"),
     )

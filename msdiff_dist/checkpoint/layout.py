@@ -61,6 +61,7 @@ class CheckpointIndex:
         optimizer_began: by prefix of the parameter names, the step at which the optimizer of a part began of which
             something was frozen before, or which is another one in a branch. Those of other parts began with the run.
         stages: counters of the stages' samples and of their decoders' steps, if not every decoder steps on every batch.
+        stage_ends: which stages have ended, and what decides over the others, as `training.stage_ends` stores it.
         format: version of this layout.
     """
 
@@ -76,12 +77,13 @@ class CheckpointIndex:
     data_began: int = 0
     optimizer_began: dict[str, int] = field(default_factory=dict)
     stages: dict[str, Any] = field(default_factory=dict)
+    stage_ends: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
     def dump(self) -> str:
         """The index as JSON text."""
         content = asdict(self)
-        for name in ("data_began", "optimizer_began", "stages"):
+        for name in ("data_began", "optimizer_began", "stages", "stage_ends"):
             if not content[name]:  # a key that earlier versions do not know
                 del content[name]
         return json.dumps(content, indent=1)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -121,8 +122,24 @@ def check_architecture(reader: CheckpointReader, shapes: Mapping[str, tuple[int,
         )  # fmt: skip
 
 
+class StateReader(Protocol):
+    """What `restore` needs of a checkpoint: `CheckpointReader` has it, and what reads one as another model's."""
+
+    index: CheckpointIndex
+
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of tensors that it has."""
+
+    def holds(self, kind: str, name: str) -> bool:
+        """Whether there is any of that kind of a parameter."""
+
+    def read_range(self, kind: str, name: str, start: int, numel: int) -> Tensor:
+        """Elements [start, start + numel) of the flattened `kind` of parameter `name`, float32."""
+
+
 def restore(
-    reader: CheckpointReader,
+    reader: StateReader,
     state: Mapping[str, ShardedState],
     averages: Averages,
     began: Mapping[str, int],
@@ -159,6 +176,10 @@ def restore(
             source = kind if kind in kinds else "param"
             for f in shards.fragments:
                 average[prefix][f.flat][f.offset : f.offset + f.numel].copy_(read(source, f))
+        for kind, flats in shards.frozen.averages.items():
+            source = kind if kind in kinds else "param"
+            for f in shards.frozen.fragments:
+                flats[f.flat][f.offset : f.offset + f.numel].copy_(read(source, f))
 
 
 def start_from(
@@ -178,3 +199,6 @@ def start_from(
         for average in averages.values():
             for values, flat in zip(average[prefix], shards.flats(), strict=True):
                 values.copy_(flat.detach())
+        for kept in shards.frozen.averages.values():
+            for values, flat in zip(kept, shards.frozen.flats, strict=True):
+                values.copy_(flat)

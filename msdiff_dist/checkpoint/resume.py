@@ -15,7 +15,9 @@ from msdiff_dist.errors import CheckpointError
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def open_newest_intact(checkpoints: Path, shapes: Shapes, batch_size: int) -> tuple[CheckpointReader | None, list[str]]:
+def open_newest_intact(
+    checkpoints: Path, shapes: Shapes, batch_size: int, before: Shapes | None = None
+) -> tuple[CheckpointReader | None, list[str]]:
     """The newest intact checkpoint, or None if there is no checkpoint, and notes for the user. Collective.
 
     Every file is compared with its checksum; each rank compares its share of the files. A corrupt checkpoint is put
@@ -24,6 +26,7 @@ def open_newest_intact(checkpoints: Path, shapes: Shapes, batch_size: int) -> tu
     Args:
         shapes: shapes of the parameters of the model being trained, by name.
         batch_size: the run's global batch size.
+        before: shapes of the model that the run may have trained before this one; None: there was none.
 
     Raises:
         CheckpointError: the newest intact checkpoint has a newer format, another architecture or another batch size,
@@ -33,11 +36,11 @@ def open_newest_intact(checkpoints: Path, shapes: Shapes, batch_size: int) -> tu
     found = on_rank_0(lambda: _complete_ones(checkpoints))
     error: CheckpointError | None = None
     for folder in reversed(found):
-        reader, error = _opened(folder, shapes, batch_size)
+        reader, error = _opened(folder, shapes, batch_size, before)
         if error is None:
             return reader, notes
         if not isinstance(error, CorruptError):
-            raise _with_offer(error, found[: found.index(folder)], shapes, batch_size)
+            raise _with_offer(error, found[: found.index(folder)], shapes, batch_size, before)
         aside = on_rank_0(partial(_put_aside, folder))
         notes.append(f"{error.value} {error.problem}; the checkpoint was put aside as {aside.name}")
     if error:
@@ -56,7 +59,9 @@ def remove_later(snapshots: Path, step: int) -> None:
             remove(folder)
 
 
-def _opened(folder: Path, shapes: Shapes, batch_size: int) -> tuple[CheckpointReader | None, CheckpointError | None]:
+def _opened(
+    folder: Path, shapes: Shapes, batch_size: int, before: Shapes | None
+) -> tuple[CheckpointReader | None, CheckpointError | None]:
     """The checkpoint and the error of the first rank that raised one, None if none did. Collective."""
     reader: CheckpointReader | None = None
     error: CheckpointError | None = None
@@ -64,15 +69,16 @@ def _opened(folder: Path, shapes: Shapes, batch_size: int) -> tuple[CheckpointRe
     try:
         reader = CheckpointReader(folder)
         reader.verify(ranks.rank, ranks.world_size)
-        _check_fits(reader, shapes, batch_size)
+        _check_fits(reader, shapes, batch_size, before)
     except CheckpointError as e:
         error = e
     return reader, combined(error, first_of)
 
 
-def _check_fits(reader: CheckpointReader, shapes: Shapes, batch_size: int) -> None:
+def _check_fits(reader: CheckpointReader, shapes: Shapes, batch_size: int, before: Shapes | None) -> None:
+    if reader.index.shapes != before:
+        check_architecture(reader, shapes)
     # The batch size must be the same because the position in the data is step x batch_size.
-    check_architecture(reader, shapes)
     if reader.index.batch_size != batch_size:
         raise CheckpointError(
             "checkpoint", str(reader.folder),
@@ -82,11 +88,13 @@ def _check_fits(reader: CheckpointReader, shapes: Shapes, batch_size: int) -> No
         )  # fmt: skip
 
 
-def _with_offer(error: CheckpointError, older: list[Path], shapes: Shapes, batch_size: int) -> CheckpointError:
+def _with_offer(
+    error: CheckpointError, older: list[Path], shapes: Shapes, batch_size: int, before: Shapes | None
+) -> CheckpointError:
     """The error, whose remedy also names the newest of the `older` checkpoints that fits, if one does."""
     for folder in reversed(older):
         try:
-            _check_fits(CheckpointReader(folder), shapes, batch_size)
+            _check_fits(CheckpointReader(folder), shapes, batch_size, before)
         except CheckpointError:
             continue
         remedy = f"{error.remedy} The newest that fits is {folder.name}: move the newer ones away to resume from it."

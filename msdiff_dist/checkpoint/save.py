@@ -70,14 +70,16 @@ class HostCopy:
         return pieces | self._frozen_pieces(("param", *self._averages) if kinds is None else kinds)
 
     def _frozen_pieces(self, kinds: Collection[str]) -> dict[str, Tensor]:
-        """The ranges of frozen parameters on this rank: weights that are their own averages, and no moments."""
+        """The ranges of frozen parameters on this rank: weights, mostly their own averages, and no moments."""
         pieces: dict[str, Tensor] = {}
         wanted = [kind for kind in ("param", *self._averages) if kind in kinds]
         for prefix, shards in self._state.items() if wanted else ():
             on_host = [flat.detach().cpu() for flat in shards.frozen.flats]  # on the host they are views: none changes
             for f in shards.frozen.fragments:
-                piece = on_host[f.flat][f.offset : f.offset + f.numel]
-                pieces |= {key_of(kind, prefix + f.name, f.start): piece for kind in wanted}
+                for kind in wanted:
+                    flats = shards.frozen.averages.get(kind, on_host)
+                    piece = flats[f.flat][f.offset : f.offset + f.numel]
+                    pieces[key_of(kind, prefix + f.name, f.start)] = piece
         return pieces
 
     def _sources(self) -> Iterator[tuple[str, int, str, Tensor]]:

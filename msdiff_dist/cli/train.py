@@ -37,6 +37,7 @@ def train(
     Example: msdiff train quickstart.yaml train.steps=300 --nproc 4 --run-dir runs/digits
     """
     from msdiff_dist.apps.train.branch import branched
+    from msdiff_dist.apps.train.phases import first_phase
     from msdiff_dist.apps.train.plan import check_run
     from msdiff_dist.apps.train.warm_start import start_weights
     from msdiff_dist.distributed.environment import is_rank_process, this_device
@@ -57,7 +58,7 @@ def train(
     if origin:
         origin.check(parsed, folder)
     else:
-        start_weights(parsed, RunFolder(folder).checkpoints)
+        start_weights(first_phase(parsed), RunFolder(folder).checkpoints)
     if is_rank_process():
         if os.environ["RANK"] == "0":
             register_run(folder)

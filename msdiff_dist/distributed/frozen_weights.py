@@ -7,8 +7,8 @@ it is a copy in host memory, because no step on the device reads it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -37,11 +37,14 @@ class FrozenShards:
         flats: 1-D tensors. Training never changes them.
         fragments: where the ranges of the parameters lie in them.
         publish: gives the network on every rank of the group these weights. Collective in the group.
+        averages: averages of the weights that are other than these, by kind, each laid out as `flats`: of parameters
+            that once trained. The averages of others are the weights themselves.
     """
 
     flats: Sequence[Tensor]
     fragments: tuple[Fragment, ...]
     publish: Callable[[], None]
+    averages: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
 
 
 def frozen_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -82,11 +85,21 @@ def keep_whole(module: nn.Module, group: dist.ProcessGroup, dtype: torch.dtype) 
     return FrozenShards(flats=[fp32], fragments=fragments, publish=publish)
 
 
-def keep_aside(module: nn.Module, group: dist.ProcessGroup) -> FrozenShards:
-    """Only this rank's range of the parameters of `module`, in host memory: of a part that no rank computes."""
+def keep_aside(module: nn.Module, group: dist.ProcessGroup, averages: Collection[str] = ()) -> FrozenShards:
+    """Only this rank's range of the parameters of `module`, in host memory: of a part that no rank computes.
+
+    Args:
+        averages: kinds of averages that are kept beside the weights, and begin as these.
+    """
     parameters = dict(module.named_parameters())
     shard, fragments = _own_range(parameters, group)
-    return FrozenShards(flats=[_copied(parameters, fragments, shard)], fragments=fragments, publish=lambda: None)
+    own = _copied(parameters, fragments, shard)
+    return FrozenShards(
+        flats=[own],
+        fragments=fragments,
+        publish=lambda: None,
+        averages={kind: [own.clone()] for kind in averages},
+    )
 
 
 def _own_range(parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup) -> tuple[int, tuple[Fragment, ...]]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from msdiff_dist.distributed.agree import combined
+
 SHARED, ROUTING = "shared", "routing"
 """What to call the groups of all ranks."""
 
@@ -29,6 +31,12 @@ class Groups:
         """All groups of this rank by what to call them."""
         named = {f"stage {k}": group for k, group in self.stage.items()}
         return named | {SHARED: all_ranks(), ROUTING: self.routing}
+
+    def close(self) -> None:
+        """Give back the groups, which nobody uses any more. Collective."""
+        combined(None, lambda _: None)  # a rank that left early would close what another still reads from
+        for group in (*self.stage.values(), self.routing):
+            dist.destroy_process_group(group)
 
 
 def all_ranks() -> dist.ProcessGroup:

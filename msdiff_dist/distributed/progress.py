@@ -23,6 +23,7 @@ class Phase:
 
 START = Phase("start-up", patient=True)
 PLACE = Phase("start-up: stages placed", patient=True)
+FIND = Phase("start-up: checkpoint found", patient=True)
 BUILD = Phase("start-up: engines built", patient=True)
 RESTORE = Phase("start-up: checkpoint restored", patient=True)
 OPEN = Phase("start-up: data opened", patient=True)

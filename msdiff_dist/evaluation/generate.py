@@ -94,6 +94,11 @@ class ImageGenerator:
             )  # fmt: skip
         return self._codec.to_images(x0)
 
+    @property
+    def num_stages(self) -> int:
+        """Stages of the model."""
+        return self._partition.num_stages
+
     def to_images(self, x0: Tensor) -> Tensor:
         """The uint8 images [n, C, H, W] of samples, or latents, [n, C, H, W]."""
         return self._codec.to_images(x0)

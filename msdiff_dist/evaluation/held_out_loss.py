@@ -201,7 +201,9 @@ class HeldOutLoss:
         if context is not None and context.dtype == torch.uint16:
             context = context.view(torch.bfloat16)
         context = None if context is None else context.to(model.device).float()
-        output = model.network(x_in, time_n, batch.stage, None if label is None else label.to(model.device), context)
+        # A unified model computes every stage: a run that will grow out of it is measured by the stages to come.
+        stage = batch.stage if model.num_stages > 1 else 0
+        output = model.network(x_in, time_n, stage, None if label is None else label.to(model.device), context)
         losses = sample_losses(output, self._process.target(x0_nCHW, noise_nCHW, t_n), self._loss)
         found: Floats = losses.double().cpu().numpy()
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from msdiff_dist.config import from_mapping
@@ -86,7 +86,10 @@ def describe(recipe: Mapping[str, Any], step: int) -> ModelDescription:
     shape = data.x_shape
     # Data of another kind than images are latents already, in the shape that the diffusion sees.
     _, height, width = autoencoder.latent_shape(shape[0], shape[1]) if data.kind == "image" else shape
-    mapping = {name: recipe[name] for name in ("model", "diffusion", "stages", "autoencoder", "name")}
+    mapping = {name: recipe[name] for name in ("model", "diffusion", "autoencoder", "name")}
+    # How the stages were trained is not part of the model.
+    of_model = {f.name for f in fields(StagesConfig)}
+    mapping["stages"] = {name: value for name, value in recipe["stages"].items() if name in of_model}
     mapping |= {"text_encoder": recipe.get("text_encoder"), "context_shape": data.context_shape}
     mapping |= {"extensions": recipe.get("extensions", ())}
     mapping |= {"sample_size": height if height == width else [height, width]}

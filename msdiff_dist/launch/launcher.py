@@ -19,6 +19,7 @@ from rich.console import Console
 
 from msdiff_dist.apps.train.branch import Branch, branched
 from msdiff_dist.apps.train.found_data import DataFinder
+from msdiff_dist.apps.train.phases import first_phase
 from msdiff_dist.apps.train.plan import check_run, plan_run
 from msdiff_dist.apps.train.prediction import predict
 from msdiff_dist.apps.train.warm_start import start_weights
@@ -102,7 +103,7 @@ def check_runs(runs: Sequence[Run], cluster: ClusterConfig) -> None:
         if run.branch:
             run.branch.check(run.recipe, run.folder)
         else:
-            start_weights(run.recipe, RunFolder(run.folder, comparable_mapping).checkpoints)
+            start_weights(first_phase(run.recipe), RunFolder(run.folder, comparable_mapping).checkpoints)
     records = [record for run in runs if (record := JobRecord.load(run.folder))]
     for record in (record for record, state in zip(records, states(records), strict=True) if state.active):
         raise RunFolderError(

@@ -23,6 +23,7 @@ class Freezing:
         names: the frozen parameters, by name in the whole model; empty: everything trains.
         stages: the stages whose samples train something, ascending. While a parameter of the shared part trains these
             are all stages, because gradients reach it through frozen decoders too; else those whose own part trains.
+            Stages that have ended are never among them.
     """
 
     names: frozenset[str]
@@ -37,18 +38,19 @@ class Freezing:
 
 
 @lru_cache(maxsize=64)
-def freezing(config: ModelConfig, patterns: tuple[str, ...]) -> Freezing:
-    """What `train.freeze` leaves of a model.
+def freezing(config: ModelConfig, patterns: tuple[str, ...], ended: tuple[int, ...] = ()) -> Freezing:
+    """What `train.freeze` and `stages.ended` leave of a model.
 
     Args:
         patterns: each names a parameter, a module with all below it (`shared`, `stages.0`), or several of either by
             `*`, `?` and `[...]`, as file names are matched; `*` also matches dots.
+        ended: stages that do not train, of which no samples are drawn although a shared part trains.
 
     Raises:
         ConfigError: patterns match nothing, or nothing is left to train.
     """
-    every = tuple(range(config.num_stages))
-    if not patterns:
+    every = tuple(k for k in range(config.num_stages) if k not in ended)
+    if not patterns and not ended:
         return Freezing(names=frozenset(), stages=every)
     known = parameter_names(config)
     matched = {pattern: frozenset(name for name in known if matches(pattern, name)) for pattern in patterns}
@@ -57,10 +59,12 @@ def freezing(config: ModelConfig, patterns: tuple[str, ...]) -> Freezing:
         for i, pattern in enumerate(patterns)
         if not matched[pattern]
     )
-    names = frozenset[str]().union(*matched.values())
+    of_ended = tuple(f"stages.{k}." for k in ended)
+    names = frozenset(name for name in known if name.startswith(of_ended)).union(*matched.values())
     trained = [name for name in known if name not in names]
-    if not trained:
-        raise ConfigError("train.freeze", list(patterns), "leaves nothing to train", "Take a part from the list.")
+    if not trained or not every:
+        field, value = ("train.freeze", patterns) if every else ("stages.ended", ended)
+        raise ConfigError(field, list(value), "leaves nothing to train", "Take a part from the list.")
     if any(name.startswith("shared.") for name in trained):
         return Freezing(names=names, stages=every)
     stages = tuple(k for k in every if any(name.startswith(f"stages.{k}.") for name in trained))
@@ -73,12 +77,17 @@ def matches(pattern: str, name: str) -> bool:
 
 
 @lru_cache(maxsize=16)
-def parameter_names(config: ModelConfig) -> tuple[str, ...]:
-    """Names of all parameters of the whole model. Nothing is allocated."""
+def parameter_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    """Shapes of all parameters of the whole model, by name. Nothing is allocated."""
     with torch.device("meta"):
         shared, stages = build_parts(config, range(config.num_stages))
     parts: Sequence[tuple[str, nn.Module]] = [("shared.", shared), *((f"stages.{k}.", p) for k, p in stages.items())]
-    return tuple(prefix + name for prefix, part in parts for name, _ in part.named_parameters())
+    return {prefix + name: tuple(p.shape) for prefix, part in parts for name, p in part.named_parameters()}
+
+
+def parameter_names(config: ModelConfig) -> tuple[str, ...]:
+    """Names of all parameters of the whole model. Nothing is allocated."""
+    return tuple(parameter_shapes(config))
 
 
 def _nearest(pattern: str, names: Sequence[str]) -> str:

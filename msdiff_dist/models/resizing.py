@@ -71,6 +71,28 @@ class Resized:
             new = new[:, self.columns.source] * _along(self.columns.reads, new.ndim, 1).to(new.dtype)
         return new
 
+    def apply_to_gradient(self, old: Tensor, degree: int) -> Tensor:
+        """The same of a tensor that averages powers of the parameter's gradient (an optimizer's moment).
+
+        A weight's gradient is that of its row's output times its column's input. The r copies of an output share its
+        gradient, each by the inverse of the factor with which it was made; a copy of an input is the input times that
+        factor. So a wider model that computes the same has exactly these gradients.
+
+        Args:
+            degree: 1 for a mean of gradients, 2 for one of their squares.
+        """
+        new = old
+        if self.rows is not None:
+            new = new[self.rows.source] * _along((self.rows.reads / self.rows.writes) ** degree, new.ndim, 0)
+        if self.columns is not None:
+            new = new[:, self.columns.source] * _along(self.columns.writes**degree, new.ndim, 1)
+        return new
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether nothing changes but the name."""
+        return self.rows is None and self.columns is None
+
 
 def _along(scale: Tensor, ndim: int, axis: int) -> Tensor:
     """`scale` [n] shaped to broadcast along one axis of a tensor with `ndim` axes."""

@@ -70,6 +70,11 @@ class EmaConfig:
                 "halflife_images", self.halflife_images, f"there is also a decay per step, {self.decay}", "Keep one."
             )
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of averages, as checkpoints name them."""
+        return "ema", *map(kind_of, self.power.lengths if self.power else ())
+
     def decay_at(self, update: int, batch_size: int) -> float:
         """Share of the average that update number `update`, counted from 1, keeps.
 
@@ -105,8 +110,7 @@ class ShardedEma:
         self._config, self._state, self._batch_size = config, state, batch_size
         self._exponents = {kind_of(s): exponent(s) for s in (config.power.lengths if config.power else ())}
         self.averages: dict[str, dict[str, list[Tensor]]] = {
-            kind: {p: [f.detach().clone() for f in s.flats()] for p, s in state.items()}
-            for kind in ("ema", *self._exponents)
+            kind: {p: [f.detach().clone() for f in s.flats()] for p, s in state.items()} for kind in config.kinds
         }
 
     @torch.no_grad()

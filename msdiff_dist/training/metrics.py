@@ -80,6 +80,8 @@ class StepMetrics:
         validation: held-out loss after this step, at steps that validate: `loss` (the objective), `loss_per_stage`,
             `loss_per_bin`, `unweighted`, `epsilon` and `epsilon_per_stage` (see `HeldOutLoss.summary`), `weights`
             (`ema` or `raw`), and under `raw` the same of the last weights.
+        phase: at a step after which the run trains other stages: `grown`, whether it has grown out of a unified model,
+            and `ended`, the stages that have ended.
     """
 
     step: int
@@ -101,15 +103,17 @@ class StepMetrics:
     damaged: int
     guide_loss: float | None = None
     validation: dict[str, Any] | None = None
+    phase: dict[str, Any] | None = None
 
     def scalars(self) -> dict[str, float]:
         """Every number by a name of its own: `loss`, `loss_per_stage/0`, `seconds/data`.
 
-        All but `busy_seconds`, of which there are as many as ranks: `balance` and `slowest_rank` stand for them.
+        All but `busy_seconds`, of which there are as many as ranks (`balance` and `slowest_rank` stand for them), and
+        `phase`, which is no measurement.
         """
         found: dict[str, float] = {}
         for field in fields(self):
-            if field.name != "busy_seconds":
+            if field.name not in ("busy_seconds", "phase"):
                 _flatten(field.name, getattr(self, field.name), found)
         return found
 
@@ -141,15 +145,15 @@ class Meter:
         batch_size: the global batch size.
         peak_petaflops: 1e15 floating-point operations that all devices compute in a second at most; None: not known.
         time_left: says how long the run will go on.
+        corrupt: corrupt shards and samples skipped so far, since this start.
 
     Attributes:
         saving: seconds for which training stood still for the checkpoint after the last step.
     """
 
-    def __init__(self, batch_size: int, peak_petaflops: float | None, time_left: TimeLeft) -> None:
+    def __init__(self, batch_size: int, peak_petaflops: float | None, time_left: TimeLeft, corrupt: int = 0) -> None:
         self._batch_size, self._peak_petaflops = batch_size, peak_petaflops
-        self._time_left = time_left
-        self._corrupt = 0
+        self._time_left, self._corrupt = time_left, corrupt
         self.saving = 0.0
 
     def measure(self, step: int, outcome: StepOutcome, lr: float, elapsed: float, compute: Compute) -> StepMetrics:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import torch
@@ -22,10 +22,13 @@ class Optimizer:
     Args:
         build: makes a torch optimizer of (parameters, configuration, whether to use fused kernels).
         moments: fp32 numbers that it keeps for each parameter, for the plan's estimate of memory.
+        degrees: by name of such a number in the optimizer's state, the power of the gradient that it averages: 1 for a
+            mean of gradients, 2 for one of their squares. Without them a run cannot grow into decoders of other widths.
     """
 
     build: Callable[[list[nn.Parameter], OptimizerConfig, bool], torch.optim.Optimizer]
     moments: Callable[[OptimizerConfig], int]
+    degrees: Mapping[str, int] = field(default_factory=dict)
 
 
 def _adamw(parameters: list[nn.Parameter], config: OptimizerConfig, fused: bool) -> torch.optim.Optimizer:
@@ -46,12 +49,14 @@ def _sgd(parameters: list[nn.Parameter], config: OptimizerConfig, fused: bool) -
     )
 
 
+_ADAMS_DEGREES = {"exp_avg": 1, "exp_avg_sq": 2}
+
 OPTIMIZERS: Table[Optimizer] = Table(
     "optimizer",
     {
-        "adamw": Optimizer(_adamw, lambda config: 2),
-        "adam": Optimizer(_adam, lambda config: 2),
-        "sgd": Optimizer(_sgd, lambda config: int(config.momentum > 0)),
+        "adamw": Optimizer(_adamw, lambda config: 2, _ADAMS_DEGREES),
+        "adam": Optimizer(_adam, lambda config: 2, _ADAMS_DEGREES),
+        "sgd": Optimizer(_sgd, lambda config: int(config.momentum > 0), {"momentum_buffer": 1}),
     },
 )
 
@@ -81,11 +86,11 @@ class OptimizerConfig:
     """Greatest norm of the gradient of the whole model; 0: no clipping."""
 
     def __post_init__(self) -> None:
-        for field, value in (("lr", self.lr), ("eps", self.eps)):
+        for name, value in (("lr", self.lr), ("eps", self.eps)):
             if not value > _LEAST:
-                raise ConfigError(field, value, "must be above 0 in fp32", "Adam usually takes lr 1e-4, eps 1e-8.")
-        for field, most in (("lr", 1000.0), ("eps", 1000.0), ("weight_decay", 1000.0), ("grad_clip", GREATEST_FLOAT)):
-            check_between(field, getattr(self, field), 0, most)
+                raise ConfigError(name, value, "must be above 0 in fp32", "Adam usually takes lr 1e-4, eps 1e-8.")
+        for name, most in (("lr", 1000.0), ("eps", 1000.0), ("weight_decay", 1000.0), ("grad_clip", GREATEST_FLOAT)):
+            check_between(name, getattr(self, name), 0, most)
         if not 0 <= self.momentum < 1:
             raise ConfigError("momentum", self.momentum, "must lie in [0, 1)", "Use 0.9, or 0 for none.")
         if not all(0 <= b < 1 for b in self.betas):

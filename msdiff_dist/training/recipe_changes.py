@@ -46,6 +46,10 @@ MAY_CHANGE: tuple[Fields, ...] = (
     ),
     Fields(("train.condition_dropout",), "holds from the next step on; which samples drop what is drawn anew"),
     Fields(
+        ("grow.at", "stages.end"),
+        "at which step stages change; a step that has passed is refused, and what has grown or ended stays so",
+    ),
+    Fields(
         ("diffusion.discrete.min_snr_gamma", "diffusion.vp.min_snr_gamma", "diffusion.edm.min_snr_gamma"),
         "weighs the losses to come; the smoothed loss, which `checkpoint.keep_best` compares, mixes both for about 100 "
         "steps",
@@ -73,7 +77,7 @@ MAY_CHANGE: tuple[Fields, ...] = (
 """Fields that may change when a run is resumed."""
 
 MUST_STAY: tuple[Fields, ...] = (
-    Fields(("model.", "stages.boundaries"), "the weights belong to them"),
+    Fields(("model.", "stages.boundaries", "grow.width", "grow.attention"), "the weights belong to them"),
     Fields(
         (
             "diffusion.process",
@@ -94,7 +98,7 @@ MUST_STAY: tuple[Fields, ...] = (
     ),
     Fields(("ema.power.lengths",), "such an average holds all steps since the first"),
     Fields(("train.precision",), "the run keeps what its first start chose"),
-    Fields(("train.freeze",), "what trains has moments and averages from its first step on"),
+    Fields(("train.freeze", "stages.ended"), "what trains has moments and averages from its first step on"),
     Fields(
         ("train.seed", "data.lanes", "data.shuffle", "data.sources"),
         "they decide the order of samples, and a checkpoint's position in the data is a number in that order. The end "

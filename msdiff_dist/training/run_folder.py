@@ -191,8 +191,8 @@ class RunFolder:
         """Drop the lines of metrics.jsonl of steps past `after_step`, which will be trained again."""
         if not self.metrics_file.exists():
             return
-        kept = []
-        for line in self.metrics_file.read_bytes().splitlines():
+        kept, content = [], self.metrics_file.read_bytes()
+        for line in content.splitlines():
             try:
                 step = parse_mapping(line)["step"]
             except (ValueError, KeyError):  # the torn last line of a killed run
@@ -201,7 +201,8 @@ class RunFolder:
                 break
             if step <= after_step:
                 kept.append(line + b"\n")
-        atomic_write(self.metrics_file, b"".join(kept))
+        if b"".join(kept) != content:  # a run that only changes its phase has the file open
+            atomic_write(self.metrics_file, b"".join(kept))
 
 
 def _locked(file: IO[str]) -> bool:

@@ -35,7 +35,7 @@ class JsonLines:
     def write(self, metrics: StepMetrics) -> None:
         """Append a line."""
         content = asdict(metrics)
-        for key in ("validation", "guide_loss"):  # steps that validate, or are guided, have the key, and no others
+        for key in ("validation", "guide_loss", "phase"):  # of the steps that have them
             if content[key] is None:
                 del content[key]
         self._file.write(json.dumps(content) + "\n")

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from msdiff_dist.checkpoint.layout import CheckpointIndex, part_of
-from msdiff_dist.checkpoint.load import CheckpointReader, restore, start_from
+from msdiff_dist.checkpoint.load import StateReader, restore, start_from
 from msdiff_dist.checkpoint.save import Averages, gather_shapes, moment_kinds
 from msdiff_dist.data.fingerprint import Fingerprint
 from msdiff_dist.distributed.agree import joined
@@ -16,6 +16,7 @@ from msdiff_dist.distributed.zero_state import ShardedState
 from msdiff_dist.models.projector import PREFIX
 from msdiff_dist.training.batch_plans import BatchPlans
 from msdiff_dist.training.metrics import LossAverage
+from msdiff_dist.training.stage_ends import StageEnds
 from msdiff_dist.training.stage_progress import StageProgress
 
 
@@ -39,6 +40,7 @@ class TrainState:
         loss_average: the smoothed training loss, which `checkpoint.keep_best` compares.
         fingerprint: fingerprint of the data set's shards, by source; empty for a new run until its data are read.
         shapes: shape of every parameter of the whole model, by name.
+        ends: which stages have ended, and what decides over the others.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class TrainState:
         self.fingerprint: Fingerprint = []
         self.shapes = gather_shapes(shards)
         self.data_began = 0
+        self.ends = StageEnds()
         self._recipe, self._batch_size, self._frozen = dict(recipe), batch_size, frozen
         self._progress, self._batches = progress or StageProgress([]), batches
         self._optimizer_began: dict[str, int] = {}
@@ -79,9 +82,10 @@ class TrainState:
             data_began=self.data_began,
             optimizer_began=self._optimizer_began,
             stages=self._progress.fields() | ({"adaptive": adaptive} if adaptive else {}),
+            stage_ends=self.ends.stored(),
         )
 
-    def restore(self, checkpoint: CheckpointReader) -> None:
+    def restore(self, checkpoint: StateReader) -> None:
         """Take over the state that the checkpoint holds. Collective.
 
         The optimizer of a part begins anew if the checkpoint lacks moments of a parameter that now trains: one counter
@@ -95,6 +99,7 @@ class TrainState:
         restore(checkpoint, self.shards, self.averages, self._optimizer_began, self._progress.own_steps())
         self.step, self.loss_average.value = checkpoint.index.step, checkpoint.index.loss
         self.fingerprint, self.data_began = checkpoint.index.data, checkpoint.index.data_began
+        self.ends = StageEnds.of(checkpoint.index.stage_ends)
         if self._batches and (adaptive := checkpoint.index.stages.get("adaptive")):
             self._batches.restore(self.step - self.data_began, adaptive)
 

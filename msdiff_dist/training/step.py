@@ -36,6 +36,7 @@ class TrainStep:
         progress: counts samples and steps of the stages, and says which decoders step; None: all do.
         max_bad: how many corrupt shards and samples all ranks together may skip.
         guide: aligns the encoder with a teacher in the steps that are guided; None: no step is.
+        corruption: what any rank has met since this start, the same on every rank; it grows. None: nothing.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class TrainStep:
         max_bad: int,
         progress: StageProgress | None = None,
         guide: Guide | None = None,
+        corruption: dict[tuple[str, str | None], Corruption] | None = None,
     ) -> None:
         self._feed, self._prepare, self._objective, self._engines = feed, prepare, objective, engines
         self._env, self._max_bad, self._guide = environment, max_bad, guide
@@ -60,8 +62,7 @@ class TrainStep:
         self.progress = progress or StageProgress(self._quotas.quotas_K.tolist())
         # Losses of this step's samples on this rank, with their indices in the global batch.
         self._losses: list[tuple[Tensor, np.ndarray]] = []
-        # All corruption that any rank has met; the same on every rank.
-        self._corruption: dict[tuple[str, str | None], Corruption] = {}
+        self._corruption = {} if corruption is None else corruption
 
     def __call__(self, lr: float, stop_requested: bool = False, guided: bool = False) -> StepOutcome:
         """Run one global batch and step the optimizers with learning rate `lr`.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from msdiff_dist.apps.train.found_data import FoundData, find_data
+from msdiff_dist.apps.train.phases import Restart
 from msdiff_dist.apps.train.warm_start import architecture
 from msdiff_dist.checkpoint.layout import INDEX, CheckpointIndex, complete_checkpoints, find_checkpoint, part_of
 from msdiff_dist.checkpoint.load import CheckpointReader
@@ -176,8 +177,8 @@ class Branch:
             raise CheckpointError("--branch-from", step, e.problem, e.remedy) from None
 
     def _check_fits(self, index: CheckpointIndex, recipe: Recipe, new: Path) -> None:
-        """Refuse a recipe whose model or stages are not those of the checkpoint."""
-        before = stored_recipe(index.recipe)
+        """Refuse a recipe whose model or stages, at that step, are not those of the checkpoint."""
+        before, recipe = stored_recipe(index.recipe), Restart(recipe, _with_ends_of(recipe, index)).before
         changed = [
             (f"model.{f}", a, b) for f, a, b in differences(architecture(before.model), architecture(recipe.model))
         ]
@@ -211,7 +212,9 @@ def _begun(
     checkpoint: Path, index: CheckpointIndex, recipe: Recipe, world_size: int, found: FoundData | None
 ) -> tuple[CheckpointIndex, Origin]:
     """The index of the new run's first checkpoint, and its origin, without the old run's path."""
-    before, now = comparable_mapping(index.recipe), comparable_mapping(recipe_mapping(recipe))
+    had_ended, index = index.stage_ends, _with_ends_of(recipe, index)
+    at_step = Restart(recipe, index).before
+    before, now = comparable_mapping(index.recipe), comparable_mapping(recipe_mapping(at_step))
     fingerprint = fingerprint_shards((found or find_data(recipe.data)).shards)
     batch_size = recipe.train.batch_size(world_size)
     changed = differences(before, now)
@@ -223,7 +226,10 @@ def _begun(
         because.append(f"the global batch was {index.batch_size}, now {batch_size}")
     because += [f"shards: {change}" for change in changes(index.data, fingerprint)]
     notes = []
-    begun = replace(index, recipe=recipe_mapping(recipe), batch_size=batch_size, data=fingerprint)
+    if had_ended.get("ended") and not index.stage_ends:
+        stages = ", ".join(sorted(had_ended["ended"]))
+        notes.append(f"stages.end is another: stage {stages} had ended, and trains as the new recipe says")
+    begun = replace(index, recipe=recipe_mapping(at_step), batch_size=batch_size, data=fingerprint)
     if because:
         begun = replace(begun, data_began=index.step)
     if _kinds_of_moments(before) != _kinds_of_moments(now):
@@ -245,6 +251,12 @@ def _begun(
         time=time.time(),
     )
     return begun, origin
+
+
+def _with_ends_of(recipe: Recipe, index: CheckpointIndex) -> CheckpointIndex:
+    """The index, without what it knows of its stages' ends if another rule ends those of `recipe`: they train again."""
+    same = stored_recipe(index.recipe).stages.end == recipe.stages.end
+    return index if same else replace(index, stage_ends={})
 
 
 def _kinds_of_moments(recipe: dict[str, Any]) -> tuple[str, int]:

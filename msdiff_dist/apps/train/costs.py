@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from msdiff_dist.apps.train.guide import GuideCosts, guide_costs, guide_fields
+from msdiff_dist.apps.train.phases import Phase
 from msdiff_dist.apps.train.plan import RunPlan, recipe_costs
 from msdiff_dist.diffusion.clock import clock_of
 from msdiff_dist.diffusion.sampling import sampler_times
@@ -166,6 +167,21 @@ def steps_within(plan: RunPlan, guide: GuideConfig | None, budget: float) -> flo
         return budget / (of_model + stop * of_guide)
     guided = budget / (of_model + of_guide)
     return guided if guided <= stop else (budget - stop * of_guide) / of_model
+
+
+def petaflops_after(planned: Sequence[tuple[Phase, RunPlan]], step: int) -> float:
+    """1e15 floating-point operations of the first `step` steps of a run, each counted in its phase."""
+    _, plan = planned[0]
+    return model_petaflops_after(planned, step) + guide_petaflops(plan.guide, plan.batch_size, step)
+
+
+def model_petaflops_after(planned: Sequence[tuple[Phase, RunPlan]], step: int) -> float:
+    """`petaflops_after` without the guide."""
+    total = 0.0
+    for phase, plan in planned:
+        steps = min(step, phase.last) - phase.first + 1
+        total += max(0, steps) * step_petaflops(plan.quotas, plan.cost_K)
+    return total
 
 
 def training_petaflops(step_macs: float) -> float:

@@ -15,11 +15,13 @@ from msdiff_dist.training.metrics import Meter
 from msdiff_dist.training.sinks import Sinks
 from msdiff_dist.training.time_left import TimeLeft
 
-Outcome = Literal["finished", "preempted"]
+Outcome = Literal["finished", "preempted", "phase over"]
 
 
 def train(trainer: Trainer, sinks: Sinks, limits: WaitLimits, stop_requested: Callable[[], bool]) -> Outcome:
-    """Train from the first step that is not done to the recipe's last. Collective: every rank calls it.
+    """Train from the first step that is not done to the recipe's last, or to the last of a phase.
+
+    Collective: every rank calls it.
 
     Args:
         limits: how long ranks may wait for each other in a step, and in previews.
@@ -27,6 +29,8 @@ def train(trainer: Trainer, sinks: Sinks, limits: WaitLimits, stop_requested: Ca
 
     Returns:
         "preempted" if some rank asked to stop before the last step: everything is saved, and the run can be resumed.
+        "phase over" if the run trains other stages from the next step on: a new trainer takes it, once this one is
+        closed.
     """
     recipe, progress = trainer.recipe, trainer.env.progress
     total, validation = recipe.train.steps, recipe.validation
@@ -37,7 +41,7 @@ def train(trainer: Trainer, sinks: Sinks, limits: WaitLimits, stop_requested: Ca
         "evaluation": recipe.evaluation.every,
     }
     time_left = TimeLeft(total, pauses)
-    meter = Meter(trainer.batch_size, trainer.peak_petaflops, time_left)
+    meter = Meter(trainer.batch_size, trainer.peak_petaflops, time_left, corrupt=len(trainer.corruption))
     limit_waits(limits.step_s)
     trainer.begin_evaluation(sinks)  # if a start that was to begin it ended first
     for step in range(trainer.state.step + 1, total + 1):
@@ -58,9 +62,12 @@ def train(trainer: Trainer, sinks: Sinks, limits: WaitLimits, stop_requested: Ca
             progress.enter(RECORD)
             metrics.seconds["validation"] = time.perf_counter() - start
             time_left.paused("validation", metrics.seconds["validation"])
+        phase_is_over = trainer.phase_is_over()
+        if phase_is_over:
+            metrics = replace(metrics, phase=trainer.phase_event())
         sinks.write(metrics)
         start = time.perf_counter()
-        if trainer.save_if_due(now=step == total or outcome.stop_requested):
+        if trainer.save_if_due(now=step == total or outcome.stop_requested or phase_is_over):
             meter.saving = time.perf_counter() - start
             time_left.paused("checkpoint", meter.saving)
         if outcome.stop_requested and step < total:
@@ -80,7 +87,10 @@ def train(trainer: Trainer, sinks: Sinks, limits: WaitLimits, stop_requested: Ca
             limit_waits(limits.step_s)
             if trainer.evaluations.active is None:
                 time_left.cost("evaluation", trainer.evaluations.seconds)
-        trainer.evaluations.look(sinks)
+        trainer.evaluations.look(sinks, now=phase_is_over)
+        if phase_is_over:
+            limit_waits(limits.start_s)
+            return "phase over"
     progress.enter(EVALUATE)
     limit_waits(limits.start_s)
     trainer.evaluations.finish(sinks, stop_requested)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from msdiff_dist.apps.evaluation.during import check_evaluation
 from msdiff_dist.apps.train.found_data import FoundData, find_data
 from msdiff_dist.apps.train.guide import GuideCosts, guide_costs
 from msdiff_dist.apps.train.latent_checks import check_latents
+from msdiff_dist.apps.train.phases import Phase, phases
 from msdiff_dist.bounds import check_between, check_bytes
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.loader import StepLoader, check_first_samples
@@ -28,6 +29,7 @@ from msdiff_dist.training.adaptive_shares import AdaptiveBatches
 from msdiff_dist.training.batch_plans import BatchPlan, BatchPlans, EqualBatches, OneStageBatches
 from msdiff_dist.training.optimizer import OPTIMIZERS
 from msdiff_dist.training.sinks import check_installed
+from msdiff_dist.training.stage_ends import StageEnds
 
 MOST_RANKS = 2**20
 """Ranks that a run may have."""
@@ -166,6 +168,17 @@ def placed_costs(recipe: Recipe, cost_K: list[int], guide: GuideCosts | None) ->
     return [cost + mean for cost in cost_K]
 
 
+def plan_phases(
+    recipe: Recipe, world_size: int, ranks_per_node: int | None = None, ends: StageEnds | None = None
+) -> list[tuple[Phase, RunPlan]]:
+    """The phases of a run, each planned as `plan_run` does.
+
+    Args:
+        ends: what was decided of the stages' ends so far; None: nothing.
+    """
+    return [(phase, plan_run(phase.recipe, world_size, ranks_per_node)) for phase in phases(recipe, ends)]
+
+
 def _check_batch(recipe: Recipe, batch_size: int, world_size: int) -> None:
     """Refuse a batch that no rank could read: each reads its share of a step's samples at once."""
     size = "global" if recipe.train.micro_batch_size is None else "micro"
@@ -185,7 +198,10 @@ def recipe_costs(recipe: Recipe) -> ModelCosts:
     """Parameters and multiply-adds of the recipe's model on its latents and context."""
     _, height, width = recipe.latent_shape
     tokens = recipe.data.context_shape[0] if recipe.data.context_shape else 1
-    return costs(recipe.model, (height, width), tokens, recipe.train.freeze)
+    counted = costs(recipe.model, (height, width), tokens, recipe.train.freeze)
+    # What the others cost does not depend on which stages have ended.
+    decoders = [replace(d, trained=0) if k in recipe.stages.ended else d for k, d in enumerate(counted.decoders)]
+    return replace(counted, decoders=tuple(decoders))
 
 
 def workload(recipe: Recipe, run_plan: RunPlan, on_gpus: bool) -> Workload:
@@ -261,7 +277,7 @@ def check_run(
         check_installed(recipe.metrics)
         if recipe.evaluation.every:
             check_evaluation(recipe.evaluation, recipe.reference_images())
-    batch_sizes = {world_size: plan_run(recipe, world_size).batch_size for world_size in world_sizes}
+    batch_sizes = {size: plan_phases(recipe, size)[0][1].batch_size for size in world_sizes}
     return check_data(recipe, batch_sizes, find)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 from msdiff_dist.apps.train.branch import Branch
 from msdiff_dist.apps.train.found_data import FoundData
 from msdiff_dist.apps.train.loop import Outcome, train
-from msdiff_dist.apps.train.trainer import Trainer
+from msdiff_dist.apps.train.trainer import Corrupted, Trainer
 from msdiff_dist.distributed.agree import on_rank_0
 from msdiff_dist.distributed.cores import threads_per_rank
 from msdiff_dist.distributed.environment import print_error, process_group
@@ -75,32 +76,49 @@ def run_rank(
         on_rank_0(lambda: check_installed(recipe.metrics))
         origin = on_rank_0(lambda: _opened(folder, recipe, branch, env.world_size, found))
         stack.callback(folder.close)
-        trainer = stack.enter_context(Trainer(recipe, folder, env, found))
-        step = trainer.state.step
-        changes = on_rank_0(lambda: folder.go_on(recipe_mapping(recipe), step))
-        if changes and env.rank == 0:
-            trainer.evaluations.forget_later()
-        changed = [f"changed since step {step}: {'; '.join(map(str, changes))}"] if changes else []
-        sinks = Sinks()
-        if env.rank == 0:
-            context = SinkContext(
-                folder=folder,
-                first_step=step,
-                total_steps=recipe.train.steps,
-                terminal=terminal or sys.stderr,
-                recipe=recipe_mapping(recipe),
-            )
-            sinks = stack.enter_context(Sinks.of_run(recipe.metrics, context))
-        warnings = [*env.warnings, *([precision.warning] if precision.warning else [])]
-        for line in (
-            *origin,
-            trainer.describe(precision),
-            *changed,
-            *(f"warning: {w}" for w in warnings),
-            *trainer.notes,
-        ):
-            sinks.say(line)
-        outcome = train(trainer, sinks, limits, lambda: stop.requested_at is not None or trainer.saver.failed)
+        sinks: Sinks | None = None
+        corruption: Corrupted = {}
+
+        def begun(trainer: Trainer) -> Sinks:
+            """Say what this start, or another phase, is about to train."""
+            nonlocal sinks
+            lines = [trainer.describe(precision), *trainer.notes]
+            if sinks is None:
+                step = trainer.state.step
+                changes = on_rank_0(lambda: folder.go_on(recipe_mapping(recipe), step))
+                if changes and env.rank == 0:
+                    trainer.evaluations.forget_later()
+                changed = [f"changed since step {step}: {'; '.join(map(str, changes))}"] if changes else []
+                warnings = [*env.warnings, *([precision.warning] if precision.warning else [])]
+                warned = [f"warning: {w}" for w in warnings]
+                lines = [*origin, trainer.describe(precision), *changed, *warned, *trainer.notes]
+                sinks = Sinks()
+                if env.rank == 0:
+                    context = SinkContext(
+                        folder=folder,
+                        first_step=step,
+                        total_steps=recipe.train.steps,
+                        terminal=terminal or sys.stderr,
+                        recipe=recipe_mapping(recipe),
+                    )
+                    sinks = stack.enter_context(Sinks.of_run(recipe.metrics, context))
+            for line in lines:
+                sinks.say(line)
+            return sinks
+
+        def phase() -> Outcome:
+            """Train from the newest checkpoint to the end of its phase. Nothing of it stays in memory."""
+            with Trainer(recipe, folder, env, found, corruption) as trainer:
+                told = begun(trainer)
+                outcome = train(trainer, told, limits, lambda: stop.requested_at is not None or trainer.saver.failed)
+            if outcome == "phase over":
+                trainer.leave()
+            return outcome
+
+        while (outcome := phase()) == "phase over":
+            gc.collect()  # engines hold each other in cycles
+            if env.device.type == "cuda":
+                torch.cuda.empty_cache()
         env.progress.enter(FINISH)
     # Here the last checkpoint is complete, and no rank waits for this one.
     if outcome == "finished" and env.rank == 0:

@@ -33,6 +33,8 @@ def smoke(recipe: Recipe) -> Recipe:
         autoencoder=autoencoder,
         text_encoder=None,
         model=model,
+        grow=recipe.grow and replace(recipe.grow, at=STEPS - 1, width=model.decoder_channels[0], attention=None),
+        stages=replace(recipe.stages, end=None),
         train=replace(
             recipe.train,
             steps=STEPS,

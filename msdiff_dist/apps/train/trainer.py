@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,31 +9,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msdiff_dist.apps.train.costs import guide_petaflops, samples_petaflops, step_petaflops
+from msdiff_dist.apps.train.costs import guide_petaflops, samples_petaflops
 from msdiff_dist.apps.train.evaluations import RunEvaluations
 from msdiff_dist.apps.train.found_data import FoundData, find_data
 from msdiff_dist.apps.train.guide import build_projection, open_guide
 from msdiff_dist.apps.train.latent_checks import check_latents
 from msdiff_dist.apps.train.parts import build_engines, build_feed, build_preparation
-from msdiff_dist.apps.train.plan import plan_run
+from msdiff_dist.apps.train.phase_start import phase_start
+from msdiff_dist.apps.train.phases import ends_after, is_over
 from msdiff_dist.apps.train.preview import write_preview
 from msdiff_dist.apps.train.validation import Validation, store_samples, trained_shards
 from msdiff_dist.apps.train.warm_start import start_weights
 from msdiff_dist.checkpoint.background import BackgroundSaver
-from msdiff_dist.checkpoint.resume import open_newest_intact, remove_later
+from msdiff_dist.checkpoint.resume import remove_later
 from msdiff_dist.checkpoint.save import HostCopy, write_checkpoint
+from msdiff_dist.data.corruption import Corruption
 from msdiff_dist.data.fingerprint import check_unchanged, fingerprint_shards
 from msdiff_dist.data.index import Shard
 from msdiff_dist.data.loader import StepLoader
 from msdiff_dist.diffusion.objective import Objective
-from msdiff_dist.distributed.agree import from_rank_0, main_exchange, on_every_rank, on_rank_0
+from msdiff_dist.distributed.agree import main_exchange, on_every_rank, on_rank_0
 from msdiff_dist.distributed.engines import StageParallelEngines
 from msdiff_dist.distributed.environment import Environment
 from msdiff_dist.distributed.frozen_weights import keep_aside
 from msdiff_dist.distributed.gpus import peak_petaflops
 from msdiff_dist.distributed.groups import Groups, all_ranks, make_groups
 from msdiff_dist.distributed.precision import Precision, PrecisionChoice
-from msdiff_dist.distributed.progress import BUILD, OPEN, PLACE, RESTORE, SAVE
+from msdiff_dist.distributed.progress import BUILD, OPEN, RESTORE, SAVE
 from msdiff_dist.distributed.zero_state import ShardedState
 from msdiff_dist.errors import MsdiffError
 from msdiff_dist.models.activation_checkpointing import checkpoint_activations
@@ -51,43 +52,60 @@ from msdiff_dist.training.stage_progress import StageProgress
 from msdiff_dist.training.state import TrainState
 from msdiff_dist.training.step import TrainStep
 
+Corrupted = dict[tuple[str, str | None], Corruption]
+"""Corrupt shards and samples by place."""
+
 
 class Trainer:
     """One rank's share of a run, ready to take its next step.
 
     Collective: every rank makes it and calls its methods in the same order.
 
+    Of a run with phases (`apps.train.phases`) it is one phase: that after the newest checkpoint.
+
     Args:
-        recipe: its precision must not be `auto`.
+        run: the recipe of the whole run; its precision must not be `auto`.
         folder: opened for this run; the run is resumed from its newest intact checkpoint.
         found: the recipe's data, if the command has read them; None: rank 0 reads them.
+        corruption: what was met in the run's earlier phases since this start.
 
     Attributes:
+        recipe: that of the phase.
         state: what checkpoints save, the number of steps done included.
         notes: lines for the user about how the run was resumed.
         step_petaflops: 1e15 floating-point operations of a step of the whole job without the guide; if steps differ,
             in the mean.
+        corruption: corrupt shards and samples met since this start.
 
     Raises:
         UserError: on every rank, if any rank refuses the recipe, its data or the checkpoints.
     """
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, env: Environment, found: FoundData | None = None) -> None:
-        assert recipe.train.precision != "auto", "the precision is chosen before the run is put together"
-        self.recipe, self.folder, self.env = recipe, folder, env
-        env.progress.enter(PLACE)
-        plan = on_every_rank(lambda: plan_run(recipe, env.world_size, _ranks_per_node()))
+    def __init__(
+        self,
+        run: Recipe,
+        folder: RunFolder,
+        env: Environment,
+        found: FoundData | None = None,
+        corruption: Corrupted | None = None,
+    ) -> None:
+        assert run.train.precision != "auto", "the precision is chosen before the run is put together"
+        self.run, self.folder, self.env = run, folder, env
+        self.corruption: Corrupted = {} if corruption is None else corruption
+        start = self._start = phase_start(run, folder, env)
+        recipe = self.recipe = start.restart.recipe
+        plan, self.notes = start.plan, start.notes
         self._plan, self.batch_size, self.placement = plan, plan.batch_size, plan.placement
-        self.step_petaflops = step_petaflops(plan.quotas, plan.cost_K)
+        self.step_petaflops = start.step_petaflops
         env.progress.enter(BUILD)
-        groups = make_groups(self.placement.stages_of_rank, env.rank)
+        groups = self._groups = make_groups(self.placement.stages_of_rank, env.rank)
         self.engines = self._build_engines(groups)
         shards = self.engines.state() | self._parts_without_ranks()
         self.ema = ShardedEma(recipe.ema, shards, self.batch_size)
         self.progress = StageProgress(
             plan.quotas.quotas_K.tolist(),
             recipe.stages.min_samples_per_step,
-            stored=plan.batches.changes or bool(plan.gathering),
+            stored=start.counts_stages,
         )
         self.state = TrainState(
             recipe_mapping(recipe),
@@ -101,7 +119,7 @@ class Trainer:
         # The state is restored before the data are opened: their fingerprint is compared with the checkpoint's, and the
         # feed starts at the checkpoint's step.
         env.progress.enter(RESTORE)
-        self.notes = self._resume()
+        self._resume()
         self.saver = BackgroundSaver(folder.checkpoints, folder.snapshots, shards, self.ema.averages, recipe.checkpoint)
         env.progress.enter(OPEN)
         index, null_context_TC = self._open_data(found)
@@ -120,6 +138,7 @@ class Trainer:
             max_bad=recipe.data.max_bad,
             progress=self.progress,
             guide=on_every_rank(lambda: open_guide(recipe, self.state.step, env.device)),
+            corruption=self.corruption,
         )
 
     @property
@@ -140,10 +159,7 @@ class Trainer:
     @property
     def petaflops(self) -> float:
         """1e15 floating-point operations of all steps so far."""
-        guide = guide_petaflops(self._plan.guide, self.batch_size, self.state.step)
-        if not self._plan.batches.changes:
-            return self.state.step * self.step_petaflops + guide
-        return samples_petaflops(self.progress.samples, self._plan.cost_K) + guide
+        return self._start.petaflops(self.state.step, self.progress.samples)
 
     def compute_of(self, outcome: StepOutcome) -> Compute:
         """Floating-point operations of the step that has just ended, and of all so far."""
@@ -164,6 +180,7 @@ class Trainer:
         self.state.step += 1
         elapsed = {f"stages.{k}.": steps for k, steps in enumerate(self.progress.elapsed)}
         self.ema.update(self.state.step, elapsed)
+        self.state.ends = ends_after(self.run, self.recipe, self.state.step, self.state.ends)
         if self._validation is None:  # else checkpoints are compared by their held-out loss
             self.state.loss_average.update(self.state.step, outcome.loss)
         return outcome
@@ -201,7 +218,24 @@ class Trainer:
         write_checkpoint(weights, kinds, self.state.index(self.env.world_size), main_exchange())
         found = self._validation(weights)
         self.state.loss_average.value = found["loss"]
+        end, training = self.run.stages.end, self.recipe.freezing().stages
+        if end and self.recipe.stages.num_stages > 1:
+            self.state.ends = self.state.ends.judged(end, self.state.step, found["loss_per_stage"], training)
         return found
+
+    def phase_is_over(self) -> bool:
+        """Whether the run trains other stages from the next step on, if there is one."""
+        step = self.state.step
+        return step < self.run.train.steps and is_over(self.run, self.recipe, step, self.state.ends)
+
+    def phase_event(self) -> dict[str, Any]:
+        """What changes after the last step of a phase, as `StepMetrics.phase` has it."""
+        ended = [k for k in sorted(self.state.ends.ended) if k not in self.recipe.stages.ended]
+        return {"grown": self.recipe.stages.num_stages < self.run.stages.num_stages, "ended": ended}
+
+    def leave(self) -> None:
+        """Give back the process groups, after the end of a phase. Collective."""
+        self._groups.close()
 
     def preview_is_due(self) -> bool:
         """Whether a grid is to be sampled after the current step."""
@@ -287,23 +321,26 @@ class Trainer:
             if k not in computed:
                 _, built = build_parts(self.recipe.model, [k], self.recipe.train.seed)
                 self.recipe.freezing().apply(nn.Identity(), built)
-                state[f"stages.{k}."] = ShardedState(built[k], None, lambda: None, keep_aside(built[k], world))
+                # The averages of a stage that once trained are other than its weights.
+                averages = self.recipe.ema.kinds if k in self.recipe.stages.ended else ()
+                state[f"stages.{k}."] = ShardedState(
+                    built[k], None, lambda: None, keep_aside(built[k], world, averages)
+                )
         return state
 
-    def _resume(self) -> list[str]:
-        """Restore the newest intact checkpoint, or else the weights of `train.init_from`. Notes for the user."""
-        weights = on_every_rank(lambda: start_weights(self.recipe, self.folder.checkpoints))
-        reader, notes = open_newest_intact(self.folder.checkpoints, self.state.shapes, self.batch_size)
-        if weights:
-            self.state.start_from(weights.read_range)
+    def _resume(self) -> None:
+        """Restore the checkpoint, or else the weights of `train.init_from`."""
+        restart, reader = self._start.restart, self._start.reader
         if reader:
-            self.state.restore(reader)
-        elif self.recipe.train.freeze and not weights:
-            notes.append("train.freeze without train.init_from: what is frozen keeps its random first weights")
+            self.state.restore(on_every_rank(lambda: restart.state(reader)))
+            self.state.ends = restart.ends
+        elif weights := on_every_rank(lambda: start_weights(self.recipe, self.folder.checkpoints)):
+            self.state.start_from(weights.read_range)
+        elif self.recipe.train.freeze:
+            self.notes.append("train.freeze without train.init_from: what is frozen keeps its random first weights")
         if self.env.rank == 0:
             self.folder.cut_metrics(self.state.step)
             remove_later(self.folder.snapshots, self.state.step)
-        return notes
 
     def _open_data(self, found: FoundData | None) -> tuple[list[list[Shard]], Tensor | None]:
         """The shards, read by rank 0 and compared with the checkpoint's, and the context of "no caption"."""
@@ -327,7 +364,7 @@ class Trainer:
             return None
         on_rank_0(lambda: store_samples(recipe, config, self.folder.path, index))
         return on_every_rank(
-            lambda: Validation(recipe, config, self.folder.path, self.placement.stages_of_rank, self.env)
+            lambda: Validation(self.run, config, self.folder.path, self.placement.stages_of_rank, self.env)
         )
 
     def _build_feed(self, index: list[list[Shard]], groups: Groups) -> Feed:
@@ -344,9 +381,3 @@ class Trainer:
             )
         )
         return build_feed(recipe, self._plan, loader, groups, env, start_batch=start)
-
-
-def _ranks_per_node() -> int | None:
-    """Number of ranks on rank 0's node, None if the launcher does not set it. Collective."""
-    count = from_rank_0(os.environ.get("LOCAL_WORLD_SIZE"))  # rank 0's, so that every rank makes the same plan
-    return int(count) if count else None

@@ -82,7 +82,9 @@ class Validation:
     """The held-out loss of a run, on one rank. Collective.
 
     Args:
+        recipe: the whole run's, by whose stages the loss is measured in all its phases.
         run: the run folder, in which rank 0 has put the samples.
+        stages_of_rank: the stages that each rank holds.
     """
 
     def __init__(

@@ -13,8 +13,8 @@ from msdiff_dist.diffusion.config import StagesConfig, of_stage
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.models.config import ModelConfig
 from msdiff_dist.models.families import FAMILIES
+from msdiff_dist.models.growing import grown_from
 from msdiff_dist.models.multistage_unet import build_parts
-from msdiff_dist.models.resizing import Resized
 
 
 def extract_stage(weights: ModelWeights, stage: int) -> ModelWeights:
@@ -126,15 +126,7 @@ class GrownSource(TensorSource):
         self._old, self._model = unified.tensors, model
         self.files, self.metadata = unified.tensors.files, unified.tensors.metadata
         # For each new tensor, the old tensor and its change of size; None for one that the old model does not have.
-        self._from: dict[str, Resized | None] = {n: Resized(n) for n in self._old.names() if n.startswith("shared.")}
-        own = [n.removeprefix("stages.0.") for n in self._old.names() if n.startswith("stages.0.")]
-        resized_decoder = FAMILIES[model.family].resized_decoder
-        for k in range(model.num_stages):
-            decoder: dict[str, Resized | None] = {name: Resized(name) for name in own}
-            if resized_decoder is not None:
-                decoder = resized_decoder(unified.model, model, k)
-            for name, how in decoder.items():
-                self._from[f"stages.{k}.{name}"] = how and replace(how, name=f"stages.0.{how.name}")
+        self._from = grown_from(unified.model, model)
         self._meta = dict(empty_model(model).named_parameters())
         assert self._meta.keys() == self._from.keys()
 

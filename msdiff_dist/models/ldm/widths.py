@@ -162,7 +162,8 @@ def _joint_rows(
     head, place = inner.source // dim_old, inner.source % dim_old
     by_head = [(head * 3 + which) * dim_old + place for which in range(3)]
     writes = [queries.writes, inner.writes, inner.writes]
-    source, scale = (
-        torch.stack([t.view(heads[1], dim_new) for t in parts], 1).flatten() for parts in (by_head, writes)
+    source, reads, scale = (
+        torch.stack([t.view(heads[1], dim_new) for t in parts], 1).flatten()
+        for parts in (by_head, [inner.reads] * 3, writes)
     )
-    return Channels(source, torch.ones(3 * new), scale)
+    return Channels(source, reads, scale)

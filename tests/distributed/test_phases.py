@@ -1,0 +1,210 @@
+"""Runs whose stages change at a step: the same on any ranks, resumed anywhere, as in one plain process."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from msdiff_dist.apps.train.phases import phases
+from msdiff_dist.checkpoint.load import CheckpointReader
+from msdiff_dist.checkpoint.power_profile import exponent
+from msdiff_dist.data.loader import StepLoader
+from msdiff_dist.diffusion.loss import sample_losses
+from msdiff_dist.diffusion.timestep_sampler import StageQuotas
+from msdiff_dist.evaluation.generate import ImageGenerator
+from msdiff_dist.export.weights import open_weights
+from msdiff_dist.models import build_model
+from msdiff_dist.models.growing import grown_from
+from msdiff_dist.models.resizing import Resized
+from msdiff_dist.models.unet_config import UNetConfig
+from msdiff_dist.randomness import dropped_conditions, noise
+from msdiff_dist.recipe import Recipe, recipe_from
+from msdiff_dist.testing import run_distributed
+from tests.distributed.tiny_run import ADAM, open_run, recipe_of
+
+pytestmark = pytest.mark.distributed
+
+TOLERANCE, LENGTH = 1e-5, 0.1
+AT, STEPS = 2, 5
+POWER = f"ema_{LENGTH}"
+MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2}  # powers of the gradient
+AVERAGES = ("ema", POWER)
+KEPT = {"snapshot_every": 100, "lengths": [LENGTH]}
+
+
+def grow_recipe(widths: tuple[int, ...] = (12, 8, 4), **changes: Any) -> dict[str, Any]:
+    """A run that grows after `AT` steps, from a decoder of width 8."""
+    grown = {"grow__at": AT, "train__steps": STEPS, "model__decoder_channels": list(widths), "ema__power": KEPT}
+    return recipe_of(ADAM, **grown | changes)
+
+
+def end_recipe(**changes: Any) -> dict[str, Any]:
+    """One whose stage 1 ends after `AT` steps, and stage 0 a step later."""
+    ends = {"stages__end": {"at": [AT + 1, AT, None]}, "train__steps": STEPS, "ema__power": KEPT}
+    return recipe_of(ADAM, **ends | changes)
+
+
+def trained(rank: int, world_size: int, mapping: dict[str, Any], path: Path, stops: list[int]) -> list[float]:
+    """Resume from the newest checkpoint and train through the phases to the last of `stops`, saving at each; losses."""
+    losses: list[float] = []
+    while True:
+        with open_run(rank, world_size, mapping, path) as run:
+            while run.state.step < stops[-1] and not run.phase_is_over():
+                losses.append(run.step(mapping["optimizer"]["lr"]).loss)
+                run.save_if_due(now=run.state.step in stops or run.phase_is_over())
+        if run.state.step == stops[-1]:
+            return losses
+        run.leave()
+
+
+@dataclass
+class Plain:
+    """A run with phases in one process, by plain code. `state` is the last state, by kind and parameter name."""
+
+    losses: list[float]
+    state: dict[str, dict[str, Tensor]]
+
+
+def plain_training(recipe: Recipe) -> Plain:
+    """Train through all phases with Adam written out, so that its moments can follow the parameters."""
+    seed, B, optimizer = recipe.train.seed, recipe.train.batch_size(1), recipe.optimizer
+    loader, losses, state = StepLoader(recipe.data, seed, B), list[float](), dict[str, dict[str, Tensor]]()
+    previous: UNetConfig | None = None
+    for phase in phases(recipe):
+        part, process = phase.recipe, phase.recipe.process()
+        model = build_model(part.model, seed)
+        named = dict(model.named_parameters())
+        if previous is None:
+            first = {name: p.detach().clone() for name, p in named.items()}
+            state = {kind: {n: torch.zeros_like(p) for n, p in first.items()} for kind in MOMENTS}
+            state |= {kind: {n: p.clone() for n, p in first.items()} for kind in ("param", *AVERAGES)}
+        elif part.model != previous:
+            rules = grown_from(previous, part.model)
+            state = {kind: {n: followed(kind, of, how) for n, how in rules.items()} for kind, of in state.items()}
+        previous = part.model
+        with torch.no_grad():
+            for name, p in named.items():
+                p.copy_(state["param"][name])
+        ended = part.stages.ended
+        training = [name for name in named if not name.startswith(tuple(f"stages.{k}." for k in ended))]
+        drawn = [k for k in range(part.stages.num_stages) if k not in ended]
+        quotas = StageQuotas(process, part.partition(), part.stages.sampling, B, drawn)
+        for step in range(phase.first, phase.last + 1):
+            batch, draw = next(loader), quotas.draw(seed, step - 1)
+            t_B, stage_B = torch.from_numpy(draw.t_B), torch.from_numpy(draw.stage_B)
+            eps = noise(seed, step - 1, batch.index_n, batch.x_nCHW.shape[1:])
+            dropped = dropped_conditions(seed, step - 1, batch.index_n, part.train.condition_dropout)
+            label = torch.where(dropped, part.model.num_classes, batch.label_n)
+            x_in, time = process.network_input(process.perturb(batch.x_nCHW, eps, t_B), t_B)
+            output = model(x_in, time, stage_B, None, label)
+            loss_B = sample_losses(output, process.target(batch.x_nCHW, eps, t_B), "l2")
+            weight_B = process.weight(t_B) * torch.from_numpy(quotas.importance_K).float()[stage_B]
+            loss = (weight_B * loss_B).sum() / B
+            gradients = torch.autograd.grad(loss, [named[name] for name in training])
+            norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+            scale = min(1.0, optimizer.grad_clip / (float(norm) + 1e-6))
+            new = {"ema": 1 - part.ema.decay_at(step, B), POWER: 1 - ((step - 1) / step) ** (exponent(LENGTH) + 1)}
+            with torch.no_grad():
+                for name, gradient in zip(training, gradients, strict=True):
+                    p, g = named[name], gradient * scale
+                    m, v = state["exp_avg"][name].lerp_(g, 0.1), state["exp_avg_sq"][name].lerp_(g * g, 0.001)
+                    p.mul_(1 - optimizer.lr * optimizer.weight_decay)
+                    p.sub_(optimizer.lr * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + optimizer.eps))
+                    state["param"][name].copy_(p)
+                    for kind, share in new.items():
+                        state[kind][name].lerp_(p, share)
+            losses.append(float(loss.detach()))
+    return Plain(losses, state)
+
+
+def followed(kind: str, old: dict[str, Tensor], how: Resized | None) -> Tensor:
+    assert how is not None
+    was = old[how.name].clone()
+    return how.apply_to_gradient(was, MOMENTS[kind]) if kind in MOMENTS else how.apply(was)
+
+
+CASES = {
+    "widths": grow_recipe(),
+    "equal widths": grow_recipe((8, 8, 8)),
+    "own encoders": grow_recipe((8, 8, 8), model__share_encoder=False, parallel__zero_decoders=2),
+    "accumulated, ZeRO 3": grow_recipe(train__gradient_accumulation_steps=2, parallel__zero_shared=3),
+    "ends": end_recipe(),
+    "ends of own encoders": end_recipe(model__share_encoder=False, stages__sampling="uniform"),
+    "grows and ends": grow_recipe(stages__end={"at": [None, AT + 1, None]}),
+}
+
+
+def train_each(rank: int, world_size: int, path: Path) -> list[list[float]]:
+    return [trained(rank, world_size, case, path / name, [STEPS]) for name, case in CASES.items()]
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 4])
+def test_as_in_one_process(world_size: int, tmp_path: Path) -> None:
+    of_ranks = run_distributed(train_each, world_size, world_size, tmp_path)
+    for (name, case), losses in zip(CASES.items(), of_ranks[0], strict=True):
+        plain = plain_training(recipe_from(case))
+        assert losses == pytest.approx(plain.losses, rel=TOLERANCE), name
+        last = CheckpointReader(tmp_path / name / f"checkpoints/step_{STEPS:08d}")
+        ended = tuple(f"stages.{k}." for k in map(int, last.index.stage_ends.get("ended", ())))
+        assert bool(ended) == ("end" in case["stages"])
+        for stage in ended:  # its averages stay its own
+            head = [name for name in last.names(stage) if name.endswith("out.2.bias")]
+            assert not any(torch.equal(last.tensor("param", name), last.tensor("ema", name)) for name in head)
+        for kind, state in plain.state.items():
+            assert sorted(last.names()) == sorted(state)
+            for parameter, expected in state.items():
+                if kind in MOMENTS and parameter.startswith(ended):
+                    assert not last.holds(kind, parameter)
+                    continue
+                found = last.tensor(kind, parameter)
+                torch.testing.assert_close(
+                    found, expected, rtol=0, atol=TOLERANCE, msg=lambda m, p=f"{name}: {kind} {parameter}": f"{p}: {m}"
+                )
+
+
+def resume_each(rank: int, world_size: int, path: Path) -> None:
+    """Stop and resume at every step; losses and the last state must be the same bit by bit."""
+    for name in ("widths", "grows and ends"):
+        mapping, run = CASES[name], path / name
+        steps = list(range(1, STEPS + 1))
+        losses = trained(rank, world_size, mapping, run, steps)
+        whole = whole_state(run)
+        for at in steps[:-1]:
+            dist.barrier()
+            if rank == 0:
+                for later in steps[at:]:
+                    shutil.rmtree(run / f"checkpoints/step_{later:08d}", ignore_errors=True)
+            dist.barrier()
+            assert trained(rank, world_size, mapping, run, steps) == losses[at:], (name, at)
+            again = whole_state(run)
+            assert whole.keys() == again.keys()
+            assert all(torch.equal(tensor, again[key]) for key, tensor in whole.items()), (name, at)
+
+
+def whole_state(run: Path) -> dict[tuple[str, str], Tensor]:
+    reader = CheckpointReader(run / f"checkpoints/step_{STEPS:08d}")
+    return {(k, n): reader.tensor(k, n) for k in reader.kinds for n in reader.names() if reader.holds(k, n)}
+
+
+def test_resumed_at_every_step_it_is_the_same_bit_by_bit(tmp_path: Path) -> None:
+    run_distributed(resume_each, 2, 2, tmp_path)
+    mapping, run = CASES["widths"], tmp_path / "widths"
+    reference = plain_training(recipe_from(mapping)).losses
+    for at in (AT - 1, AT, AT + 1):
+        other = tmp_path / f"resumed at {at}"
+        for step in range(1, at + 1):
+            shutil.copytree(run / f"checkpoints/step_{step:08d}", other / f"checkpoints/step_{step:08d}")
+        losses = run_distributed(trained, 3, 3, mapping, other, [STEPS])[0]
+        assert losses == pytest.approx(reference[at:], rel=TOLERANCE)
+    # Checkpoints are of the architecture that they hold.
+    models = [open_weights(run, step).description.model.decoder_channels for step in (AT, AT + 1)]
+    assert models == [(8,), (12, 8, 4)]
+    generator = ImageGenerator(open_weights(run, AT), torch.device("cpu"))
+    assert generator.num_stages == 1
