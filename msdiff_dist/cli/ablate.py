@@ -52,8 +52,7 @@ def ablate(
     mine = share.share(plan.trials)
     if dry_run:
         for t in mine:
-            petaflops = t.step_petaflops * t.steps[-1]
-            typer.echo(f"{t.folder}: {t.steps[-1]} steps, {petaflops:.4g} PFLOP, scored after {list(t.steps)}")
+            typer.echo(f"{t.folder}: {t.steps[-1]} steps, {t.petaflops[-1]:.4g} PFLOP, scored after {list(t.steps)}")
         return
     run_ablation(mine, plan.scoring, nproc, lambda: write_report(config, plan.trials, folder))
     typer.echo(write_report(config, plan.trials, folder))

@@ -21,6 +21,9 @@ def flops(
     measure; by how often training draws it; or by the steps of the recipe's preview sampler. Each is also given in
     percent of the unified model that is as wide as the encoder.
 
+    Of a run whose stages change at a step (grow, stages.end) these are of all the recipe's stages, and the mean
+    training sample is also given for each phase.
+
     Example: msdiff flops celebahq256_ldm_3stage.yaml --json
     """
     from msdiff_dist.apps.train.costs import GIGA, cost_report
@@ -61,6 +64,11 @@ def flops(
     for name, shares in means.items():
         ratio = report.of_unified(shares)
         table.add_row(name, "", "", "", f"{report.gmacs(shares):.2f}", "" if ratio is None else f"{ratio:.1%}")
+    for phase in report.phases if len(report.phases) > 1 else ():
+        name = f"training sample, steps {phase.first}-{phase.last}: {phase.about}"
+        ratio = None if report.unified_macs is None else phase.training_macs / report.unified_macs
+        macs = f"{phase.training_macs / GIGA:.2f}"
+        table.add_row(name, "", "", "", macs, "" if ratio is None else f"{ratio:.1%}")
     if report.unified_macs is not None:
         table.add_row("unified, as wide as the encoder", "", "", "", f"{report.unified_macs / GIGA:.2f}", "100.0%")
     Console().print(table)

@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from msdiff_dist.apps.train.costs import cost_report, run_petaflops, step_petaflops, steps_within
-from msdiff_dist.apps.train.plan import plan_run
+from msdiff_dist.apps.train.costs import cost_report, petaflops_after, step_petaflops, steps_within
+from msdiff_dist.apps.train.plan import plan_phases
 from msdiff_dist.apps.train.rehearsal import rehearse
 from msdiff_dist.checkpoint.load import CheckpointReader
 from msdiff_dist.config import to_mapping
@@ -133,7 +133,8 @@ def test_every_rank_issues_the_projectors_collectives_in_one_order(folder: Path)
 
 def test_the_guide_is_counted_up_to_its_last_step(folder: Path) -> None:
     recipe = recipe_from(guided(folder))
-    plan = plan_run(recipe, 1)
+    planned = plan_phases(recipe, 1)
+    plan = planned[0][1]
     assert plan.guide is not None
     assert recipe.guide is not None
     # The teacher's convolutions: 3x3 of 1 -> 5 channels at 4x4 places, and of 5 -> 7 at 2x2.
@@ -146,10 +147,10 @@ def test_the_guide_is_counted_up_to_its_last_step(folder: Path) -> None:
     of_model = step_petaflops(plan.quotas, plan.cost_K)
     for steps in (1, STOP, STOP + 1, STEPS):
         wanted = steps * of_model + min(steps, STOP) * of_step
-        assert math.isclose(run_petaflops(plan, steps), wanted, rel_tol=1e-6)
+        assert math.isclose(petaflops_after(planned, steps), wanted, rel_tol=1e-6)
         for stop_at in (STOP, min(1.0, STOP / steps)):
             own = replace(recipe.guide, stop_at=stop_at)
-            assert steps_within(plan, own, wanted) == pytest.approx(steps, rel=1e-6)
+            assert steps_within(planned, own, wanted) == pytest.approx(steps, rel=1e-6)
     reported, plain = cost_report(recipe).petaflops, cost_report(replace(recipe, guide=None)).petaflops
     assert reported is not None
     assert plain is not None

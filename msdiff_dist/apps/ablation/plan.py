@@ -10,9 +10,9 @@ from pathlib import Path
 from msdiff_dist.apps.ablation.config import AblationConfig
 from msdiff_dist.apps.ablation.score_file import ScoreFile, ScoreSet, read_scores
 from msdiff_dist.apps.ablation.scoring import Scoring, Subject
-from msdiff_dist.apps.train.costs import CostReport, cost_report, step_petaflops, steps_within
+from msdiff_dist.apps.train.costs import CostReport, cost_report, petaflops_after, steps_within
 from msdiff_dist.apps.train.found_data import DataFinder, FoundData
-from msdiff_dist.apps.train.plan import check_run, plan_run
+from msdiff_dist.apps.train.plan import check_run, plan_phases
 from msdiff_dist.checkpoint.layout import complete_checkpoints, step_of
 from msdiff_dist.checkpoint.policy import CheckpointConfig
 from msdiff_dist.distributed.environment import this_device
@@ -31,7 +31,7 @@ class Trial:
 
     Attributes:
         steps: after which it is scored; the last is also its number of steps.
-        step_petaflops: 1e15 operations of a step, forward and backward, as it is planned.
+        petaflops: 1e15 operations up to each of `steps`, forward and backward, as they are planned.
         data: the recipe's data, found once for all trials that share it.
         sets: the scores that are taken at each point; empty until the ablation's `Scoring` is known.
     """
@@ -41,10 +41,15 @@ class Trial:
     recipe: Recipe
     folder: Path
     costs: CostReport
-    step_petaflops: float
+    petaflops: tuple[float, ...]
     steps: tuple[int, ...]
     data: FoundData
     sets: tuple[ScoreSet, ...] = ()
+
+    @property
+    def step_petaflops(self) -> float:
+        """1e15 operations of a step, as it is planned; of a run whose steps differ, of the mean one."""
+        return self.petaflops[-1] / self.steps[-1]
 
     @property
     def checkpoints(self) -> Path:
@@ -118,13 +123,12 @@ def _trials(
             path, [Override(o, places.of(at)) for o, at in zip(overrides_of(changes), given, strict=True)]
         )
         config.score.sampler.for_process(recipe.process())
-        plan = plan_run(recipe, nproc)
+        planned = plan_phases(recipe, nproc)
         found = check_run(recipe, [nproc], find, device_type=this_device().type)
-    per_step = step_petaflops(plan.quotas, plan.cost_K)
     # Rounded down, but a budget of exactly n steps must not lose one to the rounding of the division.
-    last = int(steps_within(plan, recipe.guide, config.budget) * (1 + 1e-9))
+    last = int(steps_within(planned, recipe.guide, config.budget) * (1 + 1e-9))
     if last < 1:
-        problem = f"is less than one step of {name}, {per_step:.3g}"
+        problem = f"is less than one step of {name}, {petaflops_after(planned, 1):.3g}"
         raise ConfigError("budget", config.budget, problem, "Raise it, or lower train.global_batch_size.")
     if last > MOST_STEPS:
         problem = f"is {last:,} steps of {name}, and a run has at most {MOST_STEPS:,}"
@@ -136,20 +140,22 @@ def _trials(
     # Sampling costs are those of the score's sampler, not of previews, which an ablation does not draw.
     costs = cost_report(replace(recipe, preview=replace(recipe.preview, sampler=config.score.sampler)))
     for seed in config.seeds:
-        planned = replace(
-            recipe,
-            name=f"{name}_seed_{seed}",
-            train=replace(recipe.train, steps=last, seed=seed),
-            checkpoint=CheckpointConfig(every=recipe.checkpoint.every, keep_last=1, at=steps),
-            preview=replace(recipe.preview, every=0),
-        )
+        with _of_variant(name):  # a step at which its stages change may lie beyond the budget
+            trained = replace(
+                recipe,
+                name=f"{name}_seed_{seed}",
+                train=replace(recipe.train, steps=last, seed=seed),
+                checkpoint=CheckpointConfig(every=recipe.checkpoint.every, keep_last=1, at=steps),
+                preview=replace(recipe.preview, every=0),
+            )
+            planned = plan_phases(trained, nproc)
         yield Trial(
             variant=name,
             seed=seed,
-            recipe=planned,
+            recipe=trained,
             folder=out / name / f"seed_{seed}",
             costs=costs,
-            step_petaflops=per_step,
+            petaflops=tuple(petaflops_after(planned, step) for step in steps),
             steps=steps,
             data=found,
         )

@@ -200,4 +200,4 @@ def _numbers(values: Floats | list[float]) -> list[float | None]:
 
 
 def _petaflops(trial: Trial, file: ScoreFile) -> list[float]:
-    return [file.petaflops.get(step, step * trial.step_petaflops) for step in trial.steps]
+    return [file.petaflops.get(step, planned) for step, planned in zip(trial.steps, trial.petaflops, strict=True)]

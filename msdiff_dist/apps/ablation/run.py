@@ -58,7 +58,7 @@ def score(trial: Trial, scoring: Scoring) -> None:
     taken = trial.scores()
     for step in trial.unscored():
         weights = open_weights(trial.folder, step)
-        taken.petaflops |= training_compute(trial.folder, [step], trial.step_petaflops)
+        taken.petaflops |= training_compute(trial.folder, {step: trial.petaflops[trial.steps.index(step)]})
         missing = {scores.digest: taken.missing(scores, step) for scores in trial.sets}
         for scores, metric, values in scoring.take(trial.subject, weights, missing, step):
             taken.add(scores, step, metric, values)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,14 +139,14 @@ def json_values(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def training_compute(run: Path, steps: Sequence[int], step_petaflops: float) -> dict[int, float]:
-    """1e15 floating-point operations that a run has taken up to each of these steps.
+def training_compute(run: Path, planned: Mapping[int, float]) -> dict[int, float]:
+    """1e15 floating-point operations that a run has taken up to each step of `planned`.
 
     The run counts them itself (`petaflops` in metrics.jsonl), because the cost of a step may change on the way; where
-    it has no line of a step, every step up to it is counted as `step_petaflops`.
+    it has no line of a step, they are as planned.
     """
-    found = {step: step * step_petaflops for step in steps}
-    keys = tuple(b'"step": %d,' % step for step in steps)
+    found = dict(planned)
+    keys = tuple(b'"step": %d,' % step for step in planned)
     metrics = run / "metrics.jsonl"
     if not metrics.is_file():
         return found

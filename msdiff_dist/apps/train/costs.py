@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from msdiff_dist.apps.train.guide import GuideCosts, guide_costs, guide_fields
-from msdiff_dist.apps.train.phases import Phase
+from msdiff_dist.apps.train.phases import Phase, phases
 from msdiff_dist.apps.train.plan import RunPlan, recipe_costs
 from msdiff_dist.diffusion.clock import clock_of
 from msdiff_dist.diffusion.sampling import sampler_times
@@ -19,8 +20,48 @@ from msdiff_dist.errors import ConfigError
 from msdiff_dist.models.flops import ModelCosts, PartCost
 from msdiff_dist.recipe import Recipe
 from msdiff_dist.training.guide import GuideConfig
+from msdiff_dist.training.phases import TrainedStagesConfig
 
 GIGA, PETA = 1e9, 1e15
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseCost:
+    """What some steps of a run cost, between two at which its stages change.
+
+    Attributes:
+        first, last, about: as `Phase` has them.
+        interval_macs: multiply-adds of the mean evaluation, its trained stages by their lengths on the paper's clock.
+        training_macs: multiply-adds of the mean training sample.
+        step_macs: a third of the multiply-adds of the passes of the mean training sample.
+    """
+
+    first: int
+    last: int
+    about: str
+    interval_macs: float
+    training_macs: float
+    step_macs: float
+
+    @property
+    def steps(self) -> int:
+        """Number of its steps."""
+        return self.last - self.first + 1
+
+    def petaflops(self, batch_size: int | None) -> float | None:
+        """1e15 floating-point operations of its steps without the guide; None if the batch size is not known."""
+        return None if batch_size is None else training_petaflops(self.step_macs * batch_size * self.steps)
+
+    def fields(self, batch_size: int | None) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "first": self.first,
+            "last": self.last,
+            "about": self.about,
+            "equivalent_gmacs": self.interval_macs / GIGA,
+            "equivalent_gmacs_training": self.training_macs / GIGA,
+            "petaflops": self.petaflops(batch_size),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +78,8 @@ class CostReport:
             if there is no such network.
         steps: optimizer steps of the training.
         batch_size: samples per step; None if it depends on the number of ranks.
+        phases: the costs of the training, which are others where its stages change; all else is that of the recipe's
+            stages, of which none has ended by `stages.end`.
         guide: what the guide costs besides; None without one.
     """
 
@@ -48,6 +91,7 @@ class CostReport:
     unified_macs: int | None
     steps: int
     batch_size: int | None
+    phases: tuple[PhaseCost, ...]
     guide: GuideCosts | None = None
 
     def gmacs(self, shares: Sequence[float]) -> float:
@@ -63,14 +107,13 @@ class CostReport:
         """1e15 floating-point operations of the whole training; None if the batch size is not known."""
         if self.batch_size is None:
             return None
-        per_sample = float(np.dot(self.training_K, self.costs.step_macs_K))
-        of_model = training_petaflops(per_sample * self.batch_size * self.steps)
+        of_model = training_petaflops(sum(phase.step_macs * phase.steps for phase in self.phases) * self.batch_size)
         return of_model + guide_petaflops(self.guide, self.batch_size, self.steps)
 
     @property
     def paper_petaflops(self) -> float:
         """The paper's measure of a training (Table 2): steps x GMACs by interval length, whatever the batch."""
-        return self.gmacs(self.interval_K) * self.steps / 1e6
+        return sum(phase.interval_macs * phase.steps for phase in self.phases) / PETA
 
     def fields(self) -> dict[str, Any]:
         """The report as plain data, as `msdiff flops --json` prints it."""
@@ -93,6 +136,7 @@ class CostReport:
             "training_petaflops": self.petaflops,
             "paper_petaflops": self.paper_petaflops,
             "guide": None if self.guide is None else guide_fields(self.guide),
+            "phases": [phase.fields(self.batch_size) for phase in self.phases] if len(self.phases) > 1 else [],
         }
 
 
@@ -104,11 +148,10 @@ def cost_report(recipe: Recipe) -> CostReport:
     """
     process, partition = recipe.process(), recipe.partition()
     K = partition.num_stages
-    edges = [0.0, *clock_of(process, partition.boundaries).tolist(), 1.0]
     stages = [stage for _, stage in sampler_times(process, partition, recipe.preview.sampler)]
     return CostReport(
         costs=recipe_costs(recipe),
-        interval_K=tuple(np.diff(edges).tolist()),
+        interval_K=_interval_shares(recipe),
         training_K=_training_shares(recipe),
         sampling_K=tuple(stages.count(k) / len(stages) for k in range(K)),
         evaluations=len(stages),
@@ -117,12 +160,32 @@ def cost_report(recipe: Recipe) -> CostReport:
         batch_size=recipe.train.batch_size(1)
         if recipe.train.micro_batch_size is None
         else recipe.train.global_batch_size,
+        phases=tuple(_phase_cost(phase) for phase in phases(recipe)),
         guide=guide_costs(recipe),
+    )
+
+
+def _phase_cost(phase: Phase) -> PhaseCost:
+    recipe, counted = phase.recipe, recipe_costs(phase.recipe)
+    training_K, interval_K = _training_shares(recipe), np.array(_interval_shares(recipe))
+    interval_K[list(recipe.stages.ended)] = 0
+    return PhaseCost(
+        first=phase.first,
+        last=phase.last,
+        about=phase.about,
+        interval_macs=counted.equivalent_macs((interval_K / interval_K.sum()).tolist()),
+        training_macs=counted.equivalent_macs(training_K),
+        step_macs=float(np.dot(training_K, counted.step_macs_K)),
     )
 
 
 def _part_fields(part: PartCost) -> dict[str, Any]:
     return {"params": part.params, "trained_params": part.trained, "gmacs": part.macs / GIGA}
+
+
+def _interval_shares(recipe: Recipe) -> tuple[float, ...]:
+    edges = [0.0, *clock_of(recipe.process(), recipe.partition().boundaries).tolist(), 1.0]
+    return tuple(np.diff(edges).tolist())
 
 
 def _training_shares(recipe: Recipe) -> tuple[float, ...]:
@@ -151,22 +214,24 @@ def guide_petaflops(guide: GuideCosts | None, batch_size: int, steps: int) -> fl
     return 0.0 if guide is None else training_petaflops(guide.step_macs * batch_size * min(steps, guide.last_step))
 
 
-def run_petaflops(plan: RunPlan, steps: int) -> float:
-    """1e15 floating-point operations of the first `steps` steps of a run."""
-    of_model = steps * step_petaflops(plan.quotas, plan.cost_K)
-    return of_model + guide_petaflops(plan.guide, plan.batch_size, steps)
+def steps_within(planned: Sequence[tuple[Phase, RunPlan]], guide: GuideConfig | None, budget: float) -> float:
+    """Steps that take `budget` 1e15 floating-point operations, the guide's among them, of a run that ends there.
 
-
-def steps_within(plan: RunPlan, guide: GuideConfig | None, budget: float) -> float:
-    """Steps that take `budget` 1e15 floating-point operations, the guide's among them, of a run that ends there."""
-    of_model, of_guide = step_petaflops(plan.quotas, plan.cost_K), guide_petaflops(plan.guide, plan.batch_size, 1)
-    if guide is None:
-        return budget / of_model
-    stop = 1.0 if guide.stop_at is None else guide.stop_at
-    if stop <= 1:
-        return budget / (of_model + stop * of_guide)
-    guided = budget / (of_model + of_guide)
-    return guided if guided <= stop else (budget - stop * of_guide) / of_model
+    Args:
+        planned: the phases of a run of any length; the last of them goes on as long as the budget does.
+    """
+    plan = planned[0][1]
+    of_guide = guide_petaflops(plan.guide, plan.batch_size, 1)
+    stop = 1.0 if guide is None or guide.stop_at is None else guide.stop_at
+    step, left = 0.0, budget
+    for i, (phase, plan) in enumerate(planned):
+        end, of_model = phase.last if i + 1 < len(planned) else math.inf, step_petaflops(plan.quotas, plan.cost_K)
+        # Of a guide that stops after a fraction of the run, every step has that fraction.
+        parts = [(end, stop * of_guide)] if stop <= 1 else [(min(end, stop), of_guide), (end, 0.0)]
+        for last, beside in parts:
+            steps = max(0.0, min(last - step, left / (of_model + beside)))
+            step, left = step + steps, left - steps * (of_model + beside)
+    return step
 
 
 def petaflops_after(planned: Sequence[tuple[Phase, RunPlan]], step: int) -> float:
@@ -197,9 +262,10 @@ def _unified_macs(recipe: Recipe) -> int | None:
     if not isinstance(model.encoder_channels, int):
         return None
     try:
-        stages = dataclasses.replace(recipe.stages, boundaries=(), sampling="uniform")
         train = dataclasses.replace(recipe.train, freeze=())
-        unified = dataclasses.replace(recipe, model=model.unified(), stages=stages, train=train)
+        unified = dataclasses.replace(
+            recipe, model=model.unified(), stages=TrainedStagesConfig(), train=train, grow=None
+        )
     except ConfigError:  # GroupNorms that fit the decoders' widths but not this one
         return None
     costs = recipe_costs(unified)

@@ -39,7 +39,7 @@ def made_ablation(folder: Path, seeds: tuple[int, ...] = (0, 1, 2)) -> tuple[Abl
         for seed in seeds:
             trial = Trial(
                 variant=name, seed=seed, recipe=recipe, folder=folder / f"v{v}" / f"seed_{seed}", costs=costs,
-                step_petaflops=1.0, steps=STEPS, data=FoundData([], {}), sets=SETS,
+                petaflops=tuple(map(float, STEPS)), steps=STEPS, data=FoundData([], {}), sets=SETS,
             )  # fmt: skip
             trial.folder.mkdir(parents=True)
             scores = ScoreFile(trial.folder / "scores.json")

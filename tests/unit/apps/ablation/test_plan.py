@@ -38,7 +38,7 @@ def test_ablation_plans(path: Path, tmp_path: Path) -> None:
     plan = plan_ablation(config, places, path.parent, tmp_path / "out", 1)
     assert [t.variant for t in plan.trials] == list(config.variants)
     for trial in plan.trials:
-        assert 0 <= config.budget - trial.step_petaflops * trial.steps[-1] < trial.step_petaflops
+        assert 0 <= config.budget - trial.petaflops[-1] < 1.2 * trial.step_petaflops  # steps may differ
         assert trial.recipe.train.steps == trial.steps[-1] > 1000
         assert trial.recipe.checkpoint.at == trial.steps
         assert [(s.prefix, s.metrics) for s in trial.sets] == [("mobilenet/", ("fid",))]

@@ -77,8 +77,8 @@ def test_scores_are_kept_under_what_identifies_them(tmp_path: Path) -> None:
 
 
 def test_compute_is_what_the_run_has_counted(tmp_path: Path) -> None:
-    assert training_compute(tmp_path, STEPS, 0.5) == {10: 5.0, 20: 10.0, 40: 20.0, 80: 40.0}
+    assert training_compute(tmp_path, {step: step / 2 for step in STEPS}) == {10: 5.0, 20: 10.0, 40: 20.0, 80: 40.0}
     # A run whose steps cost twice as much from step 21 on, and whose last line was torn by a kill.
     lines = [json.dumps({"step": n, "petaflops": n * 0.5 if n <= 20 else n - 10.0}) for n in range(1, 80)]
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 80, "petafl']))
-    assert training_compute(tmp_path, STEPS, 0.5) == {10: 5.0, 20: 10.0, 40: 30.0, 80: 40.0}
+    assert training_compute(tmp_path, {step: step / 2 for step in STEPS}) == {10: 5.0, 20: 10.0, 40: 30.0, 80: 40.0}

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from msdiff_dist.apps.train.costs import cost_report, step_petaflops
-from msdiff_dist.apps.train.plan import plan_run
+from msdiff_dist.apps.train.costs import cost_report, petaflops_after, step_petaflops, steps_within
+from msdiff_dist.apps.train.plan import plan_phases, plan_run
 from msdiff_dist.cli.main import app
 from msdiff_dist.recipe import Recipe, load_recipe
 
@@ -58,6 +58,39 @@ def test_training_counts_every_sample_forward_and_backward() -> None:
     assert report.petaflops == pytest.approx(7 * per_step)
     by_ranks = recipe_of("debug", "train.global_batch_size=null", "train.micro_batch_size=6")
     assert cost_report(by_ranks).petaflops is None, "batch by the number of ranks"
+
+
+CHANGING = ("train.steps=10", "train.global_batch_size=30", "grow.at=3", "stages.end={at: [null, 6, null]}")
+
+
+def test_each_step_costs_what_its_phase_trains() -> None:
+    recipe = recipe_of("debug", *CHANGING)
+    report, planned = cost_report(recipe), plan_phases(recipe, 2)
+    of_stage_K = [report.costs.encoder.macs + d.macs for d in report.costs.decoders]
+    unified = report.unified_macs or 0
+    macs = 3 * [30 * unified] + 3 * [10 * sum(of_stage_K)] + 4 * [15 * (of_stage_K[0] + of_stage_K[2])]
+    for step in range(1, 11):
+        spent = 6 * sum(macs[:step]) / 1e15
+        assert petaflops_after(planned, step) == pytest.approx(spent)
+        assert steps_within(planned, None, spent) == pytest.approx(step)
+    longer = 6 * (sum(macs) + 5 * macs[-1]) / 1e15
+    assert steps_within(planned, None, longer) == pytest.approx(15), "the last phase goes on"
+    assert report.petaflops == pytest.approx(6 * sum(macs) / 1e15)
+    fields = report.fields()
+    assert [(p["first"], p["last"], p["about"]) for p in fields["phases"]] == [
+        (1, 3, "unified"), (4, 6, "3 stages"), (7, 10, "3 stages without 1"),
+    ]  # fmt: skip
+    assert [p["petaflops"] for p in fields["phases"]] == pytest.approx([6 * sum(macs[:3]) / 1e15,
+        6 * sum(macs[3:6]) / 1e15, 6 * sum(macs[6:]) / 1e15])  # fmt: skip
+    # By interval, as the paper counts: the stage that has ended has none.
+    of_pair = (0.442 * of_stage_K[0] + 0.369 * of_stage_K[2]) / (0.442 + 0.369)
+    by_interval = [unified, report.gmacs(report.interval_K) * 1e9, of_pair]
+    assert [p["equivalent_gmacs"] * 1e9 for p in fields["phases"]] == pytest.approx(by_interval)
+    assert report.paper_petaflops == pytest.approx((3 * unified + 3 * by_interval[1] + 4 * of_pair) / 1e15)
+    assert fields["equivalent_gmacs"] == cost_report(recipe_of("debug")).fields()["equivalent_gmacs"]
+    assert cost_report(recipe_of("debug")).fields()["phases"] == []
+    table = CliRunner(env={"COLUMNS": "160"}).invoke(app, ["flops", str(ROOT / "recipes/debug.yaml"), *CHANGING])
+    assert "steps 7-10: 3 stages without 1" in " ".join(table.stdout.split())
 
 
 def test_unified_counterpart() -> None:
