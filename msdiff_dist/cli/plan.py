@@ -40,6 +40,9 @@ def plan(
     decoder on every rank. With --gpu it says whether the plan fits, what to change if it does not, the largest micro
     batch, and how long a step takes at least. Nothing is computed: no GPU is needed.
 
+    Of a run whose stages change at a step (grow, stages.end.at) all this is of all the recipe's stages; a row for each
+    phase shows its ranks, balance and memory, and every phase must fit.
+
     The shards are looked at as training does at its start: what it would refuse is refused here, status 2. On machines
     that have no data, give --no-data.
 

@@ -185,7 +185,10 @@ def samples_crossing(placement: Placement) -> float:
 
 
 def render(report: dict[str, Any], title: str) -> RenderableType:
-    """The report as tables. Neighbouring ranks with equal stages share a row in large worlds."""
+    """The report as tables. Neighbouring ranks with equal stages share a row in large worlds.
+
+    If it has reports of `phases`, they are rows of a table.
+    """
     stages = Table("stage", "work", "samples", "ranks", title=title)
     for k, stage in enumerate(report["stages"]):
         stages.add_row(str(k), f"{stage['work_share']:.1%}", str(stage["samples"]), _ranges(stage["ranks"]))
@@ -214,7 +217,28 @@ def render(report: dict[str, Any], title: str) -> RenderableType:
         *_gpu_lines(report),
         *(f"[yellow]warning[/] {warning}" for warning in report["warnings"]),
     ]
-    return Group(stages, ranks, *lines)
+    return Group(stages, ranks, *_phase_table(report), *lines)
+
+
+def _phase_table(report: dict[str, Any]) -> list[Table]:
+    if not report.get("phases"):
+        return []
+    table = Table("steps", "trains", "ranks of the stages", "balance", "state", "peak")
+    timed = "gpu" in report
+    if timed:
+        table.add_column("step")
+    for phase in report["phases"]:
+        ranks = phase["ranks"]
+        table.add_row(
+            _span((phase["first"], phase["last"])),
+            phase["about"],
+            " | ".join(_ranges(stage["ranks"]) or "none" for stage in phase["stages"]),
+            f"{phase['balance']:.1%}",
+            size(max(rank["state_bytes"] for rank in ranks)),
+            size(max(rank["peak_bytes"]["total"] for rank in ranks)),
+            *([f"{phase['step_seconds']:.3g} s"] if timed else []),
+        )
+    return [table]
 
 
 def _rate_lines(report: dict[str, Any]) -> list[str]:
@@ -263,7 +287,8 @@ def _gpu_lines(report: dict[str, Any]) -> list[str]:
     if "gpu" not in report:
         return []
     gpu, ranks = report["gpu"], report["ranks"]
-    peak = max(ranks, key=lambda rank: rank["peak_bytes"]["total"])
+    in_phases = [rank for phase in report.get("phases", ()) for rank in phase["ranks"]]
+    peak = max([*ranks, *in_phases], key=lambda rank: rank["peak_bytes"]["total"])
     compute = [rank["compute_seconds"] for rank in ranks]
     lines = [
         f"{gpu['name']}: {'fits' if gpu['fits'] else '[red]does not fit[/]'}, rank {peak['rank']} needs "

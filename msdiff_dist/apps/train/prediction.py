@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from msdiff_dist.apps.train.guide import guide_fields
-from msdiff_dist.apps.train.plan import channels_last, plan_run, plan_warnings, workload
+from msdiff_dist.apps.train.phases import phases
+from msdiff_dist.apps.train.plan import channels_last, plan_phases, plan_run, plan_warnings, workload
 from msdiff_dist.distributed.engine_costs import Workload
 from msdiff_dist.distributed.gpus import Gpu
 from msdiff_dist.distributed.memory import rank_bytes_W
@@ -38,8 +39,12 @@ def predict(
     """The report of `plan_report` for a recipe, with its learning rate `lr` before the schedule and the costs of its
     `guide` (None: none).
 
+    It is that of the recipe's stages, of which none has ended by `stages.end`. `phases` has one for each phase of the
+    run, as far as the recipe fixes them, with its `first` and `last` step and what it trains (`about`); it is empty for
+    a run of one phase.
+
     With `gpu`, also `largest_micro_batch`: the largest mean number of samples per rank in a micro batch that fits (0:
-    none does); and if the recipe does not fit, `gpu.remedies`: changes with which it does.
+    none does); and if the recipe does not fit, `gpu.remedies`: changes with which it does. All phases must fit.
 
     Args:
         on_gpus: training on GPUs, or else on CPUs like this one.
@@ -50,6 +55,25 @@ def predict(
     """
     on_gpus = on_gpus or gpu is not None
     recipe = _with_precision(recipe, on_gpus, gpu)
+    report = _report(recipe, world_size, on_gpus, ranks_per_node, gpu)
+    known = phases(recipe)
+    report["phases"] = [
+        {"first": phase.first, "last": phase.last, "about": phase.about}
+        | _report(phase.recipe, world_size, on_gpus, ranks_per_node, gpu)
+        for phase in (known if len(known) > 1 else ())
+    ]
+    if gpu is not None:
+        report["gpu"]["fits"] = all(of_phase["gpu"]["fits"] for of_phase in [report, *report["phases"]])
+        report["largest_micro_batch"] = largest_micro_batch(recipe, world_size, gpu)
+        if not report["gpu"]["fits"]:
+            report["gpu"]["remedies"] = list(_remedies(recipe, world_size, gpu))
+    return report
+
+
+def _report(
+    recipe: Recipe, world_size: int, on_gpus: bool, ranks_per_node: int | None, gpu: Gpu | None
+) -> dict[str, Any]:
+    """The report of a recipe that trains the same in all steps."""
     run = plan_run(recipe, world_size, ranks_per_node)
     load, trace = workload(recipe, run, on_gpus), model_trace(recipe, on_gpus)
     report = plan_report(
@@ -64,10 +88,6 @@ def predict(
         _show_one_stage(report, run.batches, load, trace)
     report["lr"], report["lr_per"] = recipe.optimizer.rate(run.batch_size), recipe.optimizer.lr_per
     report["guide"] = None if run.guide is None else guide_fields(run.guide)
-    if gpu is not None:
-        report["largest_micro_batch"] = largest_micro_batch(recipe, world_size, gpu)
-        if not report["gpu"]["fits"]:
-            report["gpu"]["remedies"] = list(_remedies(recipe, world_size, gpu))
     return report
 
 
@@ -157,15 +177,19 @@ def _remedies(recipe: Recipe, world_size: int, gpu: Gpu) -> Iterator[str]:
 
 
 def _fits(recipe: Recipe | None, world_size: int, gpu: Gpu) -> bool:
-    """Whether every rank has the memory; False for what is no recipe or cannot be planned."""
+    """Whether every rank has the memory, in every phase; False for what is no recipe or cannot be planned."""
     if recipe is None:
         return False
     try:
-        run = plan_run(recipe, world_size)
+        planned = [(phase.recipe, run) for phase, run in plan_phases(recipe, world_size)]
     except UserError:
         return False
-    load, trace = workload(recipe, run, True), model_trace(recipe, True)
-    of_ranks = [of_rank for plan in run.batches.every for of_rank in rank_bytes_W(plan.placement, load, trace)]
+    of_ranks = [
+        of_rank
+        for trained, run in planned
+        for plan in run.batches.every
+        for of_rank in rank_bytes_W(plan.placement, workload(trained, run, True), model_trace(trained, True))
+    ]
     return max(of_rank.total for of_rank in of_ranks) <= gpu.usable_bytes
 
 

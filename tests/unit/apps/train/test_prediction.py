@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from msdiff_dist.apps.train.prediction import predict
 from msdiff_dist.distributed.gpus import GIB, Gpu, parse_gpu
+from msdiff_dist.distributed.plan_report import render, size
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.recipe import Recipe, load_recipe
 
@@ -92,6 +95,32 @@ def test_nothing_fits_a_tiny_gpu() -> None:
     plan = report(usable=1000)
     assert plan["largest_micro_batch"] == 0
     assert plan["gpu"]["remedies"] == []
+
+
+def test_every_phase_has_a_report_and_must_fit() -> None:
+    changing = ("grow={at: 3, width: 64}", "stages.end={at: [null, 6, null]}")
+    plan, plain = report(*changing), report()
+    assert plain["phases"] == []
+    assert {**plan, "phases": []} == plain, "all stages"
+    unified, grown, ended = plan["phases"]
+    assert [(p["first"], p["last"], p["about"]) for p in plan["phases"]] == [
+        (1, 3, "unified"), (4, 6, "3 stages"), (7, 20, "3 stages without 1"),
+    ]  # fmt: skip
+    alone = report("model.decoder_channels=[64]", "stages.boundaries=[]", "stages.sampling=uniform")
+    assert unified["ranks"] == alone["ranks"]
+    assert grown["ranks"] == plain["ranks"]
+    assert ended["ranks"] == report("stages.ended=[1]")["ranks"]
+    assert not ended["stages"][1]["ranks"]
+    # The unified model is wider here, and needs more than the stages.
+    usable = (peak(plain) + peak(unified)) / 2
+    plan = report(*changing, usable=usable)
+    assert [p["gpu"]["fits"] for p in (plan, *plan["phases"])] == [False, False, True, True]
+    assert plan["largest_micro_batch"] == report("grow={at: 3, width: 64}", usable=usable)["largest_micro_batch"]
+    assert plan["largest_micro_batch"] < 96 / RANKS <= report(usable=usable)["largest_micro_batch"]
+    text = io.StringIO()
+    Console(file=text, width=150).print(render(plan, "debug"))
+    assert "3 stages without 1" in text.getvalue()
+    assert f"needs {size(peak(unified))} of" in text.getvalue()
 
 
 def test_a_gpu_without_bf16() -> None:
