@@ -159,6 +159,8 @@ class TrainedStagesConfig(StagesConfig):
             raise ConfigError("adaptive", "given", "adapts shares of stages that end", "Remove it, or `end`.")
         if self.end and self.end.at and len(self.end.at) != self.num_stages:
             raise ConfigError(
-                "end.at", list(self.end.at), f"has {len(self.end.at)} entries for {self.num_stages} stages",
+                "end.at", list(self.end.at),
+                f"has {len(self.end.at)} entries for the {self.num_stages} stages of boundaries = "
+                f"{list(self.boundaries)}",
                 f"Give {self.num_stages}, stage 0 first, null for a stage that does not end.",
             )  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import pytest
 import yaml
 
-from msdiff_dist.apps.train.plan import plan_run
+from msdiff_dist.apps.train.plan import plan_phases
 from msdiff_dist.apps.train.prediction import predict
 from msdiff_dist.config import Variant
 from msdiff_dist.errors import UserError
@@ -41,17 +41,30 @@ BASES = {
         text_encoder={"name": "ViT-B-32"},
         encode={"data": IMAGES},
         ema={"power": {"snapshot_every": 5}},
-        stages={"boundaries": [442, 631], "sampling": "equal", "adaptive": {}},
         validation={"shards": "nowhere"},
         preview={"every": 5, "num": 4, "sampler": {"steps": 5}},
         evaluation={"every": 5, "reference": "nowhere", "sampler": {"steps": 5}},
     ),
     "vp": base("fashion_mnist_dpm_3stage", guide={"features": "mobilenet"}),
     "edm": base("fashion_mnist_edm_3stage"),
+    "adaptive": base("debug", stages={"boundaries": [442, 631], "adaptive": {"min_share": 0.1}}),
+    "phases": base(
+        "debug",
+        grow={"at": 3, "width": 16, "attention": [2]},
+        stages={"boundaries": [442, 631], "sampling": "equal", "end": {"at": [None, 10, None], "patience": 2}},
+        validation={"shards": "nowhere"},
+    ),
 }
 BASES["edm"]["diffusion"]["times"] = {"change_weight": None}  # which EDM refuses
-# Of these bases only what the first one has not: the process, its family and samplers, and data of images.
-SECTIONS = {"vp": ("diffusion", "data", "guide", "model"), "edm": ("diffusion", "augmentation", "preview", "model")}
+# Of these bases only what the first one has not: the process, its family and samplers, data of images, and what
+# contradicts other sections.
+SECTIONS = {
+    "vp": ("diffusion", "data", "guide", "model"),
+    "edm": ("diffusion", "augmentation", "preview", "model"),
+    "adaptive": ("stages.adaptive",),
+    "phases": ("grow", "stages.end", "stages.ended", "stages.boundaries", "stages.sampling"),
+}
+APART = ("augmentation", "guide", "grow", "stages.adaptive", "stages.end")
 
 
 def fields(hint: Any, value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -109,7 +122,7 @@ def refusal(mapping: dict[str, Any], traced: bool) -> str:
     """What `msdiff plan` says against a recipe, "" if it plans it. Tracing the model takes a second, so few are."""
     try:
         recipe = recipe_from(mapping)
-        plan_run(recipe, 2)
+        plan_phases(recipe, 2)
         if traced:
             predict(recipe, 2, on_gpus=False)
     except UserError as e:
@@ -117,19 +130,30 @@ def refusal(mapping: dict[str, Any], traced: bool) -> str:
     return ""
 
 
+def belongs(name: str, path: tuple[str, ...]) -> bool:
+    """Whether the base of this name is the one for a field."""
+    sections = {path[0], ".".join(path[:2])}
+    return sections.isdisjoint(APART) if name == "ldm" else not sections.isdisjoint(SECTIONS[name])
+
+
 FIELDS = [
     (name, path, hint)
     for name, mapping in BASES.items()
     for path, hint in fields(Recipe, mapping, ())
-    if (path[0] in SECTIONS[name] if name in SECTIONS else path[0] not in ("augmentation", "guide"))
+    if belongs(name, path)
 ]
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_base_itself_is_accepted(name: str) -> None:
+    assert not refusal(BASES[name], traced=False)
 
 
 @pytest.mark.parametrize(("name", "path", "hint"), FIELDS, ids=[f"{n}-{'.'.join(p)}" for n, p, _ in FIELDS])
 def test_a_field(name: str, path: tuple[str, ...], hint: Any) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for value in fed(hint):
-        message = refusal(changed(BASES[name], path, value), traced=name == "ldm")
+        message = refusal(changed(BASES[name], path, value), traced=name in ("ldm", "phases"))
         assert not message or path[-1] in message, f"the field is not named in {message}"
         assert len(message) < 20_000
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
