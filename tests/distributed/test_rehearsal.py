@@ -98,7 +98,8 @@ def test_a_rank_whose_stages_are_in_another_order_is_found(monkeypatch: pytest.M
     found = rehearsed(2, parallel__placement=SHARED_RANKS)
     assert not found["orders_agree"]
     assert "rank 1 issues" in found["disagreement"]
-    assert "of stage 1 (reduce_scatter" in found["disagreement"]
+    assert "of stage 0 (" in found["disagreement"]
+    assert "of stage 1 (" in found["disagreement"]
 
 
 EXTENSION = """

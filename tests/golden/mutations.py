@@ -111,7 +111,7 @@ CHANGES = [
     ("alignment of augmentations", "training_edm_images",
      "self._augmentation, self._seed, batch, index_n)", "self._augmentation, self._seed, batch, np.sort(index_n))"),
     ("warm-up of the learning rate", "training_discrete_images",
-     "return step / self.warmup_steps", "return (step + 1) / self.warmup_steps"),
+     "return number / self.warmup_steps", "return (number + 1) / self.warmup_steps"),
     ("decay of the average", "training_discrete_images",
      "self._config.decay_at(step, self._batch_size)", "self._config.decay_at(step + 1, self._batch_size)"),
     ("decay without warm-up", "training_vp_latents", "if self.warmup else decay", "if self.warmup else decay**2"),

@@ -111,7 +111,9 @@ def test_held_out_losses_compare_as_errors_of_the_noise(process: str) -> None:
             partition=build_partition(stages, built), probability_K=np.full(3, 1 / 3), loss="l2",
         )  # fmt: skip
         network = predictor(built, predictions)
-        model: Any = type("Model", (), {"device": torch.device("cpu"), "network": staticmethod(network)})
+        model: Any = type(
+            "Model", (), {"device": torch.device("cpu"), "num_stages": 3, "network": staticmethod(network)}
+        )
         losses_n = np.empty(config.num)
         for batch in loss.batches:
             losses_n[batch.rows] = loss.compute(model, codec, batch)

@@ -52,6 +52,7 @@ class _Model:
     """Stands for a network: output and losses depend on every input, and on what else is in the batch."""
 
     device = torch.device("cpu")
+    num_stages = 3
 
     def network(self, x: Any, t: Any, stage: int, label: Any, context: Any) -> Any:
         return (
