@@ -84,7 +84,7 @@ def train_and_resume(rank: int, mapping: dict[str, Any], folder: Path) -> list[A
     return runs[0]
 
 
-@pytest.mark.parametrize("world_size", [1, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_guided_training_is_that_of_one_process_and_resumes(world_size: int, folder: Path) -> None:
     mapping = guided(folder, **LAYOUTS[world_size])
     outcomes = run_distributed(train_and_resume, world_size, mapping, folder)[0]

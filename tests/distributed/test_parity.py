@@ -33,7 +33,6 @@ LAYOUTS = {
 OBJECTIVES = "stages.objectives=[{prediction_type: v_prediction}, {}, {prediction_type: sample, min_snr_gamma: 5}]"
 CASES = [
     # layout, optimizer, zero_shared, zero_decoders, accumulation, more overrides
-    ("one", "adamw", 1, 1, 1, [OBJECTIVES]),
     ("two", "adamw", 2, 2, 2, []),
     ("auto", "sgd", 3, 1, 1, []),
     ("disjoint", "adamw", 1, 1, 2, []),

@@ -145,7 +145,7 @@ def train_each(rank: int, world_size: int, path: Path) -> list[list[float]]:
     return [trained(rank, world_size, case, path / name, [STEPS]) for name, case in CASES.items()]
 
 
-@pytest.mark.parametrize("world_size", [1, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_as_in_one_process(world_size: int, tmp_path: Path) -> None:
     of_ranks = run_distributed(train_each, world_size, world_size, tmp_path)
     for (name, case), losses in zip(CASES.items(), of_ranks[0], strict=True):
@@ -193,6 +193,7 @@ def whole_state(run: Path) -> dict[tuple[str, str], Tensor]:
     return {(k, n): reader.tensor(k, n) for k in reader.kinds for n in reader.names() if reader.holds(k, n)}
 
 
+@pytest.mark.slow
 def test_resumed_at_every_step_it_is_the_same_bit_by_bit(tmp_path: Path) -> None:
     run_distributed(resume_each, 2, 2, tmp_path)
     mapping, run = CASES["widths"], tmp_path / "widths"

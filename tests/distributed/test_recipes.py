@@ -15,10 +15,16 @@ from msdiff_dist.recipe import load_recipe, recipe_mapping
 # bf16 is emulated on many CPUs: one recipe of each family trains in it, the others in fp32.
 IN_BF16 = {"quickstart", "fashion_mnist_edm_3stage", "fashion_mnist_dpm_3stage"}
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+# Of the unified recipes, which differ from their three-stage twins in stages alone, one of each system is enough.
+OFTEN = {path for path in RECIPES if "unified" not in path.stem or path.stem.startswith(("celebahq", "cifar10"))}
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=() if path in OFTEN else pytest.mark.slow) for path in RECIPES],
+    ids=lambda path: path.stem,
+)
 def test_smoke(path: Path, tmp_path: Path) -> None:
     recipe = smoke(load_recipe(path))
     precision = "bf16" if path.stem in IN_BF16 else "fp32"
