@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from msdiff_dist.models.unet_config import UNetConfig
 from msdiff_dist.randomness import dropped_conditions, noise
 from msdiff_dist.recipe import Recipe, recipe_from
 from msdiff_dist.testing import run_distributed
+from tests.distributed.test_validation import recipe_on
 from tests.distributed.tiny_run import ADAM, open_run, recipe_of
 
 pytestmark = pytest.mark.distributed
@@ -209,3 +211,41 @@ def test_resumed_at_every_step_it_is_the_same_bit_by_bit(tmp_path: Path) -> None
     assert models == [(8,), (12, 8, 4)]
     generator = ImageGenerator(open_weights(run, AT), torch.device("cpu"))
     assert generator.num_stages == 1
+
+
+def watched(rank: int, world_size: int, mapping: dict[str, Any], path: Path) -> tuple[list[list[float]], Any]:
+    """Train to the end; the stages' held-out losses at each validation, and what is remembered of their ends."""
+    losses = []
+    while True:
+        with open_run(rank, world_size, mapping, path) as run:
+            while run.state.step < STEPS and not run.phase_is_over():
+                run.step(mapping["optimizer"]["lr"])
+                losses.append(run.validate()["loss_per_stage"])
+            run.save()
+        if run.state.step == STEPS:
+            return losses, run.state.ends.stored()
+        run.leave()
+
+
+def test_patience_ends_the_same_stages_on_any_ranks(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    end = {"patience": 1, "min_delta": 0.02}
+    mapping = recipe_on(tmp_path / "shards", stages__end=end, train__steps=STEPS, ema__decay=0.0, optimizer__lr=0.02)
+    mapping["validation"] |= {"every": 1, "weights": "ema"}
+    found = []
+    for world_size in (1, 3):
+        run = tmp_path / str(world_size)
+        (run / "samples").mkdir(parents=True)
+        of_ranks = run_distributed(watched, world_size, world_size, mapping, run)
+        assert all(of_rank == of_ranks[0] for of_rank in of_ranks)
+        found.append(of_ranks[0])
+    (losses, ends), (others, ends_of_three) = found
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(others), rtol=1e-3, atol=0)
+    ended: dict[str, int] = {}
+    for k, of_stage in enumerate(zip(*losses, strict=True)):
+        fell = [loss < 0.98 * lowest for lowest, loss in itertools.pairwise(of_stage)]
+        if False in fell:  # up to there each is the lowest
+            ended[str(k)] = 2 + fell.index(False)
+    assert 0 < len(ended) < 3, losses
+    assert ends["ended"] == ends_of_three["ended"] == ended
+    assert ends["waited"] == ends_of_three["waited"]

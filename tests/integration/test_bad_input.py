@@ -46,6 +46,28 @@ MISTAKES = {
     ),
     "contradicting sizes": ([DEBUG, "train.micro_batch_size=5"], ["train.global_batch_size", "24", "micro_batch_size"]),
     "classes": ([DEBUG, "data.num_classes=5"], ["model.num_classes", "4", "5"]),
+    "growing after the end": ([DEBUG, "grow.at=20"], ["grow.at", "20", "train.steps = 20", "at most 19"]),
+    "growing into one stage": (
+        [DEBUG, "grow.at=3", "stages.boundaries=[]", "model.decoder_channels=[16]"],
+        ["grow.at", "one stage", "stages.boundaries"],
+    ),
+    "growing frozen": ([DEBUG, "grow.at=3", "train.freeze=[shared]"], ["train.freeze", "grow.at", "`msdiff grow`"]),
+    "end of a stage too many": (
+        [DEBUG, "stages.end.at=[null,null,null,5]"],
+        ["stages.end.at", "4 entries", "3 stages", "null"],
+    ),
+    "end after the end": ([DEBUG, "stages.end.at=[null,20,null]"], ["stages.end.at[1]", "20", "steps 1 to 19"]),
+    "end before growing": (
+        [DEBUG, "grow.at=5", "stages.end.at=[null,3,null]"],
+        ["stages.end.at[1]", "3", "steps 6 to 19"],
+    ),
+    "end of all stages": ([DEBUG, "stages.end.at=[5,6,7]"], ["stages.end.at", "ends every stage", "null"]),
+    "patience without validation": (
+        [DEBUG, "stages.end.patience=2"],
+        ["stages.end.patience", "2", "held-out loss", "validation"],
+    ),
+    "no stage has ended": ([DEBUG, "stages.ended=[3]"], ["stages.ended[0]", "3", "no stage", "Count from 0"]),
+    "all stages have ended": ([DEBUG, "stages.ended=[0,1,2]"], ["stages.ended", "nothing to train"]),
 }
 
 
@@ -55,6 +77,7 @@ def test_mistakes_in_a_recipe(name: str, msdiff: Msdiff, tmp_path: Path) -> None
     ended = msdiff("train", *args, "--run-dir", tmp_path / "run")
     assert ended.status == 2, ended.output
     assert ended.output.startswith("error"), ended.output
+    assert ended.output.count("error") == 1, ended.output
     for word in words:
         assert word in ended.output
     assert not (tmp_path / "run").exists()

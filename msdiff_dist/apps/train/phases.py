@@ -165,6 +165,10 @@ class Restart:
             if not self._unified and step < grow.at:
                 problem = f"is to come, but the run is at step {step} and has its stages already"
                 raise ConfigError("grow.at", grow.at, problem, "Restore the step at which it grew.")
+            if not self._unified and (at := (index.recipe.get("grow") or {}).get("at")) != grow.at:
+                done = f"grew after step {at}" if at else "began with its stages"
+                remedy = f"Restore {at}." if at else "Remove the section `grow`."
+                raise ConfigError("grow.at", grow.at, f"has passed: the run {done}", remedy)
         training = self.recipe.freezing().stages
         for k, at in enumerate(end.at if end else ()):
             if at is not None and at < step and k in training and len(training) > 1:
