@@ -77,7 +77,9 @@ class PosthocWeights(CheckpointWeights):
 def open_posthoc(run: Path, length: float, step: int | None = None) -> PosthocWeights:
     """The average of a relative length at the newest checkpoint or snapshot of a run folder, or at that of `step`.
 
-    Compares every file with its checksum. Warns if the snapshots give an average of that length only roughly.
+    Snapshots of before the run grew are of another model and are left out: the averages of later ones go back to the
+    run's first step too. Compares every file with its checksum. Warns if the snapshots give an average of that length
+    only roughly.
 
     Raises:
         CheckpointError: the length is out of range, the run has no snapshots, or it has none and no checkpoint of this
@@ -100,14 +102,19 @@ def open_posthoc(run: Path, length: float, step: int | None = None) -> PosthocWe
         steps = ", ".join(map(str, sorted(held)))
         raise CheckpointError("--step", step, f"{run} has no checkpoint or snapshot of that step", f"It has: {steps}.")
     folders = [folder for s, folder in snapshots.items() if s < last] + [held[last]]
-    readers = [CheckpointReader(folder, _OPEN_FILES // len(folders)) for folder in folders]
+    every = [CheckpointReader(folder, _OPEN_FILES // len(folders)) for folder in folders]
+    readers = [reader for reader in every if _model_shapes(reader) == _model_shapes(every[-1])]
     for reader in readers:
         reader.verify()
     weights = PosthocWeights(readers, length)
     if weights.distance > _POOR_FIT:
         warnings.warn(
-            f"the {len(folders)} snapshots up to step {last} give the average of length {length} with an error of "
+            f"the {len(readers)} snapshots up to step {last} give the average of length {length} with an error of "
             f"{weights.distance:.0%}: a length nearer to those of ema.power, or more snapshots, gives less error",
             stacklevel=3,
         )
     return weights
+
+
+def _model_shapes(reader: CheckpointReader) -> dict[str, tuple[int, ...]]:
+    return {n: shape for n, shape in reader.index.shapes.items() if n.startswith(("shared.", "stages."))}

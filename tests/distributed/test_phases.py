@@ -11,15 +11,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
 
 from msdiff_dist.apps.train.phases import phases
+from msdiff_dist.checkpoint.layout import complete_checkpoints
 from msdiff_dist.checkpoint.load import CheckpointReader
 from msdiff_dist.checkpoint.power_profile import exponent
 from msdiff_dist.data.loader import StepLoader
 from msdiff_dist.diffusion.loss import sample_losses
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas
 from msdiff_dist.evaluation.generate import ImageGenerator
+from msdiff_dist.export.export import export
 from msdiff_dist.export.weights import open_weights
 from msdiff_dist.models import build_model
 from msdiff_dist.models.growing import grown_from
@@ -211,6 +214,20 @@ def test_resumed_at_every_step_it_is_the_same_bit_by_bit(tmp_path: Path) -> None
     assert models == [(8,), (12, 8, 4)]
     generator = ImageGenerator(open_weights(run, AT), torch.device("cpu"))
     assert generator.num_stages == 1
+
+
+def test_averages_made_after_training_are_of_the_grown_model_alone(tmp_path: Path) -> None:
+    power = {"snapshot_every": 1, "lengths": [LENGTH, 0.05]}
+    run_distributed(trained, 1, 1, grow_recipe(ema__power=power), tmp_path / "run", [STEPS])
+    held = CheckpointReader(tmp_path / f"run/ema_snapshots/step_{STEPS:08d}")
+    assert len(complete_checkpoints(tmp_path / "run/ema_snapshots")) == STEPS
+    export(tmp_path / "run", tmp_path / "held", ema_length=LENGTH)
+    made = load_file(tmp_path / "held/model.safetensors")
+    assert sorted(made) == sorted(held.names())
+    for name, tensor in made.items():
+        torch.testing.assert_close(tensor, held.tensor(POWER, name), rtol=0, atol=1e-6)
+    unified = export(tmp_path / "run", tmp_path / "unified", step=AT, ema_length=LENGTH)
+    assert not any(name.startswith("stages.1.") for name in load_file(unified[-1]))
 
 
 def watched(rank: int, world_size: int, mapping: dict[str, Any], path: Path) -> tuple[list[list[float]], Any]:
