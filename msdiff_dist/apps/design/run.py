@@ -175,6 +175,7 @@ def plot(found: Designed, path: Path) -> None:
         exponents.plot(at, values, "o-", label=label)
     exponents.axhline(0, color="gray", linewidth=0.8)
     exponents.set_ylabel("exponent")
+    exponents.set_xlabel("share of training's times, from the data to the noise")
     exponents.set_title("How fast the loss above its floor falls with")
     exponents.legend()
     counts = [c.recipe.stages.num_stages for c in found.designs]
@@ -190,10 +191,11 @@ def plot(found: Designed, path: Path) -> None:
     widths = list(recipe.model.decoder_channels)
     sampling = recipe.stages.sampling
     shares = [1.0] if isinstance(sampling, str) else [s / sum(sampling) for s in sampling]
-    chosen.stairs(widths, edges, fill=True, alpha=0.4)
+    chosen.bar(edges[:-1], widths, np.diff(edges), align="edge", alpha=0.4, edgecolor="black")
     for k, share in enumerate(shares):
         middle = (edges[k] + edges[k + 1]) / 2
-        chosen.text(middle, widths[k] / 2, f"{widths[k]} channels\n{share:.0%} of samples", ha="center", va="center")
+        label = f"{widths[k]} channels, {share:.0%} of samples"
+        chosen.text(middle, widths[k] / 2, label, ha="center", va="center", rotation="vertical")
     chosen.set_ylabel("decoder channels")
     chosen.set_xlabel("share of training's times, from the data to the noise")
     chosen.set_title("Chosen stages")
