@@ -121,6 +121,7 @@ def test_the_same_scores_on_any_ranks_and_of_a_checkpoint(tmp_path: Path) -> Non
     assert alone.record["metrics"] == found[0]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_and_evaluates_no_step_twice(tmp_path: Path) -> None:
     recipe = recipe_on(tmp_path, evaluation__pause_seconds=1e-9)
     run = new_run(tmp_path / "run", recipe)

@@ -218,6 +218,7 @@ def fine_tune(rank: int, path: Path) -> dict[str, int]:
     return state
 
 
+@pytest.mark.slow
 def test_one_stage_is_fine_tuned_and_a_branch_trains_more(tmp_path: Path) -> None:
     state = run_distributed(fine_tune, 2, tmp_path)
     recipe = recipe_from(fine_tuning(tmp_path))

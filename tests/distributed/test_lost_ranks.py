@@ -167,6 +167,7 @@ def test_ranks_that_end_well_leave_no_error(new_job: NewJob) -> None:
     assert job.errors(0, 0, 1) == []
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_comes_is_named(new_job: NewJob) -> None:
     job = new_job(3, "wait", start_s=10, ranks=2)
     for error in job.errors(1, 0, 1):

@@ -56,6 +56,7 @@ def fork_server_of(pid: int) -> int:
     return int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named(training: subprocess.Popen[str], tmp_path: Path) -> None:
     os.kill(rank_processes(tmp_path / "run")[1], signal.SIGSTOP)
     _, message = training.communicate(timeout=120)

@@ -50,6 +50,7 @@ def command_of(*words: str) -> int | None:
     return None
 
 
+@pytest.mark.slow
 def test_parts_that_were_stopped_resume_to_what_one_process_makes(
     slurm: SlurmCluster, cluster_file: ClusterFile, msdiff: Msdiff, tmp_path: Path
 ) -> None:

@@ -113,6 +113,7 @@ def test_two_nodes_give_the_losses_of_one_machine_and_edits_do_not_reach_a_queue
     assert "12/12" in msdiff("attach", run)[1]
 
 
+@pytest.mark.slow
 def test_a_sweep_is_a_job_array_with_one_table(
     slurm: SlurmCluster, cluster_file: ClusterFile, msdiff: Msdiff, tmp_path: Path
 ) -> None:
@@ -160,6 +161,7 @@ def test_parts_of_a_data_job_run_as_an_array_and_only_once(
     assert len(list((folder / "logs").glob("*_log.out"))) == 3
 
 
+@pytest.mark.slow
 def test_the_guides_plain_sbatch_file_trains(slurm: SlurmCluster, tmp_path: Path) -> None:
     guide = (Path(__file__).parents[2] / "slurm/README.md").read_text()
     script = guide[guide.index("#!/bin/bash") :].partition("```")[0]

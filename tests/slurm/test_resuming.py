@@ -85,6 +85,7 @@ def test_preemption_and_a_bare_requeue_lose_no_step(
     assert "s from the signal until all was saved; allowed are 60 s" in msdiff("logs", run, "--rank", 0)[1]
 
 
+@pytest.mark.slow
 def test_cancel_saves_does_not_requeue_and_the_run_resumes_on_fewer_nodes(
     slurm: SlurmCluster, cluster_file: ClusterFile, msdiff: Msdiff, tmp_path: Path
 ) -> None:
