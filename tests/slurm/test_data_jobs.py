@@ -106,3 +106,37 @@ def test_parts_that_were_stopped_resume_to_what_one_process_makes(
         alone = tmp_path / "alone" / out.name
         assert msdiff(*command, "--out", alone)[0] == 0
         assert files(out) == files(alone)
+
+
+@pytest.mark.slow
+def test_an_evaluation_whose_part_was_cancelled_is_resumed_and_scored_once(
+    slurm: SlurmCluster, cluster_file: ClusterFile, msdiff: Msdiff, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    digits, run = tmp_path / "digits", tmp_path / "run"
+    prepare("digits", digits, None, "train", 6)
+    small = ["model.encoder_channels=16", "model.decoder_channels=[16,16,16]", f"data.shards={digits}"]
+    small += ["train.precision=fp32", "train.steps=2", "train.global_batch_size=12", "preview.every=0"]
+    assert msdiff("train", QUICKSTART, *small, "--run-dir", run)[0] == 0
+    images = tmp_path / "images"
+    evaluate = ["evaluate", run, "--num", 120, "--batch-size", 2, "--steps", 4, "--metrics", "kid"]
+    parts = ["--part", "{part}", "--parts", "{parts}", "--samples", images]
+
+    def submit() -> list[str]:
+        array = ["array", "--parts", 2, "--cluster", cluster_file(), "--folder", tmp_path / "jobs", "--"]
+        status, printed = msdiff(*array, *evaluate, *parts)
+        assert status == 0, printed
+        return json.loads((tmp_path / "jobs/launch/job.json").read_text())["job_ids"]
+
+    first, second = submit()
+    wait_for(lambda: len(list(images.glob("[0-9]*.png"))) > 10)
+    slurm.run("scancel", first)
+    ended = [slurm.wait_job(job, "COMPLETED", "FAILED", "CANCELLED") for job in (first, second)]
+    assert ended == ["CANCELLED", "COMPLETED"]
+    assert not (run / "evaluations.jsonl").exists()
+    (again,) = submit()
+    assert slurm.wait_job(again, "COMPLETED", "FAILED", "CANCELLED") == "COMPLETED"
+    (record,) = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    assert msdiff(*evaluate, "--samples", tmp_path / "alone", "--nproc", 2)[0] == 0
+    alone = json.loads((run / "evaluations.jsonl").read_text().splitlines()[-1])
+    assert record["metrics"] == alone["metrics"]
