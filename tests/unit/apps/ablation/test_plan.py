@@ -27,7 +27,8 @@ def test_ablation_plans(path: Path, tmp_path: Path) -> None:
     # Random numbers in the place of images that are not here: there is nothing to hold out.
     (tmp_path / "images").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "images" / "0.png")
-    given = [f"score.reference={tmp_path / 'images'}", "score.reference_num=null", "score.metrics=[fid]", "seeds=[0]"]
+    given = [f"score.reference={tmp_path / 'images'}", "score.reference_num=null", "score.metrics=[fid]"]
+    given += ["score.features=[mobilenet]", "seeds=[0]"]
     config, places = load_ablation(path, given)
     data = load_recipe(path.parent / config.recipe).data
     size = config.changes.get("data.image_size", data.image_size)
