@@ -42,6 +42,8 @@ def _changes(digits: Path) -> list[str]:
         (["--budget", "1", "--probe-share", "2"], "--probe-share"),
         (["--budget", "1", "--max-stages", "11"], "max"),
         (["--budget", "1", "--plot", "why.txt"], "--plot"),
+        (["--budget", "1", "grow.at=10"], "grow"),
+        (["--budget", "1", "stages.end.at=[null,null,10]"], "stages.end"),
         (["--budget", "1", "model.share_encoder=false", "model.encoder_channels=[24,16,8]"], "model.family"),
     ],
 )

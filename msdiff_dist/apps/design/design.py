@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from msdiff_dist.apps.design.probes import decoder_widths, probe_widths
-from msdiff_dist.apps.train.costs import step_petaflops
-from msdiff_dist.apps.train.plan import plan_run
+from msdiff_dist.apps.train.costs import PETA, step_petaflops
+from msdiff_dist.apps.train.plan import model_costs, plan_run, recipe_costs
 from msdiff_dist.diffusion.process import Process
 from msdiff_dist.diffusion.timestep_sampler import stage_probabilities
 from msdiff_dist.errors import ConfigError, UserError
 from msdiff_dist.evaluation.held_out_loss import BINS
-from msdiff_dist.models.flops import costs
 from msdiff_dist.models.unet_config import UNetConfig
 from msdiff_dist.recipe import Recipe
 from msdiff_dist.stage_division.design import (
@@ -28,7 +27,6 @@ from msdiff_dist.stage_division.design import (
 )
 from msdiff_dist.stage_division.loss_laws import LossLaws
 
-PETA = 1e15
 _MOST_WIDTHS = 12  # decoders to choose from: more make the search longer and the choice no better
 
 
@@ -96,7 +94,7 @@ def as_designed(recipe: Recipe) -> tuple[DesignedStage, ...]:
     for k in range(1, len(edges) - 1):  # each stage keeps one bin at least
         edges[k] = min(max(edges[k], edges[k - 1] + 1), BINS - (len(edges) - 1 - k))
     shares = stage_probabilities(process, recipe.partition(), recipe.stages.sampling)
-    macs = _step_macs(recipe, model, model.decoder_channels)
+    macs = recipe_costs(recipe).step_macs_K
     return tuple(
         DesignedStage(
             first=edges[k],
@@ -123,21 +121,13 @@ def _design(recipe: Recipe, laws: LossLaws, petaflops: float, stages: int, block
     # Between the widths that were measured, not beyond them.
     widths = decoder_widths(unified, range(narrow, wide + 1))
     chosen = [widths[i] for i in sorted({round(x) for x in np.linspace(0, len(widths) - 1, _MOST_WIDTHS)})]
-    macs = _step_macs(recipe, unified, chosen)
+    macs = model_costs(recipe, unified.of_widths(chosen)).step_macs_K
     depth = (blocks + 1) / (model.num_res_blocks + 1)
     choices = [
         DecoderChoice(channels=w, width=w / model.encoder_channels, depth=depth, macs=m)
         for w, m in zip(chosen, macs, strict=True)
     ]
     return design_stages(laws, choices, petaflops * PETA / 6, stages)
-
-
-def _step_macs(recipe: Recipe, model: UNetConfig, widths: Sequence[int]) -> list[float]:
-    """What a training sample costs with each of these decoders, encoder included."""
-    _, height, width = recipe.latent_shape
-    tokens = recipe.data.context_shape[0] if recipe.data.context_shape else 1
-    counted = costs(model.unified().of_widths(list(widths)), (height, width), tokens)
-    return [float(m) for m in counted.step_macs_K]
 
 
 def _with_stages(recipe: Recipe, design: StageDesign, blocks: int) -> Recipe:

@@ -7,7 +7,7 @@ width, depth and a decoder of its own; how it falls inside each run tells how it
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from msdiff_dist.apps.train.found_data import DataFinder, FoundData
 from msdiff_dist.apps.train.local import run_local
 from msdiff_dist.apps.train.plan import check_run, plan_run
 from msdiff_dist.checkpoint.policy import CheckpointConfig
+from msdiff_dist.config import to_mapping
 from msdiff_dist.distributed.environment import this_device
 from msdiff_dist.errors import ConfigError, RunFolderError, TrainingError, UserError
 from msdiff_dist.evaluation.held_out_loss import BINS, ValidationConfig
@@ -106,6 +107,17 @@ def plan_probes(recipe: Recipe, budget: float, share: float, nproc: int, folder:
     if not isinstance(recipe.model, UNetConfig) or not isinstance(recipe.model.encoder_channels, int):
         problem = "stages are designed for one encoder that all of them share"
         raise ConfigError("model.family", recipe.model.family, problem, "Use another family, or share_encoder: true.")
+    for field, value in (
+        ("grow", recipe.grow),
+        ("stages.end", recipe.stages.end),
+        ("stages.adaptive", recipe.stages.adaptive),
+        ("stages.objectives", recipe.stages.objectives),
+        ("stages.ended", recipe.stages.ended),
+        ("train.freeze", recipe.train.freeze),
+    ):
+        if value:
+            problem = "is for stages that are chosen already"
+            raise ConfigError(field, to_mapping(value), problem, "Leave it out, and add it to the designed recipe.")
     unified = recipe.model.unified()
     narrow, middle, wide = probe_widths(unified, recipe.model.encoder_channels)
     deeper = replace(unified, num_res_blocks=unified.num_res_blocks + 1)
@@ -185,7 +197,7 @@ def _validation(given: ValidationConfig | None, steps: int) -> ValidationConfig:
     return replace(base, every=every, num=max(EVALUATIONS, base.num), weights="ema")
 
 
-def run_probes(probes: Sequence[Probe], nproc: int, say: Any) -> None:
+def run_probes(probes: Sequence[Probe], nproc: int, say: Callable[[str], object]) -> None:
     """Train what is not yet trained.
 
     Args:

@@ -22,6 +22,7 @@ from msdiff_dist.distributed.placement import Placement, plan, plan_on
 from msdiff_dist.distributed.precision import expected_precision
 from msdiff_dist.distributed.topology import arrange
 from msdiff_dist.errors import ConfigError, UserError
+from msdiff_dist.models.config import ModelConfig
 from msdiff_dist.models.flops import ModelCosts, costs
 from msdiff_dist.models.xformers_attention import check_installation
 from msdiff_dist.recipe import Recipe
@@ -82,8 +83,8 @@ def plan_run(recipe: Recipe, world_size: int, ranks_per_node: int | None = None)
         stages,
         importance_weights=recipe.stages.importance_weights,
     )
-    model_costs = recipe_costs(recipe)
-    cost_K = model_costs.step_macs_K
+    counted = recipe_costs(recipe)
+    cost_K = counted.step_macs_K
     guide = guide_costs(recipe)
     placed_K = placed_costs(recipe, cost_K, guide)
     batches: BatchPlans
@@ -95,7 +96,7 @@ def plan_run(recipe: Recipe, world_size: int, ranks_per_node: int | None = None)
         micro_quotas = quotas.micro_quotas(recipe.train.gradient_accumulation_steps)
         placement = plan(micro_quotas, placed_K, world_size, explicit)
         if explicit is None and ranks_per_node is not None:
-            placement = arrange(placement, ranks_per_node, [d.trained for d in model_costs.decoders])
+            placement = arrange(placement, ranks_per_node, [d.trained for d in counted.decoders])
         batches = EqualBatches(BatchPlan(quotas, placement))
         if adaptive := recipe.stages.adaptive:
             natural_K = stage_probabilities(recipe.times(), recipe.partition(), "uniform")
@@ -106,7 +107,7 @@ def plan_run(recipe: Recipe, world_size: int, ranks_per_node: int | None = None)
         quotas=quotas,
         batches=batches,
         gathering=_gathering(recipe, quotas, batches),
-        costs=model_costs,
+        costs=counted,
         cost_K=cost_K,
         placement=placement,
         guide=guide,
@@ -194,11 +195,16 @@ def _check_batch(recipe: Recipe, batch_size: int, world_size: int) -> None:
     check_between("train.steps", recipe.train.steps, 1, 2**62 // batch_size)  # samples of the stream are numbered
 
 
-def recipe_costs(recipe: Recipe) -> ModelCosts:
-    """Parameters and multiply-adds of the recipe's model on its latents and context."""
+def model_costs(recipe: Recipe, model: ModelConfig) -> ModelCosts:
+    """Parameters and multiply-adds of `model` on the recipe's latents and context."""
     _, height, width = recipe.latent_shape
     tokens = recipe.data.context_shape[0] if recipe.data.context_shape else 1
-    counted = costs(recipe.model, (height, width), tokens, recipe.train.freeze)
+    return costs(model, (height, width), tokens, recipe.train.freeze)
+
+
+def recipe_costs(recipe: Recipe) -> ModelCosts:
+    """Parameters and multiply-adds of the recipe's model on its latents and context."""
+    counted = model_costs(recipe, recipe.model)
     # What the others cost does not depend on which stages have ended.
     decoders = [replace(d, trained=0) if k in recipe.stages.ended else d for k, d in enumerate(counted.decoders)]
     return replace(counted, decoders=tuple(decoders))
