@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import time
 
 import pytest
 import torch
@@ -24,7 +25,12 @@ JOB = {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}  # this p
 
 
 def opened() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    """The least of several counts: connections are accepted, and the heartbeat's files closed, by other threads."""
+    counts = []
+    for _ in range(20):
+        counts.append(len(os.listdir("/proc/self/fd")))
+        time.sleep(0.02)
+    return min(counts)
 
 
 def counts(rank: int, world_size: int) -> tuple[int, int, int]:
@@ -47,7 +53,7 @@ def test_as_many_as_predicted() -> None:
     most = {}
     for world_size in (2, 5):
         found = run_ranks(counts, world_size, world_size, preload=PRELOAD, env=JOB, timeout=120)
-        assert all(with_engines == with_groups for _, with_groups, with_engines in found), "DeepSpeed makes no group"
+        assert all(with_engines == with_groups for _, with_groups, with_engines in found), f"a new group: {found}"
         most[world_size] = max(with_groups - before for before, with_groups, _ in found)
         assert max(total for *_, total in found) <= descriptors_needed(world_size, on_gpus=False, keeps_store=False)
     predicted = [descriptors_needed(w, on_gpus=False, keeps_store=False) for w in (2, 5)]
