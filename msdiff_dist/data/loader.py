@@ -11,13 +11,11 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from msdiff_dist.data.config import DataConfig
@@ -28,35 +26,11 @@ from msdiff_dist.data.mixture import Mixture
 from msdiff_dist.data.order import Ints, StreamOrder, grouped
 from msdiff_dist.data.samples import Samples, decode, synthesize
 from msdiff_dist.data.shared_memory import check_shared_memory
+from msdiff_dist.data.step_samples import BatchBuffer, StepSamples, merged_parts
 from msdiff_dist.data.stream import LaneStream, Picked, first_sample
 from msdiff_dist.data.worker_processes import set_up_worker, start_fork_server
 from msdiff_dist.errors import ConfigError, DataError, UserError
 from msdiff_dist.randomness import generator
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepSamples:
-    """The samples of one global batch that one rank reads, in ascending order of their index in the batch.
-
-    Attributes:
-        batch: number of the global batch, from 0.
-        index_n: int64, in [0, global_batch_size).
-        x_nCHW: uint8 images or floating latents. Only n differs between steps and ranks; it may be 0.
-        label_n: int64 class labels, if the data has `num_classes`.
-        context_nTC: context embeddings, if the data has `context_shape`.
-        captions: n captions, if the data has `captions`.
-        keys: n names of samples in their shards.
-        corruption: what was found corrupt, for the first time, while this step was read, and was skipped.
-    """
-
-    batch: int
-    index_n: Ints
-    x_nCHW: Tensor
-    label_n: Tensor | None
-    context_nTC: Tensor | None
-    captions: list[str] | None
-    keys: list[str]
-    corruption: tuple[Corruption, ...] = ()
 
 
 def load_index(config: DataConfig) -> list[list[Shard]]:
@@ -149,7 +123,7 @@ class StepLoader:
                 self.close()
                 raise part
             parts.append(part)
-        merged = _merge(parts)
+        merged = merged_parts(parts)
         found, self._found = self._found, ()
         return replace(merged, corruption=found + merged.corruption) if found else merged
 
@@ -300,7 +274,7 @@ class _RankDataset(IterableDataset["StepSamples | UserError"]):
         for batch in itertools.count(self.start_batch):
             (source_B, lane_B), first = schedule.locate(batch), batch * schedule.global_batch_size
             index_n = np.flatnonzero(mine_L[lane_B])
-            part = _BatchBuffer(schedule.config, len(index_n))
+            part = BatchBuffer(schedule.config, len(index_n))
             if schedule.mixture is None:
                 part.put(np.arange(len(index_n)), synthesize(schedule.config, schedule.seed, first + index_n))
             else:
@@ -331,74 +305,3 @@ def _start(dataset: _RankDataset, workers: int) -> Iterator[StepSamples | UserEr
                 generator=torch.Generator(),  # its own: must not draw from torch's global one
             )
         )
-
-
-class _BatchBuffer:
-    """Tensors for n samples of a step, filled lane by lane."""
-
-    def __init__(self, config: DataConfig, n: int) -> None:
-        def empty(shape: tuple[int, ...], dtype: str) -> Tensor:
-            return torch.empty((n, *shape), dtype=getattr(torch, dtype))
-
-        context = config.context_shape
-        self._x_nCHW = empty(config.x_shape, config.x_dtype)
-        self._label_n = None if config.num_classes is None else empty((), "int64")
-        self._context_nTC = None if context is None else empty(context, config.latent_dtype)
-        self._key_n = np.empty(n, object)
-        self._caption_n = np.empty(n, object) if config.captions else None
-        # Samples are arrays, which are written through numpy views of the tensors.
-        views = (_view(self._x_nCHW), _view(self._label_n), self._caption_n, _view(self._context_nTC))
-        self._columns = Samples(self._key_n, *views)
-
-    def put(self, at_n: Ints, samples: Samples) -> None:
-        """Copy samples to rows at_n."""
-        column: Any
-        for column, values in zip(self._columns, samples, strict=True):
-            if column is not None:
-                column[at_n] = values
-
-    def samples(self, batch: int, index_n: Ints, corruption: tuple[Corruption, ...]) -> StepSamples:
-        """The step's samples, once all rows are filled."""
-        captions = None if self._caption_n is None else self._caption_n.tolist()
-        return StepSamples(
-            batch=batch,
-            index_n=index_n,
-            x_nCHW=self._x_nCHW,
-            label_n=self._label_n,
-            context_nTC=self._context_nTC,
-            captions=captions,
-            keys=self._key_n.tolist(),
-            corruption=corruption,
-        )
-
-
-def _view(tensor: Tensor | None) -> Any:
-    """A tensor's memory as an array; bfloat16, which numpy lacks, as uint16 of the same bits."""
-    return None if tensor is None else (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def _merge(parts: list[StepSamples]) -> StepSamples:
-    """Join the workers' parts of one step, sorted by index in the batch."""
-    if len(parts) == 1:
-        return parts[0]
-    assert len({part.batch for part in parts}) == 1, "each worker yields every step"
-    index_n = np.concatenate([part.index_n for part in parts])
-    order_n = np.argsort(index_n)
-
-    def tensors(values: list[Any]) -> Any:
-        return None if values[0] is None else torch.cat(values)[torch.from_numpy(order_n)]
-
-    def lists(values: list[Any]) -> Any:
-        every = None if values[0] is None else list(itertools.chain(*values))
-        return None if every is None else [every[i] for i in order_n]
-
-    return StepSamples(
-        batch=parts[0].batch,
-        index_n=index_n[order_n],
-        x_nCHW=tensors([part.x_nCHW for part in parts]),
-        label_n=tensors([part.label_n for part in parts]),
-        context_nTC=tensors([part.context_nTC for part in parts]),
-        captions=lists([part.captions for part in parts]),
-        keys=lists([part.keys for part in parts]),
-        corruption=tuple(itertools.chain(*(part.corruption for part in parts))),
-    )

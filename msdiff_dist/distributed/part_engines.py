@@ -3,32 +3,25 @@
 DeepSpeed partitions a part's weights, fp32 master weights and optimizer state over the ranks of its group. Under ZeRO 1
 and 2 gradients and weights are communicated by `flat_gradients`: DeepSpeed itself reduces with one collective for each
 rank of the group, in the training precision, and waits for each. Under ZeRO 3, whose weights are gathered layer by
-layer in the forward and backward passes, DeepSpeed does it all. This is the only file that imports deepspeed.
+layer in the forward and backward passes, DeepSpeed does it all.
 """
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 
+from msdiff_dist.distributed.deepspeed_engine import GroupUnit, deepspeed_engine, deepspeed_unit
 from msdiff_dist.distributed.flat_gradients import FlatPart
 from msdiff_dist.distributed.frozen_weights import keep_in_zero3, keep_whole, trained_parameters, zero3_ranges
 from msdiff_dist.distributed.precision import Precision
 from msdiff_dist.distributed.zero_state import ShardedState
-
-logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-# DeepSpeed's shared-memory collective is compiled on first use (half a minute); gloo serves CPU ranks well.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 """From an engine's parameters to its optimizer."""
@@ -56,45 +49,6 @@ class EngineConfig:
     def dtype(self) -> torch.dtype:
         """Of weights and activations in forward and backward passes."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
-
-
-class _Unit:
-    """The methods that DeepSpeed calls on an `mpu` (model parallel unit, Megatron's term): an engine's group is data
-    parallel, and nothing is model parallel."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self.group
-
-    def get_data_parallel_group_ranks(self) -> list[int]:
-        return dist.get_process_group_ranks(self.group)
-
-    def get_data_parallel_world_size(self) -> int:
-        return dist.get_world_size(self.group)
-
-    def get_data_parallel_rank(self) -> int:
-        return dist.get_rank(self.group)
-
-    def get_model_parallel_group(self) -> None:
-        return None
-
-    def get_model_parallel_world_size(self) -> int:
-        return 1
-
-    def get_model_parallel_rank(self) -> int:
-        return 0
-
-
-@contextmanager
-def _deepspeed_unit(unit: _Unit) -> Iterator[None]:
-    """DeepSpeed keeps its `mpu` in one module global: set it around every call of an engine."""
-    previous, deepspeed_groups.mpu = deepspeed_groups.mpu, unit
-    try:
-        yield
-    finally:
-        deepspeed_groups.mpu = previous
 
 
 def make_engine(
@@ -184,27 +138,18 @@ class PartEngine(ABC):
         return torch.stack(norms).square().sum()
 
 
-def _initialize(
-    module: nn.Module, optimizer: OptimizerFactory, config: EngineConfig, unit: _Unit, settings: dict[str, Any]
+def _sharded(
+    module: nn.Module, optimizer: OptimizerFactory, config: EngineConfig, unit: GroupUnit, settings: dict[str, Any]
 ) -> Any:
-    """DeepSpeed's engine with `settings` besides those that all engines have."""
-    settings = settings | {
-        # DeepSpeed wants batch sizes whose product fits. Of these only the accumulation has an effect: losses are
-        # divided by the global batch size before they reach DeepSpeed.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "train_batch_size": config.gradient_accumulation_steps * unit.get_data_parallel_world_size(),
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": config.precision == "bf16"},
-        "steps_per_print": 10**9,
-        # DeepSpeed's clock of the throughput waits for the device twice in every micro batch.
-        "timers": {"throughput": {"enabled": False}},
-    }
-    with _deepspeed_unit(unit):
-        engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer(trained_parameters(module)), config=settings, mpu=unit
-        )
-    return engine
+    """DeepSpeed's engine of the parameters that train."""
+    return deepspeed_engine(
+        module,
+        optimizer(trained_parameters(module)),
+        unit,
+        config.precision,
+        config.gradient_accumulation_steps,
+        settings,
+    )
 
 
 class _FrozenEngine(PartEngine):
@@ -261,7 +206,7 @@ class _FlatEngine(PartEngine):
         self._frozen = keep_whole(module, group, config.dtype)
         # Without contiguous gradients DeepSpeed's ZeRO 1 sets no hooks on the gradients and allocates no buckets.
         sharding = {"stage": 1, "contiguous_gradients": False, "overlap_comm": False}
-        engine = _initialize(module, optimizer, config, _Unit(group), {"zero_optimization": sharding})
+        engine = _sharded(module, optimizer, config, GroupUnit(group), {"zero_optimization": sharding})
         self._optimizer = engine.optimizer
         self._parts = [
             FlatPart(weights, parameters, group, reduce_each=zero == 2)
@@ -356,7 +301,7 @@ class _Zero3Engine(PartEngine):
     def __init__(
         self, module: nn.Module, optimizer: OptimizerFactory, config: EngineConfig, group: dist.ProcessGroup
     ) -> None:
-        self._unit, self._size = _Unit(group), dist.get_world_size(group)
+        self._unit, self._size = GroupUnit(group), dist.get_world_size(group)
         self._norm: Tensor | None = None  # of the gradients of the whole model, inside `step`
         settings = {
             "zero_optimization": {
@@ -370,7 +315,7 @@ class _Zero3Engine(PartEngine):
             "data_types": {"grad_accum_dtype": "fp32"},
         }
         masters = zero3_ranges(module, group) if config.precision == "bf16" else None
-        self._engine = _initialize(module, optimizer, config, self._unit, settings)
+        self._engine = _sharded(module, optimizer, config, self._unit, settings)
         self._frozen = keep_in_zero3(module, group, masters)
         # DeepSpeed asks a method of its optimizer for the norm by which it clips, and would take that of this engine's
         # gradients alone.
@@ -385,12 +330,12 @@ class _Zero3Engine(PartEngine):
         return  # each layer's weights are gathered where they are used
 
     def __call__(self, *inputs: Any) -> Any:
-        with _deepspeed_unit(self._unit):
+        with deepspeed_unit(self._unit):
             return self._engine(*inputs)
 
     def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor] | None, is_last: bool) -> None:
         (loss,) = (_gradients_at(len(outputs), *outputs, *gradients),) if gradients is not None else outputs
-        with _deepspeed_unit(self._unit):
+        with deepspeed_unit(self._unit):
             # DeepSpeed takes the mean over the group: multiplying the loss by the group's size makes it the sum.
             self._engine.backward(loss * self._size, scale_wrt_gas=False)
             if not is_last:
@@ -406,7 +351,7 @@ class _Zero3Engine(PartEngine):
         self._norm = torch.tensor(norm)  # on the host: DeepSpeed asks whether it is finite, and would wait for a device
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        with _deepspeed_unit(self._unit):
+        with deepspeed_unit(self._unit):
             self._engine.step()
         self._norm = None
 

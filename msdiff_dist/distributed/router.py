@@ -21,7 +21,7 @@ from torch import Tensor
 from msdiff_dist.distributed.placement import Placement
 
 if TYPE_CHECKING:
-    from msdiff_dist.data.loader import StepSamples
+    from msdiff_dist.data.step_samples import StepSamples
 
 
 Format = tuple[torch.dtype, torch.Size]

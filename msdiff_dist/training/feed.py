@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from msdiff_dist.data.corruption import Corruption
-from msdiff_dist.data.loader import StepSamples
+from msdiff_dist.data.step_samples import StepSamples
 from msdiff_dist.distributed.progress import EXCHANGE, READ, Progress
 from msdiff_dist.distributed.router import Assignment, Outgoing, PendingBatch, RoutedBatch, Router
 from msdiff_dist.training.ahead import Ahead

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from msdiff_dist.data.loader import StepSamples
+from msdiff_dist.data.step_samples import StepSamples
 from msdiff_dist.distributed.placement import Placement, StageSets, plan
 from msdiff_dist.distributed.router import Assignment, RoutedBatch, Router
 from msdiff_dist.testing import run_distributed

@@ -21,7 +21,7 @@ from msdiff_dist.apps.train.rehearsal_report import (
     RehearsedRank,
 )
 from msdiff_dist.data.config import DataConfig
-from msdiff_dist.data.loader import StepSamples
+from msdiff_dist.data.step_samples import StepSamples
 from msdiff_dist.diffusion.objective import Objective
 from msdiff_dist.distributed.agree import Agreement
 from msdiff_dist.distributed.collective_trace import CollectiveTrace, fake_process_group

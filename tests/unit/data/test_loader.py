@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from msdiff_dist.data.config import DataConfig, SourceConfig
 from msdiff_dist.data.index import Shard
-from msdiff_dist.data.loader import StepLoader, _merge, _RankDataset, _Schedule
+from msdiff_dist.data.loader import StepLoader, _RankDataset, _Schedule
+from msdiff_dist.data.step_samples import merged_parts
 from msdiff_dist.errors import ConfigError, DataError
 
 
@@ -76,7 +77,7 @@ def test_content_does_not_depend_on_ranks_workers_or_start(
     shards = [Shard(path=str(folder / f"{i:05d}.tar"), num_samples=n) for i, n in enumerate(sizes)]
     dataset = _RankDataset(_Schedule(config, [shards], 0, B), list(range(lanes)), start_step)
     parts = [dataset.parts(set(range(lanes)[v::workers])) for v in range(workers)]
-    merged = [_merge([next(part) for part in parts]) for _ in range(steps)]
+    merged = [merged_parts([next(part) for part in parts]) for _ in range(steps)]
     assert [step.keys for step in merged] == reference[start_step:]
 
 
