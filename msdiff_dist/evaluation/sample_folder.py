@@ -56,13 +56,14 @@ class FolderSampling:
         self._generator = ImageGenerator(self._weights, this_device())
         self._generator.check_prompts(job.prompts)
 
-    def fill(self, out: Path, part: Part | None = None) -> tuple[int, bool]:
+    def fill(self, out: Path, part: Part | None = None, option: str = "--out") -> tuple[int, bool]:
         """Write the images of the job, or a part of them, into `out`, and grid.png once all are there.
 
         Batches whose images all exist are skipped.
 
         Args:
             part: share of the batches that this process samples; None: all.
+            option: the command's option that names `out`, for messages.
 
         Returns:
             How many images existed before, and whether all exist now.
@@ -71,20 +72,29 @@ class FolderSampling:
             RunFolderError: `out` holds other files or is filled with other settings, another process does this part, or
                 the folder cannot be written.
         """
-        return _fill(out, self._job, self._weights, self._generator, part or Part())
+        return _fill(out, self._job, self._weights, self._generator, part or Part(), option)
 
 
 def sample_run(
-    run: Path, out: Path, job: SamplingJob, ema: bool = True, part: Part | None = None, evaluations: int | None = None
+    run: Path,
+    out: Path,
+    job: SamplingJob,
+    ema: bool = True,
+    part: Part | None = None,
+    evaluations: int | None = None,
+    option: str = "--out",
 ) -> tuple[int, bool]:
     """`FolderSampling` and its `fill` in one call: how many images existed before, and whether all exist now."""
-    return FolderSampling(run, job, ema, evaluations).fill(out, part)
+    return FolderSampling(run, job, ema, evaluations).fill(out, part, option)
 
 
-def _fill(out: Path, job: SamplingJob, weights: Weights, generator: ImageGenerator, part: Part) -> tuple[int, bool]:
+def _fill(
+    out: Path, job: SamplingJob, weights: Weights, generator: ImageGenerator, part: Part, option: str
+) -> tuple[int, bool]:
     paths = [image_path(out, i) for i in range(job.num)]
     mine = part.share(job.batches)
-    claim = FolderClaim(folder=out, record=out / _RECORD, locks=out / _LOCKS, content="images", error=RunFolderError)
+    record, locks = out / _RECORD, out / _LOCKS
+    claim = FolderClaim(folder=out, record=record, locks=locks, content="images", error=RunFolderError, option=option)
     names = {_GRID, *(path.name for path in paths)}
     with claim.held(job.settings(weights), part, names), ThreadPoolExecutor(_WRITERS) as writers:
         before = sum(path.exists() for path in paths)

@@ -26,7 +26,7 @@ def sample_images(run: Path, out: Path, job: SamplingJob, ema: bool, nproc: int,
         MsdiffError: a process died; or what `sample_run` raises.
     """
     if nproc == 1:
-        return sample_run(run, out, job, ema, part)[1]
+        return sample_run(run, out, job, ema, part, option="--samples")[1]
     # Parts of this part, so that processes on several machines and on this one divide the same batches.
     shares = [Part(part.number * nproc + i, part.of * nproc) for i in range(nproc)]
     own = cores()
@@ -52,4 +52,4 @@ def _start(threads: int) -> None:
 def _sample(number: int, arguments: tuple[Path, Path, SamplingJob, bool, Part]) -> bool:
     if torch.cuda.is_available():
         torch.cuda.set_device(number % torch.cuda.device_count())
-    return sample_run(*arguments)[1]
+    return sample_run(*arguments, option="--samples")[1]

@@ -16,12 +16,17 @@ from msdiff_dist.apps.evaluation.compare import compare
 from msdiff_dist.apps.evaluation.evaluate import EvaluationRequest, evaluate
 from msdiff_dist.data.config import DataConfig
 from msdiff_dist.data.make.pack import pack
-from msdiff_dist.errors import ConfigError, DataError, UserError
+from msdiff_dist.diffusion.config import DiffusionConfig, StagesConfig
+from msdiff_dist.errors import ConfigError, DataError, RunFolderError, UserError
 from msdiff_dist.evaluation import reference as reference_module
 from msdiff_dist.evaluation.feature_spaces import load_feature_space
 from msdiff_dist.evaluation.frechet import fit, frechet_distance
 from msdiff_dist.evaluation.image_sets import ShardImages
 from msdiff_dist.evaluation.sampling_job import SamplingJob
+from msdiff_dist.models.song.config import SongConfig
+from tests.unit.convert.conftest import make_export
+
+__all__ = ["make_export"]
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +145,17 @@ def _record(value: float, half: float, digest: str = "d", **more: Any) -> str:
         "features": {"name": "mobilenet", "digest": digest}, "reference": {"name": "r", "key": "k"}, **more,
     }  # fmt: skip
     return json.dumps(record) + "\n"
+
+
+def test_a_folder_for_samples_that_holds_something_else(make_export: Any, tmp_path: Path) -> None:
+    model = SongConfig(
+        encoder_channels=16, channel_mult=(1,), num_res_blocks=1, attention_downsamples=(), norm_groups=8,
+        family="ddpmpp", decoder_channels=(16,),
+    )  # fmt: skip
+    export = make_export(model, diffusion=DiffusionConfig(process="edm"), stages=StagesConfig())
+    request = _request(export, samples=_images(tmp_path / "other", 0), reference=str(_images(tmp_path / "b", 1)))
+    with pytest.raises(RunFolderError, match=r"--samples = .*other': holds something else\. Name a new folder"):
+        evaluate(request)
 
 
 def test_compare_marks_the_best_and_what_may_be_noise(tmp_path: Path) -> None:
