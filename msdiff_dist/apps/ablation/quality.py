@@ -4,23 +4,30 @@ A curve is the mean over seeds of the scores at some points of compute. Between 
 logarithm of compute. It reaches a score where it first falls to it. A level is a score of the baseline's curve, and the
 ratio that is reported is the compute at which the variant's curve reaches it, over that at which the baseline's does.
 
-The interval is the 95 % percentile interval of a bootstrap: seeds are drawn with replacement, and both curves, the
+The interval is an expanded percentile interval of a bootstrap: seeds are drawn with replacement, and both curves, the
 level and the ratio are computed anew. Variant and baseline are drawn together, seed by seed, because runs of one seed
-see the same samples in the same order.
+see the same samples in the same order. Percentile intervals of few seeds are too narrow, since a bootstrap's spread is
+sqrt((n - 1) / n) of what it estimates and it takes the normal distribution for Student's. The expanded one takes
+quantiles farther out, so that for a mean it is as wide as Student's interval (Hesterberg 2015, 1411.5279, section 5.3).
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import norm, t
 
 from msdiff_dist.apps.ablation.config import Level
 from msdiff_dist.evaluation.scores import bootstrap_draw
 
-RESAMPLES = 2000
+RESAMPLES = 2000  # of more than _ALL_OF seeds
+_ALL_OF = 7  # of so few seeds all resamples are taken: 7 ** 7 with 1,716 different ones
 Floats = NDArray[np.float64]
 
 
@@ -76,18 +83,15 @@ def compare(baseline: Curves, variant: Curves, levels: Sequence[Level]) -> list[
     if not seeds:
         return []
     a, b, count = baseline.of(seeds), variant.of(seeds), len(seeds)
-    # The order of the seeds in a draw does not matter: of few seeds there are few different draws.
-    drawn_RS = np.sort(
-        [bootstrap_draw(0, draw, count, count) for draw in range(RESAMPLES if count > 1 else 0)], axis=-1
-    )
-    drawn_RS, times_R = np.unique(drawn_RS.reshape(-1, count), axis=0, return_counts=True)
+    drawn_RS, times_R = _resamples(count)
+    tail = expanded_tail(count) if count > 1 else 0.0
     found = []
     for level in levels:
         score, own, other = _crossings(a, b, list(range(count)), level)
         low, high = _ratio(own, other)
         drawn = [_crossings(a, b, rows_S, level)[1:] for rows_S in drawn_RS]
-        ends_R2 = np.repeat(np.array([_ratio(*bounds) for bounds in drawn]).reshape(-1, 2), times_R, axis=0)
-        missed_R = np.repeat([bounds[1] == np.inf for _, bounds in drawn], times_R)
+        ends_R2 = np.array([_ratio(*bounds) for bounds in drawn]).reshape(-1, 2)
+        missed_R = np.array([bounds[1] == np.inf for _, bounds in drawn], bool)
         exact = low == high
         found.append(
             Reached(
@@ -98,10 +102,10 @@ def compare(baseline: Curves, variant: Curves, levels: Sequence[Level]) -> list[
                 ratio=low if exact else None,
                 above=low if not exact and high == np.inf and low > 0 else None,
                 below=high if not exact and high < np.inf else None,
-                low=_quantile(ends_R2[:, 0], 0.025),
-                high=_quantile(ends_R2[:, 1], 0.975),
-                resamples=len(ends_R2),
-                not_reached=float(missed_R.mean()) if len(missed_R) else float(other[1] == np.inf),
+                low=_quantile(ends_R2[:, 0], times_R, tail),
+                high=_quantile(ends_R2[:, 1], times_R, 1 - tail),
+                resamples=int(times_R.sum()),
+                not_reached=float(missed_R @ times_R / times_R.sum()) if len(missed_R) else float(other[1] == np.inf),
                 seeds=tuple(seeds),
             )
         )
@@ -156,9 +160,32 @@ def _known(bounds: Bounds) -> float | None:
     return bounds[0] if bounds[0] == bounds[1] else None
 
 
-def _quantile(values_R: Floats, share: float) -> float | None:
+def expanded_tail(count: int, confidence: float = 0.95) -> float:
+    """The share of resamples outside each end of an expanded percentile interval of `count` seeds, at least two."""
+    return float(norm.cdf(math.sqrt(count / (count - 1)) * t.ppf((1 - confidence) / 2, count - 1)))
+
+
+def _resamples(count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Different resamples of the seeds' rows [R, count], and how many times each is drawn [R]; none of one seed.
+
+    The order in a resample does not matter. Of few seeds these are all there are, so that ends of intervals, which lie
+    far out, do not depend on chance.
+    """
+    if count == 1:
+        return np.empty((0, 1), np.int64), np.empty(0, np.int64)
+    if count <= _ALL_OF:
+        drawn = list(combinations_with_replacement(range(count), count))
+        times = [
+            math.factorial(count) // math.prod(math.factorial(n) for n in Counter(rows).values()) for rows in drawn
+        ]
+        return np.array(drawn, np.int64), np.array(times, np.int64)
+    drawn_RS = np.sort([bootstrap_draw(0, draw, count, count) for draw in range(RESAMPLES)], axis=-1)
+    return np.unique(drawn_RS, axis=0, return_counts=True)
+
+
+def _quantile(values_R: Floats, times_R: NDArray[np.int64], share: float) -> float | None:
     """A value that was drawn, not one between two; None where it is 0 or infinite, so that the interval is open."""
     if not len(values_R):
         return None
-    value = float(np.quantile(values_R, share, method="inverted_cdf"))
+    value = float(np.quantile(values_R, share, weights=times_R, method="inverted_cdf"))
     return value if 0 < value < np.inf else None

@@ -23,19 +23,21 @@ ABLATIONS = sorted((RECIPES / "ablations").glob("*.yaml"))
 def test_ablation_plans(path: Path, tmp_path: Path) -> None:
     whole, _ = load_ablation(path, [])
     assert whole.score.metrics[0] == "loss"
-    assert "validation.fraction" in whole.changes
+    base = load_recipe(path.parent / whole.recipe)
+    assert base.validation is not None or "validation.fraction" in whole.changes
     # Random numbers in the place of images that are not here: there is nothing to hold out.
     (tmp_path / "images").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "images" / "0.png")
     given = [f"score.reference={tmp_path / 'images'}", "score.reference_num=null", "score.metrics=[fid]"]
     given += ["score.features=[mobilenet]", "seeds=[0]"]
     config, places = load_ablation(path, given)
-    data = load_recipe(path.parent / config.recipe).data
-    size = config.changes.get("data.image_size", data.image_size)
+    size = config.changes.get("data.image_size", base.data.image_size)
+    shape = config.changes.get("data.latent_shape", base.data.latent_shape) or [base.data.channels, size, size]
     for field in [name for name in config.changes if name.startswith("validation.")]:
         del config.changes[field]
+    config.changes["validation"] = None
     config.changes.update({"data.kind": "synthetic", "data.shards": [], "data.image_size": None, "data.flip": False})
-    config.changes["data.latent_shape"] = [data.channels, size, size]
+    config.changes["data.latent_shape"] = list(shape)
     config.changes["model.num_res_blocks"] = 1  # as deep as they are, they take long to count
     plan = plan_ablation(config, places, path.parent, tmp_path / "out", 1)
     assert [t.variant for t in plan.trials] == list(config.variants)
