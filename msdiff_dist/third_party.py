@@ -52,6 +52,17 @@ _LOGGERS = {
 """Loggers of which only errors are shown, with what they say otherwise."""
 
 
+class _OnlyErrors(logging.Logger):
+    """A logger that shows errors only, whatever level it is given later.
+
+    DeepSpeed, diffusers and transformers set theirs to WARNING when they are imported, which is after `apply`.
+    """
+
+    def setLevel(self, level: int | str) -> None:
+        super().setLevel(level)
+        self.level = max(self.level, logging.ERROR)
+
+
 def quiet() -> None:
     """Show nothing of the above in this process and in those that it starts."""
     os.environ[VARIABLE] = "1"
@@ -61,7 +72,9 @@ def quiet() -> None:
 def apply() -> None:
     """Show nothing of the above in this process."""
     for name in _LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logger = logging.getLogger(name)
+        logger.__class__ = _OnlyErrors
+        logger.setLevel(logging.ERROR)
     modules = "|".join(name.replace(".", r"\.") for name in _LIBRARIES)
     for category in _FOR_AUTHORS:
         warnings.filterwarnings("ignore", category=category, module=rf"({modules})(\.|\b)")

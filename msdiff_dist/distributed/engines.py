@@ -29,26 +29,12 @@ from msdiff_dist.distributed.device_clock import DeviceClock
 from msdiff_dist.distributed.groups import Groups, all_ranks
 from msdiff_dist.distributed.part_engines import EngineConfig, OptimizerFactory, PartEngine, make_engine
 from msdiff_dist.distributed.zero_state import ShardedState
+from msdiff_dist.models.projector import Projection
 
 StageLoss = Callable[[int, Tensor, slice], Tensor]
 """(stage, output of its decoder, rows of the batch that the output belongs to) -> this rank's scalar loss."""
 ProjectedLoss = Callable[[Tensor], Tensor]
 """Projected features of all rows -> this rank's scalar loss."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Projection:
-    """A module that trains with the model on one of the shared features.
-
-    Attributes:
-        module: maps that feature of all samples to what a `ProjectedLoss` takes.
-        feature: which of the shared part's features, by index.
-        prefix: of its parameters' names in checkpoints.
-    """
-
-    module: nn.Module
-    feature: int
-    prefix: str
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ It trains with the model and is no part of it: checkpoints hold it under a prefi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -29,6 +30,21 @@ class Projector(nn.Sequential):
             nn.SiLU(),
             nn.Conv2d(width, features, 1),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """A module that trains with the model on one of the shared features.
+
+    Attributes:
+        module: maps that feature of all samples to what its loss is of.
+        feature: which of the shared part's features, by index.
+        prefix: of its parameters' names in checkpoints.
+    """
+
+    module: nn.Module
+    feature: int
+    prefix: str
 
 
 def build_projector(channels: int, width: int, features: int, seed: int = 0) -> nn.Module:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.integration.conftest import Msdiff
+from tests.integration.conftest import ROOT, Msdiff
 
 pytestmark = pytest.mark.integration
 
@@ -69,6 +71,29 @@ MISTAKES = {
     "no stage has ended": ([DEBUG, "stages.ended=[3]"], ["stages.ended[0]", "3", "no stage", "Count from 0"]),
     "all stages have ended": ([DEBUG, "stages.ended=[0,1,2]"], ["stages.ended", "nothing to train"]),
 }
+
+
+# What a command imports first shows in a process of its own only.
+FRESH = """
+import sys
+from msdiff_dist.cli.main import main
+try:
+    main()
+finally:
+    print(*({"deepspeed", "diffusers", "transformers"} & {*sys.modules}))
+"""
+
+
+@pytest.mark.parametrize("name", ["missing recipe", "lanes"])
+def test_a_fresh_command_prints_the_error_alone_and_before_heavy_libraries(name: str, tmp_path: Path) -> None:
+    args, words = MISTAKES[name]
+    command = [sys.executable, "-c", FRESH, "train", *args, "--run-dir", str(tmp_path / "run")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stdout == "\n", "libraries that were imported, or what they printed"
+    assert ended.stderr.startswith("error"), ended.stderr
+    assert ended.stderr.count("\n") == 1, ended.stderr
+    assert all(word in ended.stderr for word in words), ended.stderr
 
 
 @pytest.mark.parametrize("name", MISTAKES)

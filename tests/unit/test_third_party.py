@@ -50,6 +50,28 @@ def test_only_what_users_can_use_is_shown(by: str) -> None:
     assert all(f"{name} error" in text for name in ("xformers", "diffusers.models", "msdiff_dist.data"))
 
 
+SET_THEIR_LEVELS = """
+import logging
+import deepspeed
+from diffusers.utils import logging as of_diffusers
+from transformers.utils import logging as of_transformers
+others = of_diffusers.get_logger("diffusers.x"), of_transformers.get_logger("transformers.x")
+for logger in (logging.getLogger("DeepSpeed"), *others):
+    logger.warning(f"{logger.name} warning")
+    logger.error(f"{logger.name} error")
+"""
+
+
+def test_libraries_that_set_their_levels_when_imported_show_errors_only() -> None:
+    code = "from msdiff_dist.third_party import quiet; quiet()" + SET_THEIR_LEVELS
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = (done.stdout + done.stderr).splitlines()
+    assert len(lines) == 3, lines
+    assert all(
+        any(f"{name} error" in line for line in lines) for name in ("DeepSpeed", "diffusers.x", "transformers.x")
+    )
+
+
 def test_a_program_that_imports_the_package_sees_all_warnings() -> None:
     text = "\n".join(lines("import msdiff_dist"))
     assert "torch.jit._script DeprecationWarning" in text

@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from msdiff_dist.distributed.engines import Projection
 from msdiff_dist.errors import ConfigError, UserError
 from msdiff_dist.evaluation.feature_spaces import FEATURE_SPACES, FeatureSpace, load_feature_space
 from msdiff_dist.models.autoencoder import LatentCodec
-from msdiff_dist.models.projector import PREFIX, Projector, build_projector, middle_of, middle_shape
+from msdiff_dist.models.projector import PREFIX, Projection, Projector, build_projector, middle_of, middle_shape
 from msdiff_dist.recipe import Recipe
 from msdiff_dist.training.guide import Guide, GuideConfig
 

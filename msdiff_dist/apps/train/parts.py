@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from msdiff_dist.apps.train.plan import RunPlan, channels_last
 from msdiff_dist.diffusion.objective import Objective
-from msdiff_dist.distributed.engines import Projection, StageParallelEngines
+from msdiff_dist.distributed.engines import StageParallelEngines
 from msdiff_dist.distributed.environment import Environment
 from msdiff_dist.distributed.groups import Groups
 from msdiff_dist.distributed.part_engines import EngineConfig
 from msdiff_dist.distributed.router import Router
 from msdiff_dist.models.autoencoder import LatentCodec
+from msdiff_dist.models.projector import Projection
 from msdiff_dist.recipe import Recipe
 from msdiff_dist.training.draws import Drawing
 from msdiff_dist.training.feed import Feed, Reader
