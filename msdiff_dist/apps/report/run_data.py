@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from msdiff_dist.files.json_text import parse_mapping
 from msdiff_dist.recipe import Recipe, comparable_mapping, stored_recipe
 from msdiff_dist.training.recipe_changes import Change, read_changes
 from msdiff_dist.training.run_folder import ORIGIN, RunFolder
+from msdiff_dist.training.stage_ends import StageEnds
 
 MOST_POINTS = 800
 """Points of a curve; more steps are averaged."""
@@ -35,6 +36,7 @@ class RunData:
         evaluations: the lines of evaluations.jsonl.
         changes: of the recipe, when the run was resumed. origin: of a branch.
         world_size: ranks of the newest checkpoint; None where there is none.
+        stage_ends: the ends of stages that the newest checkpoint holds.
         starts: when the run was started, seconds since 1970, and on which host.
         problems: what could not be read, as sentences.
     """
@@ -49,6 +51,7 @@ class RunData:
     changes: list[Change] = field(default_factory=list)
     origin: dict[str, Any] = field(default_factory=dict)
     world_size: int | None = None
+    stage_ends: StageEnds = field(default_factory=StageEnds)
     starts: list[tuple[int, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -86,6 +89,7 @@ def read_run(folder: Path, name: str) -> RunData:
     not_numbers = sum(number(line, "loss") is None for line in steps)
     if not_numbers:
         problems.append(f"metrics.jsonl: {not_numbers} steps have a loss that is no finite number; charts leave gaps.")
+    newest: dict[str, Any] = tried("The newest checkpoint", lambda: _newest_index(folder), {})
     return RunData(
         folder=folder,
         name=name,
@@ -96,7 +100,8 @@ def read_run(folder: Path, name: str) -> RunData:
         evaluations=tried("evaluations.jsonl", lambda: list(_lines(folder / "evaluations.jsonl", problems)), []),
         changes=tried("recipe_changes.jsonl", lambda: read_changes(folder), []),
         origin=tried(ORIGIN, lambda: _mapping(folder / ORIGIN), {}),
-        world_size=tried("The newest checkpoint", lambda: _world_size(folder), None),
+        world_size=_world_size(newest),
+        stage_ends=tried("The newest checkpoint", lambda: StageEnds.of(newest.get("stage_ends", {})), StageEnds()),
         starts=sorted(_starts(folder / "tensorboard")),
         problems=problems,
     )
@@ -163,11 +168,14 @@ def _mapping(path: Path) -> dict[str, Any]:
     return parse_mapping(path.read_bytes()) if path.is_file() else {}
 
 
-def _world_size(folder: Path) -> int | None:
-    for path in reversed(complete_checkpoints(folder / "checkpoints")):
-        found = parse_mapping((path / INDEX).read_bytes()).get("world_size")
-        return found if type(found) is int and found > 0 else None
-    return None
+def _newest_index(folder: Path) -> dict[str, Any]:
+    paths = complete_checkpoints(folder / "checkpoints")
+    return parse_mapping((paths[-1] / INDEX).read_bytes()) if paths else {}
+
+
+def _world_size(index: Mapping[str, Any]) -> int | None:
+    found = index.get("world_size")
+    return found if type(found) is int and found > 0 else None
 
 
 def _starts(folder: Path) -> Iterator[tuple[int, str]]:

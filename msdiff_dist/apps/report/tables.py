@@ -11,7 +11,8 @@ from typing import Any
 
 from msdiff_dist.apps.report.run_data import RunData, items, number
 from msdiff_dist.apps.train.costs import training_petaflops
-from msdiff_dist.apps.train.plan import plan_run
+from msdiff_dist.apps.train.phases import Phase
+from msdiff_dist.apps.train.plan import RunPlan, plan_phases, plan_run
 from msdiff_dist.config import differences
 from msdiff_dist.errors import UserError
 from msdiff_dist.files.json_text import parse_mapping
@@ -110,19 +111,22 @@ def versions() -> str:
 
 
 def plan_tables(run: RunData) -> list[Table]:
-    """Ranks x stages of the run's newest start, and its compute by stage and part.
+    """Ranks x stages of the run's newest start, for each phase of the run, and its compute by stage and part.
 
     Raises:
         UserError: the recipe has no plan on as many ranks.
     """
     if run.recipe is None:
         return []
-    world = run.world_size or 1
-    plan = plan_run(run.recipe, world)
-    stages, samples_WK = plan.placement.num_stages, plan.placement.samples_WK
+    planned = plan_phases(run.recipe, run.world_size or 1, ends=run.stage_ends)
+    return [*(_placement(run, phase, plan) for phase, plan in planned), _compute(planned, run.last.get("step", 0))]
+
+
+def _placement(run: RunData, phase: Phase, plan: RunPlan) -> Table:
+    samples_WK = plan.placement.samples_WK
     cost = [sum(n * c for n, c in zip(row, plan.cost_K, strict=True)) for row in samples_WK.tolist()]
     groups: list[list[int]] = []
-    for rank in range(world):
+    for rank in range(plan.placement.world_size):
         if groups and samples_WK[groups[-1][0]].tolist() == samples_WK[rank].tolist():
             groups[-1].append(rank)
         else:
@@ -136,51 +140,58 @@ def plan_tables(run: RunData) -> list[Table]:
         for group in groups[:_MOST_GROUPS]
     ]
     balance = plan.placement.balance(plan.cost_K)
-    notes = [f"Planned balance {balance:.3f}: mean over maximum of the ranks' work. ZeRO {_zero(run)}."]
+    parallel = phase.recipe.parallel
+    notes = [
+        f"Planned balance {balance:.3f}: mean over maximum of the ranks' work. ZeRO {parallel.zero_shared} for the "
+        f"encoder, {parallel.zero_decoders} for decoders."
+    ]
     if run.world_size is None:
         notes.append("There is no checkpoint that says on how many ranks: this is the plan of one.")
     if len(groups) > _MOST_GROUPS:
         notes.append(f"{len(groups) - _MOST_GROUPS} more rows are not shown.")
-    measured = [value for line in run.steps if (value := number(line, "balance")) is not None]
+    steps = [line for line in run.steps if phase.first <= line["step"] <= phase.last]
+    measured = [value for line in steps if (value := number(line, "balance")) is not None]
     if measured:
         notes.append(f"Measured: {sum(measured) / len(measured):.3f}, the mean over the steps.")
-    placement = Table(
-        title="Samples of each stage that a rank computes in a step",
-        head=["rank", *(f"stage {k}" for k in range(stages)), "work"],
+    about = f" of steps {phase.first:,} to {phase.last:,}: {phase.about}" if phase.about else ""
+    return Table(
+        title=f"Samples of each stage that a rank computes in a step{about}",
+        head=["rank", *_names(phase), "work"],
         rows=rows,
         notes=notes,
     )
-    return [placement, _compute(run, plan.quotas.quotas_K, plan.costs)]
 
 
-def _zero(run: RunData) -> str:
-    assert run.recipe
-    return f"{run.recipe.parallel.zero_shared} for the encoder, {run.recipe.parallel.zero_decoders} for decoders"
+def _names(phase: Phase) -> list[str]:
+    """What the stages of a phase are called; that of a model which has yet to grow is none of the recipe's."""
+    stages = phase.recipe.stages.num_stages
+    return ["unified"] if phase.about and stages == 1 else [f"stage {k}" for k in range(stages)]
 
 
-def _compute(run: RunData, quotas_K: Any, costs: Any) -> Table:
-    steps = run.last.get("step", 0)
-    parts = [
-        (
-            training_petaflops(float(quota) * steps * costs.encoder.step_macs),
-            training_petaflops(float(quota) * steps * decoder.step_macs),
-        )
-        for quota, decoder in zip(quotas_K, costs.decoders, strict=True)
-    ]
-    total = sum(map(sum, parts)) or 1.0
-    samples = sum(int(quota) for quota in quotas_K) or 1
+def _compute(planned: Sequence[tuple[Phase, RunPlan]], done: int) -> Table:
+    """Samples, and compute of encoder and decoder, of each stage in the first `done` steps."""
+    of_stage: dict[str, tuple[int, float, float]] = {}
+    for phase, plan in planned:
+        steps = max(0, min(done, phase.last) - phase.first + 1)
+        for name, quota, decoder in zip(_names(phase), plan.quotas.quotas_K.tolist(), plan.costs.decoders, strict=True):
+            count = quota * steps
+            taken = count, *(training_petaflops(count * p.step_macs) for p in (plan.costs.encoder, decoder))
+            before = of_stage.get(name, (0, 0.0, 0.0))
+            of_stage[name] = (before[0] + taken[0], before[1] + taken[1], before[2] + taken[2])
+    all_samples, all_encoder, all_decoder = map(sum, zip(*of_stage.values(), strict=True))
+    total = all_encoder + all_decoder
 
-    def row(name: str, quota: int, encoder: float, decoder: float) -> list[str]:
+    def row(name: str, samples: int, encoder: float, decoder: float) -> list[str]:
         both = encoder + decoder
         return [
-            name, f"{100 * quota / samples:.1f} %", f"{encoder:.4g}", f"{decoder:.4g}", f"{both:.4g}",
-            f"{100 * both / total:.1f} %",
+            name, f"{100 * samples / (all_samples or 1):.1f} %", f"{encoder:.4g}", f"{decoder:.4g}", f"{both:.4g}",
+            f"{100 * both / (total or 1.0):.1f} %",
         ]  # fmt: skip
 
-    rows = [row(f"stage {k}", int(quotas_K[k]), *parts[k]) for k in range(len(parts))]
-    rows.append(row("all", samples, sum(p[0] for p in parts), sum(p[1] for p in parts)))
+    rows = [row(name, *taken) for name, taken in of_stage.items()]
+    rows.append(row("all", all_samples, all_encoder, all_decoder))
     return Table(
-        title=f"Compute of {steps:,} steps in PFLOP",
+        title=f"Compute of {done:,} steps in PFLOP",
         head=["", "samples", "encoder", "decoder", "both", "share"],
         rows=rows,
         notes=["Counted from the network's products and convolutions, forward and backward."],

@@ -10,13 +10,14 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from msdiff_dist.apps.train.phases import Phase
 from msdiff_dist.distributed.collective_order import RankCalls, find_disagreement
 from msdiff_dist.distributed.collective_trace import Call
 from msdiff_dist.distributed.groups import ROUTING, SHARED
 from msdiff_dist.distributed.plan_report import size
 
 START, FIRST_STEP, STEP, END = "start", "first step", "step", "end"
-"""Phases of a rehearsal."""
+"""Parts of a rehearsal of a rank."""
 AGREEMENT = "agreement"
 """Title of the reduction of what the ranks agree on, which is in the group of the shared part."""
 
@@ -55,8 +56,28 @@ def report(world_size: int, ranks: Sequence[RehearsedRank]) -> dict[str, Any]:
     }
 
 
+def run_report(phases: Sequence[Phase], reports: Sequence[dict[str, Any]], whole: int) -> dict[str, Any]:
+    """The report of the phase `whole`, in which all of the recipe's stages train, with those of all phases.
+
+    `phases` has the report of each, with its `first` and `last` step and what it trains (`about`); it is empty for a
+    run of one phase. `orders_agree` and `disagreement` are of all phases.
+    """
+    if len(phases) == 1:
+        return reports[0] | {"phases": []}
+    found = [
+        {"first": phase.first, "last": phase.last, "about": phase.about} | of_phase
+        for phase, of_phase in zip(phases, reports, strict=True)
+    ]
+    wrong = next((of_phase for of_phase in found if not of_phase["orders_agree"]), None)
+    return reports[whole] | {
+        "orders_agree": wrong is None,
+        "disagreement": wrong and f"in steps {wrong['first']}-{wrong['last']}, {wrong['disagreement']}",
+        "phases": found,
+    }
+
+
 def render(report: dict[str, Any], title: str) -> RenderableType:
-    """The report as a table."""
+    """The report as a table. If it has reports of `phases`, they are rows of another."""
     table = Table("group", "ranks", "calls", "bytes", "kinds", title=f"{title}: a step of {report['world_size']} ranks")
     for row in report["ranks"]["by_group"]:
         kinds = "  ".join(f"{count} {kind}" for kind, count in row["kinds"].items())
@@ -68,11 +89,30 @@ def render(report: dict[str, Any], title: str) -> RenderableType:
         verdict = f"[red]the ranks' collectives do not fit together[/]: {report['disagreement']}"
     return Group(
         table,
+        *_phase_table(report),
         f"a rank issues at most {ranks['collectives_per_step']} collectives of {size(ranks['bytes_per_step'])} in a "
         f"step, and {total} at the start",
         f"rehearsed: ranks {', '.join(map(str, report['rehearsed']))}",
         verdict,
     )
+
+
+def _phase_table(report: dict[str, Any]) -> list[Table]:
+    if not report["phases"]:
+        return []
+    table = Table("steps", "trains", "ranks of the stages", "calls", "bytes", "at the start", "complete")
+    for phase in report["phases"]:
+        groups = [row for row in phase["ranks"]["by_group"] if row["group"].startswith("stage ")]
+        table.add_row(
+            f"{phase['first']}-{phase['last']}",
+            phase["about"],
+            "  ".join(f"{row['group'].removeprefix('stage ')}: {row['size']}" for row in groups),
+            str(phase["ranks"]["collectives_per_step"]),
+            size(phase["ranks"]["bytes_per_step"]),
+            str(phase["start"]["collectives"]),
+            "yes" if phase["orders_agree"] else "[red]no[/]",
+        )
+    return [table]
 
 
 def _titles(ranks: Sequence[RehearsedRank]) -> list[str]:

@@ -22,9 +22,10 @@ from msdiff_dist.apps.report.run_data import MOST_POINTS, read_run
 from msdiff_dist.apps.report.serve import ReportServer
 from msdiff_dist.apps.report.tables import differing, plan_tables
 from msdiff_dist.apps.report.write import Drawn, Request, report, report_at_end
-from msdiff_dist.apps.train.costs import step_petaflops
-from msdiff_dist.apps.train.plan import plan_run
+from msdiff_dist.apps.train.costs import model_petaflops_after, step_petaflops
+from msdiff_dist.apps.train.plan import plan_phases, plan_run
 from msdiff_dist.errors import ConfigError, RunFolderError
+from msdiff_dist.training.stage_ends import StageEnds
 from tests.unit.apps.report.made_run import BATCH, STEPS, make_run, metrics
 
 CPU = torch.device("cpu")
@@ -217,6 +218,31 @@ def test_plan_and_compute(tmp_path: Path) -> None:
     assert shown.tolist() == list(plan.quotas.quotas_K)
     assert float(compute.rows[-1][4]) == pytest.approx(STEPS * step_petaflops(plan.quotas, plan.cost_K), rel=1e-3)
     assert sum(float(row[4]) for row in compute.rows[:-1]) == pytest.approx(float(compute.rows[-1][4]), rel=1e-3)
+
+
+def test_plan_and_compute_of_each_phase(tmp_path: Path) -> None:
+    # Stage 0 ends at a step that the recipe does not know: patience decided it.
+    end = ["stages.end.patience=1", "validation={fraction: 0.1, every: 2}"]
+    folder = make_run(tmp_path / "run", "train.steps=40", "grow.at=4", *end, world_size=4)
+    index = folder / f"checkpoints/step_{STEPS:08d}/checkpoint.json"
+    ends = StageEnds(ended={0: 10}, lowest_K=(1.0, 1.0, 1.0), waited_K=(1, 0, 0))
+    index.write_text(json.dumps({**json.loads(index.read_text()), "stage_ends": ends.stored()}))
+    run = read_run(folder, "run")
+    assert run.recipe
+    *placements, compute = plan_tables(run)
+    planned = plan_phases(run.recipe, 4, ends=ends)
+    assert [table.title.partition(" in a step")[2] for table in placements] == [
+        " of steps 1 to 4: unified", " of steps 5 to 10: 3 stages", " of steps 11 to 40: 3 stages without 0",
+    ]  # fmt: skip
+    assert [table.head[1:-1] for table in placements] == [["unified"], *[["stage 0", "stage 1", "stage 2"]] * 2]
+    for table, (_, plan) in zip(placements, planned, strict=True):
+        assert f"balance {plan.placement.balance(plan.cost_K):.3f}" in table.notes[0]
+    assert all(not row[1] for row in placements[2].rows)
+    assert [row[0] for row in compute.rows] == ["unified", "stage 0", "stage 1", "stage 2", "all"]
+    assert float(compute.rows[-1][4]) == pytest.approx(model_petaflops_after(planned, STEPS), rel=1e-3)
+    unified, _, _, _, whole = (float(row[1].rstrip(" %")) for row in compute.rows)
+    assert (unified, whole) == (pytest.approx(100 * 4 / STEPS, abs=0.1), 100)
+    assert "3 stages without 0" in page_on(folder).text
 
 
 def test_differences_between_runs(tmp_path: Path) -> None:
