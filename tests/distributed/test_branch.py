@@ -92,6 +92,44 @@ def test_a_branch_trains_as_the_resumed_run_would(tmp_path: Path, world_size: in
         assert origin.digest == hashlib.sha256(index.read_bytes()).hexdigest()
 
 
+def rated(rank: int, world_size: int, mapping: dict[str, Any], path: Path, stop: int) -> list[tuple[float, float]]:
+    """Train to `stop` at the rate that the run has; the rate and the loss of each step."""
+    found = []
+    with open_run(rank, world_size, mapping, path) as run:
+        while run.state.step < stop:
+            found.append((run.rate, run.step(run.rate).loss))
+        run.save()
+    return found
+
+
+def rated_branch(rank: int, world_size: int, mapping: dict[str, Any], old: Path, new: Path, stop: int) -> list[Any]:
+    branch_and_train(rank, world_size, mapping, old, new, [2])
+    return rated(rank, world_size, mapping, new, stop)
+
+
+def test_a_rate_for_each_sample_is_that_of_the_batch_on_any_ranks(tmp_path: Path) -> None:
+    of_run = recipe_of(ADAM)  # batches of 24
+    per_sample = {**ADAM, "lr": ADAM["lr"] / 24, "lr_per": "sample"}
+
+    def recipe(batch: int, accumulation: int, **changes: Any) -> dict[str, Any]:
+        sizes = {"micro_batch_size": batch, "global_batch_size": None, "gradient_accumulation_steps": accumulation}
+        return recipe_of(per_sample, **{f"train__{name}": value for name, value in sizes.items()}, **changes)
+
+    reference = train_reference(recipe_from(of_run), 4).losses
+    run = tmp_path / "run"
+    train(2, recipe(12, 1), run, [0])
+    for world_size, mapping, stop in ((2, recipe(12, 1), 2), (1, recipe(6, 4), 3), (3, recipe(8, 1), 4)):
+        ((of_rank, *_),) = [run_distributed(rated, world_size, world_size, mapping, run, stop)]
+        assert [rate for rate, _ in of_rank] == [pytest.approx(ADAM["lr"])] * len(of_rank)
+        losses = [loss for _, loss in of_rank]
+        assert losses == pytest.approx(reference[stop - len(losses) : stop], rel=1e-5)
+    with pytest.raises(CheckpointError, match="global batch of 24"):
+        run_distributed(rated, 1, 1, recipe(12, 1), run, 5)
+    # A branch may change the batch, and with it the rate.
+    ((of_branch, *_),) = [run_distributed(rated_branch, 1, 1, recipe(48, 1), run, tmp_path / "branch", 5)]
+    assert [rate for rate, _ in of_branch] == [pytest.approx(2 * ADAM["lr"])]
+
+
 def test_changes_hold_from_the_checkpoints_step_on_other_ranks_too(tmp_path: Path) -> None:
     """A run resumed on two ranks, and a branch on two, against one process that changes its recipe at step 2."""
     first = recipe_of(ADAM)

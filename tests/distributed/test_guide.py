@@ -116,6 +116,34 @@ def test_guided_training_is_that_of_one_process_and_resumes(world_size: int, fol
         assert moved == 0, "its first weights are its own"
 
 
+def train_one_stage(rank: int, world_size: int, mapping: dict[str, Any], folder: Path) -> list[Any]:
+    with open_run(rank, world_size, mapping, folder / f"run_{world_size}") as run:
+        outcomes = [run.step(ADAM["lr"]) for _ in range(STEPS)]
+        run.save()
+    return outcomes
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_batches_of_one_stage_are_guided_as_in_one_process(world_size: int, folder: Path) -> None:
+    """On two ranks one holds stage 0 alone: in other batches it has no samples and stands by, in the guide's steps and
+    after them."""
+    placed = {} if world_size == 1 else {"parallel__placement": [[0], [1, 2]], "parallel__zero_shared": 2}
+    mapping = guided(folder, stages__batch="one_stage", **placed)
+    outcomes = run_distributed(train_one_stage, world_size, world_size, mapping, folder)[0]
+    drawn = [[k for k, n in enumerate(o.samples_per_stage) if n] for o in outcomes]
+    assert all(len(stages) == 1 for stages in drawn)
+    assert {stages == [0] for stages in drawn[:STOP]} == {True, False}, "each rank stands by in a guided step"
+    reference = train_reference(recipe_from(mapping), STEPS)
+    assert [o.loss for o in outcomes] == pytest.approx(reference.losses, rel=TOLERANCE)
+    assert [o.grad_norm for o in outcomes] == pytest.approx(reference.grad_norms, rel=TOLERANCE)
+    assert [o.guide_loss for o in outcomes[:STOP]] == pytest.approx(reference.guide_losses, rel=TOLERANCE)
+    end = CheckpointReader(folder / f"run_{world_size}/checkpoints/step_{STEPS:08d}")
+    for name, wanted in reference.state.items():
+        torch.testing.assert_close(
+            end.tensor("param", name), wanted, rtol=0, atol=TOLERANCE, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
 def warm_started(rank: int, mapping: dict[str, Any], folder: Path) -> tuple[float, float]:
     """The gradient norm of a guided run's first step from an export; how far its projector is from its own start."""
     with open_run(rank, 1, mapping, folder / "warm") as run:

@@ -15,12 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from msdiff_dist.apps.train.phases import phases
+from msdiff_dist.apps.train.plan import plan_phases, plan_run
 from msdiff_dist.checkpoint.layout import complete_checkpoints
 from msdiff_dist.checkpoint.load import CheckpointReader
 from msdiff_dist.checkpoint.power_profile import exponent
 from msdiff_dist.data.loader import StepLoader
 from msdiff_dist.diffusion.loss import sample_losses
 from msdiff_dist.diffusion.timestep_sampler import StageQuotas
+from msdiff_dist.errors import ConfigError
 from msdiff_dist.evaluation.generate import ImageGenerator
 from msdiff_dist.export.export import export
 from msdiff_dist.export.weights import open_weights
@@ -141,6 +143,7 @@ CASES = {
     "own encoders": grow_recipe((8, 8, 8), model__share_encoder=False, parallel__zero_decoders=2),
     "accumulated, ZeRO 3": grow_recipe(train__gradient_accumulation_steps=2, parallel__zero_shared=3),
     "ends": end_recipe(),
+    "ends, ZeRO 3": end_recipe(parallel__zero_shared=3),
     "ends of own encoders": end_recipe(model__share_encoder=False, stages__sampling="uniform"),
     "grows and ends": grow_recipe(stages__end={"at": [None, AT + 1, None]}),
 }
@@ -214,6 +217,49 @@ def test_resumed_at_every_step_it_is_the_same_bit_by_bit(tmp_path: Path) -> None
     assert models == [(8,), (12, 8, 4)]
     generator = ImageGenerator(open_weights(run, AT), torch.device("cpu"))
     assert generator.num_stages == 1
+
+
+# Gradients wait in both: those of stage 1 when it ends, and those of all stages, one of which has the whole batch.
+WAITING = {
+    "ends": end_recipe(stages__min_samples_per_step=8, stages__sampling=[3, 1, 2], stages__end={"at": [None, 3, None]}),
+    "grows": grow_recipe(stages__min_samples_per_step=30, stages__batch="one_stage", train__steps=8),
+}
+
+
+def waiting(rank: int, world_size: int, path: Path, stops: dict[str, list[int]]) -> dict[str, list[float]]:
+    return {name: trained(rank, world_size, WAITING[name], path / name, stops[name]) for name in WAITING}
+
+
+def test_gradients_that_wait_pass_a_change_of_stages_on_other_ranks(tmp_path: Path) -> None:
+    """Runs on one rank, and the same on two ranks up to a step after the change, and then on one."""
+    change, last = {"ends": 4, "grows": AT + 1}, {name: case["train"]["steps"] for name, case in WAITING.items()}
+    (whole,) = run_distributed(
+        waiting, 1, 1, tmp_path / "whole", {name: [change[name], last[name]] for name in WAITING}
+    )
+    first = run_distributed(waiting, 2, 2, tmp_path / "parts", {name: [change[name]] for name in WAITING})[0]
+    (then,) = run_distributed(waiting, 1, 1, tmp_path / "parts", {name: [n] for name, n in last.items()})
+    for name in WAITING:
+        assert first[name] + then[name] == pytest.approx(whole[name], rel=TOLERANCE), name
+        steps = [change[name], last[name]]
+        counts = [
+            [CheckpointReader(tmp_path / run / name / f"checkpoints/step_{step:08d}").index.stages for step in steps]
+            for run in ("whole", "parts")
+        ]
+        assert counts[0] == counts[1], name
+        assert any(counts[0][0]["gathered"]), "gradients wait when the run stops"
+    # Quotas are 12, 4 and 8. Stage 1 has stepped once in the three steps before its end, and does nothing more.
+    ended = CheckpointReader(tmp_path / f"whole/ends/checkpoints/step_{STEPS:08d}").index.stages
+    assert (ended["samples"][1], ended["gathered"][1], ended["steps"][1]) == (12, 4, 1)
+
+
+def test_a_decoder_that_would_end_before_its_first_step_is_refused() -> None:
+    never = end_recipe(stages__min_samples_per_step=9, stages__sampling=[3, 1, 2])
+    plan_run(recipe_from(never), 1)  # in all steps it would have 20 samples
+    with pytest.raises(ConfigError, match=r"stage 1 gets about 8 samples in 5 steps: its decoder would never step"):
+        plan_phases(recipe_from(never), 1)
+    late = grow_recipe(stages__min_samples_per_step=30, stages__batch="one_stage")
+    with pytest.raises(ConfigError, match=r"gets about 24 samples in 5 steps"):
+        plan_phases(recipe_from(late), 1)
 
 
 def test_averages_made_after_training_are_of_the_grown_model_alone(tmp_path: Path) -> None:

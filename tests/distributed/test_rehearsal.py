@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
-from msdiff_dist.apps.train.plan import plan_run
+from msdiff_dist.apps.train.phases import phases
+from msdiff_dist.apps.train.plan import plan_phases, plan_run
 from msdiff_dist.apps.train.rehearsal import ranks_to_rehearse
-from msdiff_dist.apps.train.rehearsal_report import STEP, report
+from msdiff_dist.apps.train.rehearsal_report import STEP, render, report, run_report
 from msdiff_dist.apps.train.rehearsed_rank import rehearse_rank
 from msdiff_dist.cli.main import app
 from msdiff_dist.distributed.collective_trace import CollectiveTrace
@@ -102,6 +104,39 @@ def test_a_rank_whose_stages_are_in_another_order_is_found(monkeypatch: pytest.M
     assert "of stage 1 (" in found["disagreement"]
 
 
+def test_each_phase_of_a_run_is_rehearsed(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    ends = {"at": [None, 9, None]}
+    recipe.write_text(yaml.safe_dump(recipe_of(ADAM, train__steps=20, stages__end=ends) | {"grow": {"at": 4}}))
+    command = [sys.executable, "-m", "msdiff_dist.cli.main", "plan", str(recipe), "--world-size", "6", "--rehearse"]
+    found = json.loads(subprocess.run([*command, "--json"], check=True, capture_output=True).stdout)
+    assert [(p["first"], p["last"], p["about"]) for p in found["phases"]] == [
+        (1, 4, "unified"), (5, 9, "3 stages"), (10, 20, "3 stages without 1"),
+    ]  # fmt: skip
+    planned = plan_phases(recipe_from(yaml.safe_load(recipe.read_text())), 6)
+    for phase, (_, plan) in zip(found["phases"], planned, strict=True):
+        assert phase["orders_agree"]
+        assert phase["rehearsed"] == ranks_to_rehearse(plan.placement)
+        sizes = {row["group"]: row["size"] for row in phase["ranks"]["by_group"] if row["group"].startswith("stage")}
+        holders = {f"stage {k}": len(plan.placement.group(k)) for k in range(plan.placement.num_stages)}
+        assert sizes == {title: size for title, size in holders.items() if size}
+    del found["phases"][1]["first"], found["phases"][1]["last"], found["phases"][1]["about"]
+    assert {**found, "phases": None} == {**found["phases"][1], "phases": None}
+
+
+def test_a_phase_whose_orders_disagree_is_named(tmp_path: Path) -> None:
+    recipe = recipe_from(recipe_of(ADAM, train__steps=20, stages__end={"at": [None, 9, None]}))
+    good, bad = rehearsed(2), rehearsed(2) | {"orders_agree": False, "disagreement": "rank 1 issues nothing"}
+    assert run_report(phases(recipe), [good, good], 0)["orders_agree"]
+    found = run_report(phases(recipe), [good, bad], 0)
+    assert (found["orders_agree"], found["disagreement"]) == (False, "in steps 10-20, rank 1 issues nothing")
+    shown = Console(width=200)
+    with shown.capture() as text:
+        shown.print(render(found, "run"))
+    assert "3 stages without 1" in text.get()
+    assert "in steps 10-20, rank 1 issues nothing" in text.get()
+
+
 EXTENSION = """
 import torch
 from msdiff_dist.distributed.engines import StageParallelEngines
@@ -125,7 +160,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # In a process of its own, whose output holds nothing but the report.
     command = [sys.executable, "-m", "msdiff_dist.cli.main", "plan", str(recipe), "--world-size", "6", "--rehearse"]
     found = json.loads(subprocess.run([*command, "--json"], check=True, capture_output=True).stdout)
-    assert (found["world_size"], found["orders_agree"]) == (6, True)
+    assert (found["world_size"], found["orders_agree"], found["phases"]) == (6, True, [])
     groups = [(row["group"], row["size"], row["calls"]) for row in found["ranks"]["by_group"]]
     assert groups == [
         ("stage 0", 3, 2), ("stage 1", 2, 2), ("stage 2", 1, 0), ("shared", 6, 2), ("routing", 6, 1),

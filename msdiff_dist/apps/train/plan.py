@@ -147,18 +147,28 @@ def _gathering(recipe: Recipe, quotas: StageQuotas, batches: BatchPlans) -> froz
     Raises:
         ConfigError: a decoder would never step.
     """
-    wanted, steps, batch_size = recipe.stages.min_samples_per_step, recipe.train.steps, int(quotas.quotas_K.sum())
-    in_run_K = quotas.share_K * batch_size * steps if batches.changes else quotas.quotas_K * steps
-    for k in np.flatnonzero((quotas.quotas_K > 0) & (in_run_K < wanted)).tolist():
-        raise ConfigError(
-            "stages.min_samples_per_step", wanted,
-            f"stage {k} gets about {in_run_K[k]:.0f} samples in {steps} steps: its decoder would never step",
-            f"Use at most {max(1, int(in_run_K[k]))}; a few hundred are enough.",
-        )  # fmt: skip
+    wanted = recipe.stages.min_samples_per_step
+    _check_decoders_step(wanted, _samples_in(recipe.train.steps, quotas, batches), recipe.train.steps)
     if recipe.stages.adaptive and wanted > 1:  # any stage may come to have fewer
         return frozenset(np.flatnonzero(quotas.quotas_K).tolist())
     every = [plan.quotas.quotas_K for plan in batches.every]
     return frozenset(k for quotas_K in every for k, n in enumerate(quotas_K.tolist()) if 0 < n < wanted)
+
+
+def _samples_in(steps: int, quotas: StageQuotas, batches: BatchPlans) -> np.ndarray:
+    """About how many samples each stage has in so many steps, [K]."""
+    of_batch_K: np.ndarray = quotas.share_K * quotas.quotas_K.sum() if batches.changes else quotas.quotas_K
+    return of_batch_K * steps
+
+
+def _check_decoders_step(wanted: int, samples_K: np.ndarray, steps: int) -> None:
+    """Refuse stages that have samples, but fewer in the run than their decoders gather for one step."""
+    for k in np.flatnonzero((samples_K > 0) & (samples_K < wanted)).tolist():
+        raise ConfigError(
+            "stages.min_samples_per_step", wanted,
+            f"stage {k} gets about {samples_K[k]:.0f} samples in {steps} steps: its decoder would never step",
+            f"Use at most {max(1, int(samples_K[k]))}; a few hundred are enough.",
+        )  # fmt: skip
 
 
 def placed_costs(recipe: Recipe, cost_K: list[int], guide: GuideCosts | None) -> list[int]:
@@ -176,8 +186,18 @@ def plan_phases(
 
     Args:
         ends: what was decided of the stages' ends so far; None: nothing.
+
+    Raises:
+        UserError: as `plan_run`, or a decoder would never step between the changes of stages that the recipe fixes.
     """
-    return [(phase, plan_run(phase.recipe, world_size, ranks_per_node)) for phase in phases(recipe, ends)]
+    planned = [(phase, plan_run(phase.recipe, world_size, ranks_per_node)) for phase in phases(recipe, ends)]
+    wanted, K = recipe.stages.min_samples_per_step, recipe.stages.num_stages
+    # With `ends` the run has begun, and stages may have ended by their held-out loss however few samples they had.
+    if wanted > 1 and ends is None and len(planned) > 1:
+        of_stages = [(phase, run) for phase, run in planned if phase.recipe.stages.num_stages == K]
+        each = [_samples_in(phase.last - phase.first + 1, run.quotas, run.batches) for phase, run in of_stages]
+        _check_decoders_step(wanted, np.sum(each, axis=0), recipe.train.steps)
+    return planned
 
 
 def _check_batch(recipe: Recipe, batch_size: int, world_size: int) -> None:
