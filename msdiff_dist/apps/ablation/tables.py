@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from msdiff_dist.apps.ablation.config import LOSS, Level
-from msdiff_dist.apps.ablation.quality import RESAMPLES, Reached
+from msdiff_dist.apps.ablation.quality import Reached
 from msdiff_dist.apps.ablation.results import Results, higher_is_better, sign
 from msdiff_dist.apps.report.tables import Table
 
@@ -62,7 +62,7 @@ def compute_table(found: Results, name: str) -> Table:
     head = ["variant", *(f"{level_name(level)}: {scores.get(level, '?')}" for level in found.config.levels)]
     note = f"Compute over the baseline's ({found.baseline.name}) to the same score"
     resampled = any(at.resamples for of in found.reached.values() for at in of[name])
-    interval = f", with 95 % intervals of {RESAMPLES:,} resamples of seeds" if resampled else ""
+    interval = ", with 95 % intervals over seeds" if resampled else ""
     return Table(title=f"Compute to the baseline's {title(name)}", head=head, rows=rows, notes=[f"{note}{interval}."])
 
 
