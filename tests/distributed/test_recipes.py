@@ -10,7 +10,7 @@ import pytest
 
 from msdiff_dist.apps.train.local import run_local
 from msdiff_dist.apps.train.smoke import STEPS, smoke
-from msdiff_dist.recipe import load_recipe, recipe_mapping
+from msdiff_dist.recipe import load_recipe, recipe_from, recipe_mapping
 
 # bf16 is emulated on many CPUs: one recipe of each family trains in it, the others in fp32.
 IN_BF16 = {"quickstart", "fashion_mnist_edm_3stage", "fashion_mnist_dpm_3stage"}
@@ -50,3 +50,13 @@ def test_smoke_keeps_what_a_recipe_is_about(path: Path) -> None:
         assert getattr(small.model, field) == getattr(recipe.model, field)
     assert len(small.model.channel_mult) == len(recipe.model.channel_mult)
     assert smoke(recipe) == small
+
+
+def test_smoke_leaves_out_what_needs_images() -> None:
+    changes = ["validation.fraction=0.1", "evaluation.every=100", "guide.features=mobilenet"]
+    recipe = load_recipe(RECIPES[0].with_name("fashion_mnist_3stage.yaml"), changes)
+    small = smoke(recipe)
+    assert None not in (recipe.validation, recipe.guide)
+    assert (recipe.evaluation.every, small.evaluation.every) == (100, 0)
+    assert (small.validation, small.guide) == (None, None)
+    assert recipe_from(recipe_mapping(small)) == small

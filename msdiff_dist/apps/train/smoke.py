@@ -20,6 +20,7 @@ def smoke(recipe: Recipe) -> Recipe:
     """A recipe with the same process, stages, family, conditioning, optimizer and averages; all else is small.
 
     Samples are random numbers in the shape of the recipe's images or latents, no larger than the network's levels need.
+    What needs real images is left out: held-out samples, evaluations and the guide.
     """
     data, model = _data(recipe), recipe.model.small(_WIDTH, _CONTEXT[1])
     folds = recipe.autoencoder.kind == "space_to_depth"
@@ -35,6 +36,9 @@ def smoke(recipe: Recipe) -> Recipe:
         model=model,
         grow=recipe.grow and replace(recipe.grow, at=STEPS - 1, width=model.decoder_channels[0], attention=None),
         stages=replace(recipe.stages, end=None),
+        validation=None,
+        evaluation=replace(recipe.evaluation, every=0),
+        guide=None,
         train=replace(
             recipe.train,
             steps=STEPS,
