@@ -160,9 +160,9 @@ def _known(bounds: Bounds) -> float | None:
     return bounds[0] if bounds[0] == bounds[1] else None
 
 
-def expanded_tail(count: int, confidence: float = 0.95) -> float:
-    """The share of resamples outside each end of an expanded percentile interval of `count` seeds, at least two."""
-    return float(norm.cdf(math.sqrt(count / (count - 1)) * t.ppf((1 - confidence) / 2, count - 1)))
+def expanded_tail(count: int) -> float:
+    """The share of resamples outside each end of a 95 % interval of `count` seeds, at least two."""
+    return float(norm.cdf(math.sqrt(count / (count - 1)) * t.ppf(0.025, count - 1)))
 
 
 def _resamples(count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
