@@ -12,6 +12,7 @@ from msdiff_dist.bounds import check_between, check_different, check_name, check
 from msdiff_dist.config import from_mapping
 from msdiff_dist.diffusion.solvers import SamplerConfig
 from msdiff_dist.errors import ConfigError
+from msdiff_dist.evaluation.held_out_loss import BINS
 from msdiff_dist.evaluation.sampling_job import MOST_IMAGES
 from msdiff_dist.evaluation.scores import METRICS
 from msdiff_dist.files.yaml_places import Places
@@ -19,6 +20,8 @@ from msdiff_dist.recipe import read_mapping
 
 LOSS = "loss"
 """The metric that needs no images: the held-out loss."""
+TENTHS = tuple(f"{LOSS}_tenth_{number}" for number in range(1, BINS + 1))
+"""What is taken with it: the loss in each tenth of the training's distribution of times, from the data on."""
 Level = float | Literal["best"]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from msdiff_dist.apps.ablation.config import LOSS
+from msdiff_dist.apps.ablation.config import LOSS, TENTHS
 from msdiff_dist.apps.evaluation.loss import losses_of
 from msdiff_dist.apps.train.found_data import FoundData
 from msdiff_dist.apps.train.validation import held_out_loss, held_out_samples
@@ -86,12 +86,14 @@ class HeldOut:
             problem = "its held-out evaluations are not the baseline's, so held-out losses do not compare"
             raise ConfigError("validation", recipe.name, problem, _REMEDY)
 
-    def of(self, recipe: Recipe, model: ImageGenerator) -> float:
-        """The held-out loss of a model of a recipe that `check` accepts."""
+    def of(self, recipe: Recipe, model: ImageGenerator) -> dict[str, float]:
+        """The held-out loss of a model of a recipe that `check` accepts, and that in each tenth of times, by name."""
         loss = self._loss(recipe)
-        value = loss.summary(losses_of(loss, recipe, model))["unweighted"]
+        found = loss.summary(losses_of(loss, recipe, model))
+        value, tenths = found["unweighted"], found["loss_per_bin"]
         assert isinstance(value, float)
-        return value
+        assert isinstance(tenths, list)
+        return {LOSS: value, **dict(zip(TENTHS, tenths, strict=True))}
 
     def _loss(self, recipe: Recipe) -> HeldOutLoss:
         # The stages are the variant's, whose decoders are asked; times, targets and error are the baseline's.

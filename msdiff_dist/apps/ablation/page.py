@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from msdiff_dist.apps.ablation.results import Results
-from msdiff_dist.apps.ablation.tables import compute_table, score_table, title, variants_table
+from msdiff_dist.apps.ablation.tables import tables_of, title, variants_table
 from msdiff_dist.apps.report.charts import Chart, Charts, Column, Series
 from msdiff_dist.apps.report.render import render
 
@@ -15,10 +15,7 @@ from msdiff_dist.apps.report.render import render
 def page(found: Results, name: str) -> str:
     """The page on an ablation of this name."""
     charts = charts_of(found)
-    sections = [
-        (score, title(score), score_table(found, score), compute_table(found, score) if found.reached else None)
-        for score in found.scores
-    ]
+    sections = [(score, title(score), list(tables_of(found, score))) for score in found.scores]
     return render(
         "ablation.html",
         charts,

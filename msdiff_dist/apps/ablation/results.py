@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from msdiff_dist.apps.ablation.config import LOSS, AblationConfig
+from msdiff_dist.apps.ablation.config import LOSS, TENTHS, AblationConfig
 from msdiff_dist.apps.ablation.plan import Trial
 from msdiff_dist.apps.ablation.quality import Curves, Floats, Reached, compare
 from msdiff_dist.apps.ablation.score_file import ScoreFile, json_values
@@ -26,7 +26,8 @@ class Variant:
     Attributes:
         first: the trial of the first seed, for what all seeds share.
         seeds: S seeds. petaflops_SP: compute at the P points.
-        scores: by name, scores [S, P] as they are, NaN where there is none yet.
+        scores: by name, scores [S, P] as they are, NaN where there is none yet; the held-out loss by tenths of times
+            among them.
     """
 
     name: str
@@ -75,12 +76,15 @@ class Results:
     Attributes:
         scores: names of the scores that were taken: `loss`, `mobilenet/fid`.
         reached: by variant other than the baseline, and score, what it takes to each level.
+        tenths: by variant other than the baseline, what it takes to the baseline's last held-out loss in each tenth of
+            times; empty where that was not taken, as by earlier versions.
     """
 
     config: AblationConfig
     variants: tuple[Variant, ...]
     scores: tuple[str, ...]
     reached: dict[str, dict[str, list[Reached]]]
+    tenths: dict[str, list[Reached]]
 
     @property
     def baseline(self) -> Variant:
@@ -102,12 +106,12 @@ def results(config: AblationConfig, trials: Sequence[Trial]) -> Results:
     files = {(trial.variant, trial.seed): trial.scores() for trial in trials}
     values = {(t.variant, t.seed): [files[t.variant, t.seed].values(t.sets, step) for step in t.steps] for t in trials}
     # In the order of the first run's sets and metrics; a metric may give several scores.
-    names = tuple(dict.fromkeys(name for of_run in values.values() for at in of_run for name in at))
+    taken = tuple(dict.fromkeys(name for of_run in values.values() for at in of_run for name in at))
     variants = []
     for variant in dict.fromkeys(t.variant for t in trials):
         own = sorted((t for t in trials if t.variant == variant), key=lambda t: config.seeds.index(t.seed))
         scores = {
-            name: np.array([[at.get(name, np.nan) for at in values[variant, t.seed]] for t in own]) for name in names
+            name: np.array([[at.get(name, np.nan) for at in values[variant, t.seed]] for t in own]) for name in taken
         }
         variants.append(
             Variant(
@@ -118,11 +122,18 @@ def results(config: AblationConfig, trials: Sequence[Trial]) -> Results:
                 scores=scores,
             )
         )
+    names = tuple(name for name in taken if name not in TENTHS)
+    baseline, others = variants[0], variants[1:]
     reached = {
-        other.name: {name: compare(variants[0].curves(name), other.curves(name), config.levels) for name in names}
-        for other in variants[1:]
+        other.name: {name: compare(baseline.curves(name), other.curves(name), config.levels) for name in names}
+        for other in others
     }
-    return Results(config=config, variants=tuple(variants), scores=names, reached=reached)
+    tenths = {
+        other.name: [at for name in TENTHS for at in compare(baseline.curves(name), other.curves(name), [1.0])]
+        for other in others
+        if TENTHS[0] in taken
+    }
+    return Results(config=config, variants=tuple(variants), scores=names, reached=reached, tenths=tenths)
 
 
 def higher_is_better(score: str) -> bool:
@@ -171,6 +182,7 @@ def _variant(variant: Variant, found: Results) -> dict[str, Any]:
                 "steps": list(variant.first.steps),
                 "petaflops": variant.petaflops_SP[s].tolist(),
                 "scores": {name: _numbers(variant.scores[name][s]) for name in found.scores},
+                "loss_per_tenth": [_numbers(variant.scores[name][s]) for name in TENTHS if name in variant.scores],
             }
             for s, seed in enumerate(variant.seeds)
         },
@@ -184,6 +196,7 @@ def _variant(variant: Variant, found: Results) -> dict[str, Any]:
             }
             for name in found.scores
         },
+        "tenths": [_level(at, LOSS) for at in found.tenths.get(variant.name, [])],
     }
 
 

@@ -134,7 +134,7 @@ class Scoring:
         sets = [scores for scores in self.sets(subject) if missing.get(scores.digest)]
         for scores in sets:
             if self._held_out and not scores.prefix:
-                yield scores, LOSS, {LOSS: self._held_out.of(subject.recipe, model)}
+                yield scores, LOSS, self._held_out.of(subject.recipe, model)
         of_images = [scores for scores in sets if scores.prefix]
         if not of_images:
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from msdiff_dist.apps.ablation.config import LOSS, Level
+from msdiff_dist.apps.ablation.config import LOSS, TENTHS, Level
 from msdiff_dist.apps.ablation.quality import Reached
 from msdiff_dist.apps.ablation.results import Results, higher_is_better, sign
 from msdiff_dist.apps.report.tables import Table
@@ -21,9 +21,16 @@ def tables(found: Results) -> Iterator[Table]:
     """All tables: the variants, then for each score the scores and the compute to the baseline's."""
     yield variants_table(found)
     for name in found.scores:
-        yield score_table(found, name)
-        if len(found.variants) > 1:
-            yield compute_table(found, name)
+        yield from tables_of(found, name)
+
+
+def tables_of(found: Results, score: str) -> Iterator[Table]:
+    """The tables of one score."""
+    yield score_table(found, score)
+    if len(found.variants) > 1:
+        yield compute_table(found, score)
+    if score == LOSS and any(found.tenths.values()):
+        yield noise_table(found)
 
 
 def variants_table(found: Results) -> Table:
@@ -64,6 +71,19 @@ def compute_table(found: Results, name: str) -> Table:
     resampled = any(at.resamples for of in found.reached.values() for at in of[name])
     interval = ", with 95 % intervals over seeds" if resampled else ""
     return Table(title=f"Compute to the baseline's {title(name)}", head=head, rows=rows, notes=[f"{note}{interval}."])
+
+
+def noise_table(found: Results) -> Table:
+    """The compute of each variant to the baseline's last held-out loss, by noise level."""
+    last = [_number(found.baseline.mean_P(name)[-1]) for name in TENTHS]
+    rows = [[found.baseline.name, *last]]
+    rows += [[name, *map(shown, reached)] for name, reached in found.tenths.items() if reached]
+    note = (
+        f"Tenths of the training's distribution of times, from the data on: the held-out loss of {found.baseline.name} "
+        "at its end, and the compute of the others to the same, over its own."
+    )
+    head = ["variant", *(f"tenth {number}" for number in range(1, len(TENTHS) + 1))]
+    return Table(title="Compute to the baseline's last held-out loss, by noise", head=head, rows=rows, notes=[note])
 
 
 def level_name(level: Level) -> str:

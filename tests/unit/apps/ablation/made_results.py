@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from msdiff_dist.apps.ablation.config import AblationConfig, ScoreConfig
+from msdiff_dist.apps.ablation.config import TENTHS, AblationConfig, ScoreConfig
 from msdiff_dist.apps.ablation.plan import Trial
 from msdiff_dist.apps.ablation.score_file import ScoreFile, ScoreSet
 from msdiff_dist.apps.train.costs import cost_report
@@ -46,7 +46,12 @@ def made_ablation(folder: Path, seeds: tuple[int, ...] = (0, 1, 2)) -> tuple[Abl
             for step in STEPS:
                 better = np.log2(step / factor)  # a straight line in the logarithm of compute
                 scores.petaflops[step] = float(step)
-                scores.add(SETS[0], step, "loss", {"loss": 10 - better + 0.1 * seed})
+                # In the first tenth `half` is like `unified`, in the last one it takes a quarter of the compute.
+                tenths = {
+                    name: 10 - np.log2(step) + (2 * t / 9) * np.log2(factor) + 0.1 * seed
+                    for t, name in enumerate(TENTHS)
+                }
+                scores.add(SETS[0], step, "loss", {"loss": 10 - better + 0.1 * seed, **tenths})
                 scores.add(SETS[1], step, "fid", {"fid": 100 - 7 * better})
                 scores.add(SETS[1], step, "prdc", {"precision": 0.1 * better, "recall": 0.05 * better})
             scores.write()

@@ -42,6 +42,26 @@ def test_files(tmp_path: Path) -> None:
     assert [at["score"] for at in levels] == pytest.approx([*precision["mean"][1:], precision["best"]])
 
 
+def test_compute_by_noise(tmp_path: Path) -> None:
+    config, trials = made_ablation(tmp_path)
+    markdown = write_report(config, trials, tmp_path)
+    assert "### Compute to the baseline's last held-out loss, by noise" in markdown
+    assert "last held-out loss, by noise" in (tmp_path / "results.html").read_text()
+    found = json.loads((tmp_path / "results.json").read_text())["variants"]
+    ratios = [at["ratio"] for at in found["half"]["tenths"]]
+    assert ratios == pytest.approx([0.25 ** (t / 9) for t in range(10)])
+    assert [at["above"] for at in found["worse"]["tenths"][1:]] == pytest.approx([1.0] * 9)
+    assert len(found["unified"]["seeds"]["0"]["loss_per_tenth"]) == 10
+    # Scores that earlier versions took have no tenths.
+    for trial in trials:
+        file = read_scores(trial.folder)
+        for step in STEPS:
+            file.add(SETS[0], step, "loss", {"loss": file.values(SETS, step)["loss"]})
+        file.write()
+    assert "by noise" not in write_report(config, trials, tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["variants"]["half"]["tenths"] == []
+
+
 def test_one_seed_and_nothing_scored(tmp_path: Path) -> None:
     config, trials = made_ablation(tmp_path, seeds=(4,))
     markdown = write_report(config, trials, tmp_path)
