@@ -22,6 +22,9 @@ from msdiff_dist.shipped import refuse_existing
 from msdiff_dist.stage_division.loss_laws import LossLaws, fit_laws
 
 
+_REACH = 4  # times the samples of a measurement to which laws hold within some percent (docs/guides/design-stages.md)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DesignRequest:
     """The options of `msdiff stages design` under their names.
@@ -156,7 +159,17 @@ def markdown(found: Designed) -> str:
         )
     cost = f"Probes took {found.probe_petaflops:.3g} PFLOP, {found.probe_petaflops / found.petaflops:.1%} of the budget"
     error = f"the laws miss the measured losses by {found.laws.error:.1%} (root mean square)"
-    return "\n".join([*lines, "", f"{cost}; {error}.", *found.refused])
+    return "\n".join([*lines, "", f"{cost}; {error}.", _reach(found), *found.refused])
+
+
+def _reach(found: Designed) -> str:
+    """How far the laws are extrapolated."""
+    longest = max(p.recipe.train.steps * p.recipe.train.global_batch_size for p in found.probes)
+    images = found.chosen.recipe.train.steps * found.chosen.recipe.train.global_batch_size
+    return (
+        f"The run takes {images / longest:.1f} times the samples of the longest probe; beyond {_REACH} times, "
+        "predictions are rough, and favour narrow decoders."
+    )
 
 
 def plot(found: Designed, path: Path) -> None:
