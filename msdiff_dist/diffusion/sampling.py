@@ -67,9 +67,12 @@ def sample(
             _join(condition.label_n, unconditional.label_n), _join(condition.context_nTC, unconditional.context_nTC)
         )
 
+    def stage_of(t: float) -> int:
+        return int(partition.stage_of(np.array(t)))
+
     # Solvers may compute in float64; the network gets float32, but the time stays exact for the process's formulas.
     def denoise(x: Tensor, t: float) -> Tensor:
-        stage = int(partition.stage_of(np.array(t)))
+        stage = stage_of(t)
         x, t_n = x.float(), torch.full((len(x),), t, device=x.device, dtype=torch.float64)
         x_in, t_in = process.network_input(x, t_n)
         if guided:  # both halves in one call: first with the conditions, then without
@@ -86,7 +89,8 @@ def sample(
     # Drawn on the CPU, so that an image does not depend on the device.
     generators = image_generators(seed, index_n)
     x_T = process.prior_std * torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
-    return solve(denoise, process, config, x_T.to(device), generators).float()
+    several = stage_of if partition.num_stages > 1 else None
+    return solve(denoise, process, config, x_T.to(device), generators, several).float()
 
 
 def sampler_times(process: Process, partition: StagePartition, config: SamplerConfig) -> list[tuple[float, int]]:

@@ -83,6 +83,7 @@ class AblationConfig:
         more, that one with these changes.
     budget: 1e15 floating-point operations of every run's training, forward and backward; train.steps follows from it.
     score: how runs are scored.
+    baselines: variants besides the first to whose last scores the others are compared too.
     seeds: train.seed of each variant's runs, and the seed of the images generated with them.
     points: fractions of the budget after which a run is scored, ascending to 1.
     levels: the scores to which compute is compared: those that the baseline has after these fractions of its budget,
@@ -95,6 +96,7 @@ class AblationConfig:
     score: ScoreConfig
     changes: dict[str, Any] = field(default_factory=dict)
     grid: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
+    baselines: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
     points: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     levels: tuple[Level, ...] = (0.5, 0.75, 1.0, "best")
@@ -122,6 +124,13 @@ class AblationConfig:
             if not isinstance(level, str) and not points[0] <= level <= 1:
                 problem = f"lies outside the points, from {points[0]} to 1, between which scores are known"
                 raise ConfigError("levels", level, problem, "Choose fractions of the budget among them, or best.")
+        check_different("baselines", self.baselines)
+        first, *others = self.variants
+        for name in self.baselines:
+            if name not in others and not self.grid:  # which gives more variants
+                problem = "is the first variant, to which all are compared" if name == first else "is no variant"
+                remedy = "Remove it." if name == first else f"Choose among {', '.join(others) or 'no others'}."
+                raise ConfigError("baselines", name, problem, remedy)
         for fixed in ("train.steps", "train.seed"):
             if any(fixed in change for change in (self.changes, *self.variants.values(), *self.grid.values())):
                 raise ConfigError(fixed, "given", "follows from the budget and the seeds", "Remove it.")

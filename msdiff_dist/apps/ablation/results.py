@@ -76,6 +76,7 @@ class Results:
     Attributes:
         scores: names of the scores that were taken: `loss`, `mobilenet/fid`.
         reached: by variant other than the baseline, and score, what it takes to each level.
+        last_of: by baseline of `config.baselines`, other variant and score, what it takes to the baseline's last score.
         tenths: by variant other than the baseline, what it takes to the baseline's last held-out loss in each tenth of
             times; empty where that was not taken, as by earlier versions.
     """
@@ -84,6 +85,7 @@ class Results:
     variants: tuple[Variant, ...]
     scores: tuple[str, ...]
     reached: dict[str, dict[str, list[Reached]]]
+    last_of: dict[str, dict[str, dict[str, Reached]]]
     tenths: dict[str, list[Reached]]
 
     @property
@@ -129,11 +131,27 @@ def results(config: AblationConfig, trials: Sequence[Trial]) -> Results:
         for other in others
     }
     tenths = {
-        other.name: [at for name in TENTHS for at in compare(baseline.curves(name), other.curves(name), [1.0])]
+        other.name: [at for name in TENTHS for at in _last(baseline, other, name)]
         for other in others
         if TENTHS[0] in taken
     }
-    return Results(config=config, variants=tuple(variants), scores=names, reached=reached, tenths=tenths)
+    last_of = {
+        name: {
+            variant.name: {score: at for score in names for at in _last(other, variant, score)}
+            for variant in variants
+            if variant is not other
+        }
+        for name in config.baselines
+        for other in [next(v for v in variants if v.name == name)]
+    }
+    return Results(
+        config=config, variants=tuple(variants), scores=names, reached=reached, last_of=last_of, tenths=tenths
+    )
+
+
+def _last(baseline: Variant, variant: Variant, score: str) -> list[Reached]:
+    """What a variant takes to the last score of a baseline; empty while no seed of both is complete."""
+    return compare(baseline.curves(score), variant.curves(score), [1.0])
 
 
 def higher_is_better(score: str) -> bool:
@@ -193,6 +211,11 @@ def _variant(variant: Variant, found: Results) -> dict[str, Any]:
                 "best": _numbers([variant.best(name)])[0],
                 "last": _numbers(variant.mean_P(name))[-1],
                 "levels": [_level(at, name) for at in found.reached.get(variant.name, {}).get(name, [])],
+                "last_of": {
+                    baseline: _level(of[variant.name][name], name)
+                    for baseline, of in found.last_of.items()
+                    if name in of.get(variant.name, {})
+                },
             }
             for name in found.scores
         },

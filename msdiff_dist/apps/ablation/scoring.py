@@ -20,6 +20,7 @@ from msdiff_dist.apps.evaluation.reference_images import ReferenceImages, how_to
 from msdiff_dist.apps.evaluation.subject import with_prompts
 from msdiff_dist.apps.train.found_data import FoundData
 from msdiff_dist.config import to_mapping
+from msdiff_dist.diffusion.solvers import SOLVERS
 from msdiff_dist.errors import ConfigError, UserError
 from msdiff_dist.evaluation.feature_spaces import FeatureSpace, load_feature_space
 from msdiff_dist.evaluation.generate import ImageGenerator
@@ -101,11 +102,15 @@ class Scoring:
         if self._held_out:
             sets.append(ScoreSet(prefix="", metrics=(LOSS,), about=self._held_out_about, label="held-out loss"))
         for space in self._spaces:
+            sampler = self.config.sampler.for_process(subject.recipe.process())
+            named = to_mapping(sampler)
+            if subject.recipe.stages.num_stages == 1 or SOLVERS[str(sampler.name)].staged is None:
+                del named["restart"]  # which decides nothing
             about = {
                 "features": space.identity,
                 "num": self.config.num,
                 "seed": subject.seed,
-                "sampler": json_values(to_mapping(self.config.sampler.for_process(subject.recipe.process()))),
+                "sampler": json_values(named),
                 "reference": self._reference_key,
             }
             sets.append(ScoreSet(prefix=f"{space.name}/", metrics=self.config.of_images, about=about, label=space.name))

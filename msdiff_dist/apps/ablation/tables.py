@@ -29,6 +29,8 @@ def tables_of(found: Results, score: str) -> Iterator[Table]:
     yield score_table(found, score)
     if len(found.variants) > 1:
         yield compute_table(found, score)
+    if any(score in of for others in found.last_of.values() for of in others.values()):
+        yield baselines_table(found, score)
     if score == LOSS and any(found.tenths.values()):
         yield noise_table(found)
 
@@ -71,6 +73,21 @@ def compute_table(found: Results, name: str) -> Table:
     resampled = any(at.resamples for of in found.reached.values() for at in of[name])
     interval = ", with 95 % intervals over seeds" if resampled else ""
     return Table(title=f"Compute to the baseline's {title(name)}", head=head, rows=rows, notes=[f"{note}{interval}."])
+
+
+def baselines_table(found: Results, name: str) -> Table:
+    """The compute of each variant to the last score of each further baseline, over that one's own."""
+    rows = []
+    for variant in found.variants:
+        cells = []
+        for baseline, of in found.last_of.items():
+            at = of.get(variant.name, {}).get(name)
+            cells.append("1" if variant.name == baseline else shown(at) if at else "not yet known")
+        rows.append([variant.name, *cells])
+    last = {v.name: _number(v.mean_P(name)[-1]) for v in found.variants}
+    head = ["variant", *(f"{baseline}: {last[baseline]}" for baseline in found.last_of)]
+    note = "Compute over that of the baseline in the column's head, to its last score, with 95 % intervals over seeds."
+    return Table(title=f"Compute to the last {title(name)} of other baselines", head=head, rows=rows, notes=[note])
 
 
 def noise_table(found: Results) -> Table:

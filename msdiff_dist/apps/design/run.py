@@ -21,7 +21,6 @@ from msdiff_dist.recipe import Recipe
 from msdiff_dist.shipped import refuse_existing
 from msdiff_dist.stage_division.loss_laws import LossLaws, fit_laws
 
-
 _REACH = 4  # times the samples of a measurement to which laws hold within some percent (docs/guides/design-stages.md)
 
 

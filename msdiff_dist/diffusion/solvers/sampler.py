@@ -15,7 +15,7 @@ from msdiff_dist.diffusion.process import Last, Process, Spacing
 from msdiff_dist.diffusion.solvers.dpm_solver import dpm_solver_singlestep
 from msdiff_dist.diffusion.solvers.heun import heun, heun_steps
 from msdiff_dist.diffusion.solvers.schedulers import ddim, ddpm, dpmpp_2m
-from msdiff_dist.diffusion.solvers.solver import Denoise, Solver
+from msdiff_dist.diffusion.solvers.solver import Denoise, Solver, StageOf
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.registry import Table
 
@@ -28,7 +28,7 @@ SOLVERS: Table[Solver] = Table(
     "solver",
     {
         "ddim": Solver(run=ddim, fits=_variance_preserving, options=("eta", "last"), clips=True),
-        "dpmpp_2m": Solver(run=dpmpp_2m, fits=_variance_preserving, options=("last",)),
+        "dpmpp_2m": Solver(run=dpmpp_2m, fits=_variance_preserving, options=("last",), staged=dpmpp_2m),
         "ddpm": Solver(run=ddpm, fits=_variance_preserving, clips=True),
         "dpm_3s": Solver(
             run=dpm_solver_singlestep,
@@ -89,6 +89,9 @@ class SamplerConfig:
     clip: bool = False
     """Clip estimates of x_0 to [-1, 1]: for pixels, not for latents. `ddim` still takes its estimate of the noise from
     the estimate before clipping. Early in training `ddim` with eta 1 and clip gives the cleanest images."""
+    restart: bool = True
+    """Whether `dpmpp_2m`, whose steps use the estimate before as well, begins each stage anew, with a step of order 1.
+    false: as with one network."""
     guidance_scale: float = 1.0
     """Scale of classifier-free guidance: output = unconditional + scale x (conditional - unconditional)."""
     churn: ChurnConfig = field(default_factory=ChurnConfig)
@@ -140,23 +143,30 @@ class SamplerConfig:
 
 
 def solve(
-    denoise: Denoise, process: Process, config: SamplerConfig, x_T: Tensor, generators: list[torch.Generator]
+    denoise: Denoise,
+    process: Process,
+    config: SamplerConfig,
+    x_T: Tensor,
+    generators: list[torch.Generator],
+    stage_of: StageOf | None = None,
 ) -> Tensor:
     """Samples [n, ...] from x_T [n, ...], noise of standard deviation `process.prior_std`.
 
     Args:
         denoise: estimate of x_0 from x_t and t.
         generators: one per sample, from which stochastic steps draw their noise.
+        stage_of: of a model of several stages; None: one network answers at all times.
 
     Raises:
         ConfigError: the sampler, spacing, end or number of steps does not fit the process.
     """
     config = config.for_process(process)
     solver = SOLVERS[config.name or process.sampler]
-    if config.clip and not solver.clips:
 
-        def clipped(x: Tensor, t: float) -> Tensor:
-            return denoise(x, t).clamp(-1, 1)
+    def clipped(x: Tensor, t: float) -> Tensor:
+        return denoise(x, t).clamp(-1, 1)
 
-        return solver.run(clipped, process, config, x_T, generators)
-    return solver.run(denoise, process, config, x_T, generators)
+    answer = clipped if config.clip and not solver.clips else denoise
+    if solver.staged is not None and stage_of is not None and config.restart:
+        return solver.staged(answer, process, config, x_T, generators, stage_of)
+    return solver.run(answer, process, config, x_T, generators)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from msdiff_dist.diffusion.process import Process
-from msdiff_dist.diffusion.solvers.solver import Denoise
+from msdiff_dist.diffusion.solvers.solver import Denoise, StageOf
 
 if TYPE_CHECKING:
     from msdiff_dist.diffusion.solvers.sampler import SamplerConfig
@@ -49,12 +49,19 @@ def ddpm(
 
 
 def dpmpp_2m(
-    denoise: Denoise, process: Process, config: SamplerConfig, x: Tensor, generators: list[torch.Generator]
+    denoise: Denoise,
+    process: Process,
+    config: SamplerConfig,
+    x: Tensor,
+    generators: list[torch.Generator],
+    stage_of: StageOf | None = None,
 ) -> Tensor:
     """DPM-Solver++ multistep of order 2 (2211.01095, Algorithm 2).
 
     The first step is of order 1. So is the last one if it ends at clean data, where the log-SNR is infinite, or if the
-    steps are fewer than ten, with which order 2 is unstable (as in the authors' code).
+    steps are fewer than ten, with which order 2 is unstable (as in the authors' code), and the first one of each stage:
+    order 2 takes the difference to the estimate before for a derivative, and between the estimates of two decoders it
+    is mostly their disagreement.
     """
     from diffusers import DPMSolverMultistepScheduler
 
@@ -69,7 +76,7 @@ def dpmpp_2m(
         return made
 
     times = process.sampling_times(config.steps, config.spacing, config.end, config.last)
-    return _run(scheduler, times, denoise, process, x, generators)
+    return _run(scheduler, times, denoise, process, x, generators, stage_of)
 
 
 def _run(
@@ -79,6 +86,7 @@ def _run(
     process: Process,
     x: Tensor,
     generators: list[torch.Generator],
+    stage_of: StageOf | None = None,
     **options: float,
 ) -> Tensor:
     """Run a scheduler down its noise schedule.
@@ -86,11 +94,15 @@ def _run(
     Args:
         scheduler_of: makes the scheduler from sigmas [steps + 1], ascending: sigma of schedule entry i.
         sampling_times: of the process.
+        stage_of: given to multistep schedulers that begin anew in each stage.
         options: passed to each of its steps.
     """
     times, landing = sampling_times
     scheduler = scheduler_of(np.array([landing, *process.sigma_of(times[::-1])]))
+    stage = None
     for index, t in zip(range(len(times), 0, -1), times.tolist(), strict=True):
+        if stage_of is not None and stage_of(t) != stage:
+            stage, scheduler.lower_order_nums = stage_of(t), 0  # earlier estimates that the next step may use
         x = scheduler.step(denoise(x, t), torch.tensor(index), x, generator=generators, **options).prev_sample
     return x
 

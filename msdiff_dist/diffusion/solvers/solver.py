@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 Denoise = Callable[[Tensor, float], Tensor]
 """denoise(x_t [n, ...], t) -> estimate of x_0 [n, ...]; t is in the process's unit, the same for all samples."""
 
+StageOf = Callable[[float], int]
+"""The stage whose decoder answers at a time, in the process's unit."""
+
 
 def _one_each(evaluations: int) -> int:
     return evaluations
@@ -38,6 +41,8 @@ class Solver:
         steps_of: `SamplerConfig.steps` for a number of network evaluations. It raises `ConfigError` with the field
             `evaluations` where no number of steps takes exactly that many.
         clips: whether the solver applies `SamplerConfig.clip` itself. Otherwise `solve` clips the estimates of x_0.
+        staged: `run` for models of several stages, with the stage of a time as well, of solvers that treat the first
+            step in another stage otherwise.
     """
 
     run: Callable[[Denoise, Process, SamplerConfig, Tensor, list[torch.Generator]], Tensor]
@@ -47,3 +52,4 @@ class Solver:
     least_steps: int = 1
     steps_of: Callable[[int], int] = _one_each
     clips: bool = False
+    staged: Callable[[Denoise, Process, SamplerConfig, Tensor, list[torch.Generator], StageOf], Tensor] | None = None

@@ -79,13 +79,13 @@ def test_each_call_gets_the_stage_of_its_time(config: SamplerConfig) -> None:
         ),
         (SamplerConfig(name="ddim", steps=1000), diffusers.DDIMScheduler, {"steps_offset": 0}),
         (
-            SamplerConfig(name="dpmpp_2m", steps=20, spacing="trailing", last="clean"),
+            SamplerConfig(name="dpmpp_2m", steps=20, spacing="trailing", last="clean", restart=False),
             diffusers.DPMSolverMultistepScheduler,
             {},
         ),
         *(
             (
-                SamplerConfig(name="dpmpp_2m", steps=steps, spacing="trailing"),
+                SamplerConfig(name="dpmpp_2m", steps=steps, spacing="trailing", restart=False),
                 diffusers.DPMSolverMultistepScheduler,
                 {"final_sigmas_type": "sigma_min"},
             )

@@ -108,8 +108,12 @@ def test_a_single_image_keeps_its_noise_down_to_timestep_0(name: str, spacing: s
 
 @pytest.mark.parametrize(("process", "last"), [(VP, "first_time"), (DISCRETE, "first_time"), (VP, "clean")])
 @pytest.mark.parametrize("steps", [9, 10, 25])
-def test_dpmpp_2m_is_the_papers_algorithm(process: Process, last: str, steps: int) -> None:
-    """2211.01095, Algorithm 2. The last step has order 1 if there are few, or if it ends at infinite log-SNR."""
+@pytest.mark.parametrize("restart", [None, True, False])
+def test_dpmpp_2m_is_the_papers_algorithm(process: Process, last: str, steps: int, restart: bool | None) -> None:
+    """2211.01095, Algorithm 2. The last step has order 1 if there are few, or if it ends at infinite log-SNR.
+
+    So has the first step of each of three stages, if there are several and the sampler begins them anew.
+    """
     spacing = "log_snr" if process is VP else "trailing"
     times, landing = process.sampling_times(steps, spacing, None, last)
     sigmas = [*process.sigma_of(times).tolist(), landing]
@@ -118,9 +122,14 @@ def test_dpmpp_2m_is_the_papers_algorithm(process: Process, last: str, steps: in
     def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
         return torch.tanh(2 * x + math.log(float(process.sigma_of(t))))
 
+    def stage_of(t: float) -> int:
+        return int(process.sigma_of(t) > 0.5) + int(process.sigma_of(t) > 5)
+
     x, before, r = x_T, None, 1.0
     for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
         (_, n), (s_next, n_next) = scales(process, sigma), scales(process, sigma_next)
+        if restart and i and stage_of(times[i]) != stage_of(times[i - 1]):
+            before = None
         estimate = denoise(x, times[i])
         first = before is None or sigma_next == 0 or (i == steps - 1 and steps < 10)
         h = math.inf if sigma_next == 0 else math.log(sigma / sigma_next)
@@ -128,9 +137,11 @@ def test_dpmpp_2m_is_the_papers_algorithm(process: Process, last: str, steps: in
             r = math.log(sigmas[i - 1] / sigma) / h
         d = estimate if first else (1 + 1 / (2 * r)) * estimate - 1 / (2 * r) * before
         x, before = n_next / n * x - s_next * math.expm1(-h) * d, estimate
-    config = SamplerConfig(name="dpmpp_2m", steps=steps, spacing=spacing, last=last)
+    config = SamplerConfig(name="dpmpp_2m", steps=steps, spacing=spacing, last=last, restart=bool(restart))
     # The scheduler computes its steps in float32.
-    solved = solve(denoise, process, config, x_T, [torch.Generator()] * 2)
+    several = None if restart is None else stage_of
+    solved = solve(denoise, process, config, x_T, [torch.Generator()] * 2, several)
+    assert {stage_of(t) for t in times.tolist()} == {0, 1, 2}
     torch.testing.assert_close(solved, x, rtol=0, atol=2e-6)
 
 

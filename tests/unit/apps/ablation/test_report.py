@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from msdiff_dist.apps.ablation.report import write_report
 from msdiff_dist.apps.ablation.results import results
 from msdiff_dist.apps.ablation.score_file import NAME, ScoreFile, ScoreSet, read_scores, training_compute
-from msdiff_dist.errors import RunFolderError
+from msdiff_dist.errors import ConfigError, RunFolderError
 from tests.unit.apps.ablation.made_results import SETS, STEPS, made_ablation
 
 
@@ -60,6 +61,24 @@ def test_compute_by_noise(tmp_path: Path) -> None:
         file.write()
     assert "by noise" not in write_report(config, trials, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text())["variants"]["half"]["tenths"] == []
+
+
+def test_compute_to_the_last_scores_of_other_baselines(tmp_path: Path) -> None:
+    config, trials = made_ablation(tmp_path)
+    found = results(replace(config, baselines=("worse",)), trials)
+    # It takes four times the compute of `unified` to any score, and eight times that of `half`.
+    for score in found.scores:
+        assert found.last_of["worse"]["unified"][score].ratio == pytest.approx(1 / 4)
+        at = found.last_of["worse"]["half"][score]  # at its first point, up to rounding
+        assert (at.ratio or at.below) == pytest.approx(1 / 8)
+    markdown = write_report(replace(config, baselines=("worse",)), trials, tmp_path)
+    assert "| unified | 0.25 (0.25 to 0.25) |" in markdown
+    assert "| worse | 1 |" in markdown
+    last = json.loads((tmp_path / "results.json").read_text())["variants"]["unified"]["scores"]["loss"]["last_of"]
+    assert last["worse"]["ratio"] == pytest.approx(1 / 4)
+    for name in ("unified", "none"):
+        with pytest.raises(ConfigError, match=name):
+            replace(config, baselines=(name,))
 
 
 def test_one_seed_and_nothing_scored(tmp_path: Path) -> None:
