@@ -206,6 +206,8 @@ MISTAKES = {
     "seeds": (["seeds=[1,1]"], ["seeds", "twice"]),
     "variant's field": (["variants.wide={model.decoder_chanels: [8]}"], ["variants.wide: model.decoder_chanels"]),
     "variant's recipe": (["variants.wide={recipe: none.yaml}"], ["variants.wide: RECIPE", "no such file"]),
+    "baselines": (["baselines=[none]"], ["baselines = none", "is no variant", "multistage"]),
+    "first baseline": (["baselines=[unified]"], ["baselines = unified", "is the first variant"]),
     "steps": (["variants.wide={train.steps: 7}"], ["train.steps", "follows from the budget"]),
     "classifier": (["score.features=[none.safetensors]"], ["classifier", "no such file"]),
     "other shape": (["budget=1", "variants.wide={data.image_size: 32}"], ["data.image_size = 32", "16x16 pixels"]),

@@ -5,6 +5,7 @@ Needs torch and diffusers only: exported models bring a copy of this file.
 
 from __future__ import annotations
 
+import bisect
 import inspect
 from typing import Any
 
@@ -115,7 +116,14 @@ class MultistagePipeline(DiffusionPipeline):
         # Schedulers differ in what `step` takes: only some have eta, or draw noise.
         accepted = inspect.signature(self.scheduler.step).parameters
         extra = {k: v for k, v in (("eta", eta), ("generator", generator)) if k in accepted}
+        boundaries, before = getattr(config, "stage_boundaries", ()), None
         for t in self.progress_bar(self.scheduler.timesteps):
+            # Multistep schedulers take the difference to the last output for a derivative. Between the outputs of two
+            # decoders it is mostly their disagreement, so each stage begins with a step of order 1.
+            stage = bisect.bisect_right(boundaries, float(t))
+            if stage != before and hasattr(self.scheduler, "lower_order_nums"):
+                self.scheduler.lower_order_nums = 0
+            before = stage
             model_input = self.scheduler.scale_model_input(x, t)
             output = self._predict(model_input, t, context, labels)
             if guided:
