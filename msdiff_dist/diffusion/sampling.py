@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from msdiff_dist.diffusion.process import Process
-from msdiff_dist.diffusion.solvers import SamplerConfig, solve
+from msdiff_dist.diffusion.solvers import SOLVERS, SamplerConfig, solve
 from msdiff_dist.diffusion.stage_partition import StagePartition
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.randomness import generator
@@ -109,6 +109,19 @@ def sampler_times(process: Process, partition: StagePartition, config: SamplerCo
 
     solve(record, process, config, torch.zeros(1, 1), image_generators(0, [0]))
     return list(zip(times, partition.stage_of(np.array(times)).tolist(), strict=True))
+
+
+def sampler_restarts(process: Process, partition: StagePartition, config: SamplerConfig) -> list[float]:
+    """Times in another stage at which the solver begins anew: `SamplerConfig.restart`.
+
+    Raises:
+        ConfigError: the sampler does not fit the process.
+    """
+    config = config.for_process(process)
+    restarts = SOLVERS[str(config.name)].restarts
+    if restarts is None or not config.restart:
+        return []
+    return restarts(process, config, lambda t: int(partition.stage_of(np.array(t))))
 
 
 def image_generators(seed: int, index_n: Sequence[int]) -> list[torch.Generator]:

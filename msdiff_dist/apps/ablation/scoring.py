@@ -20,7 +20,7 @@ from msdiff_dist.apps.evaluation.reference_images import ReferenceImages, how_to
 from msdiff_dist.apps.evaluation.subject import with_prompts
 from msdiff_dist.apps.train.found_data import FoundData
 from msdiff_dist.config import to_mapping
-from msdiff_dist.diffusion.solvers import SOLVERS
+from msdiff_dist.diffusion.sampling import sampler_restarts
 from msdiff_dist.errors import ConfigError, UserError
 from msdiff_dist.evaluation.feature_spaces import FeatureSpace, load_feature_space
 from msdiff_dist.evaluation.generate import ImageGenerator
@@ -104,7 +104,7 @@ class Scoring:
         for space in self._spaces:
             sampler = self.config.sampler.for_process(subject.recipe.process())
             named = to_mapping(sampler)
-            if subject.recipe.stages.num_stages == 1 or SOLVERS[str(sampler.name)].staged is None:
+            if not sampler_restarts(subject.recipe.process(), subject.recipe.partition(), sampler):
                 del named["restart"]  # which decides nothing
             about = {
                 "features": space.identity,

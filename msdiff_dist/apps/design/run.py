@@ -163,10 +163,10 @@ def markdown(found: Designed) -> str:
 
 def _reach(found: Designed) -> str:
     """How far the laws are extrapolated."""
-    longest = max(p.recipe.train.steps * p.recipe.train.global_batch_size for p in found.probes)
-    images = found.chosen.recipe.train.steps * found.chosen.recipe.train.global_batch_size
+    longest = max(p.recipe.train.steps for p in found.probes)  # the batches are those of the run
+    steps = found.chosen.recipe.train.steps
     return (
-        f"The run takes {images / longest:.1f} times the samples of the longest probe; beyond {_REACH} times, "
+        f"The run takes {steps / longest:.1f} times the samples of the longest probe; beyond {_REACH} times, "
         "predictions are rough, and favour narrow decoders."
     )
 

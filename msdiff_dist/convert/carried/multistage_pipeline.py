@@ -116,14 +116,10 @@ class MultistagePipeline(DiffusionPipeline):
         # Schedulers differ in what `step` takes: only some have eta, or draw noise.
         accepted = inspect.signature(self.scheduler.step).parameters
         extra = {k: v for k, v in (("eta", eta), ("generator", generator)) if k in accepted}
-        boundaries, before = getattr(config, "stage_boundaries", ()), None
+        restarts = self._restarts()
         for t in self.progress_bar(self.scheduler.timesteps):
-            # Multistep schedulers take the difference to the last output for a derivative. Between the outputs of two
-            # decoders it is mostly their disagreement, so each stage begins with a step of order 1.
-            stage = bisect.bisect_right(boundaries, float(t))
-            if stage != before and hasattr(self.scheduler, "lower_order_nums"):
+            if float(t) in restarts:
                 self.scheduler.lower_order_nums = 0
-            before = stage
             model_input = self.scheduler.scale_model_input(x, t)
             output = self._predict(model_input, t, context, labels)
             if guided:
@@ -138,6 +134,19 @@ class MultistagePipeline(DiffusionPipeline):
             images = self.numpy_to_pil(images)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _restarts(self) -> list[float]:
+        """Timesteps of a multistep scheduler in another stage, from which a step is much longer than the one before.
+
+        A step of order 2 adds the difference to the last output times half the ratio of the steps in log-SNR. Between
+        outputs of two decoders that multiplies their disagreement, so such a step is of order 1.
+        """
+        boundaries = getattr(self.unet.config, "stage_boundaries", ())
+        if not boundaries or not hasattr(self.scheduler, "lower_order_nums"):
+            return []
+        times, log_sigmas = self.scheduler.timesteps.tolist(), self.scheduler.sigmas.double().log()
+        steps, stages = (-log_sigmas.diff()).tolist(), [bisect.bisect_right(boundaries, float(t)) for t in times]
+        return [times[i] for i in range(1, len(times)) if stages[i] != stages[i - 1] and steps[i] > 1.25 * steps[i - 1]]
 
     def _labels(self, class_labels: Tensor | list[int] | None, device: torch.device) -> Tensor | None:
         """The classes [B], checked."""

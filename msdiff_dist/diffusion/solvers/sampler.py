@@ -14,7 +14,7 @@ from msdiff_dist.config import INFINITE
 from msdiff_dist.diffusion.process import Last, Process, Spacing
 from msdiff_dist.diffusion.solvers.dpm_solver import dpm_solver_singlestep
 from msdiff_dist.diffusion.solvers.heun import heun, heun_steps
-from msdiff_dist.diffusion.solvers.schedulers import ddim, ddpm, dpmpp_2m
+from msdiff_dist.diffusion.solvers.schedulers import ddim, ddpm, dpmpp_2m, dpmpp_2m_restarts
 from msdiff_dist.diffusion.solvers.solver import Denoise, Solver, StageOf
 from msdiff_dist.errors import ConfigError
 from msdiff_dist.registry import Table
@@ -28,7 +28,13 @@ SOLVERS: Table[Solver] = Table(
     "solver",
     {
         "ddim": Solver(run=ddim, fits=_variance_preserving, options=("eta", "last"), clips=True),
-        "dpmpp_2m": Solver(run=dpmpp_2m, fits=_variance_preserving, options=("last",), staged=dpmpp_2m),
+        "dpmpp_2m": Solver(
+            run=dpmpp_2m,
+            fits=_variance_preserving,
+            options=("last",),
+            staged=dpmpp_2m,
+            restarts=dpmpp_2m_restarts,
+        ),
         "ddpm": Solver(run=ddpm, fits=_variance_preserving, clips=True),
         "dpm_3s": Solver(
             run=dpm_solver_singlestep,
@@ -90,8 +96,8 @@ class SamplerConfig:
     """Clip estimates of x_0 to [-1, 1]: for pixels, not for latents. `ddim` still takes its estimate of the noise from
     the estimate before clipping. Early in training `ddim` with eta 1 and clip gives the cleanest images."""
     restart: bool = True
-    """Whether `dpmpp_2m`, whose steps use the estimate before as well, begins each stage anew, with a step of order 1.
-    false: as with one network."""
+    """Whether `dpmpp_2m` uses no estimate of the stage before where its steps, in log-SNR, grow longer by a quarter and
+    more, as near the data: they would multiply the difference between two decoders. false: as with one network."""
     guidance_scale: float = 1.0
     """Scale of classifier-free guidance: output = unconditional + scale x (conditional - unconditional)."""
     churn: ChurnConfig = field(default_factory=ChurnConfig)

@@ -6,7 +6,7 @@ steps through all of them, so it works for every variance-preserving process and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from msdiff_dist.diffusion.solvers.sampler import SamplerConfig
 
 _FEW_STEPS = 10
+_LONGER = 1.25  # ratio of a step to the one before beyond which it does not use the estimate of another stage
 
 
 def ddim(
@@ -59,9 +60,8 @@ def dpmpp_2m(
     """DPM-Solver++ multistep of order 2 (2211.01095, Algorithm 2).
 
     The first step is of order 1. So is the last one if it ends at clean data, where the log-SNR is infinite, or if the
-    steps are fewer than ten, with which order 2 is unstable (as in the authors' code), and the first one of each stage:
-    order 2 takes the difference to the estimate before for a derivative, and between the estimates of two decoders it
-    is mostly their disagreement.
+    steps are fewer than ten, with which order 2 is unstable (as in the authors' code). So is that from each of
+    `dpmpp_2m_restarts`.
     """
     from diffusers import DPMSolverMultistepScheduler
 
@@ -76,7 +76,26 @@ def dpmpp_2m(
         return made
 
     times = process.sampling_times(config.steps, config.spacing, config.end, config.last)
-    return _run(scheduler, times, denoise, process, x, generators, stage_of)
+    anew = dpmpp_2m_restarts(process, config, stage_of) if stage_of else []
+    return _run(scheduler, times, denoise, process, x, generators, anew)
+
+
+def dpmpp_2m_restarts(process: Process, config: SamplerConfig, stage_of: StageOf) -> list[float]:
+    """Times of `dpmpp_2m` in another stage than the one before from which its step is of order 1.
+
+    A step of order 2 adds h / (2 h_before) times the difference to the estimate before, with h the steps in log-SNR.
+    Between estimates of two decoders that is also a multiple of their disagreement. Where h is much longer,
+    as near the data with times even in t, this does more harm than order 2 does good.
+    """
+    times, landing = process.sampling_times(config.steps, config.spacing, config.end, config.last)
+    sigmas = np.array([*process.sigma_of(times), landing])
+    with np.errstate(divide="ignore"):
+        h = -np.diff(np.log(sigmas))
+    return [
+        float(times[i])
+        for i in range(1, len(times))
+        if stage_of(times[i]) != stage_of(times[i - 1]) and h[i] > _LONGER * h[i - 1]
+    ]
 
 
 def _run(
@@ -86,7 +105,7 @@ def _run(
     process: Process,
     x: Tensor,
     generators: list[torch.Generator],
-    stage_of: StageOf | None = None,
+    anew: Collection[float] = (),
     **options: float,
 ) -> Tensor:
     """Run a scheduler down its noise schedule.
@@ -94,15 +113,14 @@ def _run(
     Args:
         scheduler_of: makes the scheduler from sigmas [steps + 1], ascending: sigma of schedule entry i.
         sampling_times: of the process.
-        stage_of: given to multistep schedulers that begin anew in each stage.
+        anew: times from which a multistep scheduler uses no earlier estimates.
         options: passed to each of its steps.
     """
     times, landing = sampling_times
     scheduler = scheduler_of(np.array([landing, *process.sigma_of(times[::-1])]))
-    stage = None
     for index, t in zip(range(len(times), 0, -1), times.tolist(), strict=True):
-        if stage_of is not None and stage_of(t) != stage:
-            stage, scheduler.lower_order_nums = stage_of(t), 0  # earlier estimates that the next step may use
+        if t in anew:
+            scheduler.lower_order_nums = 0  # earlier estimates that the next step may use
         x = scheduler.step(denoise(x, t), torch.tensor(index), x, generator=generators, **options).prev_sample
     return x
 

@@ -41,8 +41,9 @@ class Solver:
         steps_of: `SamplerConfig.steps` for a number of network evaluations. It raises `ConfigError` with the field
             `evaluations` where no number of steps takes exactly that many.
         clips: whether the solver applies `SamplerConfig.clip` itself. Otherwise `solve` clips the estimates of x_0.
-        staged: `run` for models of several stages, with the stage of a time as well, of solvers that treat the first
-            step in another stage otherwise.
+        staged: `run` for models of several stages, with the stage of a time as well, of solvers that use estimates of
+            earlier steps and begin anew at some times.
+        restarts: these times.
     """
 
     run: Callable[[Denoise, Process, SamplerConfig, Tensor, list[torch.Generator]], Tensor]
@@ -53,3 +54,4 @@ class Solver:
     steps_of: Callable[[int], int] = _one_each
     clips: bool = False
     staged: Callable[[Denoise, Process, SamplerConfig, Tensor, list[torch.Generator], StageOf], Tensor] | None = None
+    restarts: Callable[[Process, SamplerConfig, StageOf], list[float]] | None = None

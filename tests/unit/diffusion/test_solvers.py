@@ -15,6 +15,7 @@ from msdiff_dist.diffusion.processes.edm import EDMConfig, EDMProcess
 from msdiff_dist.diffusion.processes.vp import VPConfig, VPProcess
 from msdiff_dist.diffusion.sampling import image_generators
 from msdiff_dist.diffusion.solvers import SOLVERS, ChurnConfig, Denoise, SamplerConfig, solve
+from msdiff_dist.diffusion.solvers.schedulers import dpmpp_2m_restarts
 from msdiff_dist.errors import ConfigError
 
 DISCRETE, VP, EDM = DiscreteProcess(DiscreteConfig()), VPProcess(VPConfig()), EDMProcess(EDMConfig())
@@ -112,7 +113,7 @@ def test_a_single_image_keeps_its_noise_down_to_timestep_0(name: str, spacing: s
 def test_dpmpp_2m_is_the_papers_algorithm(process: Process, last: str, steps: int, restart: bool | None) -> None:
     """2211.01095, Algorithm 2. The last step has order 1 if there are few, or if it ends at infinite log-SNR.
 
-    So has the first step of each of three stages, if there are several and the sampler begins them anew.
+    So has the first step in another stage, if it is longer than the one before by more than a quarter.
     """
     spacing = "log_snr" if process is VP else "trailing"
     times, landing = process.sampling_times(steps, spacing, None, last)
@@ -123,13 +124,14 @@ def test_dpmpp_2m_is_the_papers_algorithm(process: Process, last: str, steps: in
         return torch.tanh(2 * x + math.log(float(process.sigma_of(t))))
 
     def stage_of(t: float) -> int:
-        return int(process.sigma_of(t) > 0.5) + int(process.sigma_of(t) > 5)
+        return int(t > times[-1]) + int(process.sigma_of(t) > 5)
 
     x, before, r = x_T, None, 1.0
     for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
         (_, n), (s_next, n_next) = scales(process, sigma), scales(process, sigma_next)
         if restart and i and stage_of(times[i]) != stage_of(times[i - 1]):
-            before = None
+            longer = sigma_next == 0 or math.log(sigma / sigma_next) > 1.25 * math.log(sigmas[i - 1] / sigma)
+            before = None if longer else before
         estimate = denoise(x, times[i])
         first = before is None or sigma_next == 0 or (i == steps - 1 and steps < 10)
         h = math.inf if sigma_next == 0 else math.log(sigma / sigma_next)
@@ -142,6 +144,8 @@ def test_dpmpp_2m_is_the_papers_algorithm(process: Process, last: str, steps: in
     several = None if restart is None else stage_of
     solved = solve(denoise, process, config, x_T, [torch.Generator()] * 2, several)
     assert {stage_of(t) for t in times.tolist()} == {0, 1, 2}
+    # Steps even in t grow longer in log-SNR near the data; those even in log-SNR do not, up to one to clean data.
+    assert bool(dpmpp_2m_restarts(process, config, stage_of)) == (process is DISCRETE or last == "clean")
     torch.testing.assert_close(solved, x, rtol=0, atol=2e-6)
 
 

@@ -81,12 +81,18 @@ def test_there_and_back_is_bitwise(tmp_path: Path, make_export: Any, config: LDM
     assert mine == back
 
 
-def sampled(model: MultistageUNet, sampler: SamplerConfig, label: torch.Tensor | None, n: int) -> torch.Tensor:
+def sampled(
+    model: MultistageUNet,
+    sampler: SamplerConfig,
+    label: torch.Tensor | None,
+    n: int,
+    boundaries: tuple[float, ...] = (442.0, 631.0),
+) -> torch.Tensor:
     process = build_process(DiffusionConfig(process="discrete", section=DiscreteConfig()))
     return sample(
         lambda x, t, stage, label, context: model.stages[stage](*model.shared(x, t, context, label)),
         process,
-        build_partition(StagesConfig(boundaries=(442.0, 631.0)), process),
+        build_partition(StagesConfig(boundaries=boundaries), process),
         sampler,
         seed=0,
         index_n=range(n),
@@ -120,6 +126,26 @@ def test_the_pipeline_samples_as_we_do(tmp_path: Path, make_export: Any, name: A
     assert (found - latents).abs().max() <= 1e-5 * latents.abs().max()
     images = pipe(**call, output_type="pt").images
     assert (images - expected / 255).abs().max() <= 0.5 / 255 + 1e-4  # ours are rounded to whole levels
+
+
+@torch.no_grad()
+def test_the_pipeline_begins_anew_near_the_data_as_we_do(tmp_path: Path, make_export: Any) -> None:
+    """A boundary at 100, where twelve steps even in t grow longer in log-SNR."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    config, stages = LDMConfig(**BASE, decoder_channels=(64, 32, 32)), StagesConfig(boundaries=(100.0, 442.0))
+    convert(make_export(config, stages=stages), tmp_path / "theirs", "msdiff", "diffusers")
+    model = randomise(build_model(config))
+    assert isinstance(model, MultistageUNet)
+    latents, continued = (
+        sampled(model, SamplerConfig(name="dpmpp_2m", steps=12, restart=restart), None, 2, stages.boundaries)
+        for restart in (True, False)
+    )
+    pipe = pipeline(tmp_path / "theirs")
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, final_sigmas_type="sigma_min")
+    found = pipe(batch_size=2, num_inference_steps=12, latents=starting_noise(2), output_type="latent").images
+    assert (found - latents).abs().max() <= 1e-5 * latents.abs().max()
+    assert (found - continued).abs().max() > 1e-3 * latents.abs().max()
 
 
 def test_the_stock_pipeline_of_a_unified_model(tmp_path: Path, make_export: Any) -> None:
