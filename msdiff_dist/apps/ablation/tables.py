@@ -86,7 +86,9 @@ def baselines_table(found: Results, name: str) -> Table:
         rows.append([variant.name, *cells])
     last = {v.name: _number(v.mean_P(name)[-1]) for v in found.variants}
     head = ["variant", *(f"{baseline}: {last[baseline]}" for baseline in found.last_of)]
-    note = "Compute over that of the baseline in the column's head, to its last score, with 95 % intervals over seeds."
+    resampled = any(at[name].resamples for of in found.last_of.values() for at in of.values() if name in at)
+    interval = ", with 95 % intervals over seeds" if resampled else ""
+    note = f"Compute over that of the baseline in the column's head, to its last score{interval}."
     return Table(title=f"Compute to the last {title(name)} of other baselines", head=head, rows=rows, notes=[note])
 
 
