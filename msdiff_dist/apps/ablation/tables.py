@@ -94,14 +94,16 @@ def baselines_table(found: Results, name: str) -> Table:
 
 def noise_table(found: Results) -> Table:
     """The compute of each variant to the baseline's last held-out loss, by noise level."""
-    last = [_number(found.baseline.mean_P(name)[-1]) for name in TENTHS]
-    rows = [[found.baseline.name, *last]]
-    rows += [[name, *map(shown, reached)] for name, reached in found.tenths.items() if reached]
+    known = {name: reached for name, reached in found.tenths.items() if reached}
+    rows = [
+        [str(t + 1), _number(found.baseline.mean_P(tenth)[-1]), *(shown(reached[t]) for reached in known.values())]
+        for t, tenth in enumerate(TENTHS)
+    ]
     note = (
         f"Tenths of the training's distribution of times, from the data on: the held-out loss of {found.baseline.name} "
         "at its end, and the compute of the others to the same, over its own."
     )
-    head = ["variant", *(f"tenth {number}" for number in range(1, len(TENTHS) + 1))]
+    head = ["tenth", f"loss of {found.baseline.name}", *known]
     return Table(title="Compute to the baseline's last held-out loss, by noise", head=head, rows=rows, notes=[note])
 
 
