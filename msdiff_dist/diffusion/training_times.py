@@ -1,9 +1,12 @@
-"""The times that training draws and the weights of their losses: the process's own, or those of SpeeD (2405.17403).
+"""The times that training draws and the weights of their losses: the process's own, or others, as SpeeD's (2405.17403).
 
 The paper finds that near noise, from a time tau on, x_t hardly changes any more with t (its convergence area), and that
 many timesteps lie there. Asymmetric sampling draws them k times less often: with T equally likely timesteps,
 P(t) = k / (T + tau (k - 1)) below tau and 1 / (T + tau (k - 1)) from it on. Change-aware weighting multiplies the loss
 by the rate at which the variance of the noise grows, d(n_t^2)/dt, scaled to [1 - lambda, lambda].
+
+Importance weights, the density of the process's own times over that of those drawn, undo in the mean what the sampling
+changes: the objective stays, and only the variance of its gradient is another.
 """
 
 from __future__ import annotations
@@ -25,8 +28,8 @@ _GRID = 10_001  # times of a continuous process at which weights of change are c
 
 @dataclass(frozen=True, kw_only=True)
 class TimesConfig:
-    """SpeeD (2405.17403): times near noise, where x_t hardly changes any more, are drawn less often, and a loss counts
-    the more the faster the noise grows."""
+    """Times drawn and weighted otherwise than by the process. The defaults are SpeeD (2405.17403): times near noise,
+    where x_t hardly changes any more, are drawn less often, and a loss counts the more the faster the noise grows."""
 
     suppressed_from: float | None = None
     """First of the times that are drawn less often, in the process's unit: the paper's tau. null: where the
@@ -36,6 +39,10 @@ class TimesConfig:
     change_weight: float | None = 0.6
     """Weight of the loss where the variance of the noise grows fastest with time; where it grows slowest, the weight is
     1 - change_weight. The paper's lambda. null: the process's weights alone."""
+    importance_weights: bool = False
+    """Whether each loss is weighted by the density of the process's own times over that of those drawn. The expected
+    gradient is then that without this section, but for `change_weight`, under `stages.sampling: uniform` or
+    `stages.importance_weights`."""
 
     def __post_init__(self) -> None:
         check_between("suppression", self.suppression, 1, 1e6)
@@ -68,8 +75,9 @@ class TrainingTimes:
 
     def __init__(self, process: Process, config: TimesConfig | None = None) -> None:
         self._process, self.discrete = process, process.discrete
-        self._k, self._tau, self._change_weights = 1.0, process.hi, None
+        self._k, self._tau, self._change_weights, self._importance = 1.0, process.hi, None, False
         if config is not None:
+            self._importance = config.importance_weights
             self._k, self._tau = config.suppression, _suppressed_from(config, process)
             if config.change_weight is not None:
                 self._change_weights = torch.from_numpy(change_weights(config.change_weight, process))
@@ -97,8 +105,10 @@ class TrainingTimes:
         return np.where(np.asarray(t) < self._tau, self._k, 1.0) / self._total
 
     def weight(self, t_B: Tensor) -> Tensor:
-        """Weight of each sample's loss, float32 [B]: the process's, times that of change."""
+        """Weight of each sample's loss, float32 [B]: the process's, times those of importance and of change."""
         weight_B = self._process.weight(t_B)
+        if self._importance:
+            weight_B = weight_B * self._total / torch.where(t_B < self._tau, self._k, 1.0)
         if self._change_weights is None:
             return weight_B
         if self._change_weights.device != t_B.device:

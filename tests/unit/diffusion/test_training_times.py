@@ -95,6 +95,24 @@ def test_continuous_weights_are_the_rate_of_change() -> None:
     np.testing.assert_allclose(weight, expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("boundaries", [(), (100.0, 442.0)], ids=["unified", "stages"])
+def test_importance_weights_keep_the_objective(boundaries: tuple[float, ...]) -> None:
+    """With tau 100 and k 6, 600 of 1500 samples are below 100, of weight 1/6 to the others', and the mean weight is 1.
+
+    The mean of any loss under the drawn times, weighted, is its mean over all 1000 timesteps.
+    """
+    times = TrainingTimes(
+        DISCRETE, TimesConfig(suppressed_from=100, suppression=6.0, importance_weights=True, **NO_WEIGHT)
+    )
+    t = _drawn(times, DISCRETE, boundaries)
+    weight = times.weight(torch.from_numpy(t))
+    assert weight.dtype == torch.float32
+    assert (t < 100).mean() == pytest.approx(0.4, abs=2e-3)
+    np.testing.assert_allclose(weight, np.where(t < 100, 0.25, 1.5), rtol=1e-6)
+    for loss in (np.ones(1000), np.exp(-np.arange(1000) / 30), np.arange(1000) / 1000):
+        assert float((weight.double() * torch.from_numpy(loss[t])).mean()) == pytest.approx(loss.mean(), rel=0.02)
+
+
 def test_weights_multiply_those_of_min_snr_in_the_objective() -> None:
     process = DiscreteProcess(DiscreteConfig(min_snr_gamma=5.0))
     times, t_n = TrainingTimes(process, TimesConfig()), torch.tensor([0, 300, 900])
