@@ -30,6 +30,7 @@ LAYOUTS = {
     "crossed": (3, "[[0,1,2],[0,2],[0,1,2]]"),
     "two": (2, "auto"),
 }
+TIMES = "diffusion.times={suppressed_from: 600, importance_weights: true}"
 OBJECTIVES = "stages.objectives=[{prediction_type: v_prediction}, {}, {prediction_type: sample, min_snr_gamma: 5}]"
 CASES = [
     # layout, optimizer, zero_shared, zero_decoders, accumulation, more overrides
@@ -38,14 +39,7 @@ CASES = [
     ("disjoint", "adamw", 1, 1, 2, []),
     ("disjoint", "adamw", 3, 1, 1, ["data.workers=2", OBJECTIVES]),
     ("shared", "adamw", 2, 2, 1, []),
-    (
-        "shared",
-        "sgd",
-        1,
-        1,
-        2,
-        ["stages.sampling=uniform", "diffusion.times={suppressed_from: 600, importance_weights: true}"],
-    ),
+    ("shared", "sgd", 1, 1, 2, ["stages.sampling=uniform", TIMES]),
     ("shared", "adamw", 3, 1, 2, ["stages.sampling=[3,2,1]"]),
     ("crossed", "adamw", 2, 2, 2, [OBJECTIVES]),
     ("shared", "adamw", 1, 2, 1, ["model.share_encoder=false"]),
