@@ -44,6 +44,9 @@ def evaluate(
         Literal["first_time", "clean"],
         typer.Option(help="Where the last step of ddim and dpmpp_2m ends: use clean for pixels, not latents."),
     ] = "first_time",
+    restart: Annotated[
+        bool, typer.Option(help="Let dpmpp_2m begin anew at stages where its steps grow longer, or never.")
+    ] = True,
     eta: Annotated[float, typer.Option(min=0, max=1, help="Noise of ddim's steps.")] = 0.0,
     clip_x0: Annotated[bool, typer.Option("--clip", help="Keep x0 in [-1, 1]: for pixels, not latents.")] = False,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 1.0,
@@ -89,7 +92,9 @@ def evaluate(
             check_place(option, file, "file")
     if samples is not None:
         check_place("--samples", samples, "folder")
-    config = SamplerConfig(name=sampler, steps=steps, last=last, eta=eta, clip=clip_x0, guidance_scale=guidance)
+    config = SamplerConfig(
+        name=sampler, steps=steps, last=last, restart=restart, eta=eta, clip=clip_x0, guidance_scale=guidance
+    )
     request = EvaluationRequest(
         subject=subject,
         job=SamplingJob(num=num, seed=seed, sampler=config, batch_size=batch_size),

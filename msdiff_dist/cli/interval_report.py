@@ -35,6 +35,9 @@ def interval_report(
         Literal["first_time", "clean"],
         typer.Option(help="Where the last step of ddim and dpmpp_2m ends: use clean for pixels, not latents."),
     ] = "first_time",
+    restart: Annotated[
+        bool, typer.Option(help="Let dpmpp_2m begin anew at stages where its steps grow longer, or never.")
+    ] = True,
     clip: Annotated[bool, typer.Option(help="Keep x0 in [-1, 1]: for pixels, not latents.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the images.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 250,
@@ -61,7 +64,7 @@ def interval_report(
         raise ConfigError("--intervals", e.value, e.problem, e.remedy) from None
     open_weights(run)  # imports the recipe's extensions, one of which may add the solver
     try:
-        how = SamplerConfig(name=sampler, steps=steps, last=last, clip=clip)
+        how = SamplerConfig(name=sampler, steps=steps, last=last, restart=restart, clip=clip)
     except ConfigError as e:
         raise ConfigError("--sampler" if e.field == "name" else e.field, e.value, e.problem, e.remedy) from None
     open_weights(reference)

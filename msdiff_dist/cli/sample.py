@@ -37,6 +37,9 @@ def sample(
         Literal["first_time", "clean"],
         typer.Option(help="Where the last step of ddim and dpmpp_2m ends: use clean for pixels, not latents."),
     ] = "first_time",
+    restart: Annotated[
+        bool, typer.Option(help="Let dpmpp_2m begin anew at stages where its steps grow longer, or never.")
+    ] = True,
     eta: Annotated[float, typer.Option(min=0, max=1, help="Noise of ddim's steps.")] = 0.0,
     churn: Annotated[float, typer.Option(min=0, help="Noise of heun's steps, S_churn.")] = 0.0,
     spacing: Annotated[
@@ -84,6 +87,7 @@ def sample(
             spacing=spacing,
             end=end,
             last=last,
+            restart=restart,
             clip=clip,
             guidance_scale=guidance,
             churn=ChurnConfig(amount=churn),

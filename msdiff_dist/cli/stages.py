@@ -122,6 +122,9 @@ def design(
     probes: Annotated[Path | None, typer.Option(help="Folder of the probe runs. Default: OUT without .yaml.")] = None,
     probe_share: Annotated[float, typer.Option(help="Compute of all probes, as a share of the budget.")] = 0.05,
     max_stages: Annotated[int, typer.Option(min=1, max=10, help="Most stages to consider.")] = 5,
+    equal_decoders: Annotated[
+        bool, typer.Option("--equal-decoders", help="All decoders as wide as the encoder: two probes, not five.")
+    ] = False,
     world_size: Annotated[int, typer.Option(min=1, help="Ranks of the run to come.")] = 1,
     nproc: Annotated[int, typer.Option(min=1, max=1024, help="Ranks of a probe, on this machine.")] = 1,
     plot: Annotated[
@@ -153,6 +156,7 @@ def design(
         petaflops=budget,
         probe_share=probe_share,
         most_stages=max_stages,
+        equal_decoders=equal_decoders,
         world_size=world_size,
         nproc=nproc,
         out=out,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from msdiff_dist.apps.design.probes import plan_probes
+from msdiff_dist.apps.design.probes import Probe, plan_probes
 from msdiff_dist.apps.train.costs import step_petaflops
 from msdiff_dist.apps.train.plan import plan_run
 from msdiff_dist.recipe import load_recipe, recipe_mapping
@@ -65,11 +65,8 @@ def test_an_existing_recipe_is_kept(msdiff: Msdiff, digits: Path, tmp_path: Path
     assert out.read_text() == "mine"
 
 
-def test_measurements_become_a_recipe(msdiff: Msdiff, digits: Path, tmp_path: Path) -> None:
-    """Probes whose losses fall with width near the data and nowhere else: the widest decoder is designed there."""
-    recipe, budget, out = load_recipe(QUICKSTART, _changes(digits)), 0.04, tmp_path / "designed.yaml"
-    probes = plan_probes(recipe, budget, 0.05, 1, tmp_path / "designed")
-    assert sum(p.petaflops for p in probes) == pytest.approx(0.05 * budget, rel=0.02)
+def _measure(probes: list[Probe]) -> None:
+    """Fill the probes' folders: losses fall with width, and in intervals, near the data and nowhere else."""
     for probe in probes:
         probe.folder.mkdir(parents=True)
         (probe.folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_mapping(probe.recipe)))
@@ -83,6 +80,14 @@ def test_measurements_become_a_recipe(msdiff: Msdiff, digits: Path, tmp_path: Pa
                 loss = 0.01 + 5 * probe.width**-gain * images**-0.5 * 0.2**own
                 line = {"step": step, "images_seen": images, "validation": {"loss_per_bin": loss.tolist()}}
                 file.write(json.dumps(line) + "\n")
+
+
+def test_measurements_become_a_recipe(msdiff: Msdiff, digits: Path, tmp_path: Path) -> None:
+    """Probes whose losses fall with width near the data and nowhere else: the widest decoder is designed there."""
+    recipe, budget, out = load_recipe(QUICKSTART, _changes(digits)), 0.04, tmp_path / "designed.yaml"
+    probes = plan_probes(recipe, budget, 0.05, 1, tmp_path / "designed")
+    assert sum(p.petaflops for p in probes) == pytest.approx(0.05 * budget, rel=0.02)
+    _measure(probes)
     options = ["--budget", str(budget), "--world-size", "2", "--out", out, "--json", "--plot", tmp_path / "why.png"]
     ended = msdiff("stages", "design", QUICKSTART, *_changes(digits), *options)
     assert ended.status == 0, ended.output
@@ -101,6 +106,27 @@ def test_measurements_become_a_recipe(msdiff: Msdiff, digits: Path, tmp_path: Pa
     spent = step_petaflops(plan.quotas, plan.cost_K) * written.train.steps
     assert spent == pytest.approx(budget * found["chosen"]["balance"], rel=0.02)
     assert yaml.safe_load(out.read_text())["data"]["shards"] == str(digits)
+
+
+def test_equal_decoders_take_two_probes(msdiff: Msdiff, digits: Path, tmp_path: Path) -> None:
+    """Short intervals help near the data alone: the first stage is the shortest, and all decoders are alike."""
+    recipe, out = load_recipe(QUICKSTART, _changes(digits)), tmp_path / "designed.yaml"
+    probes = plan_probes(recipe, 0.04, 0.05, 1, tmp_path / "designed", equal_decoders=True)
+    assert [(p.name, p.width) for p in probes] == [("unified", 1.0), ("intervals_16", 1.0)]
+    assert sum(p.petaflops for p in probes) == pytest.approx(0.05 * 0.04, rel=0.02)
+    _measure(probes)
+    options = ["--budget", "0.04", "--equal-decoders", "--out", out, "--json", "--plot", tmp_path / "why.png"]
+    ended = msdiff("stages", "design", QUICKSTART, *_changes(digits), *options)
+    assert ended.status == 0, ended.output
+    found = json.loads(ended.output)
+    # Nothing was measured of widths, so nothing is said of the recipe's own decoders, which are unequal.
+    assert found["given"] is None
+    assert sorted(found["laws"]) == ["floor", "length", "relative_error", "samples"]
+    written = load_recipe(out)
+    assert written.stages.num_stages > 1
+    assert set(written.model.decoder_channels) == {16}
+    edges = [0, *written.stages.boundaries, 1000]
+    assert min(np.diff(edges)) == edges[1]
 
 
 @pytest.mark.slow

@@ -69,6 +69,15 @@ def test_digits_from_shards_to_images(msdiff: Msdiff, digits: Path, tmp_path: Pa
         assert all(p.shape == (16, 16) and p.dtype == np.uint8 for p in images)
         assert (out / sampler / "grid.png").exists()
 
+    # Four steps of dpmpp_2m begin anew once, at timestep 251; ddim never does.
+    no_restart = ["--num", 3, "--steps", 4, "--no-restart"]
+    assert msdiff("sample", whole, *no_restart, "--sampler", "dpmpp_2m", "--out", out / "straight").status == 0
+    with_and_without = [np.asarray(Image.open(out / d / "00000.png")) for d in ("dpmpp_2m", "straight")]
+    assert not np.array_equal(*with_and_without)
+    refused = msdiff("sample", whole, *no_restart, "--out", out / "ddim_straight")
+    assert refused.status == 2
+    assert "restart" in refused.output
+
     # Images depend on seed and number alone, not on the batch they are made in; a class can be chosen.
     again_dir = out / "again"
     assert msdiff("sample", whole, "--num", 3, "--steps", 4, "--batch-size", 2, "--out", again_dir).status == 0

@@ -63,25 +63,33 @@ class Candidate:
 
 
 def candidates(
-    recipe: Recipe, laws: LossLaws, petaflops: float, world_size: int, most_stages: int
-) -> tuple[Candidate, list[Candidate], list[str]]:
+    recipe: Recipe, laws: LossLaws, petaflops: float, world_size: int, most_stages: int, *, equal_decoders: bool = False
+) -> tuple[Candidate | None, list[Candidate], list[str]]:
     """The recipe as it is, the best design of each number of stages, and why others are left out.
+
+    The first is None where probes with `equal_decoders` tell nothing of the recipe's own decoders.
 
     Args:
         petaflops: training compute of the run to come.
+        equal_decoders: all as wide as the encoder, and of the recipe's depth.
     """
     refused: list[str] = []
     designs = []
     for stages in range(1, most_stages + 1):
-        found = [(depth, _design(recipe, laws, petaflops, stages, depth)) for depth in _depths(recipe)]
+        found = [
+            (depth, _design(recipe, laws, petaflops, stages, depth, widths))
+            for depth, widths in _measured_decoders(recipe, equal_decoders)
+        ]
         blocks, design = min(found, key=lambda pair: pair[1].predicted_loss)
         designed = _with_stages(recipe, design, blocks)
         try:
             designs.append(_on_cluster(designed, laws, design.stages, petaflops, world_size, f"{stages} stages"))
         except UserError as e:
             refused.append(f"{stages} stages: {e}")
-    given = _on_cluster(recipe, laws, as_designed(recipe), petaflops, world_size, "as given")
-    return given, designs, refused
+    own = as_designed(recipe)
+    if equal_decoders and any(stage.decoder.width != 1.0 for stage in own):
+        return None, designs, refused
+    return _on_cluster(recipe, laws, own, petaflops, world_size, "as given"), designs, refused
 
 
 def as_designed(recipe: Recipe) -> tuple[DesignedStage, ...]:
@@ -106,26 +114,34 @@ def as_designed(recipe: Recipe) -> tuple[DesignedStage, ...]:
     )
 
 
-def _depths(recipe: Recipe) -> tuple[int, int]:
-    """Numbers of residual blocks that were measured."""
-    assert isinstance(recipe.model, UNetConfig)
-    return recipe.model.num_res_blocks, recipe.model.num_res_blocks + 1
+def _measured_decoders(recipe: Recipe, equal_decoders: bool) -> list[tuple[int, list[int]]]:
+    """Numbers of residual blocks, and the widths of decoders that each allows: those measured and what lies between."""
+    model = recipe.model
+    assert isinstance(model, UNetConfig)
+    assert isinstance(model.encoder_channels, int)
+    if equal_decoders:
+        return [(model.num_res_blocks, [model.encoder_channels])]
+    narrow, _, wide = probe_widths(model.unified(), model.encoder_channels)
+    found = []
+    for blocks in (model.num_res_blocks, model.num_res_blocks + 1):
+        widths = decoder_widths(replace(model.unified(), num_res_blocks=blocks), range(narrow, wide + 1))
+        chosen = sorted({round(x) for x in np.linspace(0, len(widths) - 1, _MOST_WIDTHS)})
+        found.append((blocks, [widths[i] for i in chosen]))
+    return found
 
 
-def _design(recipe: Recipe, laws: LossLaws, petaflops: float, stages: int, blocks: int) -> StageDesign:
+def _design(
+    recipe: Recipe, laws: LossLaws, petaflops: float, stages: int, blocks: int, widths: Sequence[int]
+) -> StageDesign:
     model = recipe.model
     assert isinstance(model, UNetConfig)
     assert isinstance(model.encoder_channels, int)
     unified = replace(model.unified(), num_res_blocks=blocks)
-    narrow, _, wide = probe_widths(model.unified(), model.encoder_channels)
-    # Between the widths that were measured, not beyond them.
-    widths = decoder_widths(unified, range(narrow, wide + 1))
-    chosen = [widths[i] for i in sorted({round(x) for x in np.linspace(0, len(widths) - 1, _MOST_WIDTHS)})]
-    macs = model_costs(recipe, unified.of_widths(chosen)).step_macs_K
+    macs = model_costs(recipe, unified.of_widths(widths)).step_macs_K
     depth = (blocks + 1) / (model.num_res_blocks + 1)
     choices = [
         DecoderChoice(channels=w, width=w / model.encoder_channels, depth=depth, macs=m)
-        for w, m in zip(chosen, macs, strict=True)
+        for w, m in zip(widths, macs, strict=True)
     ]
     return design_stages(laws, choices, petaflops * PETA / 6, stages)
 

@@ -1,7 +1,8 @@
 """The probe runs: a unified model, a deeper one, and models with a decoder for each fifth of training's times.
 
 All spend the same compute. What differs between them tells how the held-out loss of each noise interval depends on
-width, depth and a decoder of its own; how it falls inside each run tells how it depends on samples.
+width, depth and a decoder of its own; how it falls inside each run tells how it depends on samples. Where all decoders
+are to be as wide as the encoder, two of them tell all.
 """
 
 from __future__ import annotations
@@ -94,12 +95,15 @@ def decoder_widths(model: UNetConfig, among: Sequence[int]) -> list[int]:
     return fitting
 
 
-def plan_probes(recipe: Recipe, budget: float, share: float, nproc: int, folder: Path) -> list[Probe]:
+def plan_probes(
+    recipe: Recipe, budget: float, share: float, nproc: int, folder: Path, *, equal_decoders: bool = False
+) -> list[Probe]:
     """The probes, of equal compute, checked as far as is possible without training.
 
     Args:
         recipe: unified or not; its stages are replaced.
         budget: training compute of the run to come, in PFLOP. share: of it, for all probes together.
+        equal_decoders: only the two probes without which nothing is known of a decoder of its own.
 
     Raises:
         ConfigError: the compute is too little; what training would refuse.
@@ -119,13 +123,14 @@ def plan_probes(recipe: Recipe, budget: float, share: float, nproc: int, folder:
             problem = "is for stages that are chosen already"
             raise ConfigError(field, to_mapping(value), problem, "Leave it out, and add it to the designed recipe.")
     unified = recipe.model.unified()
-    narrow, middle, wide = probe_widths(unified, recipe.model.encoder_channels)
-    deeper = replace(unified, num_res_blocks=unified.num_res_blocks + 1)
-    forms = [
-        ("unified", unified, middle, 1),
-        ("unified_deeper", deeper, middle, 1),
-        *((f"intervals_{width}", unified, width, INTERVALS) for width in (narrow, middle, wide)),
-    ]
+    width = recipe.model.encoder_channels
+    widths: tuple[int, ...] = (width,)
+    forms = [("unified", unified, width, 1)]
+    if not equal_decoders:
+        widths = probe_widths(unified, width)
+        deeper = replace(unified, num_res_blocks=unified.num_res_blocks + 1)
+        forms = [("unified", unified, widths[1], 1), ("unified_deeper", deeper, widths[1], 1)]
+    forms += [(f"intervals_{width}", unified, width, INTERVALS) for width in widths]
     find = DataFinder()
     probes = [
         _probe(recipe, name, model, width, intervals, budget * share / len(forms), nproc, folder, find)

@@ -19,7 +19,7 @@ from msdiff_dist.evaluation.held_out_loss import BINS
 from msdiff_dist.files.atomic import atomic_write
 from msdiff_dist.recipe import Recipe
 from msdiff_dist.shipped import refuse_existing
-from msdiff_dist.stage_division.loss_laws import LossLaws, fit_laws
+from msdiff_dist.stage_division.loss_laws import Floats, LossLaws, fit_laws
 
 _REACH = 4  # times the samples of a measurement to which laws hold within some percent (docs/guides/design-stages.md)
 
@@ -30,6 +30,7 @@ class DesignRequest:
 
     petaflops: training compute of the run to come. probe_share: what the probes may take, as a share of it and on top
     of it. world_size: ranks of the run to come. nproc: ranks of a probe, here. probes: folder of their runs.
+    equal_decoders: all as wide as the encoder.
     """
 
     recipe: Recipe
@@ -37,6 +38,7 @@ class DesignRequest:
     petaflops: float
     probe_share: float
     most_stages: int
+    equal_decoders: bool
     world_size: int
     nproc: int
     out: Path
@@ -45,11 +47,11 @@ class DesignRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Designed:
-    """What was measured and what follows from it."""
+    """What was measured and what follows from it. `given` is None where nothing was measured of its decoders."""
 
     probes: list[Probe]
     laws: LossLaws
-    given: Candidate
+    given: Candidate | None
     designs: list[Candidate]
     refused: list[str]
     chosen: Candidate
@@ -58,6 +60,17 @@ class Designed:
     @property
     def probe_petaflops(self) -> float:
         return sum(p.petaflops for p in self.probes)
+
+    @property
+    def exponents(self) -> dict[str, Floats]:
+        """Of the causes that differ between the probes."""
+        laws = self.laws
+        found = {"samples": laws.samples_B, "length": laws.length_B}
+        if len({p.width for p in self.probes}) > 1:
+            found["width"] = laws.width_B
+        if len({p.depth for p in self.probes}) > 1:
+            found["depth"] = laws.depth_B
+        return found
 
     def fields(self) -> dict[str, Any]:
         """As `--json` prints it."""
@@ -71,13 +84,10 @@ class Designed:
             ],
             "laws": {
                 "floor": laws.floor_B.tolist(),
-                "width": laws.width_B.tolist(),
-                "depth": laws.depth_B.tolist(),
-                "samples": laws.samples_B.tolist(),
-                "length": laws.length_B.tolist(),
+                **{name: exponent_B.tolist() for name, exponent_B in self.exponents.items()},
                 "relative_error": laws.error,
             },
-            "given": self.given.fields(),
+            "given": self.given.fields() if self.given else None,
             "designs": [c.fields() for c in self.designs],
             "refused": self.refused,
             "chosen": self.chosen.fields(),
@@ -97,7 +107,14 @@ def check_design(request: DesignRequest) -> list[Probe]:
         raise ConfigError("--probe-share", request.probe_share, problem, "Use 0.05: a twentieth of the budget.")
     check_between("--max-stages", request.most_stages, 1, BINS)
     refuse_existing(request.out)
-    return plan_probes(request.recipe, request.petaflops, request.probe_share, request.nproc, request.probes)
+    return plan_probes(
+        request.recipe,
+        request.petaflops,
+        request.probe_share,
+        request.nproc,
+        request.probes,
+        equal_decoders=request.equal_decoders,
+    )
 
 
 def design(request: DesignRequest, probes: Sequence[Probe]) -> Designed:
@@ -109,7 +126,12 @@ def design(request: DesignRequest, probes: Sequence[Probe]) -> Designed:
     run_probes(probes, request.nproc, lambda line: print(line, file=sys.stderr))
     laws = fit_laws(measurements(probes))
     given, designs, refused = candidates(
-        request.recipe, laws, request.petaflops, request.world_size, request.most_stages
+        request.recipe,
+        laws,
+        request.petaflops,
+        request.world_size,
+        request.most_stages,
+        equal_decoders=request.equal_decoders,
     )
     if not designs:
         problem = f"no design can be placed: {'; '.join(refused)}"
@@ -132,11 +154,11 @@ def design(request: DesignRequest, probes: Sequence[Probe]) -> Designed:
 
 def _recipe(request: DesignRequest, found: Designed) -> str:
     best, given = found.chosen, found.given
+    beside = f", and {given.predicted:.4g} for the\nrecipe they started from" if given else ""
     title = (
         f"Stages designed for {request.petaflops:g} PFLOP on {request.world_size} ranks, from {request.source}.\n\n"
-        f"Probes of {found.probe_petaflops:.3g} PFLOP predict a mean held-out loss of {best.predicted:.4g}, and "
-        f"{given.predicted:.4g} for the\nrecipe they started from. The laws miss what was measured by "
-        f"{found.laws.error:.1%} (root mean square).\n"
+        f"Probes of {found.probe_petaflops:.3g} PFLOP predict a mean held-out loss of {best.predicted:.4g}{beside}.\n"
+        f"The laws miss what was measured by {found.laws.error:.1%} (root mean square).\n"
     )
     commands = [f"msdiff plan {request.out} --world-size {request.world_size}", f"msdiff train {request.out}"]
     return recipe_text(best.recipe, title, commands, {})
@@ -148,7 +170,7 @@ def markdown(found: Designed) -> str:
         "| design | boundaries | decoders | blocks | shares | steps | balance | predicted loss |",
         "|---" * 8 + "|",
     ]
-    for c in (found.given, *found.designs):
+    for c in filter(None, (found.given, *found.designs)):
         r = c.recipe
         shares = r.stages.sampling if isinstance(r.stages.sampling, str) else [round(s, 3) for s in r.stages.sampling]
         mark = " (chosen)" if r.stages == found.chosen.recipe.stages and r.model == found.chosen.recipe.model else ""
@@ -177,14 +199,9 @@ def plot(found: Designed, path: Path) -> None:
 
     figure = Figure(figsize=(8, 9), layout="constrained")
     exponents, losses, chosen = figure.subplots(3)
-    laws, at = found.laws, (np.arange(BINS) + 0.5) / BINS
-    for values, label in (
-        (laws.samples_B, "samples"),
-        (laws.width_B, "width"),
-        (laws.depth_B, "depth"),
-        (laws.length_B, "a shorter interval"),
-    ):
-        exponents.plot(at, values, "o-", label=label)
+    at = (np.arange(BINS) + 0.5) / BINS
+    for name, values in found.exponents.items():
+        exponents.plot(at, values, "o-", label="a shorter interval" if name == "length" else name)
     exponents.axhline(0, color="gray", linewidth=0.8)
     exponents.set_ylabel("exponent")
     exponents.set_xlabel("share of training's times, from the data to the noise")
@@ -192,7 +209,8 @@ def plot(found: Designed, path: Path) -> None:
     exponents.legend()
     counts = [c.recipe.stages.num_stages for c in found.designs]
     losses.plot(counts, [c.predicted for c in found.designs], "o-", label="designed")
-    losses.axhline(found.given.predicted, color="gray", linestyle="--", label="as given")
+    if found.given:
+        losses.axhline(found.given.predicted, color="gray", linestyle="--", label="as given")
     losses.set_xticks(counts)
     losses.set_xlabel("stages")
     losses.set_ylabel("predicted held-out loss")

@@ -123,6 +123,9 @@ class SamplerConfig:
             raise ConfigError(
                 "last", self.last, f"{self.name} has no choice of it", "Omit it, or use the ddim sampler."
             )
+        if not self.restart and solver.restarts is None:
+            problem = f"{self.name} never begins anew"
+            raise ConfigError("restart", self.restart, problem, "Omit it, or use the dpmpp_2m sampler.")
         if self.steps < solver.least_steps:
             problem = f"{self.name} needs at least {solver.least_steps} evaluations"
             raise ConfigError("steps", self.steps, problem, f"Use at least {solver.least_steps}.")

@@ -227,6 +227,8 @@ def test_clip_keeps_estimates_in_range() -> None:
         (DISCRETE, {"churn": ChurnConfig(amount=1.0)}, "churn.amount"),
         (DISCRETE, {"name": "ddpm", "last": "clean"}, "last"),
         (EDM, {"last": "clean"}, "last"),
+        (DISCRETE, {"name": "ddim", "restart": False}, "restart"),
+        (EDM, {"restart": False}, "restart"),
     ],
 )
 def test_samplers_that_do_not_fit_are_refused(process: Process, fields: dict, field: str) -> None:
