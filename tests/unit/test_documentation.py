@@ -37,6 +37,15 @@ def test_relative_links_resolve(page: Path) -> None:
     assert not missing
 
 
+def test_every_page_is_in_the_sites_contents() -> None:
+    """Of docs/ all but the index itself; the site is not built where a page is in no table of contents."""
+    folder = ROOT / "docs"
+    tables = re.findall(r"^```\{toctree\}\n(.*?)^```", (folder / "index.md").read_text(), re.MULTILINE | re.DOTALL)
+    entries = [line for table in tables for line in table.splitlines() if line and not line.startswith(":")]
+    listed = {page for entry in entries for page in folder.glob(f"{entry}.md")}
+    assert listed == set(folder.rglob("*.md")) - {folder / "index.md"}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_files_named_in_code_exist(page: Path) -> None:
     named = {name for code in CODE.findall(page.read_text()) for name in FILE.findall(code)} - TO_BE_WRITTEN
