@@ -187,10 +187,9 @@ def _reach(found: Designed) -> str:
     """How far the laws are extrapolated."""
     longest = max(p.recipe.train.steps for p in found.probes)  # the batches are those of the run
     steps = found.chosen.recipe.train.steps
-    return (
-        f"The run takes {steps / longest:.1f} times the samples of the longest probe; beyond {_REACH} times, "
-        "predictions are rough, and favour narrow decoders."
-    )
+    rough = "predictions are rough" + (", and favour narrow decoders" if "width" in found.exponents else "")
+    times = f"The run takes {steps / longest:.1f} times the samples of the longest probe"
+    return f"{times}; beyond {_REACH} times, {rough}."
 
 
 def plot(found: Designed, path: Path) -> None:
