@@ -108,6 +108,16 @@ def phases(recipe: Recipe, ends: StageEnds | None = None) -> list[Phase]:
     return found if len(found) == 1 else [replace(phase, about=_about(phase.recipe)) for phase in found]
 
 
+def warnings_of(run: Recipe) -> list[str]:
+    """What its phases do that the user may not expect."""
+    if run.stages.end and run.model.share_encoder and "shared" not in run.train.freeze:
+        return [
+            "stages.end ends stages while the encoder they share trains on, which changes what they compute; watch "
+            "validation.loss_per_stage, or use model.share_encoder: false (docs/guides/grow.md)"
+        ]
+    return []
+
+
 def _about(recipe: Recipe) -> str:
     K, ended = recipe.stages.num_stages, recipe.stages.ended
     if K == 1:

@@ -16,6 +16,7 @@ import torch
 from msdiff_dist.apps.train.branch import Branch
 from msdiff_dist.apps.train.found_data import FoundData
 from msdiff_dist.apps.train.loop import Outcome, train
+from msdiff_dist.apps.train.phases import warnings_of
 from msdiff_dist.apps.train.trainer import Corrupted, Trainer
 from msdiff_dist.distributed.agree import on_rank_0
 from msdiff_dist.distributed.cores import threads_per_rank
@@ -89,7 +90,7 @@ def run_rank(
                 if changes and env.rank == 0:
                     trainer.evaluations.forget_later()
                 changed = [f"changed since step {step}: {'; '.join(map(str, changes))}"] if changes else []
-                warnings = [*env.warnings, *([precision.warning] if precision.warning else [])]
+                warnings = [*env.warnings, *([precision.warning] if precision.warning else []), *warnings_of(recipe)]
                 warned = [f"warning: {w}" for w in warnings]
                 lines = [*origin, trainer.describe(precision), *changed, *warned, *trainer.notes]
                 sinks = Sinks()
