@@ -121,7 +121,7 @@ def design(
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, as key=value.")] = None,
     probes: Annotated[Path | None, typer.Option(help="Folder of the probe runs. Default: OUT without .yaml.")] = None,
     probe_share: Annotated[float, typer.Option(help="Compute of all probes, as a share of the budget.")] = 0.05,
-    max_stages: Annotated[int, typer.Option(min=1, max=10, help="Most stages to consider.")] = 5,
+    max_stages: Annotated[int, typer.Option(min=1, max=10, help="Most stages to consider; three are the paper's.")] = 3,
     equal_decoders: Annotated[
         bool, typer.Option("--equal-decoders", help="All decoders as wide as the encoder: two probes, not five.")
     ] = False,
